@@ -1,0 +1,47 @@
+"""MiniMax Sparse Attention from math to metal. Importing this needs NumPy and jaxtyping alone."""
+
+from msa.api import (
+    align_index,
+    attention,
+    decode,
+    lower,
+    select,
+    sparse_attention,
+)
+from msa.config import MSAConfig
+from msa.dispatch import available_backends
+from msa.ir import (
+    BlockScores,
+    Output,
+    PagedKV,
+    Partials,
+    ReverseIndex,
+    Schedule,
+    Selection,
+    Sequences,
+    TileUnion,
+)
+from msa.pipeline import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockScores",
+    "MSAConfig",
+    "Output",
+    "PagedKV",
+    "Partials",
+    "ReverseIndex",
+    "Schedule",
+    "Selection",
+    "Sequences",
+    "TileUnion",
+    "Trace",
+    "align_index",
+    "attention",
+    "available_backends",
+    "decode",
+    "lower",
+    "select",
+    "sparse_attention",
+]

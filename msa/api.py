@@ -1,0 +1,254 @@
+"""The public functions: check the arguments, choose a backend, call it, hand back the same kind.
+
+Layouts: packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched [B, T, H, D].
+Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is of the same kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+
+from msa import checks, pipeline
+from msa.config import MSAConfig
+from msa.dispatch import BackendName, Carrier, load_backend, resolve
+from msa.ir import Array, Output, PagedKV, Selection
+from msa.layout import read_layout
+
+
+def attention(
+    q: Float[Array, "*q Hq D"],
+    k: Float[Array, "*k Hkv D"],
+    v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"],
+    k_idx: Float[Array, "*k Di"],
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto",
+) -> Output:
+    """MiniMax Sparse Attention: each query and group reads its top blocks of keys (eq. 6-8).
+
+    Args:
+        q, k, v: the main branch, one dtype: float16, bfloat16, float32 or float64.
+        q_idx, k_idx: the index branch, one dtype, not necessarily that of q.
+        cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers [batch + 1] (R1). The
+            queries of a sequence are its last tokens (R2). None: one sequence.
+        config: block size, blocks kept, forced blocks, scales.
+        backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
+
+    Returns:
+        out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
+        packed Selection. Differentiable in q, k, v on the torch backend, selection fixed (R18).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+
+    >>> import numpy as np, msa
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = (rng.standard_normal((300, heads, 16)) for heads in (4, 2, 2))
+    >>> q_idx, k_idx = rng.standard_normal((300, 2, 8)), rng.standard_normal((300, 8))
+    >>> output = msa.attention(q, k, v, q_idx, k_idx, config=msa.MSAConfig(block_size=32, top_k=3))
+    >>> output.out.shape, output.lse.shape, output.selection.indices[299].tolist()
+    ((300, 4, 16), (300, 4), [[0, 1, 9], [1, 8, 9]])
+    """
+    arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
+    return call.give_output(call.module.attend(*call.arrays, call.sequences, config))
+
+
+def select(
+    q_idx: Float[Array, "*q Hkv Di"],
+    k_idx: Float[Array, "*k Di"],
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto",
+) -> Selection:
+    """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
+
+    Arguments and errors as in `attention`. The Selection is packed: indices int32 [Tq, Hkv, k].
+
+    >>> import numpy as np, msa
+    >>> q_idx, k_idx = np.ones((6, 1, 1)), np.array([[0.0], [9], [1], [2], [3], [4]])
+    >>> msa.select(q_idx, k_idx, config=msa.MSAConfig(block_size=2, top_k=2)).indices[5]
+    array([[0, 2]], dtype=int32)
+    """
+    arrays = {"q_idx": q_idx, "k_idx": k_idx}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
+    return call.give(call.module.select_fused(*call.arrays, call.sequences, config))
+
+
+def sparse_attention(
+    q: Float[Array, "*q Hq D"],
+    k: Float[Array, "*k Hkv D"],
+    v: Float[Array, "*k Hkv Dv"],
+    selection: Selection,
+    *,
+    softmax_scale: float | None = None,
+    backend: BackendName = "auto",
+) -> Output:
+    """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
+
+    A Selection knows its sequences and block size, so nothing is said twice. One of your own is
+    `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`; it is validated (R8).
+    Otherwise as `attention`.
+
+    >>> import numpy as np, msa
+    >>> x = np.arange(4.0).reshape(4, 1, 1)
+    >>> own_block = msa.Selection(np.array([[[0]], [[0]], [[1]], [[1]]], np.int32),
+    ...                           msa.Sequences.one(4, 4), block_size=2)
+    >>> msa.sparse_attention(np.zeros((4, 1, 1)), x, x, own_block).out.ravel()
+    array([0. , 0.5, 2. , 2.5])
+    """
+    checks.check_scale("softmax_scale", softmax_scale)
+    checks.check_type("selection", selection, Selection)
+    config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
+    call = _Call({"q": q, "k": k, "v": v}, backend, config, selection=selection)
+    scale = config.softmax_scale_for(q.shape[-1])
+    output = call.module.attend_selection(*call.arrays, call.selection, scale)
+    return call.give_output(replace(output, selection=call.selection))
+
+
+def align_index(
+    q: Float[Array, "*q Hq D"],
+    k: Float[Array, "*k Hkv D"],
+    q_idx: Float[Array, "*q Hkv Di"],
+    k_idx: Float[Array, "*k Di"],
+    selection: Selection | None = None,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto",
+) -> Float[Array, ""]:
+    """KL(main branch || index branch), the loss that teaches the index where to look (eq. 9-10).
+
+    With a selection both distributions run over its visible tokens; with selection=None, the
+    warm-up form, over all visible tokens. Gradient reaches q_idx and k_idx only (R17). A selection
+    brings its own sequences, so cu_seqlens belong to the warm-up form.
+
+    >>> import numpy as np, msa
+    >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
+    >>> round(float(msa.align_index(x, x, x, 0 * x[:, 0])), 4)  # an index that prefers nothing
+    0.4744
+    """
+    if selection is not None:
+        checks.check_type("selection", selection, Selection)
+    arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
+    loss = call.module.align_index(*call.arrays, call.selection, call.sequences, config)
+    return call.give(loss)
+
+
+def decode(
+    q: Float[Array, "B n Hq D"],
+    q_idx: Float[Array, "B n Hkv Di"],
+    cache: PagedKV,
+    *,
+    config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto",
+) -> Output:
+    """MSA for the last n tokens of each sequence of a paged cache, which holds them already (R2).
+
+    A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
+    layout; the Selection covers the live sequences, packed.
+
+    >>> import numpy as np, msa
+    >>> pages = np.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two tokens
+    >>> cache = msa.PagedKV(pages, pages, pages[..., 0],
+    ...                     page_table=np.array([[3, 0], [2, 0]]), lengths=np.array([3, 0]))
+    >>> zero = np.zeros((2, 1, 1, 1))  # tokens 6, 7 and 0 lie in pages 3 and 0
+    >>> msa.decode(zero, zero, cache, config=msa.MSAConfig(block_size=2, top_k=2)).out[:, 0, 0, 0]
+    array([4.33333333, 0.        ])
+    """
+    checks.check_type("cache", cache, PagedKV)
+    checks.check_type("config", config, MSAConfig)
+    for name, array in (("q", q), ("q_idx", q_idx)):
+        checks.check_array(name, array)
+    sizes: dict[str, int] = {"Bk": config.block_size}
+    checks.check_shape("q", q, "B n Hq D", sizes)
+    checks.check_cache(cache, sizes)
+    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
+    checks.check_heads(sizes["Hq"], sizes["Hkv"])
+    pages = {f"cache.{name}": getattr(cache, name) for name in checks.CACHE_DIMS}
+    checks.check_same_dtype(
+        q=q, **{name: pages[name] for name in ("cache.k_pages", "cache.v_pages")}
+    )
+    checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": cache.k_idx_pages})
+    checks.check_same_place(q=q, q_idx=q_idx, **pages)
+    name = resolve(backend, q)
+    module, carrier = load_backend(name), Carrier(name, q)
+    return carrier.give(module.decode_step(*carrier.take(q=q, q_idx=q_idx, cache=cache), config))
+
+
+def lower(
+    q: Float[Array, "*q Hq D"],
+    k: Float[Array, "*k Hkv D"],
+    v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"],
+    k_idx: Float[Array, "*k Di"],
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    config: MSAConfig = MSAConfig(),
+    chunk_size: int | None = None,
+    tile_size: int = 8,
+    backend: BackendName = "auto",
+) -> pipeline.Trace:
+    """`attention` in slow motion: every intermediate form of both loop orders, by name.
+
+    chunk_size is the most edges that a work item may have (None: 2 * k * Bk, as in the paper),
+    tile_size how many neighbouring queries share a union walk (1 to 31). All forms are packed.
+
+    >>> import numpy as np, msa
+    >>> x = np.ones((6, 1, 4))
+    >>> trace = msa.lower(x, x, x, x, x[:, 0], config=msa.MSAConfig(block_size=2, top_k=2))
+    >>> trace.selection.indices[5], trace.reverse_index.row_offsets
+    (array([[0, 2]], dtype=int32), array([ 0,  6,  8, 10]))
+    """
+    if chunk_size is None:
+        chunk_size = 2 * config.top_k * config.block_size
+    checks.check_count("chunk_size", chunk_size, 1)
+    checks.check_count("tile_size", tile_size, 1)
+    if tile_size > 31:
+        raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")
+    arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
+    trace = pipeline.lower(call.module, *call.arrays, call.sequences, config, chunk_size, tile_size)
+    return call.give(trace)
+
+
+class _Call:
+    """One checked call: packed arrays in the backend's kind, and the way back to the caller's."""
+
+    def __init__(
+        self,
+        arrays: dict[str, Array],
+        backend: BackendName,
+        config: MSAConfig,
+        cu_seqlens_q: Any = None,
+        cu_seqlens_k: Any = None,
+        selection: Selection | None = None,
+    ) -> None:
+        checks.check_type("config", config, MSAConfig)
+        known = selection.sequences if selection is not None else None
+        self.layout = read_layout(arrays, cu_seqlens_q, cu_seqlens_k, known)
+        if selection is not None:
+            checks.check_selection_for(selection, arrays)
+        self.sequences = self.layout.sequences
+        model = next(iter(arrays.values()))
+        name = resolve(backend, model)
+        self.module = load_backend(name)
+        self.carrier = Carrier(name, model)
+        packed = {n: self.layout.pack(array) for n, array in arrays.items()}
+        self.arrays = self.carrier.take(**packed)
+        (self.selection,) = self.carrier.take(selection=selection)
+        self.give = self.carrier.give
+
+    def give_output(self, output: Output) -> Output:
+        return self.layout.unpack(self.give(output))

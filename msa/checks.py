@@ -1,0 +1,335 @@
+"""Every argument check and every message about bad input (R20) lives here.
+
+A message names the argument, says what was wanted and what came. Arrays are only looked at
+through `shape`, `dtype` and comparison, so that one check serves NumPy and torch alike; nothing
+here imports torch. All checks run before any work is done.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from msa.config import MSAConfig
+    from msa.ir import PagedKV, Selection, Sequences
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
+CACHE_DIMS = {
+    "k_pages": "pages Bk Hkv D",
+    "v_pages": "pages Bk Hkv Dv",
+    "k_idx_pages": "pages Bk Di",
+    "page_table": "B table",
+    "lengths": "B",
+}
+
+
+# -- configuration and sequence borders -----------------------------------------------------------
+def check_count(name: str, value: Any, least: int) -> None:
+    """An integer of at least `least`; bool does not count as one."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_scale(name: str, value: Any) -> None:
+    """None, or a finite positive number."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be None or a number, got {value!r} of type {type(value).__name__}"
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+
+
+def check_config(config: MSAConfig) -> None:
+    """The six numbers of an MSAConfig."""
+    check_count("block_size", config.block_size, 1)
+    check_count("top_k", config.top_k, 1)
+    check_count("sink_blocks", config.sink_blocks, 0)
+    check_count("local_blocks", config.local_blocks, 1)
+    if config.forced_blocks > config.top_k:
+        raise ValueError(
+            f"sink_blocks + local_blocks must be at most top_k = {config.top_k}, "
+            f"got {config.sink_blocks} + {config.local_blocks}"
+        )
+    check_scale("softmax_scale", config.softmax_scale)
+    check_scale("index_scale", config.index_scale)
+
+
+def check_sequences(sequences: Sequences) -> None:
+    """Borders start at 0 and never decrease; no sequence has more queries than keys (R1, R2)."""
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        borders = getattr(sequences, name)
+        if not isinstance(borders, tuple) or not all(type(b) is int for b in borders):
+            raise TypeError(f"{name} must be a tuple of int, got {borders!r}")
+        if not borders or borders[0] != 0:
+            raise ValueError(f"{name} must start with 0, got {_short(borders)}")
+        for s, (start, stop) in enumerate(zip(borders, borders[1:])):
+            if stop < start:
+                raise ValueError(
+                    f"{name} must not decrease, got {start} then {stop} at sequence {s}"
+                )
+    if len(sequences.cu_seqlens_q) != len(sequences.cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_k must have as many entries as cu_seqlens_q = "
+            f"{len(sequences.cu_seqlens_q)}, got {len(sequences.cu_seqlens_k)}"
+        )
+    for s, (qs, ks) in enumerate(sequences.spans()):
+        n_q, n_k = qs.stop - qs.start, ks.stop - ks.start
+        if n_q > n_k:
+            raise ValueError(
+                f"cu_seqlens_q must give each sequence at most as many queries as keys (R2), "
+                f"got {n_q} queries for {n_k} keys in sequence {s}"
+            )
+
+
+def read_borders(name: str, borders: Any) -> tuple[int, ...]:
+    """cu_seqlens from a tuple, list, array or tensor of integers to plain integers."""
+    if hasattr(borders, "detach"):
+        borders = borders.detach().cpu().numpy()
+    array = np.asarray(borders)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have shape [batch + 1], got {list(array.shape)}")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers (int32), got {array.dtype}")
+    return tuple(int(b) for b in array)
+
+
+def check_totals(sequences: Sequences, total_q: int, total_k: int, whose: str) -> None:
+    """The last borders are the numbers of packed tokens."""
+    for name, borders, letter, total in (
+        ("cu_seqlens_q", sequences.cu_seqlens_q, "Tq", total_q),
+        ("cu_seqlens_k", sequences.cu_seqlens_k, "Tk", total_k),
+    ):
+        if borders[-1] != total:
+            raise ValueError(f"{whose}{name} must end with {letter} = {total}, got {borders[-1]}")
+
+
+def check_lengths(n_q: int, n_k: int) -> None:
+    """Without cu_seqlens the shapes say how long the sequences are."""
+    if n_q > n_k:
+        raise ValueError(f"q must have at most as many tokens as k = {n_k} (R2), got {n_q}")
+
+
+def check_absent(name: str, borders: Any, reason: str) -> None:
+    """cu_seqlens must be left out where something else says what they would."""
+    if borders is not None:
+        raise ValueError(f"{name} must be None where {reason}, got {_kind(borders)}")
+
+
+def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
+    """Borders of queries and of keys come together."""
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        raise ValueError(f"{missing} must be given along with the other borders, got None")
+
+
+# -- tensors --------------------------------------------------------------------------------------
+def check_array(name: str, array: Any) -> None:
+    """A NumPy array or a torch tensor of a supported float type, its last dim contiguous."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {_kind(array)}")
+    if dtype_name(array) not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must have dtype {' or '.join(FLOAT_DTYPES)}, got {array.dtype}")
+    stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
+    if array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
+        raise ValueError(f"{name} must be contiguous in its last dim, got strides {list(stride)}")
+
+
+def check_same_dtype(**arrays: Any) -> None:
+    """The first array sets the standard."""
+    (first, model), *others = arrays.items()
+    for name, array in others:
+        if dtype_name(array) != dtype_name(model):
+            raise TypeError(
+                f"{name} must have the dtype of {first} = {model.dtype}, got {array.dtype}"
+            )
+
+
+def check_same_place(**arrays: Any) -> None:
+    """All arrays of one kind and on one device; the first one sets the standard."""
+    (first, model), *others = arrays.items()
+    for name, array in others:
+        if is_torch(array) != is_torch(model):
+            raise TypeError(f"{name} must be a {_kind(model)} as {first} is, got {_kind(array)}")
+        if is_torch(array) and array.device != model.device:
+            raise ValueError(
+                f"{name} must be on the device of {first} = {model.device}, got {array.device}"
+            )
+
+
+def check_shape(name: str, array: Any, dims: str, sizes: dict[str, int]) -> None:
+    """Each letter of `dims` has the size it had before; new letters are added to `sizes`.
+
+    Token, batch and page counts may be 0, every other size is at least 1.
+    """
+    letters, got = dims.split(), list(array.shape)
+    wanted = ", ".join(str(sizes.get(d, "any")) for d in letters)
+    if len(got) != len(letters) or any(
+        g != sizes[d] if d in sizes else g < (d not in MAY_BE_EMPTY) for d, g in zip(letters, got)
+    ):
+        raise ValueError(f"{name} must have shape [{', '.join(letters)}] = [{wanted}], got {got}")
+    sizes |= dict(zip(letters, got))
+
+
+def check_layout(name: str, array: Any, dims: str, batched: bool | None) -> bool:
+    """Whether the array has one dim more than `dims`, as the arguments before it do."""
+    rank = len(dims.split())
+    packed, with_batch = (f"[{', '.join(d.split())}]" for d in (dims, f"B {dims}"))
+    forms = {None: f"{packed} or {with_batch}", False: packed, True: with_batch}
+    if array.ndim - rank not in ((0, 1) if batched is None else (int(batched),)):
+        raise ValueError(f"{name} must have shape {forms[batched]}, got {list(array.shape)}")
+    return array.ndim > rank
+
+
+def check_heads(q_heads: int, kv_heads: int) -> None:
+    """Query heads come in groups, one group per key/value head."""
+    if q_heads % kv_heads:
+        raise ValueError(
+            f"q must have a number of heads Hq that is a multiple of Hkv = {kv_heads}, "
+            f"got {q_heads}"
+        )
+
+
+# -- forms ----------------------------------------------------------------------------------------
+def check_selection(selection: Selection) -> None:
+    """The canonical form (R8), entry by entry; arrays stay on their device until one is bad."""
+    ids, sequences = selection.indices, selection.sequences
+    check_count("selection.block_size", selection.block_size, 1)
+    if not str(ids.dtype).endswith("int32"):
+        raise TypeError(f"selection.indices must have dtype int32, got {ids.dtype}")
+    if ids.ndim != 3 or ids.shape[0] != sequences.total_q or ids.shape[-1] < 1:
+        raise ValueError(
+            f"selection.indices must have shape [Tq, Hkv, k] = [{sequences.total_q}, any, any], "
+            f"got {list(ids.shape)}"
+        )
+    own = np.asarray(sequences.positions(), np.int64) // selection.block_size
+    own_ids = ids.new_tensor(own.tolist()) if is_torch(ids) else own.astype(np.int32)
+    own_ids = own_ids[:, None]
+    valid = ids >= 0
+    rules = [
+        ("hold block ids or -1", ids < -1, ids),
+        ("have -1 only after the last id", valid[..., 1:] & ~valid[..., :-1], ids[..., 1:]),
+        (
+            "be ascending and unique",
+            valid[..., 1:] & (ids[..., 1:] <= ids[..., :-1]),
+            ids[..., 1:],
+        ),
+        ("hold visible blocks only", ids > own_ids[..., None], ids),
+        ("hold each query's own block", ~(ids == own_ids[..., None]).any(-1), ids[..., 0]),
+    ]
+    for wanted, bad, shown in rules:
+        if bool(bad.any()):
+            where = np.argwhere(to_numpy(bad))[0].tolist()
+            raise ValueError(
+                f"selection.indices must {wanted} (R8), got {int(to_numpy(shown)[tuple(where)])} "
+                f"at query {where[0]}, group {where[1]}, own block {int(own[where[0]])}: "
+                f"{to_numpy(ids[where[0], where[1]]).tolist()}"
+            )
+
+
+def check_selection_for(selection: Selection, arrays: dict[str, Any]) -> None:
+    """A canonical Selection (R8) with the groups, kind and device of the tensors beside it."""
+    check_selection(selection)
+    groups = arrays["k"].shape[-2]
+    if selection.indices.shape[1] != groups:
+        raise ValueError(
+            f"selection.indices must have Hkv = {groups} groups as k has, "
+            f"got {selection.indices.shape[1]}"
+        )
+    check_same_place(q=arrays["q"], **{"selection.indices": selection.indices})
+
+
+def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
+    """Page shapes agree; every page that a sequence needs is in its table and in range.
+
+    `sizes` holds Bk and n, the number of queries per sequence; the sizes found are added.
+    """
+    for name, dims in CACHE_DIMS.items():
+        array = getattr(cache, name)
+        if name in ("page_table", "lengths"):
+            if "int" not in str(getattr(array, "dtype", None)):
+                raise TypeError(f"cache.{name} must hold integers, got {_kind(array)}")
+        else:
+            check_array(f"cache.{name}", array)
+        check_shape(f"cache.{name}", array, dims, sizes)
+    table, lengths = to_numpy(cache.page_table), to_numpy(cache.lengths)
+    for s, length in enumerate(lengths.tolist()):
+        if length < 0 or 0 < length < sizes["n"]:
+            raise ValueError(
+                f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
+                f"in sequence {s}"
+            )
+        needed = -(-length // sizes["Bk"])
+        if needed > table.shape[1]:
+            raise ValueError(
+                f"cache.page_table must have {needed} entries for the {length} tokens of "
+                f"sequence {s}, got {table.shape[1]}"
+            )
+        for b, page in enumerate(table[s, :needed].tolist()):
+            if not 0 <= page < sizes["pages"]:
+                raise ValueError(
+                    f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {page} "
+                    f"for block {b} of sequence {s}"
+                )
+
+
+# -- backends -------------------------------------------------------------------------------------
+def check_backend(name: Any, available: tuple[str, ...]) -> None:
+    """A known name whose libraries are installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name != "auto" and name not in available:
+        raise ValueError(
+            f"backend must be available here ({', '.join(available)}), got {name!r}: "
+            f"install it with pip install 'msa-stack[{name}]'"
+        )
+
+
+def check_type(name: str, value: Any, wanted: type) -> None:
+    """One of this package's own classes."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be a msa.{wanted.__name__}, got {_kind(value)}")
+
+
+def check_no_gradient(name: str, array: Any) -> None:
+    """The reference computes no gradients, so it must not be asked for one unawares."""
+    if array.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient on the reference backend, which has none, "
+            "got requires_grad=True: use backend='torch', or detach it"
+        )
+
+
+# -- small tools ----------------------------------------------------------------------------------
+def is_torch(array: Any) -> bool:
+    """Whether the array is a torch tensor, found out without importing torch."""
+    return type(array).__module__.partition(".")[0] == "torch"
+
+
+def dtype_name(array: Any) -> str:
+    """ "float32" for numpy.float32 and torch.float32 alike."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """A NumPy view or copy of an integer or boolean array of either kind."""
+    return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+
+
+def _short(borders: tuple[int, ...]) -> str:
+    shown = ", ".join(str(b) for b in borders[:4])
+    return f"({shown}{', ...' if len(borders) > 4 else ''})"

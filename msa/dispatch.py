@@ -1,0 +1,122 @@
+"""Choosing a backend, and carrying arrays to it and back: the one place where the choice is made.
+
+No registry, no environment variable, no priority list, no silent fall-back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from msa import checks
+from msa.interface import Backend
+from msa.ir import Array, Output
+
+BackendName = Literal["auto", "reference", "torch", "triton"]
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that can be named here, judged by which libraries are installed.
+
+    >>> "reference" in available_backends()
+    True
+    """
+    return tuple(
+        name
+        for name, needed in (
+            ("reference", ()),
+            ("torch", ("torch",)),
+            ("triton", ("torch", "triton")),
+        )
+        if all(importlib.util.find_spec(library) for library in needed)
+    )
+
+
+def resolve(backend: BackendName, array: Array) -> str:
+    """What "auto" means: triton for CUDA tensors, torch for other tensors, reference for arrays."""
+    if backend != "auto":
+        return backend
+    if not checks.is_torch(array):
+        return "reference"
+    return "triton" if array.is_cuda else "torch"
+
+
+def load_backend(name: str) -> Backend:
+    """The module of that name.
+
+    Raises:
+        ValueError: an unknown name, or a backend whose libraries are missing (R20).
+    """
+    checks.check_backend(name, available_backends())
+    match name:
+        case "reference":
+            from msa import reference
+
+            return reference
+        case "torch":
+            from msa import torch_impl
+
+            return torch_impl
+        case _:
+            from msa import triton_impl
+
+            return triton_impl
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """Takes arrays and forms from the caller to the backend, and back in the caller's own kind."""
+
+    name: str
+    model: Array
+    """The argument whose kind, dtype and device the answer has."""
+
+    def take(self, **things: Any) -> list[Any]:
+        """Arrays and forms as the backend wants them: NumPy for reference, else torch."""
+        if self.name != "reference":
+            return [map_arrays(thing, _to_torch) for thing in things.values()]
+        for name, thing in things.items():
+            if checks.is_torch(thing):
+                checks.check_no_gradient(name, thing)
+        return [map_arrays(thing, _to_numpy) for thing in things.values()]
+
+    def give(self, thing: Any) -> Any:
+        """An array or a form as the caller had it; an Output's out in the caller's dtype (R12)."""
+        if not checks.is_torch(self.model):
+            return map_arrays(thing, _to_numpy)
+        thing = map_arrays(thing, lambda array: _to_torch(array).to(self.model.device))
+        return (
+            replace(thing, out=thing.out.to(self.model.dtype))
+            if isinstance(thing, Output)
+            else thing
+        )
+
+
+def map_arrays(thing: Any, change: Callable[[Array], Array]) -> Any:
+    """Apply `change` to an array, or to every array in a form and in the forms inside it."""
+    if hasattr(thing, "shape"):
+        return change(thing)
+    if not is_dataclass(thing) or isinstance(thing, type):
+        return thing
+    changed = {f.name: map_arrays(getattr(thing, f.name), change) for f in fields(thing)}
+    return replace(thing, **changed)
+
+
+def _to_numpy(array: Array) -> Any:
+    if not checks.is_torch(array):
+        return array
+    if checks.dtype_name(array) == "bfloat16":  # NumPy has none; float32 holds each value exactly
+        array = array.float()
+    return array.detach().cpu().numpy()
+
+
+def _to_torch(array: Array) -> Any:
+    if checks.is_torch(array):
+        return array
+    import torch
+
+    return torch.from_numpy(np.array(array))

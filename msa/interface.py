@@ -1,0 +1,163 @@
+"""The contract that the three backends keep: one Protocol, its docstrings are the law.
+
+A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
+Arguments arrive checked (`msa.checks`, called by `msa.api`), packed (R1) and in the backend's own
+array type; letters are explained in `msa.ir`. Rules R1-R20 are those of docs/spec.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from jaxtyping import Float
+
+from msa.config import MSAConfig
+from msa.ir import (
+    Array,
+    BlockScores,
+    Output,
+    PagedKV,
+    Partials,
+    ReverseIndex,
+    Schedule,
+    Selection,
+    Sequences,
+    TileUnion,
+)
+
+
+class Backend(Protocol):
+    """Thirteen functions, in the order of the lowering."""
+
+    # -- the whole path ---------------------------------------------------------------------------
+    def attend(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        q_idx: Float[Array, "Tq Hkv Di"],
+        k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences,
+        config: MSAConfig,
+    ) -> Output:
+        """Select, then attend: MSA itself (eq. 6-8, R4-R12). out in q's dtype, lse in float32."""
+        ...
+
+    def attend_selection(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        selection: Selection,
+        softmax_scale: float,
+    ) -> Output:
+        """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12)."""
+        ...
+
+    # -- the index branch -------------------------------------------------------------------------
+    def score_blocks(
+        self,
+        q_idx: Float[Array, "Tq Hkv Di"],
+        k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences,
+        config: MSAConfig,
+    ) -> BlockScores:
+        """For every query, group and block the highest visible token score (eq. 6, R4-R5).
+
+        NaN counts as -inf; -inf where no token of the block is visible.
+        """
+        ...
+
+    def select_blocks(self, scores: BlockScores, config: MSAConfig) -> Selection:
+        """The forced blocks, then the best of the others; ties to the lower id (eq. 7, R6-R8)."""
+        ...
+
+    def select_fused(
+        self,
+        q_idx: Float[Array, "Tq Hkv Di"],
+        k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences,
+        config: MSAConfig,
+    ) -> Selection:
+        """select_blocks(score_blocks(...)) in memory that grows with Tq * k, not Tq * NB."""
+        ...
+
+    # -- the lowering -----------------------------------------------------------------------------
+    def reverse_selection(self, selection: Selection) -> ReverseIndex:
+        """The same edges sorted by group and block, queries ascending within each (R13)."""
+        ...
+
+    def schedule_chunks(self, reverse_index: ReverseIndex, chunk_size: int) -> Schedule:
+        """Cut every row into items of at most chunk_size edges: ceil(row / chunk_size) items (R14).
+
+        Items are in row order, all but a row's last one full; an empty row has none.
+        """
+        ...
+
+    def attend_chunks(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        schedule: Schedule,
+        softmax_scale: float,
+    ) -> Partials:
+        """For every edge and head the block-local softmax output and its LSE, in its slot (R15)."""
+        ...
+
+    def combine_partials(self, partials: Partials, dtype: Any = None) -> Output:
+        """Weigh each slot by exp(its LSE - the total LSE) and add up (R16).
+
+        `dtype` is that of `out` (None: that of the partials); lse is the total LSE in float32.
+        """
+        ...
+
+    # -- the other loop order ---------------------------------------------------------------------
+    def unite_tiles(self, selection: Selection, tile_size: int) -> TileUnion:
+        """The union of the blocks of tile_size (1 to 31) neighbouring queries, with row masks (R9).
+
+        Tiles start at each sequence's first query; U is the width of the widest union.
+        """
+        ...
+
+    def attend_union(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        tile_union: TileUnion,
+        softmax_scale: float,
+    ) -> Output:
+        """Attention by a running softmax along each tile's union (R9, R10)."""
+        ...
+
+    # -- training and decoding --------------------------------------------------------------------
+    def align_index(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        q_idx: Float[Array, "Tq Hkv Di"],
+        k_idx: Float[Array, "Tk Di"],
+        selection: Selection | None,
+        sequences: Sequences,
+        config: MSAConfig,
+    ) -> Float[Array, ""]:
+        """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
+
+        selection=None is the warm-up form: both distributions run over all visible tokens.
+        """
+        ...
+
+    def decode_step(
+        self,
+        q: Float[Array, "B n Hq D"],
+        q_idx: Float[Array, "B n Hkv Di"],
+        cache: PagedKV,
+        config: MSAConfig,
+    ) -> Output:
+        """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
+
+        A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
+        The returned selection covers the live sequences, packed.
+        """
+        ...

@@ -1,0 +1,79 @@
+"""From the layouts that a caller may use to the packed one that backends know, and back (R1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from msa import checks
+from msa.ir import Array, Output, Sequences
+
+DIMS = {"q": "Tq Hq D", "k": "Tk Hkv D", "v": "Tk Hkv Dv", "q_idx": "Tq Hkv Di", "k_idx": "Tk Di"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sequences that a call's tensors hold, and the leading dims of q: [Tq] or [B, T]."""
+
+    sequences: Sequences
+    lead: tuple[int, ...]
+
+    def pack(self, array: Array) -> Array:
+        """[B, T, ...] to [B * T, ...]; packed arrays stay as they are."""
+        if len(self.lead) == 1:
+            return array
+        return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+    def unpack(self, output: Output) -> Output:
+        """Bring out and lse back to the layout of q."""
+        out, lse = (x.reshape(*self.lead, *x.shape[1:]) for x in (output.out, output.lse))
+        return replace(output, out=out, lse=lse)
+
+
+def read_layout(
+    arrays: dict[str, Array],
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    sequences: Sequences | None = None,
+) -> Layout:
+    """Check the arrays against one another (R20) and find the sequences that they hold.
+
+    `arrays` maps some of q, k, v, q_idx, k_idx to what the caller gave; `sequences` are known
+    beforehand where a Selection brings them.
+
+    Raises:
+        TypeError, ValueError: see `msa.checks`.
+    """
+    for name, array in arrays.items():
+        checks.check_array(name, array)
+    for branch in (("q", "k", "v"), ("q_idx", "k_idx")):
+        found = {name: arrays[name] for name in branch if name in arrays}
+        if found:
+            checks.check_same_dtype(**found)
+    checks.check_same_place(**arrays)
+
+    batched = None
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        batched = checks.check_layout(name, array, DIMS[name], batched)
+        checks.check_shape(name, array, f"B {DIMS[name]}" if batched else DIMS[name], sizes)
+    if "Hq" in sizes:
+        checks.check_heads(sizes["Hq"], sizes["Hkv"])
+
+    copies = sizes.get("B", 1)
+    n_q, n_k = sizes["Tq"], sizes["Tk"]
+    borders = (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
+    if sequences is not None or batched:
+        reason = "tensors are batched" if batched else "a selection brings its own sequences"
+        for name, given in borders:
+            checks.check_absent(name, given, reason)
+    if sequences is not None:
+        checks.check_totals(sequences, copies * n_q, copies * n_k, "the selection's ")
+    elif cu_seqlens_q is None and cu_seqlens_k is None:
+        checks.check_lengths(n_q, n_k)
+        sequences = Sequences.uniform(copies, n_q, n_k)
+    else:
+        checks.check_both(cu_seqlens_q, cu_seqlens_k)
+        sequences = Sequences(*(checks.read_borders(name, given) for name, given in borders))
+        checks.check_totals(sequences, n_q, n_k, "")
+    return Layout(sequences, (copies, n_q) if batched else (n_q,))

@@ -1,0 +1,39 @@
+"""Decoding: the case of few queries, keys and values in pages (R2)."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from msa.config import MSAConfig
+from msa.ir import Array, Output, PagedKV, Selection, Sequences
+from msa.reference.attention import attend
+
+
+def decode_step(
+    q: Float[Array, "B n Hq D"],
+    q_idx: Float[Array, "B n Hkv Di"],
+    cache: PagedKV,
+    config: MSAConfig,
+) -> Output:
+    """Lay each sequence's pages out flat, then attend as ever; empty slots give 0 and LSE -inf."""
+    batch, n, heads, _ = q.shape
+    out = np.zeros((batch, n, heads, cache.v_pages.shape[-1]), q.dtype)
+    lse = np.full((batch, n, heads), -np.inf, np.float32)
+    chosen, borders = [], [0]
+    for s, length in enumerate(cache.lengths.tolist()):
+        if length == 0:
+            continue
+        pages = cache.page_table[s, : -(-length // config.block_size)]
+        k, v, k_idx = (
+            array[pages].reshape(-1, *array.shape[2:])[:length]
+            for array in (cache.k_pages, cache.v_pages, cache.k_idx_pages)
+        )
+        one = attend(q[s], k, v, q_idx[s], k_idx, Sequences.one(n, length), config)
+        assert one.selection is not None
+        out[s], lse[s] = one.out, one.lse
+        chosen.append(one.selection.indices)
+        borders.append(borders[-1] + length)
+    live = Sequences(tuple(n * s for s in range(len(borders))), tuple(borders))
+    empty = np.zeros((0, q_idx.shape[2], config.top_k), np.int32)
+    return Output(out, lse, Selection(np.concatenate([empty, *chosen]), live, config.block_size))
