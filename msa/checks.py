@@ -34,7 +34,7 @@ def check_count(name: str, value: Any, least: int) -> None:
     """An integer of at least `least`; bool does not count as one."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 

@@ -20,7 +20,8 @@ def decode_step(
     batch, n, heads, _ = q.shape
     out = np.zeros((batch, n, heads, cache.v_pages.shape[-1]), q.dtype)
     lse = np.full((batch, n, heads), -np.inf, np.float32)
-    chosen, borders = [], [0]
+    chosen: list[Array] = []
+    borders = [0]
     for s, length in enumerate(cache.lengths.tolist()):
         if length == 0:
             continue

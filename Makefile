@@ -1,0 +1,28 @@
+# Every target sets up what it needs: .venv, with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint install bench-crossing clean
+demo: install
+	$(BIN)/msa demo digits --plot digits.png
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+
+install: .venv/installed
+
+bench-crossing: install
+	$(BIN)/python -m benchmarks.crossing
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	touch $@
+
+clean:
+	rm -rf .venv digits.png

@@ -1,0 +1,58 @@
+"""The `msa` command. Every command is a frozen dataclass of options and a function `run`.
+
+Commands are imported only when they are called, so that `msa explain` works where torch,
+scikit-learn or Hypothesis are not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """\
+usage: msa COMMAND [options]
+
+MiniMax Sparse Attention from math to metal.
+
+commands:
+  explain       a 12-token example through every form of the lowering
+  verify        the equivalence proofs, rules R1-R20, on this machine's backends
+  demo digits   attention as a classifier of real images: dense, MSA, window, random
+
+`msa COMMAND --help` shows the options of a command.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code is the return value."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        import tyro
+
+        match arguments:
+            case ["explain", *rest]:
+                from msa import explain
+
+                return explain.run(tyro.cli(explain.ExplainOptions, prog="msa explain", args=rest))
+            case ["verify", *rest]:
+                from msa.conformance import report
+
+                return report.run(tyro.cli(report.VerifyOptions, prog="msa verify", args=rest))
+            case ["demo", "digits", *rest]:
+                from msa.demo import digits
+
+                return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
+            case [] | ["-h"] | ["--help"]:
+                print(HELP, end="")
+                return 0
+            case _:
+                print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
+                return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"msa: this command needs {error.name}; pip install 'msa-stack[all]' brings everything",
+            file=sys.stderr,
+        )
+        return 2
+    except ValueError as error:
+        print(f"msa: {error}", file=sys.stderr)
+        return 2

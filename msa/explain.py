@@ -1,0 +1,297 @@
+"""`msa explain`: a small example on its way through every form of the lowering.
+
+Twelve tokens, blocks of four, k = 2, two groups. The index vectors are small integers, so every
+score can be checked in the head. Each form is drawn as the dense mask that it stands for, every
+cell carrying what that form adds; below it stands what changed and why it is allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from msa import api, reference
+from msa.config import MSAConfig
+from msa.dispatch import BackendName
+from msa.ir import Array, ReverseIndex, Schedule, TileUnion
+from msa.pipeline import Trace
+
+TOKENS, GROUPS, CHUNK, TILE = 12, 2, 4, 4
+CONFIG = MSAConfig(block_size=4, top_k=2, index_scale=1.0)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """Print a 12-token example as it passes through every form of the lowering."""
+
+    backend: BackendName = "reference"
+    """Which backend takes the steps: reference, torch or triton."""
+    json: bool = False
+    """Print every form as JSON instead, for machines."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One form of the lowering, ready to be shown."""
+
+    form: str
+    made_by: str
+    changed: str
+    allowed: str
+    legend: str
+    pictures: list[list[str]]
+    """For each group, for each query, one character per token."""
+    facts: list[str]
+    checked: str
+    """What was checked of this form, and how it came out."""
+
+
+def example() -> dict[str, Float[Array, "..."]]:
+    """q, k, v, q_idx, k_idx of the example: v_j = j, so an output tells which tokens were read.
+
+    Group 0 looks for the first index channel, group 1 for the second, with two exceptions: query 10
+    of group 0 looks for the second one too, and query 9 of group 1 meets a tie.
+    """
+    k_idx = np.array(
+        [
+            [1, 0, 3, 1, 0, 0, 2, 1],  # tokens 0-3, two channels each
+            [1, 0, 0, 2, 1, 1, 0, 0],
+            [1, 1, 0, 1, 2, 0, 1, 2],
+        ]
+    ).reshape(TOKENS, 2)
+    q_idx = np.tile(np.eye(2), (TOKENS, 1, 1))
+    q_idx[10, 0] = [0, 1]
+    q_idx[9, 1] = [-1, 0]
+    angle = np.arange(TOKENS)[:, None, None] * np.array([0.5, 0.9])[:, None]
+    k = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
+    v = np.broadcast_to(np.arange(TOKENS)[:, None, None], (TOKENS, GROUPS, 1))
+    arrays = {"q": 2 * k, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def trace_example(backend: BackendName) -> Trace:
+    """The example through both loop orders."""
+    return api.lower(**example(), config=CONFIG, chunk_size=CHUNK, tile_size=TILE, backend=backend)
+
+
+def explain(trace: Trace) -> list[Step]:
+    """All steps in order, each with its picture."""
+    selection, index, schedule = trace.selection, trace.reverse_index, trace.schedule
+    mask = reference.mask_of(selection)
+    blocks = TOKENS // CONFIG.block_size
+    visible = np.tril(np.ones((TOKENS, TOKENS), bool))[:, None].repeat(GROUPS, axis=1)
+    item_of = {
+        edge: LETTERS[w]
+        for w, (row, start, stop) in enumerate(
+            zip(schedule.rows.tolist(), schedule.starts.tolist(), schedule.stops.tolist())
+        )
+        for edge in ((row // blocks, row % blocks, int(i)) for i in index.query_ids[start:stop])
+    }
+    slot_of = {(i, r, int(b)): s for (i, r, s), b in np.ndenumerate(selection.indices) if b >= 0}
+    written = sum(np.isfinite(trace.partials.lse[i, r, s]) for (i, r, _), s in slot_of.items())
+    weight = np.exp(trace.partials.lse - trace.output.lse[..., None])
+    last = TOKENS - 1
+    partial_out = trace.partials.out[last, :, :, 0]
+    inputs = example()
+    scale = CONFIG.softmax_scale_for(inputs["q"].shape[-1])
+    q, k, v = (inputs[name].astype(np.float64) for name in "qkv")
+    dense = reference.attend_selection(q, k, v, selection, scale).out
+
+    def draw(shown: Bool[Array, "..."], cell: Callable[[int, int, int], str]) -> list[list[str]]:
+        """`cell(query, group, block)` where the mask is set, a dot where only visible."""
+        return [
+            [
+                "".join(
+                    cell(i, r, j // CONFIG.block_size) if shown[i, r, j] else "·" if j <= i else " "
+                    for j in range(TOKENS)
+                )
+                for i in range(TOKENS)
+            ]
+            for r in range(GROUPS)
+        ]
+
+    def score(i: int, r: int, b: int) -> str:
+        return f"{trace.scores.values[i, r, b]:.0f}"[-1]
+
+    def kept(form: ReverseIndex | Schedule | TileUnion) -> str:
+        return "mask unchanged" if (reference.mask_of(form) == mask).all() else "MASK CHANGED"
+
+    rows = [LETTERS[x] for x in range(GROUPS * blocks)]
+    return [
+        Step(
+            "BlockScores", "score_blocks",
+            "N keys become N / 4 numbers per query and group: the best score of each block.",
+            "A block is worth reading for its best token; softmax grows with the score, so the raw "
+            "maximum ranks as well as its exponential (R4, R5).",
+            "digit = score of the block, the same for its visible tokens",
+            draw(visible, score),
+            [f"query 11: {trace.scores.values[last, r].astype(int).tolist()} in group {r}"
+             for r in range(GROUPS)],
+            "",
+        ),
+        Step(
+            "Selection", "select_blocks",
+            "Of each row at most 2 blocks stay: the query's own one, and the best of the others.",
+            "This is the one approximation of MSA; all steps below keep its meaning exactly. "
+            "Query 9 of group 1 sees a tie (0 = 0): the lower id wins (R6, R7).",
+            "█ = read, · = visible, not read",
+            draw(mask, lambda i, r, b: "█"),
+            [f"query {i}: {selection.indices[i].tolist()}" for i in (3, 9, 10, 11)],
+            "the mask to keep",
+        ),
+        Step(
+            "ReverseIndex", "reverse_selection",
+            "The same edges, sorted by block: each block now lists the queries that read it.",
+            "Sorting a set of edges changes no edge (R13). On a GPU a block is now loaded once for "
+            "all its readers.",
+            "letter = row, one per group and block",
+            draw(mask, lambda i, r, b: rows[r * blocks + b]),
+            [f"row {rows[x]} (group {x // blocks}, block {x % blocks}): queries "
+             f"{index.query_ids[index.row_offsets[x]:index.row_offsets[x + 1]].tolist()}"
+             for x in range(GROUPS * blocks)],
+            kept(index),
+        ),
+        Step(
+            "Schedule", "schedule_chunks",
+            f"Rows are cut into items of at most {CHUNK} edges: block 0, read by nearly all, is "
+            "shared out.",
+            "Every edge lies in exactly one item, and items need nothing from one another (R14).",
+            "letter = work item",
+            draw(mask, lambda i, r, b: item_of[r, b, i]),
+            [f"{len(schedule.rows)} items for {len(index.query_ids)} edges; edges per item: "
+             f"{(schedule.stops - schedule.starts).tolist()}"],
+            kept(schedule),
+        ),
+        Step(
+            "Partials", "attend_chunks",
+            "Each item does attention over its one block; each edge writes output and LSE into "
+            "its own slot.",
+            "Softmax over one block needs no other block; no two edges share a slot, so nothing "
+            "is added atomically (R15).",
+            "digit = slot of the edge",
+            draw(mask, lambda i, r, b: str(slot_of[i, r, b])),
+            [f"query 11, head {h}: outputs {np.round(partial_out[h], 3).tolist()}, "
+             f"LSEs {np.round(trace.partials.lse[last, h], 3).tolist()}" for h in range(GROUPS)],
+            f"{written} of {len(index.query_ids)} edges have their result",
+        ),
+        Step(
+            "Output", "combine_partials",
+            "The slots of a query are weighed by exp(their LSE - the total LSE) and added up.",
+            "Softmax over a disjoint union is the LSE-weighted mean of the softmaxes over its "
+            "parts (R16).",
+            "digit = weight of the block in tenths, 9 also for a block read alone",
+            draw(mask, lambda i, r, b: str(min(9, round(10 * weight[i, r, slot_of[i, r, b]])))),
+            [f"query 11, head {h}: "
+             + " + ".join(f"{w:.3f}·{o:.3f}" for w, o in zip(weight[last, h], partial_out[h]))
+             + f" = {trace.output.out[last, h, 0]:.3f}" for h in range(GROUPS)],
+            f"{np.abs(trace.output.out - dense).max():.1e} from the dense definition",
+        ),
+        Step(
+            "TileUnion", "unite_tiles",
+            f"The other loop order: {TILE} neighbouring queries walk the union of their blocks; a "
+            "bit says who reads what.",
+            "A masked row adds nothing to a running softmax, so reading a neighbour's block is "
+            "only wasted work (R9).",
+            "█ = read, ○ = walked for a neighbour, masked",
+            draw(walked_mask(trace), lambda i, r, b: "█" if (i, r, b) in slot_of else "○"),
+            [f"queries {start}-{stop - 1}: blocks "
+             f"{[ids[ids >= 0].tolist() for ids in trace.tile_union.block_ids[t]]} per group"
+             for t, (start, stop) in enumerate(
+                 zip(trace.tile_union.starts.tolist(), trace.tile_union.stops.tolist()))]
+            + [f"its output is {np.abs(trace.union_output.out - dense).max():.1e} from the dense "
+               "definition"],
+            kept(trace.tile_union),
+        ),
+    ]  # fmt: skip
+
+
+def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
+    """What the union walk touches: every visible token of every block in a tile's union."""
+    union, mask = trace.tile_union, np.zeros((TOKENS, GROUPS, TOKENS), bool)
+    for t, r, u in np.argwhere(union.block_ids >= 0).tolist():
+        first = int(union.block_ids[t, r, u]) * CONFIG.block_size
+        for i in range(int(union.starts[t]), int(union.stops[t])):
+            mask[i, r, first : min(first + CONFIG.block_size, i + 1)] = True
+    return mask
+
+
+def to_plain(thing: Any) -> Any:
+    """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
+    if isinstance(thing, np.ndarray | np.generic):
+        return to_plain(thing.tolist())
+    if isinstance(thing, (list, tuple)):
+        return [to_plain(x) for x in thing]
+    if isinstance(thing, float) and not np.isfinite(thing):
+        return str(thing)
+    return thing
+
+
+def run(options: ExplainOptions) -> int:
+    """Print the example, for people or for machines."""
+    trace = trace_example(options.backend)
+    steps = explain(trace)
+    if options.json:
+        shown = {
+            "backend": options.backend,
+            "config": asdict(CONFIG),
+            "inputs": {name: to_plain(array) for name, array in example().items()},
+            "steps": [asdict(step) for step in steps],
+            "trace": to_plain(trace),
+        }
+        print(json.dumps(shown))
+        return 0
+    print_steps(steps)
+    return 0
+
+
+def print_steps(steps: list[Step]) -> None:
+    """One panel per form, the masks of the groups side by side."""
+    from rich.console import Console, Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=min(100, Console().width))
+    console.print(
+        f"[bold]The lowering of MSA[/] on {TOKENS} tokens, blocks of {CONFIG.block_size}, "
+        f"k = {CONFIG.top_k}, {GROUPS} groups of one head. Rows are queries, columns keys.\n"
+    )
+    for number, step in enumerate(steps, 1):
+        grids = Table.grid(padding=(0, 4))
+        grids.add_row(*(f"[dim]      group {r}[/]" for r in range(len(step.pictures))))
+        grids.add_row(*(Text(_spaced(picture)) for picture in step.pictures))
+        console.print(
+            Panel(
+                Group(
+                    Text(step.changed),
+                    Text(step.allowed, style="dim"),
+                    "",
+                    grids,
+                    Text(step.legend, style="dim"),
+                    *(Text(fact, style="cyan") for fact in step.facts),
+                ),
+                title=f"{number} {step.made_by} → [bold]{step.form}[/]",
+                title_align="left",
+                subtitle=step.checked or None,
+                subtitle_align="right",
+            )
+        )
+
+
+def _spaced(picture: list[str]) -> str:
+    """Number the queries and leave a gap between blocks."""
+    size = CONFIG.block_size
+    lines = []
+    for i, row in enumerate(picture):
+        if i and i % size == 0:
+            lines.append("")
+        lines.append(f"{i:>3}   " + "  ".join(row[j : j + size] for j in range(0, len(row), size)))
+    return "\n".join(lines)
