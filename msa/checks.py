@@ -141,7 +141,7 @@ def check_array(name: str, array: Any) -> None:
     if dtype_name(array) not in FLOAT_DTYPES:
         raise TypeError(f"{name} must have dtype {' or '.join(FLOAT_DTYPES)}, got {array.dtype}")
     stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
-    if array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
+    if 0 not in array.shape and array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must be contiguous in its last dim, got strides {list(stride)}")
 
 

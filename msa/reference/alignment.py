@@ -53,7 +53,7 @@ def log_softmax(scores: Array, support: Array) -> Array:
     +inf scores share all the mass among themselves; if every score is -inf, the whole support does.
     """
     scores = np.where(support, scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True)
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     tied_at_infinity = np.where(support & (scores == top), 0.0, -np.inf)
     finite = np.isfinite(top)
     shifted = np.where(finite, scores - np.where(finite, top, 0.0), tied_at_infinity)

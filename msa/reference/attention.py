@@ -21,7 +21,7 @@ def masked_softmax(
     (array([[0.25, 0.75, 0.  ]]), array([4.]))
     """
     logits = np.where(mask, logits, -np.inf)
-    top = logits.max(axis=-1, keepdims=True)
+    top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(logits - top)
     total = weights.sum(axis=-1, keepdims=True)
     return weights / total, (top + np.log(total))[..., 0]
@@ -44,11 +44,6 @@ def attend_selection(
 ) -> Output:
     """Softmax over the selected visible tokens, times v; out in q's dtype, lse float32 (R12)."""
     group = q.shape[1] // k.shape[1]
-    n_q, heads = q.shape[:2]
-    if n_q == 0:
-        return Output(
-            np.zeros((0, heads, v.shape[-1]), q.dtype), np.zeros((0, heads), np.float32), selection
-        )
     mask = np.repeat(mask_of(selection), group, axis=1)
     probabilities, lse = masked_softmax(head_logits(q, k, softmax_scale), mask)
     values = np.repeat(v.astype(np.float64), group, axis=1)

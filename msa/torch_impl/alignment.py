@@ -1,0 +1,74 @@
+"""Training: how far the index branch is from the main branch (eq. 9-10, R17)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from msa.config import MSAConfig
+from msa.ir import Selection, Sequences
+from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.verdicts import dense_verdicts, sparse_verdicts
+
+
+def align_index(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"],
+    k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None,
+    sequences: Sequences,
+    config: MSAConfig,
+) -> Float[Tensor, ""]:
+    """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
+
+    selection=None is the warm-up form: both distributions run over all visible tokens. The gradient
+    reaches q_idx and k_idx only; the loss is float32, or float64 for float64 inputs.
+
+    >>> x = torch.zeros(3, 1, 2)
+    >>> q_idx = torch.zeros(3, 1, 2, requires_grad=True)
+    >>> config = MSAConfig(block_size=2, top_k=1)
+    >>> align_index(x, x, q_idx, x[:, 0], None, Sequences.one(3, 3), config).item()  # both uniform
+    0.0
+    """
+    q, k = q.detach(), k.detach()
+    wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
+    return Alignment.apply(q, k, q_idx, k_idx, selection, sequences, config, wants_gradient)
+
+
+class Alignment(torch.autograd.Function):
+    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Add up the tiles in order; keep the two small gradients, never a score (R19)."""
+        q, k, q_idx, k_idx, selection, sequences, config, wants_gradient = args
+        dtype = torch.promote_types(working_dtype(q, k), working_dtype(q_idx, k_idx))
+        tensors = tuple(x.to(dtype) for x in (q, k, q_idx, k_idx))
+        loss = torch.zeros((), dtype=torch.float64, device=q.device)
+        d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
+        if selection is None:
+            verdicts = dense_verdicts(tensors, sequences, config, wants_gradient)
+        else:
+            verdicts = sparse_verdicts(tensors, selection, config, wants_gradient)
+        for verdict in verdicts:
+            loss += verdict.loss
+            d_queries[verdict.queries] = verdict.d_queries
+            d_keys[verdict.keys] += verdict.d_keys
+        count = max(1, q_idx.shape[0] * q_idx.shape[1])
+        ctx.save_for_backward(d_queries / count, d_keys / count)
+        ctx.dtypes = q_idx.dtype, k_idx.dtype
+        wide = torch.float64 in (q.dtype, q_idx.dtype)
+        return (loss / count).to(torch.float64 if wide else torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward found."""
+        grads = (x * d_loss for x in ctx.saved_tensors)
+        d_queries, d_keys = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return None, None, d_queries, d_keys, None, None, None, None

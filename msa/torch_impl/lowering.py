@@ -1,0 +1,43 @@
+"""The chain from a Selection to a Schedule, one tile of queries at a time.
+
+For the two files that walk edges from end to end: attention and alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from msa.ir import Schedule, Selection
+from msa.torch_impl.reverse_index import reverse_selection
+from msa.torch_impl.schedule import schedule_chunks
+from msa.torch_impl.tiles import query_tiles
+
+
+@dataclass(frozen=True)
+class ScheduledTile:
+    """A tile of queries, the keys that it may see, and the work that its selection asks for."""
+
+    queries: slice
+    keys: slice
+    schedule: Schedule
+
+
+def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
+    """As many queries as let a slot buffer of one number per element reach BUFFER."""
+    total = CPU_BUFFER if like.device.type == "cpu" else GPU_BUFFER
+    return min(max(1, total // elements_per_query), max(1, like.shape[0]))
+
+
+def schedule_tiles(selection: Selection, size: int, chunk_size: int) -> Iterator[ScheduledTile]:
+    """Tiles of `size` queries, lowered as far as the schedule."""
+    for tile in query_tiles(selection.sequences, size):
+        part = Selection(selection.indices[tile.queries], tile.sequences, selection.block_size)
+        schedule = schedule_chunks(reverse_selection(part), chunk_size)
+        yield ScheduledTile(tile.queries, tile.keys, schedule)
+
+
+CPU_BUFFER = 2**22
+GPU_BUFFER = 2**27

@@ -1,0 +1,114 @@
+"""Where a query stands, and how a long problem is cut into tiles of queries.
+
+A run of neighbouring queries with the keys up to its last one is again a legal problem: the
+alignment rule (R2) calls it a chunked prefill. So a tile needs no code of its own. Every stage
+takes it as it is, and memory grows with the tile instead of the sequence.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from msa.ir import Sequences
+
+
+@dataclass(frozen=True)
+class QueryTile:
+    """Packed queries `queries`, every key that they may see, and the problem that these two form."""
+
+    queries: slice
+    keys: slice
+    sequences: Sequences
+
+
+def query_tiles(sequences: Sequences, size: int) -> Iterator[QueryTile]:
+    """Cut all packed queries into runs of `size`, which may span several sequences.
+
+    >>> for tile in query_tiles(Sequences((0, 3, 5), (0, 3, 9)), size=2):
+    ...     print(tile.queries, tile.keys, tile.sequences.cu_seqlens_q, tile.sequences.cu_seqlens_k)
+    slice(0, 2, None) slice(0, 2, None) (0, 2) (0, 2)
+    slice(2, 4, None) slice(0, 8, None) (0, 1, 2) (0, 3, 8)
+    slice(4, 5, None) slice(3, 9, None) (0, 1) (0, 6)
+    """
+    cu_q, cu_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    for start in range(0, sequences.total_q, size):
+        stop = min(start + size, sequences.total_q)
+        first, last = bisect_right(cu_q, start) - 1, bisect_left(cu_q, stop) - 1
+        first_key = cu_k[first]
+        last_key = cu_k[last + 1] - (cu_q[last + 1] - stop)  # what the last query sees, and no more
+        part = Sequences(
+            (0, *(b - start for b in cu_q[first + 1 : last + 1]), stop - start),
+            (*(b - first_key for b in cu_k[first : last + 1]), last_key - first_key),
+        )
+        yield QueryTile(slice(start, stop), slice(first_key, last_key), part)
+
+
+def sequence_tiles(
+    sequences: Sequences, elements_per_score: int, budget: int
+) -> Iterator[QueryTile]:
+    """Tiles inside one sequence each, for the dense products of the index branch and the warm-up.
+
+    A tile has so many queries that queries x keys x `elements_per_score` stays near `budget`.
+
+    >>> [t.keys for t in sequence_tiles(Sequences.one(8, 8), elements_per_score=2, budget=32)]
+    [slice(0, 4, None), slice(0, 8, None)]
+    >>> [t.queries for t in sequence_tiles(Sequences.one(8, 8), elements_per_score=2, budget=64)]
+    [slice(0, 5, None), slice(5, 8, None)]
+    """
+    for qs, ks in sequences.spans():
+        start = qs.start
+        while start < qs.stop:
+            seen = ks.stop - ks.start - (qs.stop - start)
+            # t (seen + t) = budget / elements, solved for t: early tiles see few keys, so are taller
+            area = budget / elements_per_score
+            rows = max(1, round(((seen / 2) ** 2 + area) ** 0.5 - seen / 2))
+            stop = min(start + rows, qs.stop)
+            n_keys = seen + stop - start
+            part = Sequences.one(stop - start, n_keys)
+            yield QueryTile(slice(start, stop), slice(ks.start, ks.start + n_keys), part)
+            start = stop
+
+
+def borders(values: tuple[int, ...], device: torch.device) -> Int[Tensor, "batch+1"]:
+    """Sequence or block borders as an int64 tensor."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def owners(cu: tuple[int, ...], device: torch.device) -> Int[Tensor, " total"]:
+    """For each packed entry the sequence that it belongs to.
+
+    >>> owners((0, 2, 2, 3), torch.device("cpu"))
+    tensor([0, 0, 2])
+    """
+    return torch.repeat_interleave(borders(cu, device).diff(), output_size=cu[-1])
+
+
+def query_positions(sequences: Sequences, device: torch.device) -> Int[Tensor, " Tq"]:
+    """The position of every packed query in its own sequence (R2).
+
+    >>> query_positions(Sequences((0, 2, 5), (0, 7, 10)), torch.device("cpu"))
+    tensor([5, 6, 0, 1, 2])
+    """
+    cu_q, cu_k = (borders(c, device) for c in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
+    shift = cu_k.diff() - cu_q[1:]
+    owner = owners(sequences.cu_seqlens_q, device)
+    return torch.arange(sequences.total_q, device=device) + shift[owner]
+
+
+def block_positions(
+    sequences: Sequences, block_size: int, device: torch.device
+) -> Int[Tensor, " blocks"]:
+    """For every block, all sequences numbered through, the position of its first token (R3).
+
+    >>> block_positions(Sequences((0, 1, 2), (0, 5, 8)), 4, torch.device("cpu"))
+    tensor([0, 4, 0])
+    """
+    cu_blocks = sequences.cu_blocks(block_size)
+    number = torch.arange(cu_blocks[-1], device=device)
+    return (number - borders(cu_blocks, device)[owners(cu_blocks, device)]) * block_size
