@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint install bench-crossing clean
 demo: install
-	$(BIN)/msa demo digits --plot digits.png
+	$(BIN)/msa demo digits --backend torch --plot digits.png
 
 test: install
 	$(BIN)/python -m pytest

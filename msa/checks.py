@@ -295,6 +295,16 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
         )
 
 
+def check_triton_device(array: Any, interpreted: bool) -> None:
+    """Kernels need a GPU, or Triton's interpreter, which runs them on the CPU for tests."""
+    if not interpreted and not (is_torch(array) and array.is_cuda):
+        where = f"a tensor on {array.device}" if is_torch(array) else f"a {_kind(array)}"
+        raise ValueError(
+            f"backend='triton' must be given CUDA tensors, got {where}: use backend='torch', or "
+            "set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
+        )
+
+
 def check_type(name: str, value: Any, wanted: type) -> None:
     """One of this package's own classes."""
     if not isinstance(value, wanted):

@@ -6,6 +6,7 @@ No registry, no environment variable, no priority list, no silent fall-back.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -37,7 +38,13 @@ def available_backends() -> tuple[str, ...]:
 
 
 def resolve(backend: BackendName, array: Array) -> str:
-    """What "auto" means: triton for CUDA tensors, torch for other tensors, reference for arrays."""
+    """What "auto" means: triton for CUDA tensors, torch for other tensors, reference for arrays.
+
+    Raises:
+        ValueError: triton for anything but a CUDA tensor (R20).
+    """
+    if backend == "triton":
+        checks.check_triton_device(array, interpreted=os.environ.get("TRITON_INTERPRET") == "1")
     if backend != "auto":
         return backend
     if not checks.is_torch(array):

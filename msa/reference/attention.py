@@ -44,10 +44,13 @@ def attend_selection(
 ) -> Output:
     """Softmax over the selected visible tokens, times v; out in q's dtype, lse float32 (R12)."""
     group = q.shape[1] // k.shape[1]
+    n_q, heads = q.shape[:2]
     mask = np.repeat(mask_of(selection), group, axis=1)
     probabilities, lse = masked_softmax(head_logits(q, k, softmax_scale), mask)
-    values = np.repeat(v.astype(np.float64), group, axis=1)
-    out = np.einsum("ihj,jhe->ihe", probabilities, values)
+    out = np.empty((n_q, heads, v.shape[-1]))
+    for i, h in np.ndindex(n_q, heads):  # what is not in the support is not read, be it NaN
+        read = mask[i, h]
+        out[i, h] = probabilities[i, h, read] @ v[read, h // group].astype(np.float64)
     return Output(out.astype(q.dtype), lse.astype(np.float32), selection)
 
 

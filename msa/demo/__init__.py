@@ -1,0 +1,1 @@
+"""Demonstrations on real data. `msa demo digits`: attention as a classifier of real images."""

@@ -1,0 +1,124 @@
+"""The digits as a stream of tokens: what becomes a query, a key, a value and an index feature.
+
+Softmax attention from held-out images to known images, with one-hot labels as values, is kernel
+regression: the output is a distribution over classes. Every group of heads compares the images
+through a view of its own, a fixed linear filter; its two heads differ only in sharpness.
+
+    known images                             held-out images
+    q: (not asked)                           q: sharpness x filtered image, length 1
+    k: filtered image, length 1              k: 0
+    v: one-hot label                         v: 0
+    k_idx: PCA of the image, length 1        k_idx: 0        q_idx: one PCA projection per group
+
+By R2 the queries are the last tokens, and each sees itself and the queries before it. A held-out
+image must not help to classify another one, so it offers nothing: key, value and index key are
+zero. What softmax mass it still draws falls on a zero value, and dividing the output by its own sum
+takes that mass out again exactly. By R6 each query reads its own block, which holds held-out images
+alone; that block is paid for within k, so MSA really has k - 1 blocks of known images to choose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from msa.demo.features import CLASSES, album_order, choose_sharpness, unit, views
+from msa.ir import Array, Sequences
+
+SOFT_AND_SHARP = 2.0**-0.5, 2.0**0.5
+"""The two heads of a group, relative to the chosen sharpness."""
+INDEX_LEVELS = 127
+"""Index features are whole numbers up to this, as in int8: every score is exact in float32, so all
+backends select the same blocks bit for bit."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The arguments of one call of msa.attention, and the images and labels they were made from."""
+
+    images: Float[Array, "Tk 64"]
+    labels: Int[Array, " Tk"]
+    known: int
+    """The first `known` tokens are known images, in whole blocks; the others are held out."""
+    block_size: int
+    sharpness: float
+    q: Float[Array, "Tq Hq 64"]
+    k: Float[Array, "Tk Hkv 64"]
+    v: Float[Array, "Tk Hkv 10"]
+    q_idx: Float[Array, "Tq Hkv Di"]
+    k_idx: Float[Array, "Tk Di"]
+
+    @property
+    def sequences(self) -> Sequences:
+        """One sequence; the held-out images are its queries (R2)."""
+        return Sequences.one(len(self.q), len(self.k))
+
+    @property
+    def known_blocks(self) -> int:
+        """Blocks of known images; no block holds known and held-out images both."""
+        return self.known // self.block_size
+
+    @property
+    def truth(self) -> Int[Array, " Tq"]:
+        """The classes to be found. Nothing but the final count of hits looks at them."""
+        return self.labels[self.known :]
+
+    @cached_property
+    def dense_mass(self) -> Float[Array, "Tq Hkv blocks"]:
+        """The weight of each known block in dense attention among the known images, in float64:
+        the mean over the heads of a group, as in the teacher of R17. It sums to 1.
+        """
+        mass = np.zeros((*self.q_idx.shape[:2], self.known_blocks))
+        heads = self.q.shape[1] // self.k.shape[1]
+        for h in range(self.q.shape[1]):
+            keys = self.k[: self.known, h // heads].astype(np.float64)
+            logits = self.q[:, h].astype(np.float64) @ keys.T
+            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+            weights /= heads * weights.sum(axis=1, keepdims=True)
+            mass[:, h // heads] += weights.reshape(len(mass), -1, self.block_size).sum(axis=-1)
+        return mass
+
+
+def build_stream(
+    images: Float[Array, "n 64"],
+    labels: Int[Array, " n"],
+    known_ids: Int[Array, " a"],
+    held_out_ids: Int[Array, " b"],
+    block_size: int,
+    index_dims: int,
+    album: bool = False,
+) -> Stream:
+    """Everything is fitted on the known images: mean, PCA, album order, and, with their labels,
+    the sharpness of the heads. Labels reach v and that one number, never an index feature.
+
+    The index is a low-rank copy of the main branch. With filter W, group r scores <Wx, Wy>; kept to
+    the first PCA directions P of y this is <P W'W x, P y>: one projection of x for each group, and
+    one of y that all groups share, which is the shape of MSA's index branch.
+    """
+    if album:
+        known_ids = known_ids[album_order(images[known_ids] - images[known_ids].mean(0))]
+    ids, n = np.concatenate([known_ids, held_out_ids]), len(known_ids)
+    x, labels = images[ids] - images[known_ids].mean(0), labels[ids]
+    filters = list(views().values())
+    directions = np.linalg.eigh(x[:n].T @ x[:n])[1][:, ::-1][:, :index_dims]  # PCA
+    sharpness = choose_sharpness([unit(x[:n] @ w) for w in filters], labels[:n])
+
+    heads = [s * sharpness * unit(x[n:] @ w) for w in filters for s in SOFT_AND_SHARP]
+    k = np.stack([unit(x @ w) for w in filters], axis=1)
+    v = np.repeat(np.eye(CLASSES)[labels][:, None], len(filters), axis=1)
+    q_idx = np.stack([unit(x[n:] @ w @ w.T @ directions) for w in filters], axis=1)
+    k_idx = unit(x @ directions)
+    for offered in (k, v, k_idx):
+        offered[n:] = 0  # a held-out image asks and offers nothing
+    arrays = {
+        "q": np.stack(heads, axis=1),
+        "k": k,
+        "v": v,
+        "q_idx": np.rint(INDEX_LEVELS * q_idx),
+        "k_idx": np.rint(INDEX_LEVELS * k_idx),
+    }
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    return Stream(images[ids], labels, n, block_size, sharpness, **arrays)
