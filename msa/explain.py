@@ -176,8 +176,8 @@ def explain(trace: Trace) -> list[Step]:
             "is added atomically (R15).",
             "digit = slot of the edge",
             draw(mask, lambda i, r, b: str(slot_of[i, r, b])),
-            [f"query 11, head {h}: outputs {np.round(partial_out[h], 3).tolist()}, "
-             f"LSEs {np.round(trace.partials.lse[last, h], 3).tolist()}" for h in range(GROUPS)],
+            [f"query 11, head {h}: outputs {three(partial_out[h])}, "
+             f"LSEs {three(trace.partials.lse[last, h])}" for h in range(GROUPS)],
             f"{written} of {len(index.query_ids)} edges have their result",
         ),
         Step(
@@ -209,6 +209,11 @@ def explain(trace: Trace) -> list[Step]:
             kept(trace.tile_union),
         ),
     ]  # fmt: skip
+
+
+def three(numbers: Float[Array, " n"]) -> str:
+    """Three decimals, whatever the precision of the numbers."""
+    return ", ".join(f"{x:.3f}" for x in numbers)
 
 
 def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
