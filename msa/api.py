@@ -211,6 +211,7 @@ def lower(
     >>> trace.selection.indices[5], trace.reverse_index.row_offsets
     (array([[0, 2]], dtype=int32), array([ 0,  6,  8, 10]))
     """
+    checks.check_type("config", config, MSAConfig)
     if chunk_size is None:
         chunk_size = 2 * config.top_k * config.block_size
     checks.check_count("chunk_size", chunk_size, 1)

@@ -56,3 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"msa: {error}", file=sys.stderr)
         return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -175,7 +175,7 @@ class ReverseIndex:
     array([0, 0, 0, 0, 0, 1, 1, 0, 1, 1], dtype=int32)
     """
 
-    row_offsets: Int[Array, "rows+1"]
+    row_offsets: Int[Array, " rows_plus_1"]
     query_ids: Int[Array, " edges"]
     slots: Int[Array, " edges"]
     counts: Int[Array, "Tq Hkv"]

@@ -34,7 +34,7 @@ def weigh_slots(
     partials: Partials,
 ) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
     """The combination in the precision of the partials."""
-    n_q, heads, top_k, _ = partials.out.shape
+    _, heads, top_k, _ = partials.out.shape
     group = heads // partials.counts.shape[1]
     counts = partials.counts.repeat_interleave(group, dim=1)
     valid = torch.arange(top_k, device=counts.device) < counts[..., None]

@@ -10,7 +10,7 @@ from torch import Tensor
 def judge(
     logits: Float[Tensor, "*rows G n"],
     scores: Float[Tensor, "*rows n"],
-    support: Bool[Tensor, "*rows n"],
+    support: Bool[Tensor, "#*rows n"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows n"]]:
     """The summed KL of the rows and its gradient with respect to the scores.
 
@@ -29,7 +29,7 @@ def judge(
 
 
 def log_softmax(
-    scores: Float[Tensor, "*rows n"], support: Bool[Tensor, "*rows n"]
+    scores: Float[Tensor, "*rows n"], support: Bool[Tensor, "#*rows n"]
 ) -> Float[Tensor, "*rows n"]:
     """Logarithm of the student, -inf outside the support; NaN counts as -inf (R4).
 

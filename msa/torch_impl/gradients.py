@@ -11,23 +11,14 @@ of a block are added up item by item, in order.
 
 from __future__ import annotations
 
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Selection
-from msa.torch_impl.items import (
-    ItemBatch,
-    add_to_rows,
-    edges_per_item,
-    item_batches,
-    item_logits,
-    scaled_bmm,
-    to_rows,
-    to_tokens,
-)
+from msa.torch_impl.items import ItemBatch, edges_per_item, item_batches, item_logits
 from msa.torch_impl.lowering import ScheduledTile, queries_per_tile, schedule_tiles
+from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -88,19 +79,20 @@ def item_gradients(
     items: ItemBatch,
     scale: float,
 ) -> tuple[Float[Tensor, "edges_G D"], Float[Tensor, "W Bk D"], Float[Tensor, "W Bk Dv"]]:
-    """dQ of every edge and head, dK and dV of every item's block; by_lane is (q, dO, lse, delta)."""
+    """dQ of every edge, dK and dV of every item's block; by_lane is (q, dO, lse, delta)."""
     lanes, d_outs, lses, deltas = by_lane
     queries, logits = item_logits(lanes, keys, items, scale)
     d_out, lse, delta = (
         x[items.lanes].view(*queries.shape[:2], -1) for x in (d_outs, lses, deltas)
     )
     weights = (logits - lse).exp_()
-    d_logits = torch.bmm(d_out, values.index_select(0, items.rows).transpose(1, 2)).sub_(delta).mul_(weights)
+    item_keys, item_values = (x.index_select(0, items.rows) for x in (keys, values))
+    d_logits = torch.bmm(d_out, item_values.transpose(1, 2)).sub_(delta).mul_(weights)
     if not bool(items.real.all()):  # copies of an edge must not count twice
         copies = ~items.real.repeat_interleave(lanes.shape[1], dim=1)[..., None]
         weights.masked_fill_(copies, 0.0)
         d_logits.masked_fill_(copies, 0.0)
-    d_query = scaled_bmm(d_logits, keys.index_select(0, items.rows), scale)
+    d_query = scaled_bmm(d_logits, item_keys, scale)
     d_key = scaled_bmm(d_logits.transpose(1, 2), queries, scale)
     d_value = torch.bmm(weights.transpose(1, 2), d_out)
     return d_query.flatten(0, 1), d_key, d_value

@@ -13,6 +13,12 @@ from msa.ir import BlockScores, Sequences
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.tiles import QueryTile, sequence_tiles
 
+CPU_PRODUCTS = 2**20
+"""Products at a time: 4 MiB, reduced to their maxima while the cache still has them (measured)."""
+GPU_PRODUCTS = 2**27
+MAXIMA = 2**22
+"""Block scores at a time."""
+
 
 def scored_tiles(
     q_idx: Float[Tensor, "Tq Hkv Di"],
@@ -23,18 +29,19 @@ def scored_tiles(
 ) -> Iterator[tuple[QueryTile, BlockScores]]:
     """Tile after tile of queries, each with its block scores [t, Hkv, blocks visible to the tile].
 
-    One product reads all visible keys for all groups of a tile and is reduced while still in the
-    cache; what the tile cannot see is never multiplied. `scale` is positive, so that it may wait
-    until only the maxima are left: rounding keeps the order.
+    What the tile cannot see is never multiplied. `scale` is positive, so that it may wait until
+    only the maxima are left: rounding keeps the order.
     """
-    dtype = working_dtype(q_idx, k_idx)
+    dtype, on_cpu = working_dtype(q_idx, k_idx), q_idx.device.type == "cpu"
     keys, groups = k_idx.to(dtype), q_idx.shape[1]
-    budget = 2**20 if q_idx.device.type == "cpu" else 2**27
-    buffer = keys.new_empty(0)  # one memory for all products: fresh memory costs as much as a product
-    for tile in sequence_tiles(sequences, groups, budget):
+    size = (512 if on_cpu else 4096) // groups
+    size = max(1, min(size, MAXIMA // (groups * max(1, sequences.max_blocks(block_size)))))
+    room = max(CPU_PRODUCTS if on_cpu else GPU_PRODUCTS, size * groups * block_size)
+    room = min(room, size * groups * max(1, sequences.total_k))
+    # One memory for all products: touching fresh memory costs as much as a product.
+    buffer = keys.new_empty(room)
+    for tile in sequence_tiles(sequences, size):
         queries = q_idx[tile.queries].to(dtype)
-        needed = queries.shape[0] * groups * tile.sequences.total_k
-        buffer = buffer if buffer.numel() >= needed else keys.new_empty(needed)
         maxima = block_maxima(queries, keys[tile.keys], block_size, buffer)
         yield tile, BlockScores(maxima * scale, tile.sequences, block_size)
 
@@ -47,7 +54,7 @@ def block_maxima(
 ) -> Float[Tensor, "t Hkv blocks"]:
     """Highest visible product in each block; the last of the n keys is the last query's own.
 
-    `buffer` is memory for t x Hkv x n products or more.
+    `buffer` has room for the products of a tile with one block of keys or more.
 
     >>> keys = torch.tensor([[5.0], [torch.nan], [1.0], [3.0]])
     >>> block_maxima(torch.ones(2, 1, 1), keys, 2, torch.empty(8))
@@ -56,16 +63,41 @@ def block_maxima(
             [[5., 3.]]])
     """
     n_q, groups, dim = queries.shape
-    n_keys = len(keys)
-    products = buffer[: n_q * groups * n_keys].view(n_q * groups, n_keys)
-    torch.mm(queries.reshape(n_q * groups, dim), keys.T, out=products)
-    products = products.view(n_q, groups, n_keys)
-    first = n_keys - n_q  # the first query's position: before it, all is visible
-    future = torch.ones(n_q, n_q, dtype=torch.bool, device=keys.device).triu(1)
-    products[..., first:].masked_fill_(future[:, None], -torch.inf)
-    if missing := -n_keys % block_size:
+    rows = queries.reshape(n_q * groups, dim)
+    first = len(keys) - n_q  # the first query's position: before it, all is visible
+    step = max(1, len(buffer) // (len(rows) * block_size)) * block_size
+    parts = []
+    for start in range(0, len(keys), step):
+        part = keys[start : start + step]
+        products = buffer[: len(rows) * len(part)].view(len(rows), len(part))
+        torch.mm(rows, part.T, out=products)
+        if start + len(part) > first + 1:
+            hide_future(products.view(n_q, groups, len(part)), first - start)
+        parts.append(reduce_blocks(products, block_size))
+    return torch.cat(parts, dim=1).view(n_q, groups, -1)
+
+
+def hide_future(products: Float[Tensor, "t Hkv n"], first: int) -> None:
+    """Set what lies after each query to -inf, in place; query 0 stands at column `first`.
+
+    >>> products = torch.zeros(2, 1, 3)
+    >>> hide_future(products, first=0)
+    >>> products[:, 0]
+    tensor([[0., -inf, -inf],
+            [0., 0., -inf]])
+    """
+    positions = first + torch.arange(products.shape[0], device=products.device)
+    future = torch.arange(products.shape[2], device=products.device) > positions[:, None]
+    products.masked_fill_(future[:, None], -torch.inf)
+
+
+def reduce_blocks(
+    products: Float[Tensor, "rows n"], block_size: int
+) -> Float[Tensor, "rows blocks"]:
+    """The maximum of each block; NaN counts as -inf (R4)."""
+    if missing := -products.shape[1] % block_size:
         products = functional.pad(products, (0, missing), value=-torch.inf)
-    blocks = products.view(n_q, groups, -1, block_size)
+    blocks = products.view(len(products), -1, block_size)
     maxima = blocks.amax(-1)
     if bool(maxima.isnan().any()):  # rare, and amax tells: so look at the small result only
         maxima = torch.where(blocks.isnan(), -torch.inf, blocks).amax(-1)

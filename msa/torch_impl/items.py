@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from msa.ir import Schedule, Sequences
-from msa.torch_impl.tiles import block_positions, borders, owners, query_positions
+from msa.ir import Schedule
+from msa.torch_impl.rows import scaled_bmm
+from msa.torch_impl.tiles import block_positions, query_positions
 
-
-CPU_BATCH = 2**18
-"""Logits at a time: a megabyte, which the second-level cache holds (measured)."""
+CPU_BATCH = 2**20
+"""Logits at a time, 4 MiB. Smaller batches stay closer to the core and are no faster: each product
+is threaded by itself, and on a busy machine every start of the threads is a wait (measured)."""
 GPU_BATCH = 2**25
 
 
@@ -44,7 +45,7 @@ class ItemBatch:
     all_lanes: int
 
     def places(self, group: int) -> Int[Tensor, " W_C_G"]:
-        """For each edge and head its row in a buffer [lanes, group, k]; one past the last for copies."""
+        """For each edge and head its row in a buffer [lanes, group, k]; one past it for copies."""
         head = torch.arange(group, device=self.lanes.device)
         places = (self.lanes[..., None] * group + head) * self.top_k + self.slots[..., None]
         return torch.where(
@@ -53,7 +54,7 @@ class ItemBatch:
 
 
 def edges_per_item(group: int) -> int:
-    """A chunk size that gives the products of an item enough rows without many copies (measured)."""
+    """A chunk size that gives an item's products some 128 rows (measured)."""
     return max(16, 128 // group)
 
 
@@ -61,7 +62,7 @@ def item_batches(schedule: Schedule, edge_cost: int) -> Iterator[ItemBatch]:
     """All items, as many at a time as keep `edges * edge_cost` numbers in the cache.
 
     Full items come first, in row order. The short ones, at most one of each row, follow by length,
-    so that hardly any copies are computed. No batch holds both: its items of a row lie side by side.
+    so that hardly any copies are computed. No batch holds both: items of a row lie side by side.
     """
     if not len(schedule.rows):
         return
@@ -69,9 +70,9 @@ def item_batches(schedule: Schedule, edge_cost: int) -> Iterator[ItemBatch]:
     device, block, groups = index.query_ids.device, index.block_size, index.counts.shape[1]
     lengths = schedule.stops - schedule.starts
     order = torch.sort(lengths, descending=True, stable=True).indices
-    rows, starts, stops = (x[order, None] for x in (schedule.rows.long(), schedule.starts, schedule.stops))
+    rows, starts = schedule.rows.long()[order, None], schedule.starts[order, None]
     edges = starts + torch.arange(min(chunk, int(lengths.max())), device=device)
-    real = edges < stops
+    real = edges < schedule.stops[order, None]
     edges = torch.where(real, edges, starts)
     queries, slots = index.query_ids[edges].long(), index.slots[edges].long()
     blocks = index.sequences.cu_blocks(block)[-1]
@@ -99,7 +100,7 @@ def batches(
 ) -> Iterator[tuple[slice, int]]:
     """Slices of items whose lengths descend, each with the length of its longest item.
 
-    >>> list(batches([4, 4, 4, 3, 1], chunk=4, edge_cost=2**14, device=torch.device("cpu")))
+    >>> list(batches([4, 4, 4, 3, 1], chunk=4, edge_cost=2**17, device=torch.device("cpu")))
     [(slice(0, 2, None), 4), (slice(2, 3, None), 4), (slice(3, 5, None), 3)]
     """
     budget = CPU_BATCH if device.type == "cpu" else GPU_BATCH
@@ -118,7 +119,7 @@ def item_logits(
     items: ItemBatch,
     scale: float,
 ) -> tuple[Float[Tensor, "W CG D"], Float[Tensor, "W CG Bk"]]:
-    """The gathered queries of each item and their scaled products with its block, -inf if future."""
+    """The gathered queries of each item, and their logits in its block: -inf in the future."""
     count, width = items.lanes.shape
     _, group, dim = lanes.shape
     queries = lanes.index_select(0, items.lanes.flatten()).view(count, width * group, dim)
@@ -127,60 +128,3 @@ def item_logits(
         by_edge = logits.view(count, width, group, -1)
         by_edge.masked_fill_(~items.visible[:, :, None], -torch.inf)
     return queries, logits
-
-
-def scaled_bmm(
-    left: Float[Tensor, "W m n"], right: Float[Tensor, "W n p"], scale: float
-) -> Float[Tensor, "W m p"]:
-    """scale * left @ right, the factor inside the product: one pass over the result less."""
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
-
-
-def block_slots(sequences: Sequences, block_size: int, device: torch.device) -> Int[Tensor, " Tk"]:
-    """Where each packed token lies when every block is filled up to full length (R1, R3).
-
-    >>> block_slots(Sequences((0, 3, 5), (0, 3, 5)), 2, torch.device("cpu"))
-    tensor([0, 1, 2, 4, 5])
-    """
-    owner = owners(sequences.cu_seqlens_k, device)
-    first_token = borders(sequences.cu_seqlens_k, device)
-    first_slot = borders(sequences.cu_blocks(block_size), device) * block_size
-    return torch.arange(sequences.total_k, device=device) + (first_slot - first_token)[owner]
-
-
-def to_rows(
-    x: Float[Tensor, "Tk H D"], sequences: Sequences, block_size: int
-) -> Float[Tensor, "rows Bk D"]:
-    """Packed tokens as whole blocks, one row for each head and block, zeros beyond a sequence."""
-    blocks = sequences.cu_blocks(block_size)[-1]
-    padded = x.new_zeros(x.shape[1], blocks * block_size, x.shape[2])
-    padded[:, block_slots(sequences, block_size, x.device)] = x.transpose(0, 1)
-    return padded.view(x.shape[1] * blocks, block_size, x.shape[2])
-
-
-def to_tokens(
-    rows: Float[Tensor, "rows Bk D"], heads: int, sequences: Sequences
-) -> Float[Tensor, "Tk H D"]:
-    """The way back from `to_rows`."""
-    block_size = rows.shape[1]
-    padded = rows.reshape(heads, -1, rows.shape[2])
-    return padded[:, block_slots(sequences, block_size, rows.device)].transpose(0, 1)
-
-
-def add_to_rows(
-    total: Float[Tensor, "rows Bk D"], rows: Int[Tensor, " W"], addends: Float[Tensor, "W Bk D"]
-) -> None:
-    """total[rows] += addends in a fixed order, in place (R19).
-
-    Items of one row lie side by side, so each run is added up in order and each row then written
-    once. index_add_ and index_put_(accumulate=True) would race: their order is nobody's promise.
-
-    >>> total = torch.zeros(3, 1, 1)
-    >>> add_to_rows(total, torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))
-    >>> total.flatten()
-    tensor([1., 0., 5.])
-    """
-    distinct, lengths = torch.unique_consecutive(rows, return_counts=True)
-    if len(distinct) < len(rows):
-        addends = torch.segment_reduce(addends, "sum", lengths=lengths, axis=0)
-    total[distinct] += addends

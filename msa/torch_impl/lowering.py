@@ -39,5 +39,5 @@ def schedule_tiles(selection: Selection, size: int, chunk_size: int) -> Iterator
         yield ScheduledTile(tile.queries, tile.keys, schedule)
 
 
-CPU_BUFFER = 2**22
+CPU_BUFFER = 2**23
 GPU_BUFFER = 2**27

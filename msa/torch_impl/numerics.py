@@ -10,8 +10,8 @@ def working_dtype(left: Tensor, right: Tensor) -> torch.dtype:
     """The precision for products of rows of `left` with rows of `right`.
 
     float32 for every input type up to float32, so that products of small integers stay exact (R4).
-    float64 for float64 inputs, and for finite rows so large that a float32 sum could overflow: there
-    inf - inf would put a NaN where the definition has none.
+    float64 for float64 inputs, and for rows so large that a float32 sum could overflow: inf - inf
+    would put a NaN where the definition has none.
 
     >>> working_dtype(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4))
     torch.float32

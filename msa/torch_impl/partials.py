@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Partials, Schedule
-from msa.torch_impl.items import ItemBatch, item_batches, item_logits, to_rows
+from msa.torch_impl.items import ItemBatch, item_batches, item_logits
 from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.rows import to_rows
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def attend_chunks(
     Not recorded by autograd: the gradients of R18 are those of `attend_selection`.
 
     Returns:
-        out [Tq, Hq, k, Dv] and lse [Tq, Hq, k] in the working precision; unowned slots hold anything.
+        out [Tq, Hq, k, Dv], lse [Tq, Hq, k] in the working precision; unowned slots hold anything.
 
     >>> from msa.ir import Selection, Sequences
     >>> from msa.torch_impl import reverse_selection, schedule_chunks
@@ -75,7 +76,9 @@ def fill_slots(
         out.index_copy_(0, places, item_out)
         lse.index_copy_(0, places, item_lse)
     return Partials(
-        out[:slots].view(n_q, heads, top_k, v.shape[2]), lse[:slots].view(n_q, heads, top_k), index.counts
+        out[:slots].view(n_q, heads, top_k, v.shape[2]),
+        lse[:slots].view(n_q, heads, top_k),
+        index.counts,
     )
 
 

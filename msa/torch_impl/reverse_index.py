@@ -17,7 +17,7 @@ def reverse_selection(selection: Selection) -> ReverseIndex:
         selection: indices int32 [Tq, Hkv, k].
 
     Returns:
-        row_offsets int64 [Hkv x all blocks + 1], query_ids and slots int32 [edges], counts [Tq, Hkv].
+        row_offsets int64 [rows + 1], query_ids and slots int32 [edges], counts [Tq, Hkv].
 
     >>> from msa.ir import Sequences
     >>> chosen = torch.tensor([[0, -1], [0, -1], [0, 1], [0, 1], [0, 2], [1, 2]], dtype=torch.int32)

@@ -31,10 +31,8 @@ def select_blocks(scores: BlockScores, config: MSAConfig) -> Selection:
     own = query_positions(scores.sequences, values.device) // scores.block_size
     ids = torch.arange(values.shape[-1], device=values.device)
     visible = (ids <= own[:, None])[:, None]
-    forced = (
-        visible
-        & ((ids < config.sink_blocks) | (ids > (own - config.local_blocks)[:, None]))[:, None]
-    )
+    local = ids > (own - config.local_blocks)[:, None]
+    forced = visible & (local | (ids < config.sink_blocks))[:, None]
     free = config.top_k - config.forced_blocks
     chosen = forced | best_blocks(values, visible & ~forced, free)
     # With at most k visible blocks there is nothing to choose: -inf scores get in as well (R7).
@@ -54,9 +52,7 @@ def best_blocks(
     count = min(count, values.shape[-1])
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    values = torch.where(
-        candidates, values.nan_to_num(-torch.inf, torch.inf, -torch.inf), -torch.inf
-    )
+    values = torch.where(candidates & ~values.isnan(), values, -torch.inf)
     threshold = values.topk(count, sorted=False).values.amin(-1, keepdim=True)
     above = values > threshold
     equal = candidates & (values == threshold)

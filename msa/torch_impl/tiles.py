@@ -20,7 +20,7 @@ from msa.ir import Sequences
 
 @dataclass(frozen=True)
 class QueryTile:
-    """Packed queries `queries`, every key that they may see, and the problem that these two form."""
+    """A run of packed queries, all the keys that they may see, and the problem they form."""
 
     queries: slice
     keys: slice
@@ -49,33 +49,21 @@ def query_tiles(sequences: Sequences, size: int) -> Iterator[QueryTile]:
         yield QueryTile(slice(start, stop), slice(first_key, last_key), part)
 
 
-def sequence_tiles(
-    sequences: Sequences, elements_per_score: int, budget: int
-) -> Iterator[QueryTile]:
-    """Tiles inside one sequence each, for the dense products of the index branch and the warm-up.
+def sequence_tiles(sequences: Sequences, size: int) -> Iterator[QueryTile]:
+    """Runs of `size` queries inside one sequence each, for dense products with all earlier keys.
 
-    A tile has so many queries that queries x keys x `elements_per_score` stays near `budget`.
-
-    >>> [t.keys for t in sequence_tiles(Sequences.one(8, 8), elements_per_score=2, budget=32)]
-    [slice(0, 4, None), slice(0, 8, None)]
-    >>> [t.queries for t in sequence_tiles(Sequences.one(8, 8), elements_per_score=2, budget=64)]
-    [slice(0, 5, None), slice(5, 8, None)]
+    >>> [t.keys for t in sequence_tiles(Sequences((0, 3, 4), (0, 3, 9)), size=2)]
+    [slice(0, 2, None), slice(0, 3, None), slice(3, 9, None)]
     """
     for qs, ks in sequences.spans():
-        start = qs.start
-        while start < qs.stop:
-            seen = ks.stop - ks.start - (qs.stop - start)
-            # t (seen + t) = budget / elements, solved for t: early tiles see few keys, so are taller
-            area = budget / elements_per_score
-            rows = max(1, round(((seen / 2) ** 2 + area) ** 0.5 - seen / 2))
-            stop = min(start + rows, qs.stop)
-            n_keys = seen + stop - start
-            part = Sequences.one(stop - start, n_keys)
-            yield QueryTile(slice(start, stop), slice(ks.start, ks.start + n_keys), part)
-            start = stop
+        for start in range(qs.start, qs.stop, size):
+            stop = min(start + size, qs.stop)
+            last_key = ks.stop - (qs.stop - stop)
+            part = Sequences.one(stop - start, last_key - ks.start)
+            yield QueryTile(slice(start, stop), slice(ks.start, last_key), part)
 
 
-def borders(values: tuple[int, ...], device: torch.device) -> Int[Tensor, "batch+1"]:
+def borders(values: tuple[int, ...], device: torch.device) -> Int[Tensor, " batch_plus_1"]:
     """Sequence or block borders as an int64 tensor."""
     return torch.tensor(values, dtype=torch.int64, device=device)
 

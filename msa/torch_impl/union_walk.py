@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.ir import Output, TileUnion
-from msa.torch_impl.items import to_rows
 from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.rows import to_rows
 from msa.torch_impl.tiles import borders, owners, query_positions
 
 
@@ -91,7 +91,7 @@ def reading(
 
 @dataclass
 class Walk:
-    """Running softmax of tiles x groups x queries x heads: highest logit, sum, unnormalised mean."""
+    """A running softmax: highest logit so far, sum of weights, weighted sum of values."""
 
     queries: Float[Tensor, "W Hkv T G D"]
     top: Float[Tensor, "W Hkv T G 1"]

@@ -12,20 +12,17 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Schedule, Selection, Sequences
 from msa.torch_impl.divergence import judge
-from msa.torch_impl.items import (
-    add_to_rows,
-    edges_per_item,
-    item_batches,
-    item_logits,
-    scaled_bmm,
-    to_rows,
-    to_tokens,
-)
+from msa.torch_impl.items import edges_per_item, item_batches, item_logits
 from msa.torch_impl.lowering import queries_per_tile, schedule_tiles
+from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
 from msa.torch_impl.tiles import query_positions, sequence_tiles
 
 Four = tuple[Tensor, ...]
 """q [Tq, Hq, D], k [Tk, Hkv, D], q_idx [Tq, Hkv, Di], k_idx [Tk, Di], in the working precision."""
+
+
+DENSE_BUFFER = 2**22
+"""Scores of all heads that the warm-up form holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ def dense_verdicts(
     q, k, q_idx, k_idx = tensors
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     scale = config.index_scale_for(q_idx.shape[-1])
-    for tile in sequence_tiles(sequences, q.shape[1], budget=2**22):
+    row = q.shape[1] * max((ks.stop - ks.start for _, ks in sequences.spans()), default=1)
+    for tile in sequence_tiles(sequences, size=max(1, DENSE_BUFFER // max(1, row))):
         qs, ks = tile.queries, tile.keys
         n_q, n_keys = tile.sequences.total_q, tile.sequences.total_k
         support = torch.ones(n_q, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_q)
@@ -67,7 +65,7 @@ def dense_verdicts(
 def sparse_verdicts(
     tensors: Four, selection: Selection, config: MSAConfig, wants_gradient: bool
 ) -> Iterator[Verdict]:
-    """The selected blocks only: every edge brings its scores to its slot, a query reads its slots."""
+    """The selected blocks only: every edge brings its scores to its slot."""
     q, k, q_idx, k_idx = tensors
     group, top_k = q.shape[1] // k.shape[1], selection.top_k
     per_query = q.shape[1] * top_k * selection.block_size
@@ -93,7 +91,7 @@ def slot_logits(
     schedule: Schedule,
     scale: float,
 ) -> Float[Tensor, "lanes G k_Bk"]:
-    """Scores of every token in every slot, -inf elsewhere; Hk = 1 is a key that all groups share."""
+    """Scores of all tokens in their slots, -inf elsewhere; Hk = 1: a key that all groups share."""
     index = schedule.reverse_index
     lanes = queries.reshape(index.counts.numel(), -1, queries.shape[2])
     group, block, top_k = lanes.shape[1], index.block_size, index.top_k
@@ -137,10 +135,11 @@ def index_gradients(
     for items in item_batches(schedule, edge_cost=block):
         places = items.places(group=1)
         d_scores = slope[places].view(*items.lanes.shape, block)
-        d_slots[places] = scaled_bmm(d_scores, rows.index_select(0, items.rows % len(rows)), scale).flatten(0, 1)
-        add_to_rows(
-            d_rows, items.rows, scaled_bmm(d_scores.transpose(1, 2), lanes[items.lanes], scale)
-        )
+        d_slots[places] = scaled_bmm(
+            d_scores, rows.index_select(0, items.rows % len(rows)), scale
+        ).flatten(0, 1)
+        d_keys = scaled_bmm(d_scores.transpose(1, 2), lanes[items.lanes], scale)
+        add_to_rows(d_rows, items.rows, d_keys)
     d_queries = d_slots[:-1].view(n_q, groups, index.top_k, dim).sum(2)
     shared = d_rows.view(groups, -1, block, dim).sum(0)
     return d_queries, to_tokens(shared, 1, index.sequences)[:, 0]

@@ -1,0 +1,141 @@
+"""Trying bad input (R20): good arguments to be spoiled, and a backend that must not be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import msa
+from msa import dispatch
+from msa.conformance.backends import Subject
+from msa.conformance.tolerances import require
+
+SHAPES = {
+    "q": (6, 4, 4),  # Tq, Hq, D
+    "k": (8, 2, 4),  # Tk, Hkv, D
+    "v": (8, 2, 3),  # Tk, Hkv, Dv
+    "q_idx": (6, 2, 2),  # Tq, Hkv, Di
+    "k_idx": (8, 2),  # Tk, Di
+}
+CONFIG = msa.MSAConfig(block_size=4, top_k=2)
+Arguments = dict[str, Any]
+
+
+class Kit:
+    """Good arguments of the subject's own kind, to be spoiled one at a time."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.backend = subject, subject.name
+        self.common: Arguments = {"config": CONFIG, "backend": self.backend}
+
+    def array(self, *shape: int, dtype: str = "float32") -> Any:
+        """Ones."""
+        return self.subject.give(np.ones(shape), dtype)
+
+    def integers(self, values: Any, dtype: str = "int32") -> Any:
+        """Block ids or lengths."""
+        return self.subject.give(np.array(values, dtype), "float32")
+
+    def arrays(self, names: str = "q k v q_idx k_idx") -> Arguments:
+        """Tensors that fit together."""
+        return {name: self.array(*SHAPES[name]) for name in names.split()}
+
+    def attention(self, **changes: Any) -> Any:
+        """msa.attention with some arguments replaced."""
+        return msa.attention(**(self.arrays() | self.common | changes))
+
+    def select(self, **changes: Any) -> Any:
+        """msa.select with some arguments replaced."""
+        return msa.select(**(self.arrays("q_idx k_idx") | self.common | changes))
+
+    def selection(self, **changes: Any) -> msa.Selection:
+        """A canonical one for the shapes above: 6 queries at positions 2 to 7, blocks of 4."""
+        rows = [[0, -1], [0, -1], [0, 1], [0, 1], [0, 1], [1, -1]]
+        good: Arguments = {
+            "indices": self.integers([[row, row] for row in rows]),
+            "sequences": msa.Sequences.one(6, 8),
+            "block_size": 4,
+        }
+        return msa.Selection(**(good | changes))
+
+    def sparse(self, **changes: Any) -> Any:
+        """msa.sparse_attention with some arguments replaced."""
+        good: Arguments = {"selection": self.selection(), "backend": self.backend}
+        return msa.sparse_attention(**(self.arrays("q k v") | good | changes))
+
+    def spoiled(self, query: int, group: int, ids: list[int]) -> Any:
+        """sparse_attention over a Selection with one row replaced."""
+        selection = self.selection()
+        indices = np.array(self.subject.read(selection.indices))
+        indices[query, group] = ids
+        return self.sparse(selection=self.selection(indices=self.integers(indices)))
+
+    def align(self, **changes: Any) -> Any:
+        """msa.align_index with some arguments replaced."""
+        return msa.align_index(**(self.arrays("q k q_idx k_idx") | self.common | changes))
+
+    def decode(self, parts: Arguments | None = None, **changes: Any) -> Any:
+        """msa.decode with some arguments, or some parts of its cache, replaced."""
+        good: Arguments = {
+            "k_pages": self.array(3, 4, 2, 4),
+            "v_pages": self.array(3, 4, 2, 3),
+            "k_idx_pages": self.array(3, 4, 2),
+            "page_table": self.integers([[0, 2], [1, 0]]),
+            "lengths": self.integers([7, 3]),
+        }
+        pages = msa.PagedKV(**(good | (parts or {})))
+        queries: Arguments = {"q": self.array(2, 1, 4, 4), "q_idx": self.array(2, 1, 2, 2)}
+        return msa.decode(**(queries | {"cache": pages} | self.common | changes))
+
+    def lower(self, **changes: Any) -> Any:
+        """msa.lower with some arguments replaced."""
+        return msa.lower(**(self.arrays() | self.common | changes))
+
+
+@dataclass(frozen=True, repr=False)
+class BadInput:
+    """One way to go wrong."""
+
+    name: str
+    error: type[Exception]
+    says: tuple[str, ...]
+    """The argument, what was wanted, what came."""
+    call: Callable[[Kit], Any]
+
+    def __repr__(self) -> str:
+        return f"BadInput({self.name!r})"
+
+
+class Untouched:
+    """Stands in for a backend: nothing of it may be asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"work began: {name} was called")
+
+
+def try_bad_input(subject: Subject, bad: BadInput) -> None:
+    """The right error with the right words, while no function of the backend can be reached.
+
+    Raises:
+        Disagreement: if nothing was raised, or something else, or with a message that says less.
+    """
+
+    def load(name: str) -> Any:
+        dispatch.load_backend(name)  # its own check of the name is wanted
+        return Untouched()
+
+    try:
+        with mock.patch("msa.api.load_backend", load):
+            bad.call(Kit(subject))
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        right = type(error) is bad.error
+        require(right, f"{bad.name} must raise {bad.error.__name__}, got {error!r}")
+        missing = [part for part in bad.says if part not in message]
+        require(not missing, f"{bad.name}: the message must say {missing}, got {message!r}")
+    else:
+        require(False, f"{bad.name} must raise {bad.error.__name__}, got no error")

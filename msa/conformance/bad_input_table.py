@@ -1,0 +1,266 @@
+"""Every kind of bad input that R20 lists: what is wrong, which error, what its message must say."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import msa
+from msa.conformance.bad_input import CONFIG, SHAPES, Arguments, BadInput, Kit
+
+TORCH = importlib.util.find_spec("torch") is not None
+
+
+def config(name: str, error: type[Exception], says: tuple[str, ...], **values: Any) -> BadInput:
+    """An MSAConfig that must not come to be."""
+    return BadInput(name, error, says, lambda kit: msa.MSAConfig(**values))
+
+
+def attention(
+    name: str,
+    error: type[Exception],
+    says: tuple[str, ...],
+    changes: Callable[[Kit], Arguments],
+) -> BadInput:
+    """A call of msa.attention with some arguments replaced."""
+    return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))
+
+
+def borders(q: Any, k: Any) -> Callable[[Kit], Arguments]:
+    """cu_seqlens."""
+    return lambda kit: {"cu_seqlens_q": q, "cu_seqlens_k": k}
+
+
+CONFIGS = [
+    config("k < 1", ValueError, ("top_k", "at least 1", "got 0"), top_k=0),
+    config("Bk < 1", ValueError, ("block_size", "at least 1", "got 0"), block_size=0),
+    config("local < 1", ValueError, ("local_blocks", "at least 1", "got 0"), local_blocks=0),
+    config("sink < 0", ValueError, ("sink_blocks", "at least 0", "got -1"), sink_blocks=-1),
+    config(
+        "sink + local > k", ValueError, ("sink_blocks + local_blocks", "top_k = 3", "2 + 2"),
+        top_k=3, sink_blocks=2, local_blocks=2,
+    ),
+    config("fractional k", TypeError, ("top_k", "integer", "2.5"), top_k=2.5),
+    config("boolean Bk", TypeError, ("block_size", "integer", "True"), block_size=True),
+    config("infinite scale", ValueError, ("softmax_scale", "finite", "inf"),
+           softmax_scale=float("inf")),
+    config("NaN scale", ValueError, ("index_scale", "finite", "nan"), index_scale=float("nan")),
+    config("negative scale", ValueError, ("softmax_scale", "positive", "-1"), softmax_scale=-1.0),
+    config("zero scale", ValueError, ("index_scale", "positive", "0"), index_scale=0.0),
+    config("scale in words", TypeError, ("softmax_scale", "number", "'1'"), softmax_scale="1"),
+]  # fmt: skip
+
+SHAPE_CASES = [
+    attention("q of rank 2", ValueError, ("q", "[Tq, Hq, D]", "[6, 4]"),
+              lambda kit: {"q": kit.array(6, 4)}),
+    attention("k of rank 2", ValueError, ("k", "[Tk, Hkv, D]", "[8, 4]"),
+              lambda kit: {"k": kit.array(8, 4)}),
+    attention("batched k beside packed q", ValueError, ("k", "[Tk, Hkv, D]", "[1, 8, 2, 4]"),
+              lambda kit: {"k": kit.array(1, 8, 2, 4)}),
+    attention("k_idx with heads", ValueError, ("k_idx", "[Tk, Di]", "[8, 2, 2]"),
+              lambda kit: {"k_idx": kit.array(8, 2, 2)}),
+    attention("other head dim of k", ValueError, ("k", "[Tk, Hkv, D] = [any, any, 4]", "[8, 2, 5]"),
+              lambda kit: {"k": kit.array(8, 2, 5)}),
+    attention("other heads of v", ValueError, ("v", "[Tk, Hkv, Dv] = [8, 2, any]", "[8, 1, 3]"),
+              lambda kit: {"v": kit.array(8, 1, 3)}),
+    attention("fewer tokens in v", ValueError, ("v", "[8, 2, any]", "[7, 2, 3]"),
+              lambda kit: {"v": kit.array(7, 2, 3)}),
+    attention("other groups of q_idx", ValueError, ("q_idx", "[Tq, Hkv, Di]", "[6, 2, any]",
+              "[6, 4, 2]"), lambda kit: {"q_idx": kit.array(6, 4, 2)}),
+    attention("other dim of k_idx", ValueError, ("k_idx", "[8, 2]", "[8, 3]"),
+              lambda kit: {"k_idx": kit.array(8, 3)}),
+    attention("Hq not a multiple of Hkv", ValueError, ("q", "multiple of Hkv = 2", "got 3"),
+              lambda kit: {"q": kit.array(6, 3, 4)}),
+    attention("no head at all", ValueError, ("q", "[Tq, Hq, D]", "[6, 0, 4]"),
+              lambda kit: {"q": kit.array(6, 0, 4)}),
+    attention("n_q > n_k", ValueError, ("q", "at most", "k = 8", "got 9"),
+              lambda kit: {"q": kit.array(9, 4, 4), "q_idx": kit.array(9, 2, 2)}),
+    BadInput("other dim of k_idx in select", ValueError, ("k_idx", "[any, 2]", "[8, 3]"),
+             lambda kit: kit.select(k_idx=kit.array(8, 3))),
+    BadInput("other groups of q_idx in align_index", ValueError, ("q_idx", "[6, 2, any]"),
+             lambda kit: kit.align(q_idx=kit.array(6, 3, 2))),
+]  # fmt: skip
+
+BORDER_CASES = [
+    attention("decreasing cu_seqlens", ValueError, ("cu_seqlens_q", "not decrease", "4 then 2"),
+              borders([0, 4, 2, 6], [0, 4, 6, 8])),
+    attention("cu_seqlens_k ends early", ValueError, ("cu_seqlens_k", "end with Tk = 8", "got 7"),
+              borders([0, 6], [0, 7])),
+    attention("cu_seqlens_q ends late", ValueError, ("cu_seqlens_q", "end with Tq = 6", "got 7"),
+              borders([0, 7], [0, 8])),
+    attention("cu_seqlens not from 0", ValueError, ("cu_seqlens_q", "start with 0", "(1, 6)"),
+              borders([1, 6], [0, 8])),
+    attention("empty cu_seqlens", ValueError, ("cu_seqlens_k", "0", "()"),
+              borders([0, 6], np.zeros(0, np.int32))),
+    attention("one sequence longer in q", ValueError, ("cu_seqlens_q", "at most", "5 queries",
+              "4 keys"), borders([0, 5, 6], [0, 4, 8])),
+    attention("batches of different size", ValueError, ("cu_seqlens_k", "as many", "2", "got 3"),
+              borders([0, 6], [0, 4, 8])),
+    attention("only one of the cu_seqlens", ValueError, ("cu_seqlens_k", "None"),
+              borders([0, 6], None)),
+    attention("fractional cu_seqlens", TypeError, ("cu_seqlens_q", "integer", "float"),
+              borders([0.0, 6.0], [0, 8])),
+    attention("cu_seqlens of rank 2", ValueError, ("cu_seqlens_q", "[batch + 1]", "[1, 2]"),
+              borders([[0, 6]], [0, 8])),
+    attention("cu_seqlens with batched tensors", ValueError, ("cu_seqlens_q", "None", "batched"),
+              lambda kit: {**{n: kit.array(1, *s) for n, s in SHAPES.items()},
+                           "cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 8]}),
+]  # fmt: skip
+
+KIND_CASES = [
+    attention("mixed dtype", TypeError, ("k", "dtype of q", "float32", "float16"),
+              lambda kit: {"k": kit.array(8, 2, 4, dtype="float16")}),
+    attention("mixed dtype in the index branch", TypeError, ("k_idx", "dtype of q_idx", "float64"),
+              lambda kit: {"k_idx": kit.array(8, 2, dtype="float64")}),
+    attention("integer values", TypeError, ("v", "float16 or bfloat16 or float32", "int32"),
+              lambda kit: {"v": kit.integers(np.ones((8, 2, 3)))}),
+    attention("a list", TypeError, ("q", "array", "list"), lambda kit: {"q": [[[1.0]]]}),
+    attention("last dim not contiguous", ValueError, ("k", "contiguous", "strides"),
+              lambda kit: {"k": kit.array(8, 2, 8)[..., ::2]}),
+    attention("transposed last dim", ValueError, ("v", "contiguous", "strides"),
+              lambda kit: {"v": kit.array(3, 2, 8).T if kit.subject.kind == "numpy"
+                           else kit.array(3, 2, 8).permute(2, 1, 0)}),
+    attention("a dictionary as config", TypeError, ("config", "MSAConfig", "dict"),
+              lambda kit: {"config": {}}),
+]  # fmt: skip
+
+SELECTION_CASES = [
+    BadInput("descending ids", ValueError, ("selection.indices", "ascending", "got 0", "query 3"),
+             lambda kit: kit.spoiled(3, 1, [1, 0])),
+    BadInput("an id twice", ValueError, ("selection.indices", "unique", "query 3", "[1, 1]"),
+             lambda kit: kit.spoiled(3, 0, [1, 1])),
+    BadInput("-1 before an id", ValueError, ("selection.indices", "-1 only after", "query 5"),
+             lambda kit: kit.spoiled(5, 0, [-1, 1])),
+    BadInput("an id below -1", ValueError, ("selection.indices", "or -1", "got -2", "query 1"),
+             lambda kit: kit.spoiled(1, 0, [0, -2])),
+    BadInput("a block in the future", ValueError, ("selection.indices", "visible", "got 1",
+             "query 0"), lambda kit: kit.spoiled(0, 1, [0, 1])),
+    BadInput("own block missing", ValueError, ("selection.indices", "own block", "query 4"),
+             lambda kit: kit.spoiled(4, 1, [0, -1])),
+    BadInput("no block at all", ValueError, ("selection.indices", "own block", "query 0"),
+             lambda kit: kit.spoiled(0, 0, [-1, -1])),
+    BadInput("64-bit ids", TypeError, ("selection.indices", "int32", "int64"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.integers(np.zeros((6, 2, 2)), "int64")))),
+    BadInput("ids of rank 2", ValueError, ("selection.indices", "[Tq, Hkv, k]", "[6, 2]"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.integers(np.zeros((6, 2)))))),
+    BadInput("ids for other queries", ValueError,
+             ("selection.indices", "[6, any, any]", "[5, 2, 2]"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.integers(np.zeros((5, 2, 2)))))),
+    BadInput("ids for other groups", ValueError, ("selection.indices", "Hkv = 2", "got 1"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.selection().indices[:, :1]))),
+    BadInput("block size 0 in a selection", ValueError, ("block_size", "at least 1", "got 0"),
+             lambda kit: kit.sparse(selection=kit.selection(block_size=0))),
+    BadInput("a selection of other sequences", ValueError, ("cu_seqlens_k", "Tk = 8", "got 9"),
+             lambda kit: kit.sparse(selection=kit.selection(sequences=msa.Sequences.one(6, 9)))),
+    BadInput("an array as selection", TypeError, ("selection", "Selection", "got"),
+             lambda kit: kit.sparse(selection=kit.selection().indices)),
+    BadInput("scale of sparse_attention", ValueError, ("softmax_scale", "finite", "nan"),
+             lambda kit: kit.sparse(softmax_scale=float("nan"))),
+    BadInput("cu_seqlens beside a selection", ValueError, ("cu_seqlens_q", "None", "selection"),
+             lambda kit: kit.align(selection=kit.selection(), cu_seqlens_q=[0, 6],
+                                   cu_seqlens_k=[0, 8])),
+]  # fmt: skip
+
+CACHE_CASES = [
+    BadInput("page table too short", ValueError, ("cache.page_table", "2 entries", "got 1"),
+             lambda kit: kit.decode({"page_table": kit.integers([[0], [1]])})),
+    BadInput("page out of range", ValueError, ("cache.page_table", "0 to 2", "got 3"),
+             lambda kit: kit.decode({"page_table": kit.integers([[0, 3], [1, 0]])})),
+    BadInput("page -1", ValueError, ("cache.page_table", "0 to 2", "got -1"),
+             lambda kit: kit.decode({"page_table": kit.integers([[-1, 2], [1, 0]])})),
+    BadInput("length below the queries", ValueError, ("cache.lengths", "at least the 2", "got 1"),
+             lambda kit: kit.decode({"lengths": kit.integers([7, 1])}, q=kit.array(2, 2, 4, 4),
+                                    q_idx=kit.array(2, 2, 2, 2))),
+    BadInput("negative length", ValueError, ("cache.lengths", "0", "got -1"),
+             lambda kit: kit.decode({"lengths": kit.integers([7, -1])})),
+    BadInput("pages of another block size", ValueError, ("cache.k_pages", "4", "[3, 5, 2, 4]"),
+             lambda kit: kit.decode({"k_pages": kit.array(3, 5, 2, 4)})),
+    BadInput("fewer value pages", ValueError, ("cache.v_pages", "[3, 4, 2, any]", "[2, 4, 2, 3]"),
+             lambda kit: kit.decode({"v_pages": kit.array(2, 4, 2, 3)})),
+    BadInput("fractional lengths", TypeError, ("cache.lengths", "integers"),
+             lambda kit: kit.decode({"lengths": kit.array(2)})),
+    BadInput("other batch in the table", ValueError, ("cache.page_table", "[2, any]", "[3, 2]"),
+             lambda kit: kit.decode({"page_table": kit.integers([[0, 1]] * 3)})),
+    BadInput("mixed dtype in the cache", TypeError, ("cache.v_pages", "dtype of q", "float16"),
+             lambda kit: kit.decode({"v_pages": kit.array(3, 4, 2, 3, dtype="float16")})),
+    BadInput("q of rank 3 in decode", ValueError, ("q", "[B, n, Hq, D]", "[2, 4, 4]"),
+             lambda kit: kit.decode(q=kit.array(2, 4, 4))),
+    BadInput("other heads of q in decode", ValueError, ("q", "multiple of Hkv = 2", "got 3"),
+             lambda kit: kit.decode(q=kit.array(2, 1, 3, 4))),
+    BadInput("a dictionary as cache", TypeError, ("cache", "PagedKV", "dict"),
+             lambda kit: kit.decode(cache={})),
+]  # fmt: skip
+
+OTHER_CASES = [
+    attention("unknown backend", ValueError, ("backend", "reference, torch, triton", "'cuda'"),
+              lambda kit: {"backend": "cuda"}),
+    BadInput("unavailable backend", ValueError, ("backend", "available", "'torch'", "pip install"),
+             lambda kit: _without_libraries(kit)),
+    BadInput("chunk size 0", ValueError, ("chunk_size", "at least 1", "got 0"),
+             lambda kit: kit.lower(chunk_size=0)),
+    BadInput("tile size 32", ValueError, ("tile_size", "at most 31", "got 32"),
+             lambda kit: kit.lower(tile_size=32)),
+    BadInput("a dictionary as config of lower", TypeError, ("config", "MSAConfig", "dict"),
+             lambda kit: kit.lower(config={})),
+]  # fmt: skip
+
+
+def _without_libraries(kit: Kit) -> Any:
+    with mock.patch("msa.dispatch.available_backends", lambda: ("reference",)):
+        return kit.attention(backend="torch")
+
+
+def _without_interpreter() -> Any:
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
+        return msa.attention(**_torch_arrays(), config=CONFIG, backend="triton")
+
+
+def _torch_array(*shape: int, device: str = "cpu", **options: Any) -> Any:
+    import torch
+
+    return torch.ones(shape, device=device, **options)
+
+
+def _torch_arrays(**changes: Any) -> Arguments:
+    return {**{name: _torch_array(*shape) for name, shape in SHAPES.items()}, **changes}
+
+
+TORCH_CASES = [
+    attention("mixed kinds", TypeError, ("k", "torch.Tensor as q is", "numpy.ndarray"),
+              lambda kit: _torch_arrays(k=np.ones(SHAPES["k"], np.float32))),
+    attention("mixed devices", ValueError, ("v", "device of q = cpu", "meta"),
+              lambda kit: _torch_arrays(v=_torch_array(*SHAPES["v"], device="meta"))),
+    attention("index branch elsewhere", ValueError, ("k_idx", "device of q = cpu", "meta"),
+              lambda kit: _torch_arrays(k_idx=_torch_array(*SHAPES["k_idx"], device="meta"))),
+    attention("a gradient asked of the reference", ValueError,
+              ("q", "gradient", "requires_grad=True"),
+              lambda kit: _torch_arrays(q=_torch_array(*SHAPES["q"], requires_grad=True),
+                                        backend="reference")),
+    BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
+             lambda kit: _without_interpreter()),
+    BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),
+             lambda kit: kit.sparse(**{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "v")},
+                                    selection=msa.Selection(
+                                        np.array(kit.subject.read(kit.selection().indices)),
+                                        msa.Sequences.one(6, 8), 4))),
+]  # fmt: skip
+
+BAD_INPUTS: tuple[BadInput, ...] = (
+    *CONFIGS,
+    *SHAPE_CASES,
+    *BORDER_CASES,
+    *KIND_CASES,
+    *SELECTION_CASES,
+    *CACHE_CASES,
+    *OTHER_CASES,
+    *(TORCH_CASES if TORCH else []),
+)
+"""The whole of R20, case by case."""

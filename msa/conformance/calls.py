@@ -1,0 +1,61 @@
+"""The two things that most properties do: run a stage on given inputs, and judge an output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from msa.conformance.backends import REFERENCE, Subject
+from msa.conformance.cases import Inputs
+from msa.conformance.tolerances import Measure, compare, worst
+from msa.conformance.yardstick import Attention, block_mask
+from msa.ir import Array, BlockScores, Output, Selection
+
+
+def attend(subject: Subject, inputs: Inputs) -> Output:
+    """The whole path."""
+    args = (*inputs.main, *inputs.index, inputs.sequences, inputs.config)
+    return subject.run("attend", *args, cast=inputs.dtype)
+
+
+def attend_selection(subject: Subject, inputs: Inputs, selection: Selection) -> Output:
+    """The main branch over a given selection."""
+    args = (*inputs.main, selection, inputs.scale)
+    return subject.run("attend_selection", *args, cast=inputs.dtype)
+
+
+def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
+    """The index branch, first step."""
+    args = (*inputs.index, inputs.sequences, inputs.config)
+    return subject.run("score_blocks", *args, cast=inputs.dtype)
+
+
+def select_fused(subject: Subject, inputs: Inputs) -> Selection:
+    """The index branch at once."""
+    args = (*inputs.index, inputs.sequences, inputs.config)
+    return subject.run("select_fused", *args, cast=inputs.dtype)
+
+
+def selected(output: Output) -> Array:
+    """The ids that an attention used."""
+    assert output.selection is not None
+    return output.selection.indices
+
+
+def dense(inputs: Inputs, indices: Array) -> Attention:
+    """The definition over the visible tokens of the given blocks (eq. 8)."""
+    mask = block_mask(indices, inputs.sequences, inputs.config.block_size)
+    return Attention(*inputs.main, mask, inputs.scale, parts=indices.shape[-1])
+
+
+def judge(subject: Subject, inputs: Inputs, output: Output, want: Attention) -> Measure:
+    """out and lse, every entry within the budget of its dtype on this backend."""
+    precision = subject.domain.precision(inputs.dtype)
+    return worst(
+        compare("out", output.out, want.out, want.out_bound(precision)),
+        compare("lse", output.lse, want.lse, want.lse_bound(precision)),
+    )
+
+
+def spec(subject: Subject) -> Subject:
+    """The reference on the same cases, for a backend whose other functions may be missing."""
+    return replace(subject, name="reference", module=REFERENCE, kind="numpy", device="cpu")

@@ -1,0 +1,98 @@
+"""Asking a differentiable backend for gradients, and the spec for finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from msa.conformance.backends import REFERENCE, Subject
+from msa.conformance.cases import Inputs
+from msa.conformance.yardstick import Attention
+from msa.ir import Array, Selection
+
+
+def pull_back(outputs: list[Any], upstream: list[Any]) -> None:
+    """Run autograd from several outputs at once."""
+    import torch
+
+    torch.autograd.backward(outputs, upstream)
+
+
+def leaves(subject: Subject, arrays: tuple[Array, ...], dtype: str) -> list[Any]:
+    """Tensors that gradients will be left in."""
+    return [subject.give(x, dtype).requires_grad_() for x in arrays]
+
+
+def attention_gradients(
+    subject: Subject, inputs: Inputs, selection: Selection, d_out: Array, d_lse: Array
+) -> dict[str, Array]:
+    """Of <out, d_out> + <lse, d_lse> in q, k and v, the selection fixed (R18)."""
+    tensors = leaves(subject, inputs.main, inputs.dtype)
+    own = subject.give(selection, inputs.dtype)
+    output = subject.module.attend_selection(*tensors, own, inputs.scale)
+    upstream = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
+    pull_back([output.out, output.lse], upstream)
+    return {name: subject.read(x.grad) for name, x in zip("qkv", tensors)}
+
+
+def alignment(
+    subject: Subject, inputs: Inputs, selection: Selection | None
+) -> tuple[float, dict[str, Array | None]]:
+    """The loss and the gradients of all four inputs; None where nothing arrived (R17)."""
+    q, k, _ = inputs.main
+    tensors = leaves(subject, (q, k, *inputs.index), inputs.dtype)
+    own = subject.give(selection, inputs.dtype)
+    loss = subject.module.align_index(*tensors, own, inputs.sequences, inputs.config)
+    if loss.requires_grad:
+        loss.backward()
+    grads = [None if x.grad is None else subject.read(x.grad) for x in tensors]
+    return float(loss.detach()), dict(zip(("q", "k", "q_idx", "k_idx"), grads))
+
+
+# -- finite differences of the spec ---------------------------------------------------------------
+STEP = 2.0**-10
+"""The five-point rule is off by STEP^4 / 30 of the fifth derivative: about 1e-13 of it."""
+
+
+def slope(function: Callable[[float], float]) -> float:
+    """The derivative at 0 by the five-point rule.
+
+    >>> slope(lambda t: (1 + t) ** 3)
+    3.0
+    """
+    near = function(STEP) - function(-STEP)
+    far = function(2 * STEP) - function(-2 * STEP)
+    return (8 * near - far) / (12 * STEP)
+
+
+def spec_attention(
+    inputs: Inputs, selection: Selection, main: tuple[Array, ...], d_out: Array, d_lse: Array
+) -> float:
+    """<out, d_out> + <lse, d_lse>; lse before it becomes float32, in which differences drown."""
+    out = REFERENCE.attend_selection(*main, selection, inputs.scale).out
+    q, k, v = main
+    lse = Attention(q, k, v, REFERENCE.mask_of(selection), inputs.scale).lse
+    return float((out * d_out).sum() + (lse * d_lse).sum())
+
+
+def spec_alignment(inputs: Inputs, selection: Selection | None, index: tuple[Array, ...]) -> float:
+    """The KL loss of the reference."""
+    args = (selection, inputs.sequences, inputs.config)
+    return float(REFERENCE.align_index(*inputs.main[:2], *index, *args))
+
+
+def directions(arrays: tuple[Array, ...], seed: int) -> list[Array]:
+    """A random direction for each array, so short that no score moves by more than about one."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for array in arrays:
+        direction = rng.standard_normal(array.shape)
+        made.append(direction / (4 * max(1, array.shape[-1]) ** 0.5))
+    return made
+
+
+def moved(arrays: tuple[Array, ...], which: int, step: Array) -> tuple[Array, ...]:
+    """The arrays with `step` added to one of them."""
+    return tuple(x + step if i == which else x for i, x in enumerate(arrays))

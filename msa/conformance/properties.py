@@ -1,0 +1,59 @@
+"""What a property is, and the list of all of them in the order of the rules."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis.strategies import SearchStrategy
+
+from msa.conformance.backends import Domain, Subject
+from msa.conformance.tolerances import Measure
+
+Check = Callable[[Subject, Any], Measure]
+Cases = Callable[[Domain], SearchStrategy[Any]]
+
+FILES = ("sequences", "index", "attention", "lowering", "training", "behaviour")
+
+
+@dataclass(frozen=True)
+class Property:
+    """A statement about a backend that holds in every case drawn from its domain."""
+
+    check: Check
+    """Returns how close the case came to its bound, or raises Disagreement."""
+    cases: Cases
+    needs: tuple[str, ...]
+    """Functions of the contract that it calls, and "backward" or "api"."""
+    seeds: tuple[Any, ...]
+    """Cases tried first, every time."""
+
+    @property
+    def name(self) -> str:
+        """Starts with the rule: r7_ties_go_to_the_lower_id."""
+        return self.check.__name__
+
+    @property
+    def rule(self) -> str:
+        """R1 to R20."""
+        return self.name.partition("_")[0].upper()
+
+    @property
+    def statement(self) -> str:
+        """The first line of its docstring."""
+        return (self.check.__doc__ or "").partition("\n")[0].removesuffix(".")
+
+
+def holds_for(
+    cases: Cases, *, needs: tuple[str, ...], seeds: tuple[Any, ...] = ()
+) -> Callable[[Check], Property]:
+    """Turn a function of (subject, case) into a Property."""
+    return lambda check: Property(check, cases, needs, seeds)
+
+
+def all_properties() -> tuple[Property, ...]:
+    """R1 to R20."""
+    modules = (importlib.import_module(f"msa.conformance.properties_{name}") for name in FILES)
+    return tuple(p for m in modules for p in vars(m).values() if isinstance(p, Property))

@@ -1,0 +1,73 @@
+"""R19, R20: the same bits every time, and bad input refused before any work."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from hypothesis import strategies as st
+
+from msa.conformance import strategies
+from msa.conformance.backends import Domain, Subject
+from msa.conformance.bad_input import BadInput, try_bad_input
+from msa.conformance.bad_input_table import BAD_INPUTS
+from msa.conformance.calls import attend, attend_selection, selected
+from msa.conformance.cases import Case, PagedCase
+from msa.conformance.gradients import alignment, attention_gradients
+from msa.conformance.properties import holds_for
+from msa.conformance.properties_training import upstream
+from msa.conformance.strategies import Want
+from msa.conformance.tolerances import AGREES, Measure, require, same
+
+LARGER = Want(
+    main=("normal", "zeros"), values=("normal", "zeros"), index=("normal", "ties"), tokens=96
+)
+larger = partial(strategies.cases, want=LARGER)
+
+
+@holds_for(larger, needs=("attend", "attend_selection"))
+def r19_the_same_call_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
+    """Twice the whole path, twice over one selection: equal to the last bit."""
+    one, two = attend(subject, case.inputs), attend(subject, case.inputs)
+    same("selection", selected(one), selected(two))
+    same("out", one.out, two.out)
+    same("lse", one.lse, two.lse)
+    one, two = (attend_selection(subject, case.inputs, case.selection) for _ in range(2))
+    same("out", one.out, two.out)
+    return same("lse", one.lse, two.lse)
+
+
+@holds_for(strategies.paged_cases, needs=("decode_step",))
+def r19_decoding_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
+    """Two decoding steps on the same cache."""
+    args = (*paged.queries, paged.cache, paged.case.config)
+    one, two = (subject.run("decode_step", *args, cast=paged.case.dtype) for _ in range(2))
+    same("selection", selected(one), selected(two))
+    same("lse", one.lse, two.lse)
+    return same("out", one.out, two.out)
+
+
+@holds_for(larger, needs=("attend_selection", "align_index", "backward"))
+def r19_gradients_have_the_same_bits(subject: Subject, case: Case) -> Measure:
+    """Two backward passes, of attention and of the alignment loss."""
+    args = (subject, case.inputs, case.selection)
+    one, two = (attention_gradients(*args, *upstream(case)) for _ in range(2))
+    for name in "qkv":
+        same(f"d{name}", one[name], two[name])
+    (loss_one, grads_one), (loss_two, grads_two) = (alignment(*args) for _ in range(2))
+    require(repr(loss_one) == repr(loss_two), f"loss must be {loss_one!r}, got {loss_two!r}")
+    for name in ("q_idx", "k_idx"):
+        if grads_one[name] is not None:
+            same(f"gradient of {name}", grads_one[name], grads_two[name])
+    return AGREES
+
+
+def bad_inputs(domain: Domain) -> st.SearchStrategy[BadInput]:
+    """All of them are tried anyway, as seeds."""
+    return st.sampled_from(BAD_INPUTS)
+
+
+@holds_for(bad_inputs, needs=("api",), seeds=BAD_INPUTS)
+def r20_bad_input_is_refused_before_any_work(subject: Subject, bad: BadInput) -> Measure:
+    """An error that names the argument, the wanted and the given, before any stage is called."""
+    try_bad_input(subject, bad)
+    return AGREES

@@ -1,0 +1,178 @@
+"""What the properties are tried on: every shape and value that the rules allow, small.
+
+Everything is drawn from a backend's `Domain`, so nothing is drawn in vain, and the simplest choice
+comes first everywhere, so that counterexamples shrink to something that a reader can check by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from msa.config import MSAConfig
+from msa.conformance.backends import Domain
+from msa.conformance.cases import (
+    INTEGER_KINDS,
+    MILD_KINDS,
+    WILD_KINDS,
+    Case,
+    Fill,
+    Kind,
+    PagedCase,
+    Picks,
+    ScoresCase,
+)
+from msa.ir import Sequences
+
+BLOCK_SIZES = (1, 2, 3, 4, 5, 7, 8, 16)
+DIMS = (1, 2, 3, 4, 5, 7, 8, 16)
+GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (2, 4), (1, 5), (1, 8), (1, 16))
+"""(Hkv, G)."""
+SCALES = (None, 1.0, 0.25, 1.7)
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
+Shape = Literal["prefill", "chunk", "decode"]
+
+
+@dataclass(frozen=True)
+class Want:
+    """What a property needs of its cases."""
+
+    main: tuple[Kind, ...] = MILD_KINDS
+    """How q and k may be filled."""
+    values: tuple[Kind, ...] = MILD_KINDS
+    """How v may be filled."""
+    index: tuple[Kind, ...] = INTEGER_KINDS
+    """How q_idx and k_idx may be filled; integers make every score exact."""
+    planted: bool = True
+    """Whether NaN and infinities may be planted in the index branch."""
+    shapes: tuple[Shape, ...] = ("prefill", "chunk", "decode")
+    batch: tuple[int, int] = (1, 4)
+    dtypes: tuple[str, ...] | None = None
+    """Narrower than the backend's."""
+    tokens: int = 32
+    """About how many keys there are in all, where blocks are small."""
+
+
+EXACT_INDEX = Want()
+REAL_INDEX = Want(index=("normal", "tiny", "large"), planted=False)
+WILD = Want(main=WILD_KINDS, values=WILD_KINDS)
+
+
+def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill]:
+    """A tensor's content, with up to three NaN or infinities where they may be planted."""
+    places = st.tuples(st.integers(0, 255), st.sampled_from(NOT_FINITE))
+    plants = st.lists(places, max_size=3).map(tuple) if planted else st.just(())
+    return st.builds(Fill, st.sampled_from(kinds), st.integers(0, 9999), plants)
+
+
+@st.composite
+def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
+    """Ragged lengths, zero among them, some right at the border of a block (R1-R3)."""
+    batch = draw(st.integers(*want.batch))
+    limit = max(1, max(want.tokens, 4 * block_size) // max(1, batch))
+    near_border = [m * block_size + d for m in (1, 2, 3) for d in (-1, 0, 1)]
+    lengths = st.one_of(
+        st.integers(0, limit), st.sampled_from([n for n in near_border if n <= limit] or [0])
+    )
+    shape = draw(st.sampled_from(want.shapes))
+    cu_q, cu_k = [0], [0]
+    for _ in range(batch):
+        n_k = draw(lengths)
+        match shape:
+            case "prefill":
+                n_q = n_k
+            case "chunk":
+                n_q = draw(st.integers(0, n_k))
+            case "decode":
+                n_q = min(n_k, draw(st.integers(1, 3)))
+        cu_q.append(cu_q[-1] + n_q)
+        cu_k.append(cu_k[-1] + n_k)
+    return Sequences(tuple(cu_q), tuple(cu_k))
+
+
+@st.composite
+def configs(draw: DrawFn, domain: Domain) -> MSAConfig:
+    """k from 1 to more than there are blocks; forced blocks that leave free places, or none."""
+    top_k = draw(st.integers(1, 6))
+    sink = min(draw(st.sampled_from((0, 0, 0, 1, 2))), top_k - 1)
+    local = min(draw(st.sampled_from((1, 1, 1, 2, 6))), top_k - sink)
+    return MSAConfig(
+        block_size=draw(st.sampled_from(domain.block_sizes or BLOCK_SIZES)),
+        top_k=top_k,
+        sink_blocks=sink,
+        local_blocks=local,
+        softmax_scale=draw(st.sampled_from(SCALES)),
+        index_scale=draw(st.sampled_from(SCALES)),
+    )
+
+
+@st.composite
+def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
+    """A whole call."""
+    config = draw(configs(domain))
+    groups, group = draw(st.sampled_from(GROUPS))
+    dims = st.sampled_from(domain.dims or DIMS)
+    dtypes = [d for d in domain.dtypes if want.dtypes is None or d in want.dtypes]
+    dtype = draw(st.sampled_from(dtypes))
+    return Case(
+        config=config,
+        sequences=draw(sequences(config.block_size, want)),
+        groups=groups,
+        group=group,
+        dims=(draw(dims), draw(dims), draw(dims)),
+        dtype=dtype,
+        q=draw(fills(_for(dtype, want.main))),
+        k=draw(fills(_for(dtype, want.main))),
+        v=draw(fills(_for(dtype, want.values))),
+        q_idx=draw(fills(_for(dtype, want.index), want.planted)),
+        k_idx=draw(fills(_for(dtype, want.index), want.planted)),
+        picks=draw(picks()),
+        chunk_size=draw(st.sampled_from((1, 2, 3, 4, 7, 64))),
+        tile_size=draw(st.sampled_from((1, 2, 3, 4, 8, 31))),
+    )
+
+
+def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """float16 ends at 65504, so enormous values would all be one."""
+    return tuple(k for k in kinds if not (dtype == "float16" and k == "enormous"))
+
+
+def picks() -> SearchStrategy[Picks]:
+    """A canonical Selection (R8)."""
+    kinds = st.sampled_from(("own", "sink", "random", "full"))
+    return st.builds(Picks, kinds, st.integers(0, 9999))
+
+
+@st.composite
+def scores_cases(draw: DrawFn, domain: Domain) -> ScoresCase:
+    """Block scores full of ties, with infinities, for more blocks than there are places."""
+    config = draw(configs(domain))
+    want = Want(tokens=12 * config.block_size, batch=(1, 2))
+    return ScoresCase(
+        config=config,
+        sequences=draw(sequences(config.block_size, want)),
+        groups=draw(st.integers(1, 3)),
+        fill=draw(fills(("zeros", "ties", "integers", "normal", "enormous"), planted=True)),
+    )
+
+
+@st.composite
+def paged_cases(draw: DrawFn, domain: Domain) -> PagedCase:
+    """A few queries for each live sequence of a batch, whose pages lie in any order."""
+    n = draw(st.integers(1, 3))
+    live = tuple(draw(st.lists(st.booleans(), min_size=1, max_size=4)))
+    case = draw(cases(domain, Want(batch=(sum(live), sum(live)), shapes=("decode",))))
+    block = case.config.block_size
+    lengths = [draw(st.integers(n, n + 2 * block + 1)) for _ in range(sum(live))]
+    cu_k = [sum(lengths[:s]) for s in range(len(lengths) + 1)]
+    borders = Sequences(tuple(n * s for s in range(len(lengths) + 1)), tuple(cu_k))
+    return PagedCase(
+        case=replace(case, sequences=borders),
+        live=live,
+        seed=draw(st.integers(0, 9999)),
+        spare_pages=draw(st.integers(0, 2)),
+        spare_columns=draw(st.integers(0, 2)),
+    )

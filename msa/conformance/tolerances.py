@@ -1,0 +1,142 @@
+"""The one error budget. It is derived here, used everywhere, and loosened nowhere.
+
+Yardstick: `yardstick.py`, float64, on the very numbers that the backend was given. Let u be the
+roundoff of the working precision (2^-24 for float32 sums and products) and u' that of the stored
+dtype. For one query and head with support J, |J| = n:
+
+1. A logit s_j = scale * <q, k_j> is a sum of D rounded products: whatever the order,
+   |error| <= (D + 2) u * scale * sum_d |q_d k_jd|. Taking the maximum off and the factor log2(e) of
+   exp2 cost a few u of |s| more. With S = max_J of scale * sum_d |q_d k_jd| every exponent is off
+   by at most delta = (D + 8) u S.
+2. So each weight is off by a factor within exp(+-delta), a probability within exp(+-2 delta), and
+
+       |out error| <= (expm1(2 delta) + (n + k + 8) u + 2 u') V + u' |out|,     V = max_J |v_j|:
+
+   n + k + 8 for the two sums over n tokens in up to k parts, exp and the division; 2 u' because a
+   kernel may round weights and partial results to the stored dtype, u' for storing the result.
+   However large delta is, an average of values stays between the values: the first term is never
+   more than max_J v - min_J v. (It is computed with sum_J p_j |v_j| in place of V.)
+3. |lse error| <= delta + (n + k + 8) u + u |lse|, since |d lse| <= max |d s|.
+4. KL = sum P (log P - log P_idx). Each logarithm is off by at most 2 delta + (n + 8) u + u |log|:
+
+       |error| <= sum P ((expm1(2 delta) + (n + 8) u) |log P - log P_idx| + both errors).
+
+5. What underflows in the working or stored dtype loses at most the smallest step `tiny` for each of
+   the n terms.
+6. The yardstick rounds as well: every bound is the backend's plus the same with u = 2^-53.
+
+Gradients: `yardstick_training.Gradients` carries the same terms through the chain rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from msa.ir import Array
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Roundoffs of one dtype on one backend."""
+
+    stored: float
+    """u': of inputs and outputs."""
+    work: float
+    """u: of products and sums."""
+    tiny: float
+    """The smallest step near zero of weights and results."""
+
+
+PRECISIONS = {
+    "float64": Precision(2.0**-53, 2.0**-53, 2.0**-1022),
+    "float32": Precision(2.0**-24, 2.0**-24, 2.0**-126),
+    "float16": Precision(2.0**-11, 2.0**-24, 2.0**-24),
+    "bfloat16": Precision(2.0**-8, 2.0**-24, 2.0**-126),
+}
+EXACT = PRECISIONS["float64"]
+LSE_STORED = 2.0**-24
+"""lse is float32 whatever the inputs are (R10)."""
+
+
+class Disagreement(AssertionError):
+    """A result farther from the yardstick than its bound, or different where nothing may differ."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How far a result was from the yardstick, at the entry that came closest to its bound."""
+
+    error: float = 0.0
+    bound: float = 0.0
+    relative: float = 0.0
+    """||result - yardstick|| / ||yardstick|| over the whole tensor."""
+
+    @property
+    def ratio(self) -> float:
+        """Error / bound; exact results have 0."""
+        return self.error / self.bound if self.error else 0.0
+
+
+AGREES = Measure()
+"""What a property that allows no difference returns."""
+
+
+def worst(*measures: Measure) -> Measure:
+    """The one that came closest to its bound."""
+    return max(measures, key=lambda m: (m.ratio, m.error), default=AGREES)
+
+
+def compare(name: str, got: Array, want: Array, bound: Array) -> Measure:
+    """Every entry within its bound; infinite where the yardstick is, with the same sign.
+
+    Raises:
+        Disagreement: naming the entry that exceeds its bound by the largest factor.
+
+    >>> compare("x", np.array([1.0, 2.5]), np.array([1.0, 2.0]), np.array([0.1, 1.0])).ratio
+    0.5
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise Disagreement(f"{name} must have shape {list(want.shape)}, got {list(got.shape)}")
+    if got.size == 0:
+        return AGREES
+    bound = np.broadcast_to(bound, want.shape)
+    finite = np.isfinite(want)
+    with np.errstate(invalid="ignore"):
+        error = np.where(finite, np.abs(got - want), np.where(got == want, 0.0, np.inf))
+    error = np.where(np.isnan(error), np.inf, error)
+    # an error of 0 against a bound of 0 is fine, any other error against it is not
+    ratio = np.divide(error, bound, out=np.where(error > 0, np.inf, 0.0), where=bound > 0)
+    at = np.unravel_index(int(ratio.argmax()), ratio.shape)
+    if ratio[at] > 1:
+        raise Disagreement(
+            f"{name}{[int(x) for x in at]} must be {want[at]:.9g} within {bound[at]:.3g}, "
+            f"got {got[at]:.9g}, off by {error[at]:.3g}"
+        )
+    length = np.linalg.norm(want[finite])
+    relative = np.linalg.norm(error[finite]) / length if length else 0.0
+    return Measure(float(error[at]), float(bound[at]), float(relative))
+
+
+def same(name: str, got: Array, want: Array) -> Measure:
+    """Equal in shape and in every entry, NaN equal to NaN.
+
+    >>> same("ids", np.array([1, 2]), np.array([1, 2])).ratio
+    0.0
+    """
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape:
+        raise Disagreement(f"{name} must have shape {list(want.shape)}, got {list(got.shape)}")
+    differs = (got != want) & ~((got != got) & (want != want))
+    if differs.any():
+        at = tuple(np.argwhere(differs)[0].tolist())
+        raise Disagreement(f"{name}{list(at)} must be {want[at]}, got {got[at]}")
+    return AGREES
+
+
+def require(holds: bool, message: str) -> None:
+    """A statement that is true or false."""
+    if not holds:
+        raise Disagreement(message)

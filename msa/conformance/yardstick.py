@@ -1,0 +1,143 @@
+"""Attention over a dense mask in float64, with every bound that its results need.
+
+This is a second definition, written from eq. 8-10 without looking at the reference, so that the
+reference is judged as well. It knows masks, never blocks: what a form means is `mask_of`'s affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from msa.conformance.tolerances import EXACT, LSE_STORED, Precision
+from msa.ir import Array, Sequences
+
+
+def causal_mask(sequences: Sequences, groups: int) -> Array:
+    """[Tq, Hkv, Tk]: same sequence, not in the future (R1, R2, R3)."""
+    mask = np.zeros((sequences.total_q, groups, sequences.total_k), bool)
+    for qs, ks in sequences.spans():
+        n_q, n_k = qs.stop - qs.start, ks.stop - ks.start
+        for i in range(n_q):
+            mask[qs.start + i, :, ks.start : ks.start + n_k - n_q + i + 1] = True
+    return mask
+
+
+def block_mask(indices: Array, sequences: Sequences, block_size: int) -> Array:
+    """[Tq, Hkv, Tk]: the visible tokens of the blocks in indices [Tq, Hkv, any] (R3)."""
+    mask = np.zeros((*indices.shape[:2], sequences.total_k), bool)
+    for qs, ks in sequences.spans():
+        for i in range(qs.start, qs.stop):
+            position = ks.stop - ks.start - (qs.stop - i)
+            tokens = np.arange(position + 1)
+            for r in range(indices.shape[1]):
+                read = np.isin(tokens // block_size, indices[i, r])
+                mask[i, r, ks.start : ks.start + position + 1] = read
+    return mask
+
+
+def by_group(x: Array, groups: int) -> Array:
+    """[Tq, Hq, any] to [Tq, Hkv, G, any]."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, x.shape[2])
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention of q [Tq, Hq, D] over the True entries of mask [Tq, Hkv, Tk] (eq. 8).
+
+    Rows without any True entry have lse -inf and out 0; nobody should look at them.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    mask: Array
+    scale: float
+    parts: int = 1
+    """Into how many blocks the sum may be split: the k of the budget."""
+
+    @cached_property
+    def support(self) -> Array:
+        """mask for every query head: [Tq, Hq, Tk]."""
+        return np.repeat(self.mask, self.q.shape[1] // self.k.shape[1], axis=1)
+
+    def per_head(self, x: Array) -> Array:
+        """[Tk, Hkv, any] to [Tk, Hq, any]."""
+        return np.repeat(x, self.q.shape[1] // self.k.shape[1], axis=1)
+
+    @cached_property
+    def logits(self) -> Array:
+        """[Tq, Hq, Tk], -inf outside the support."""
+        products = self.scale * np.einsum("ihd,jhd->ihj", self.q, self.per_head(self.k))
+        return np.where(self.support, products, -np.inf)
+
+    @cached_property
+    def lse(self) -> Array:
+        """[Tq, Hq]."""
+        top = np.max(self.logits, axis=-1, initial=-np.inf, keepdims=True)
+        anchor = np.where(np.isfinite(top), top, 0.0)
+        with np.errstate(divide="ignore"):
+            return (anchor + np.log(np.exp(self.logits - anchor).sum(-1, keepdims=True)))[..., 0]
+
+    @cached_property
+    def probabilities(self) -> Array:
+        """[Tq, Hq, Tk], 0 outside the support."""
+        lse = np.where(np.isfinite(self.lse), self.lse, 0.0)
+        weights = np.exp(self.logits - lse[..., None])
+        # lse carries the roundoff of a large top; sums of exactly 1 do not
+        total = weights.sum(-1, keepdims=True)
+        return weights / np.where(total > 0, total, 1.0)
+
+    @cached_property
+    def out(self) -> Array:
+        """[Tq, Hq, Dv]."""
+        return np.einsum("ihj,jhe->ihe", self.probabilities, self.per_head(self.v))
+
+    @cached_property
+    def size(self) -> Array:
+        """A = sum of p |v|: [Tq, Hq, Dv]."""
+        return np.einsum("ihj,jhe->ihe", self.probabilities, np.abs(self.per_head(self.v)))
+
+    def delta(self, precision: Precision) -> Array:
+        """How far an exponent may be off: [Tq, Hq, 1] (point 1 of the budget)."""
+        sizes = np.einsum("ihd,jhd->ihj", np.abs(self.q), np.abs(self.per_head(self.k)))
+        highest = np.max(self.scale * sizes * self.support, axis=-1, initial=0.0, keepdims=True)
+        return (self.q.shape[-1] + 8) * precision.work * highest
+
+    def weight_error(self, precision: Precision) -> Array:
+        """Relative error of a probability before it is rounded to the stored dtype: [Tq, Hq, 1]."""
+        n = self.support.sum(-1, keepdims=True)
+        with np.errstate(over="ignore"):
+            return np.expm1(2 * self.delta(precision)) + (n + self.parts + 8) * precision.work
+
+    def out_bound(self, precision: Precision) -> Array:
+        """[Tq, Hq, Dv] (points 2, 5, 6)."""
+        return self._out_bound(precision) + self._out_bound(EXACT)
+
+    def _out_bound(self, precision: Precision) -> Array:
+        values, read = self.per_head(self.v)[None], self.support[..., None].transpose(0, 2, 1, 3)
+        highest = np.where(read, values, -np.inf).max(axis=1, initial=-np.inf)
+        lowest = np.where(read, values, np.inf).min(axis=1, initial=np.inf)
+        n = self.support.sum(-1, keepdims=True)
+        with np.errstate(over="ignore"):
+            exponents = np.expm1(np.minimum(2 * self.delta(precision), 700.0)) * self.size
+        highest, lowest = np.where(n > 0, highest, 0.0), np.where(n > 0, lowest, 0.0)
+        spread, largest = highest - lowest, np.maximum(np.abs(highest), np.abs(lowest))
+        sums = (n + self.parts + 8) * precision.work * largest
+        stored = precision.stored * (2 * largest + np.abs(self.out))
+        steps = precision.tiny * (n * largest + 1)
+        return np.minimum(exponents, spread) + sums + stored + steps
+
+    def lse_bound(self, precision: Precision) -> Array:
+        """[Tq, Hq] (points 3, 6); what is stored is float32."""
+        finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
+        n = self.support.sum(-1)
+        return (
+            sum(
+                self.delta(p)[..., 0] + (n + self.parts + 8) * p.work + p.work * finite
+                for p in (precision, EXACT)
+            )
+            + LSE_STORED * finite
+        )

@@ -1,0 +1,170 @@
+"""What training needs of the dense definition: gradients, and the KL loss, with their bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from msa.conformance.tolerances import EXACT, Precision
+from msa.conformance.yardstick import Attention, by_group
+from msa.ir import Array
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of <out, d_out> + <lse, d_lse> in q, k, v, and how far off they may be (R18).
+
+    With P the probabilities, g = d_out, and delta = <g, out> - d_lse for each query and head,
+
+        dV = P^T g        dS = P (g V^T - delta)        dQ = scale dS K        dK = scale dS^T Q.
+
+    Errors: P by the factor of the budget (weight_error, and u' if it is rounded to be multiplied);
+    g V^T and <g, out> by (Dv + 8) u of their sums of magnitudes, and by u' and the bound of `out`
+    where `out` was stored in between; each outer product by the number of its terms times u, and
+    u' for rounding dS and the result.
+    """
+
+    attention: Attention
+    d_out: Array
+    d_lse: Array
+
+    @cached_property
+    def d_logits(self) -> Array:
+        """dS: [Tq, Hq, Tk]."""
+        a = self.attention
+        d_weights = np.einsum("ihe,jhe->ihj", self.d_out, a.per_head(a.v))
+        delta = (self.d_out * a.out).sum(-1) - self.d_lse
+        return a.probabilities * (d_weights - delta[..., None])
+
+    def values(self) -> dict[str, Array]:
+        """dq [Tq, Hq, D], dk [Tk, Hkv, D], dv [Tk, Hkv, Dv] by the names of the inputs."""
+        a = self.attention
+        return self._products(self.d_logits, a.q, a.per_head(a.k), a.probabilities, self.d_out)
+
+    def _products(
+        self, d_logits: Array, q: Array, keys: Array, weights: Array, d_out: Array
+    ) -> dict[str, Array]:
+        scale = self.attention.scale
+        return {
+            "q": scale * np.einsum("ihj,jhd->ihd", d_logits, keys),
+            "k": self._sum_groups(scale * np.einsum("ihj,ihd->jhd", d_logits, q)),
+            "v": self._sum_groups(np.einsum("ihj,ihe->jhe", weights, d_out)),
+        }
+
+    def _sum_groups(self, x: Array) -> Array:
+        """[Tk, Hq, any] to [Tk, Hkv, any]."""
+        return by_group(x, self.attention.k.shape[1]).sum(2)
+
+    def bounds(self, precision: Precision) -> dict[str, Array]:
+        """For each gradient, entry by entry."""
+        own, exact = self._bounds(precision), self._bounds(EXACT)
+        return {name: own[name] + exact[name] for name in own}
+
+    def _bounds(self, precision: Precision) -> dict[str, Array]:
+        a, u, stored = self.attention, precision.work, precision.stored
+        p, g = a.probabilities, np.abs(self.d_out)
+        p_error = p * (a.weight_error(precision) + 2 * stored) + precision.tiny * a.support
+        sizes = np.einsum("ihe,jhe->ihj", g, np.abs(a.per_head(a.v)))
+        sums = (g * np.abs(a.out)).sum(-1) + np.abs(self.d_lse)
+        row_error = (g * a.out_bound(precision)).sum(-1) + (stored + u) * sums
+        inner = (a.v.shape[-1] + 8) * u * (sizes + sums[..., None]) + row_error[..., None]
+        magnitude = p * (sizes + sums[..., None])
+        error = p_error * (sizes + sums[..., None]) + p * inner + stored * np.abs(self.d_logits)
+        error = error + precision.tiny * a.support
+        terms = a.support.sum() + 8  # no sum has more terms than there are pairs
+        error = error + terms * u * magnitude
+        weights = p_error + terms * u * p
+        made = self._products(error, np.abs(a.q), np.abs(a.per_head(a.k)), weights, g)
+        return {
+            name: made[name] + 2 * stored * np.abs(value) + precision.tiny
+            for name, value in self.values().items()
+        }
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """KL of the mean of a group's probabilities against softmax of the scores (eq. 9-10, R17)."""
+
+    attention: Attention
+    """Of the main branch: only its probabilities are used."""
+    index: Attention
+    """Of the index branch: one head for each group."""
+
+    @cached_property
+    def teacher(self) -> Array:
+        """[Tq, Hkv, Tk]."""
+        p = self.attention.probabilities
+        groups = self.index.q.shape[1]
+        return by_group(p, groups).mean(2)
+
+    @cached_property
+    def terms(self) -> Array:
+        """log P - log P_idx where P > 0, else 0: [Tq, Hkv, Tk]."""
+        some = self.teacher > 0
+        gap = np.log(np.where(some, self.teacher, 1.0)) - np.where(some, self.log_student, 0.0)
+        return np.where(some, gap, 0.0)
+
+    @cached_property
+    def log_student(self) -> Array:
+        """[Tq, Hkv, Tk], -inf outside the support."""
+        return self.index.logits - self.index.lse[..., None]
+
+    @property
+    def count(self) -> int:
+        """Tq * Hkv, the number of distributions."""
+        return max(1, self.teacher.shape[0] * self.teacher.shape[1])
+
+    def loss(self) -> float:
+        """The mean over queries and groups."""
+        return float((self.teacher * self.terms).sum() / self.count)
+
+    def bound(self, precision: Precision) -> float:
+        """Of the loss (points 4-6)."""
+        return self._bound(precision) + self._bound(EXACT) + precision.work * abs(self.loss())
+
+    def _bound(self, precision: Precision) -> float:
+        p, u = self.teacher, precision.work
+        n = self.attention.mask.sum(-1, keepdims=True)
+        groups = p.shape[1]
+        deltas = self.attention.delta(precision)
+        delta = by_group(deltas, groups).max(2) + self.index.delta(precision)
+        some = p > 0
+        logs = np.abs(np.log(np.where(some, p, 1.0))) + np.abs(np.where(some, self.log_student, 0))
+        both = 2 * delta + 2 * (n + 8) * u + u * logs
+        gap = np.abs(self.terms)
+        lost = some * (1 + logs) * (2.0**-126 if u > EXACT.work else 2.0**-1022)
+        error = p * ((np.expm1(2 * delta) + (n + 8) * u) * gap + both) + lost
+        return float((error + p.size * u * p * gap).sum() / self.count)
+
+    def gradients(self) -> dict[str, Array]:
+        """d KL / d scores = (student - teacher) / count, carried to q_idx and k_idx."""
+        slope = (self.index.probabilities - self.teacher) / self.count * self.index.scale
+        keys = self.index.k[:, 0]
+        return {
+            "q_idx": np.einsum("irj,jc->irc", slope, keys),
+            "k_idx": np.einsum("irj,irc->jc", slope, self.index.q),
+        }
+
+    def gradient_bounds(self, precision: Precision) -> dict[str, Array]:
+        """Both probabilities by their factors, the sums by their number of terms."""
+        a, student = self.attention, self.index
+        made = []
+        for p in (precision, EXACT):
+            teacher = by_group(a.weight_error(p), self.teacher.shape[1])
+            terms = self.teacher.size + 8
+            error = self.teacher * (teacher.max(2) + (terms + 8) * p.work)
+            error = error + student.probabilities * (student.weight_error(p) + terms * p.work)
+            error = error + p.stored * np.abs(student.probabilities - self.teacher)
+            error = (error + 2 * p.tiny * a.mask) / self.count * student.scale
+            made.append(error)
+        error, keys = made[0] + made[1], np.abs(student.k[:, 0])
+        bounds = {
+            "q_idx": np.einsum("irj,jc->irc", error, keys),
+            "k_idx": np.einsum("irj,irc->jc", error, np.abs(student.q)),
+        }
+        values = self.gradients()
+        return {
+            n: b + precision.stored * abs(values[n]) + precision.tiny for n, b in bounds.items()
+        }

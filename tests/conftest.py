@@ -1,0 +1,93 @@
+"""Profiles, the GPU marker, NaN in fresh buffers, and the count of examples at the end.
+
+Nothing of msa may be imported here: jaxtyping's hook has to see its modules first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import Phase, settings
+
+CUDA = torch.cuda.is_available()
+EXAMPLES = 25
+GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
+
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that tests start too
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+settings.register_profile(
+    "ci", max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=PHASES
+)
+settings.register_profile(
+    "thorough", max_examples=10 * EXAMPLES, deadline=None, phases=PHASES, print_blob=True
+)
+settings.load_profile("ci")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs by itself where there is a CUDA device")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not CUDA:
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def as_users_run_it():
+    """Shapes unchecked, as outside of tests: the library's own messages are what is wanted."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_buffers_hold_garbage():
+    """torch.empty and its kin give NaN, or an absurd integer: reading one cannot go unnoticed."""
+    patch = pytest.MonkeyPatch()
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        patch.setattr(owner, name, _filling(getattr(owner, name)))
+    yield
+    patch.undo()
+
+
+def _filling(make):
+    def make_and_fill(*args, **options):
+        tensor = make(*args, **options)
+        if tensor.is_meta or tensor.dtype == torch.bool:
+            return tensor
+        with torch.no_grad():
+            floating = tensor.is_floating_point() or tensor.is_complex()
+            return tensor.fill_(torch.nan if floating else GARBAGE)
+
+    return make_and_fill
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many examples each property saw, and how close to its bound it came."""
+    seen = defaultdict(list)
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for key, value in report.user_properties:
+            if key == "examples":
+                name, backend, tried, closest = value
+                seen[name].append(f"{backend} {tried}{closest}")
+    if seen:
+        terminalreporter.section("examples that each property saw (worst error / bound)")
+        for name in sorted(seen, key=lambda n: (int(n[1:].partition("_")[0]), n)):
+            terminalreporter.write_line(f"{name}: {', '.join(seen[name])}")

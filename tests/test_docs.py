@@ -1,0 +1,67 @@
+"""What the documents say is run: docstring examples, and the code and commands of the README."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language in the README."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+
+
+def commands() -> list[str]:
+    """Every command line in the README's console blocks, without its comment."""
+    return [
+        line.split("#")[0].strip()
+        for block in blocks("console")
+        for line in block.splitlines()
+        if line.split("#")[0].strip()
+    ]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("msa ")])
+def test_msa_commands_run(command, tmp_path):
+    words = shlex.split(command)[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "msa.cli", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in words:
+        if word.endswith(".png"):
+            assert (tmp_path / word).stat().st_size > 10_000
+
+
+def test_every_command_is_of_a_known_kind():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for command in commands():
+        program, *words = shlex.split(command)
+        assert program == "msa" or (program == "make" and set(words) <= targets), command
+    assert {"make demo", "make test"} <= set(commands())
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
+def test_files_that_the_readme_names_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    tree = re.search(r"^```\nmsa/\n(.*?)^```", README, re.S | re.M)
+    assert tree is not None
+    for line in tree[1].splitlines():
+        inside = line.startswith("  ")
+        for name in re.findall(r"^(?:  )?((?:[\w.]+/? )+)", line)[0].split():
+            if "." in name or name.endswith("/"):
+                assert ((ROOT / "msa" if inside else ROOT) / name).exists(), name

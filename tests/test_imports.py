@@ -1,0 +1,110 @@
+"""Who may know whom: the arrows of the house, read from the source, and cold imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import msa
+
+PACKAGE = Path(__file__).parent.parent / "msa"
+STAGES = ["reference", "torch_impl", "triton_impl"]
+OWN = {  # modules directly under msa/, and what each of them may import of msa at its top level
+    "checks": set(),
+    "config": {"checks"},
+    "ir": {"checks"},
+    "interface": {"config", "ir"},
+    "pipeline": {"config", "interface", "ir"},
+    "layout": {"checks", "ir"},
+    "dispatch": {"checks", "interface", "ir"},
+    "api": {"checks", "config", "dispatch", "ir", "layout", "pipeline"},
+    "explain": {"api", "config", "dispatch", "ir", "pipeline", "reference"},
+    "cli": set(),
+    "__init__": {"api", "config", "dispatch", "ir", "pipeline"},
+}
+
+
+def imported(path: Path, everywhere: bool = True) -> set[str]:
+    """Full names of the modules that a file imports; with everywhere=False not inside functions."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree)) if everywhere else list(tree.body)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{a.name}" if node.module == "msa" else node.module
+                      for a in node.names}  # fmt: skip
+    return names
+
+
+def inside_msa(names: set[str]) -> set[str]:
+    """The first part below msa of every import from msa."""
+    return {name.split(".")[1] for name in names if name.startswith("msa.")}
+
+
+@pytest.mark.parametrize("module", OWN)
+def test_top_level_arrows(module):
+    assert inside_msa(imported(PACKAGE / f"{module}.py", everywhere=False)) <= OWN[module]
+
+
+def test_no_module_is_left_out():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(OWN)
+
+
+@pytest.mark.parametrize("backend", STAGES)
+def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
+    for path in (PACKAGE / backend).glob("*.py"):
+        assert inside_msa(imported(path)) <= {"ir", "config", backend}, path
+
+
+def test_the_oracle_knows_numpy_alone():
+    for path in (PACKAGE / "reference").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert roots <= {"__future__", "collections", "numpy", "jaxtyping", "typing", "msa"}, path
+
+
+@pytest.mark.parametrize("library", ["torch", "triton"])
+def test_backends_are_imported_in_one_place(library):
+    users = {
+        path.name
+        for path in PACKAGE.glob("*.py")
+        if inside_msa(imported(path)) & {"torch_impl", "triton_impl"}
+    }
+    assert users == {"dispatch.py"}
+    assert all(
+        library not in {name.split(".")[0] for name in imported(path, everywhere=False)}
+        for path in PACKAGE.glob("*.py")
+    )
+
+
+@pytest.mark.parametrize("name", ["conformance", "demo"])
+def test_only_the_command_line_knows_the_extras(name):
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "cli.py" and path.parent.name != name:
+            assert name not in inside_msa(imported(path)), path
+
+
+def test_conformance_knows_the_public_interface_alone():
+    """It must be able to judge any backend, so it knows none but through load_backend."""
+    libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
+    public = {"checks", "config", "conformance", "dispatch", "interface", "ir", "pipeline"}
+    for path in (PACKAGE / "conformance").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
+        assert roots <= libraries, path
+        assert "torch" not in {n.split(".")[0] for n in imported(path, everywhere=False)}, path
+        for name in inside_msa(imported(path)) - public:
+            assert name in vars(msa), (path, name)
+
+
+def test_import_msa_is_light():
+    code = (
+        "import sys, msa; heavy = {'torch', 'triton', 'hypothesis', 'rich', 'tyro', 'sklearn', "
+        "'matplotlib', 'scipy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,363 @@
+"""The properties can fail: known kinds of bugs are planted, and the named property sees each.
+
+Most of them were found in other people's implementations of sparse attention; here each is a few
+lines around the reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+
+from msa import reference
+from msa.conformance import Domain, Subject, all_properties, as_module, subjects
+from msa.conformance.trial import Tally, search
+from msa.conformance.yardstick import Attention, block_mask
+from msa.ir import BlockScores, Output, Partials, Selection, Sequences
+
+PROPERTIES = {p.name: p for p in all_properties()}
+DOMAIN = Domain(("float64", "float32", "float16"), missing=frozenset({"api", "backward"}))
+OPTIONS = settings(derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
+
+
+# -- the index branch -----------------------------------------------------------------------------
+def nan_ranks_first(q_idx, k_idx, sequences, config):
+    scores = reference.score_blocks(q_idx, k_idx, sequences, config)
+    values = scores.values.copy()
+    for qs, ks in sequences.spans():
+        own = np.array(sequences.positions())[qs] // config.block_size
+        for b, start in enumerate(range(ks.start, ks.stop, config.block_size)):
+            stop = min(start + config.block_size, ks.stop)
+            rotten = np.isnan(k_idx[start:stop]).any()
+            values[qs, :, b] = np.where(rotten & (own >= b)[:, None], np.inf, values[qs, :, b])
+    return BlockScores(values, sequences, config.block_size)
+
+
+def mean_for_maximum(q_idx, k_idx, sequences, config):
+    scores = reference.score_blocks(q_idx, k_idx, sequences, config)
+    return replace(scores, values=np.where(np.isfinite(scores.values), scores.values / 2, -np.inf))
+
+
+def one_product_too_few(q_idx, k_idx, sequences, config):
+    return reference.score_blocks(q_idx[..., 1:], k_idx[..., 1:], sequences, replace(
+        config, index_scale=config.index_scale_for(q_idx.shape[-1])))  # fmt: skip
+
+
+def ties_to_the_higher_id(scores, config):
+    """Selects on scores that are nudged upwards along the row: only ties are affected."""
+    order = np.arange(scores.values.shape[-1])
+    rank = np.zeros_like(scores.values)
+    for i, r in np.ndindex(scores.values.shape[:2]):
+        rank[i, r, np.lexsort((order, scores.values[i, r]))] = order
+    return reference.select_blocks(replace(scores, values=rank), config)
+
+
+def local_block_missing(scores, config):
+    """The local block has to compete like any other."""
+    ids = reference.select_blocks(scores, config).indices.copy()
+    for i, p in enumerate(scores.sequences.positions()):
+        own = p // scores.block_size
+        for r in range(ids.shape[1]):
+            best = sorted(range(own + 1), key=lambda b: (-scores.values[i, r, b], b))
+            ids[i, r] = -1
+            kept = sorted(best[: config.top_k])
+            ids[i, r, : len(kept)] = kept
+    return Selection(ids, scores.sequences, scores.block_size)
+
+
+def infinite_scores_left_out(scores, config):
+    """-inf is taken for "not visible" even where all visible blocks fit."""
+    ids = reference.select_blocks(scores, config).indices.copy()
+    for i, r, s in np.argwhere(ids >= 0).tolist():
+        own = scores.sequences.positions()[i] // scores.block_size
+        if np.isneginf(scores.values[i, r, ids[i, r, s]]) and ids[i, r, s] != own:
+            ids[i, r, s] = own
+    for i, r in np.ndindex(ids.shape[:2]):
+        kept = np.unique(ids[i, r][ids[i, r] >= 0])
+        ids[i, r] = np.pad(kept, (0, config.top_k - len(kept)), constant_values=-1)
+    return Selection(ids, scores.sequences, scores.block_size)
+
+
+def local_block_first(q_idx, k_idx, sequences, config):
+    """The order of a top-k call: own block first, the rest after it."""
+    selection = reference.select_fused(q_idx, k_idx, sequences, config)
+    ids = selection.indices.copy()
+    for i, r in np.ndindex(ids.shape[:2]):
+        count = (ids[i, r] >= 0).sum()
+        ids[i, r, :count] = np.roll(ids[i, r, :count], 1)
+    return replace(selection, indices=ids)
+
+
+# -- attention ------------------------------------------------------------------------------------
+def attend_with(mask_of_blocks):
+    """attend_selection over a spoiled mask."""
+
+    def attend_selection(q, k, v, selection, softmax_scale):
+        mask = mask_of_blocks(selection)
+        dense = Attention(*(x.astype(float) for x in (q, k, v)), mask, softmax_scale)
+        return Output(dense.out.astype(q.dtype), dense.lse.astype(np.float32), selection)
+
+    return attend_selection
+
+
+def off_by_one(selection):
+    """Each query sees the token after its own, if there is one in the packed keys."""
+    ids, sequences = selection.indices, selection.sequences
+    mask = block_mask(ids, sequences, selection.block_size)
+    for i, p in enumerate(sequences.positions()):
+        s = np.searchsorted(sequences.cu_seqlens_q, i, side="right") - 1
+        mask[i, :, sequences.cu_seqlens_k[s] + p + 1 :][:, :1] = True
+    return mask
+
+
+def tail_block_in_full(selection):
+    """A sequence's last block is read to its full length, into whatever comes after it."""
+    ids, sequences = selection.indices, selection.sequences
+    mask = block_mask(ids, sequences, selection.block_size)
+    for qs, ks in sequences.spans():
+        blocks = -(-(ks.stop - ks.start) // selection.block_size)
+        if qs.stop > qs.start:
+            mask[qs.stop - 1, :, ks.stop : ks.start + blocks * selection.block_size] = True
+    return mask
+
+
+def queries_are_the_first_tokens(q, k, v, q_idx, k_idx, sequences, config):
+    """Alignment at the top left: right for a full prefill, wrong for a chunk."""
+    if any(qs.stop - qs.start == ks.stop - ks.start for qs, ks in sequences.spans()):
+        return reference.attend(q, k, v, q_idx, k_idx, sequences, config)
+    keep = [
+        j for qs, ks in sequences.spans() for j in range(ks.start, ks.start + qs.stop - qs.start)
+    ]
+    short = Sequences(sequences.cu_seqlens_q, sequences.cu_seqlens_q)
+    output = reference.attend(q, k[keep], v[keep], q_idx, k_idx[keep], short, config)
+    return replace(
+        output, selection=Selection(output.selection.indices, sequences, config.block_size)
+    )
+
+
+def borders_forgotten(q, k, v, q_idx, k_idx, sequences, config):
+    """All sequences as one, when all of them are whole prefills."""
+    if sequences.cu_seqlens_q != sequences.cu_seqlens_k:
+        return reference.attend(q, k, v, q_idx, k_idx, sequences, config)
+    one = Sequences.one(len(q), len(k))
+    return reference.attend(q, k, v, q_idx, k_idx, one, config)
+
+
+def always_float32(*args):
+    output = reference.attend(*args)
+    return replace(output, out=output.out.astype(np.float32))
+
+
+def binary_logarithm(*args):
+    output = reference.attend_selection(*args)
+    return replace(output, lse=(output.lse / np.log(2)).astype(np.float32))
+
+
+def one_place_too_few(q, k, v, q_idx, k_idx, sequences, config):
+    small = replace(config, top_k=max(config.top_k - 1, config.forced_blocks))
+    return reference.attend(q, k, v, q_idx, k_idx, sequences, small)
+
+
+def stale_lengths(q, q_idx, cache, config):
+    """The lengths of the step before: the newest token of each sequence is not there yet."""
+    n = q.shape[1]
+    stale = np.where(cache.lengths > n, cache.lengths - 1, cache.lengths)
+    return reference.decode_step(q, q_idx, replace(cache, lengths=stale), config)
+
+
+CALLS = itertools.count()
+
+
+def nothing_twice_the_same(*args):
+    output = reference.attend(*args)
+    up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
+    return replace(output, lse=np.nextafter(output.lse, up_or_down))
+
+
+# -- the lowering ---------------------------------------------------------------------------------
+def padding_dereferenced(selection):
+    """-1 is taken for a block id."""
+    ids = np.where(selection.indices < 0, 0, selection.indices)
+    return reference.reverse_selection(replace(selection, indices=ids.astype(np.int32)))
+
+
+def slots_from_the_end(selection):
+    index = reference.reverse_selection(selection)
+    return replace(index, slots=(selection.top_k - 1 - index.slots).astype(np.int32))
+
+
+def last_edge_of_a_full_chunk_lost(reverse_index, chunk_size):
+    schedule = reference.schedule_chunks(reverse_index, chunk_size)
+    full = schedule.stops - schedule.starts == max(2, chunk_size)
+    return replace(schedule, stops=schedule.stops - full)
+
+
+def chunks_across_rows(reverse_index, chunk_size):
+    edges = int(reverse_index.row_offsets[-1])
+    schedule = reference.schedule_chunks(reverse_index, chunk_size)
+    starts = np.arange(0, edges, chunk_size)
+    stops = np.minimum(starts + chunk_size, edges)
+    rows = np.searchsorted(reverse_index.row_offsets, starts, side="right") - 1
+    return replace(schedule, rows=rows.astype(np.int32), starts=starts, stops=stops)
+
+
+def slots_swapped(*args):
+    partials = reference.attend_chunks(*args)
+    return replace(partials, out=partials.out[:, :, ::-1], lse=partials.lse[:, :, ::-1])
+
+
+def plain_mean(partials, dtype=None):
+    """Combining without the LSE as weight."""
+    output = reference.combine_partials(partials, dtype)
+    flat = Partials(partials.out, np.zeros_like(partials.lse), partials.counts)
+    return replace(output, out=reference.combine_partials(flat, dtype).out)
+
+
+def unowned_slots_read(partials, dtype=None):
+    everything = np.full_like(partials.counts, partials.out.shape[2])
+    return reference.combine_partials(replace(partials, counts=everything), dtype)
+
+
+def bit_of_the_wrong_row(selection, tile_size):
+    union = reference.unite_tiles(selection, tile_size)
+    masks = np.where(union.row_masks > 1, union.row_masks >> 1, union.row_masks)
+    return replace(union, row_masks=masks.astype(np.int32))
+
+
+# -- training -------------------------------------------------------------------------------------
+def logits_averaged(q, k, q_idx, k_idx, selection, sequences, config):
+    """The teacher from the mean of the heads' logits instead of their probabilities."""
+    mean = q.reshape(len(q), k.shape[1], -1, q.shape[-1]).mean(2)
+    return reference.align_index(mean, k, q_idx, k_idx, selection, sequences, config)
+
+
+def no_warm_up(q, k, q_idx, k_idx, selection, sequences, config):
+    """Without a selection, the local blocks stand in for all visible tokens."""
+    if selection is None:
+        own = np.array(sequences.positions()) // config.block_size
+        ids = np.repeat(own[:, None, None], k.shape[1], axis=1).astype(np.int32)
+        selection = Selection(ids, sequences, config.block_size)
+    return reference.align_index(q, k, q_idx, k_idx, selection, sequences, config)
+
+
+MUTANTS = [
+    ("r1_a_packed_sequence_is_as_if_alone", {"attend": borders_forgotten}),
+    ("r2_decoding_is_the_same_rule", {"decode_step": stale_lengths}),
+    ("r2_a_chunk_is_the_tail_of_the_whole", {"attend": queries_are_the_first_tokens}),
+    ("r4_integer_scores_are_exact_and_nan_is_minus_infinity", {"score_blocks": nan_ranks_first}),
+    ("r4_scores_are_scaled_products", {"score_blocks": one_product_too_few}),
+    ("r5_block_scores_are_raw_maxima_of_visible_tokens", {"score_blocks": mean_for_maximum}),
+    ("r6_local_and_sink_blocks_are_always_in", {"select_blocks": local_block_missing}),
+    ("r7_ties_go_to_the_lower_id", {"select_blocks": ties_to_the_higher_id}),
+    ("r7_all_visible_blocks_when_they_are_few", {"select_blocks": infinite_scores_left_out}),
+    ("r8_a_selection_is_canonical", {"select_fused": local_block_first}),
+    (
+        "r9_attention_over_a_selection_is_the_definition",
+        {"attend_selection": attend_with(off_by_one)},
+    ),
+    (
+        "r9_attention_over_a_selection_is_the_definition",
+        {"attend_selection": attend_with(tail_block_in_full)},
+    ),
+    ("r9_the_union_of_a_tile_means_the_selection", {"unite_tiles": bit_of_the_wrong_row}),
+    ("r10_lse_is_the_natural_logarithm_in_float32", {"attend_selection": binary_logarithm}),
+    ("r11_with_many_places_it_is_causal_attention", {"attend": one_place_too_few}),
+    ("r12_out_has_the_dtype_of_q", {"attend": always_float32}),
+    ("r13_the_reverse_index_means_the_selection", {"reverse_selection": padding_dereferenced}),
+    ("r13_slots_are_ranks_and_queries_ascend", {"reverse_selection": slots_from_the_end}),
+    (
+        "r14_the_schedule_means_the_reverse_index",
+        {"schedule_chunks": last_edge_of_a_full_chunk_lost},
+    ),
+    ("r14_items_are_bounded_and_cover_each_edge_once", {"schedule_chunks": chunks_across_rows}),
+    ("r15_partials_are_softmaxes_over_one_block", {"attend_chunks": slots_swapped}),
+    ("r16_combining_is_the_definition", {"combine_partials": plain_mean}),
+    ("r16_combining_is_the_definition", {"combine_partials": unowned_slots_read}),
+    ("r17_the_loss_is_the_kl_over_selected_tokens", {"align_index": logits_averaged}),
+    ("r17_the_warm_up_form_is_dense", {"align_index": no_warm_up}),
+    ("r19_the_same_call_gives_the_same_bits", {"attend": nothing_twice_the_same}),
+]
+
+
+def attempt(name, subject, examples=25):
+    """The tally of a search for a counterexample, without shrinking it."""
+    tally, options = Tally(), settings(OPTIONS, max_examples=examples)
+    try:
+        search(PROPERTIES[name], subject, options, tally)
+    except Exception as error:
+        assert tally.error is not None, error
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("name", "functions"),
+    MUTANTS,
+    ids=[f"{f.__name__}-{name.partition('_')[0]}" for name, fs in MUTANTS for f in fs.values()],
+)
+def test_a_planted_bug_is_found(name, functions):
+    mutant = Subject("mutant", as_module(functions), "numpy", DOMAIN)
+    tally = attempt(name, mutant)
+    print(f"found after {tally.tried} examples")
+    assert isinstance(tally.error, AssertionError | ValueError), f"{name} let it pass"
+    assert "(" in repr(tally.counterexample)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in MUTANTS}))
+def test_the_honest_backend_passes_the_same_search(name):
+    honest = Subject("honest", as_module({}), "numpy", DOMAIN)
+    assert attempt(name, honest, examples=5).error is None
+
+
+def torch_mutant(functions):
+    (subject, *_) = subjects(("torch",))
+    return replace(subject, name="mutant", module=as_module(functions, like=subject.module))
+
+
+def test_a_wrong_gradient_is_found():
+    from msa import torch_impl
+
+    def doubled(q, k, v, selection, softmax_scale):
+        twice = 2 * k - k.detach()  # the value of k, twice its gradient
+        return torch_impl.attend_selection(q, twice, v, selection, softmax_scale)
+
+    mutant = torch_mutant({"attend_selection": doubled})
+    for name in ("r18_gradients_in_every_dtype", "r18_gradients_are_those_of_the_spec"):
+        assert isinstance(attempt(name, mutant).error, AssertionError), name
+
+
+def test_a_gradient_to_the_teacher_is_found():
+    from msa import torch_impl
+
+    def leaking(q, k, q_idx, k_idx, selection, sequences, config):
+        loss = torch_impl.align_index(q, k, q_idx, k_idx, selection, sequences, config)
+        return loss + (q.sum() - q.sum().detach())
+
+    mutant = torch_mutant({"align_index": leaking})
+    assert attempt("r17_gradients_reach_the_index_branch_only", mutant).error is not None
+
+
+def test_sums_in_a_random_order_are_found():
+    """Atomic additions end up in another order each time: seen as noise in the last bits."""
+    import torch
+
+    from msa import torch_impl
+
+    def noisy(q, k, v, selection, softmax_scale):
+        noise = 1 + 1e-6 * torch.rand(())
+        return torch_impl.attend_selection(q * noise, k, v, selection, softmax_scale)
+
+    mutant = torch_mutant({"attend_selection": noisy})
+    assert isinstance(attempt("r19_gradients_have_the_same_bits", mutant).error, AssertionError)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_missing_check_is_found():
+    (subject,) = subjects(("reference",))
+    with mock.patch("msa.checks.check_heads", lambda *args: None):
+        tally = attempt("r20_bad_input_is_refused_before_any_work", subject)
+    assert tally.counterexample.name in ("Hq not a multiple of Hkv", "other heads of q in decode")

@@ -1,0 +1,46 @@
+"""R1-R20: every property of msa.conformance on every backend that runs here."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+from msa.conformance import all_properties, subjects
+from msa.conformance.trial import Tally, search
+
+PAIRS = [
+    pytest.param(p, s, id=f"{p.name}-{s.label}", marks=[pytest.mark.gpu] * (s.device != "cpu"))
+    for p in all_properties()
+    for s in subjects()
+    if s.domain.has(*p.needs)
+]
+
+
+@pytest.mark.parametrize(("prop", "subject"), PAIRS)
+def test_property(prop, subject, record_property, request):
+    if prop.rule == "R20":
+        request.getfixturevalue("as_users_run_it")
+    tally = Tally()
+    try:
+        search(prop, subject, settings(), tally)
+    finally:
+        closest = f" ({tally.measure.ratio:.0%})" if tally.measure.error else ""
+        record_property("examples", (prop.name, subject.label, tally.tried, closest))
+
+
+def test_every_rule_has_a_property():
+    assert {p.rule for p in all_properties()} == {f"R{n}" for n in range(1, 21)}
+
+
+def test_names_are_unique_and_say_something():
+    names = [p.name for p in all_properties()]
+    assert len(set(names)) == len(names)
+    assert all(p.statement for p in all_properties())
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_every_rule_is_claimed(name):
+    (subject, *_) = subjects((name,))
+    assert {p.rule for p in all_properties() if subject.domain.has(*p.needs)} >= {
+        f"R{n}" for n in range(1, 21) if not (n == 18 and name == "reference")
+    }
