@@ -57,7 +57,8 @@ def attention(
     """
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
-    return call.give_output(call.module.attend(*call.arrays, call.sequences, config))
+    q, k, v, q_idx, k_idx = call.arrays
+    return call.give_output(call.module.attend(q, k, v, q_idx, k_idx, call.sequences, config))
 
 
 def select(
@@ -80,7 +81,8 @@ def select(
     """
     arrays = {"q_idx": q_idx, "k_idx": k_idx}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
-    return call.give(call.module.select_fused(*call.arrays, call.sequences, config))
+    q_idx, k_idx = call.arrays
+    return call.give(call.module.select_fused(q_idx, k_idx, call.sequences, config))
 
 
 def sparse_attention(
@@ -110,7 +112,8 @@ def sparse_attention(
     config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
     call = _Call({"q": q, "k": k, "v": v}, backend, config, selection=selection)
     scale = config.softmax_scale_for(q.shape[-1])
-    output = call.module.attend_selection(*call.arrays, call.selection, scale)
+    q, k, v = call.arrays
+    output = call.module.attend_selection(q, k, v, call.selection, scale)
     return call.give_output(replace(output, selection=call.selection))
 
 
@@ -141,7 +144,8 @@ def align_index(
         checks.check_type("selection", selection, Selection)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
-    loss = call.module.align_index(*call.arrays, call.selection, call.sequences, config)
+    q, k, q_idx, k_idx = call.arrays
+    loss = call.module.align_index(q, k, q_idx, k_idx, call.selection, call.sequences, config)
     return call.give(loss)
 
 
@@ -183,7 +187,8 @@ def decode(
     checks.check_same_place(q=q, q_idx=q_idx, **pages)
     name = resolve(backend, q)
     module, carrier = load_backend(name), Carrier(name, q)
-    return carrier.give(module.decode_step(*carrier.take(q=q, q_idx=q_idx, cache=cache), config))
+    q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
+    return carrier.give(module.decode_step(q, q_idx, cache, config))
 
 
 def lower(
@@ -220,7 +225,10 @@ def lower(
         raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
-    trace = pipeline.lower(call.module, *call.arrays, call.sequences, config, chunk_size, tile_size)
+    q, k, v, q_idx, k_idx = call.arrays
+    trace = pipeline.lower(
+        call.module, q, k, v, q_idx, k_idx, call.sequences, config, chunk_size, tile_size
+    )
     return call.give(trace)
 
 

@@ -46,7 +46,7 @@ def check_scale(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be None or a number, got {value!r} of type {type(value).__name__}"
         )
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name} must be finite and positive, got {value}")
 
 
