@@ -48,7 +48,7 @@ class Crossing:
     repeats: int = 5
     threads: int = 0
     """0 keeps PyTorch's own choice."""
-    out: Path = Path(__file__).parent / "results" / "crossing_cpu.json"
+    out: Path = Path("benchmarks/results/crossing_cpu.json")
 
     @property
     def config(self) -> MSAConfig:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import Phase, settings
 
 CUDA = torch.cuda.is_available()
-EXAMPLES = 25
+EXAMPLES = 50
 GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
 
 if not CUDA:

@@ -72,7 +72,7 @@ def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill
 def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
     """Ragged lengths, zero among them, some right at the border of a block (R1-R3)."""
     batch = draw(st.integers(*want.batch))
-    limit = max(1, max(want.tokens, 4 * block_size) // max(1, batch))
+    limit = max(1, max(want.tokens, 3 * block_size) // max(1, batch))
     near_border = [m * block_size + d for m in (1, 2, 3) for d in (-1, 0, 1)]
     lengths = st.one_of(
         st.integers(0, limit), st.sampled_from([n for n in near_border if n <= limit] or [0])

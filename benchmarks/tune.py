@@ -1,0 +1,121 @@
+"""Measure launch parameters: prints, for each kernel, every candidate with its time.
+
+    for i in $(seq 0 13); do python -m benchmarks.tune --warm $i/14 & done; wait   # compile
+    python -m benchmarks.tune
+
+What wins goes into `msa/triton_impl/tuning.py` by hand. Compiling is most of the work, so workers
+compile shares of the candidates beforehand, on a small problem of the same divisibilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import torch
+
+from benchmarks import cases
+from msa.ir import Sequences
+from msa.triton_impl import selection as selection_stage
+from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tuning import TileConfig
+from msa.triton_impl.union_walk import walk
+
+
+def tiles(*rows: tuple[int, int, int, int]) -> list[TileConfig]:
+    """(rows, keys, warps, stages), keys by the bulk copy engine."""
+    return [TileConfig(r, k, warps, stages, descriptors=True) for r, k, warps, stages in rows]
+
+
+SELECT = tiles(
+    (256, 128, 8, 3), (256, 128, 8, 4), (128, 128, 4, 2), (128, 128, 4, 3), (128, 64, 4, 3),
+    (128, 64, 4, 4), (128, 128, 8, 3),
+)  # fmt: skip
+UNION = tiles(
+    (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4),
+    (64, 128, 4, 1), (128, 64, 4, 2),
+)  # fmt: skip
+CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3)]
+EDGES = (128, 256)
+
+
+Candidate = tuple[str, TileConfig, float, Callable[[], object]]
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 6) -> float:
+    """Median time of a call between events."""
+    call()
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, stop in marks:
+        start.record()
+        call()
+        stop.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(stop) for start, stop in marks)[repeats // 2]
+
+
+def candidates(length: int, keep: float) -> Iterator[Candidate]:
+    """Every candidate as (kernel and variant, configuration, operations, call)."""
+    sequences = Sequences.one(length, length)
+    x = cases.make_inputs(sequences)
+    chosen = cases.make_selection(sequences, keep)
+    flops, scale = cases.attention_flops(chosen), cases.DIM**-0.5
+    for tile in SELECT:
+        for kind in (None, "fp8_e4m3"):
+            yield (
+                f"select {kind or 'bf16'}", tile, cases.select_flops(sequences),
+                lambda tile=tile, kind=kind: selection_stage.select_fused(
+                    x.q_idx, x.k_idx, sequences, cases.CONFIG, kind, tile),
+            )  # fmt: skip
+    for tile in UNION:
+        size = tile.rows * cases.GROUPS // cases.HEADS
+        union = split_tiles(chosen, size)
+        raw = float(union.counts.sum()) * size * 4 * 16 * cases.DIM * cases.CONFIG.block_size
+        yield (
+            f"union {size}", tile, raw,
+            lambda tile=tile, union=union, size=size: walk(
+                x.q, x.k, x.v, sequences, cases.CONFIG.block_size, union.block_ids,
+                union.row_masks, union.counts, size, scale, tile=tile),
+        )  # fmt: skip
+    index = reverse_edges(chosen)
+    for tile, edges in product(CHUNKS, EDGES):
+        schedule = schedule_edges(index, edges)
+        yield (
+            f"chunks {edges}", tile, flops,
+            lambda tile=tile, schedule=schedule: attend_chunks(
+                x.q, x.k, x.v, schedule, scale, tile),
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Compile a share, or time everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--warm", help="i/n: compile every n-th candidate, from the i-th on")
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--only", default="", help="kernels whose name starts so")
+    parser.add_argument("--keep", type=float, default=0.8)
+    given = parser.parse_args()
+    length = 2048 if given.warm else given.length
+    share, of = map(int, given.warm.split("/")) if given.warm else (0, 1)
+    for i, (name, tile, flops, call) in enumerate(candidates(length, given.keep)):
+        if i % of != share or not name.startswith(given.only):
+            continue
+        try:
+            if given.warm:
+                call()
+                torch.cuda.synchronize()
+            else:
+                took = milliseconds(call)
+                print(f"{name:14} {tile}  {took:8.3f} ms  {flops / took / 1e9:6.0f} TFLOP/s")
+        except Exception as error:  # a candidate that does not fit is a result, too
+            print(f"{name:14} {tile}  {type(error).__name__}: {str(error)[:80]}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The stages as Triton kernels, for NVIDIA GPUs, and for any CPU under TRITON_INTERPRET=1.
+
+The same files as `msa.reference`, one kernel or two in each: pseudocode first, then a numbered list
+of what the fast form changes. Integer-valued results are equal to the spec's bit for bit.
+"""
+
+from msa.triton_impl.attention import attend, attend_selection
+from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.index_scores import score_blocks
+from msa.triton_impl.later import align_index, decode_step
+from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.reverse_index import reverse_selection
+from msa.triton_impl.schedule import schedule_chunks
+from msa.triton_impl.selection import select_blocks, select_fused
+from msa.triton_impl.tile_union import unite_tiles
+from msa.triton_impl.union_walk import attend_union
+
+__all__ = [
+    "align_index",
+    "attend",
+    "attend_chunks",
+    "attend_selection",
+    "attend_union",
+    "combine_partials",
+    "decode_step",
+    "reverse_selection",
+    "schedule_chunks",
+    "score_blocks",
+    "select_blocks",
+    "select_fused",
+    "unite_tiles",
+]

@@ -1,0 +1,155 @@
+"""The whole path: select, then attend over the selected blocks in the order that pays (R4-R12).
+
+    union     every block of a tile's union is walked by the whole tile: no partials, but a tile
+              does the work of a block even for one of its queries
+    kv_outer  every block is read by exactly the queries that selected it: no work in vain, but
+              each (query, block) pair leaves a partial result that is written and read again
+    auto      by the tile: one whose queries agree walks its union; from a long union, the blocks
+              that one query alone (from a very long one: one or two) selected go KV-outer, and
+              the walk folds their partials in at its end
+
+The rule of auto is a break-even: walking costs every row of the tile, KV-outer only the rows that
+want the block, at a lower rate. It looks at the size of the tile's union (WALK_ALL, WALK_PAIRS in
+tuning.py), on the device: nothing waits. Where a block has too few readers for KV-outer to load it
+(MIN_EDGES on average), auto means union.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import Array, Output, Selection, Sequences
+from msa.triton_impl import tuning
+from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.selection import select_fused
+from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tiles import pad, require_kernels, require_no_gradient
+from msa.triton_impl.union_walk import walk
+
+LoopOrder = Literal["auto", "kv_outer", "union"]
+
+
+@lru_cache(maxsize=64)
+def super_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
+    """Runs of `size` packed queries, the keys they may see, and the problem that these form (R2).
+
+    >>> super_tiles(Sequences((0, 3, 5), (0, 3, 9)), 4)[1]
+    (slice(4, 5, None), slice(3, 9, None), Sequences(cu_seqlens_q=(0, 1), cu_seqlens_k=(0, 6)))
+    """
+
+    def cut() -> Iterator[tuple[slice, slice, Sequences]]:
+        cu_q, cu_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+        for start in range(0, sequences.total_q, size):
+            stop = min(start + size, sequences.total_q)
+            first, last = bisect_right(cu_q, start) - 1, bisect_left(cu_q, stop) - 1
+            first_key, last_key = cu_k[first], cu_k[last + 1] - (cu_q[last + 1] - stop)
+            inner_q = (border - start for border in cu_q[first + 1 : last + 1])
+            inner_k = (border - first_key for border in cu_k[first + 1 : last + 1])
+            part = Sequences((0, *inner_q, stop - start), (0, *inner_k, last_key - first_key))
+            yield slice(start, stop), slice(first_key, last_key), part
+
+    return tuple(cut())
+
+
+def positions_of(group: int) -> int:
+    """Neighbouring queries of one tile: with their heads 64 rows, at most 16 queries."""
+    return max(1, min(16, 64 // pad(group, 1)))
+
+
+def choose_order(selection: Selection, group: int) -> str:
+    """What "auto" does with this selection: "split" or "union" (see above)."""
+    n_q, _, top_k = selection.indices.shape
+    blocks = max(1, selection.sequences.cu_blocks(selection.block_size)[-1])
+    dense = n_q * top_k >= tuning.MIN_EDGES * blocks
+    return "split" if dense and positions_of(group) > 2 else "union"
+
+
+def attend_part(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection,
+    softmax_scale: float,
+    order: str,
+    into: Output,
+) -> None:
+    """One super-tile, in one order; nothing here waits for the device."""
+
+    def kv_outer(chosen: Selection):
+        schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
+        return attend_chunks(q, k, v, schedule, softmax_scale)
+
+    if order == "kv_outer":
+        combine_partials(kv_outer(selection), into=into)
+        return
+    tile_size = positions_of(q.shape[1] // k.shape[1])
+    whole, pairs = (int(x * selection.top_k) for x in (tuning.WALK_ALL, tuning.WALK_PAIRS))
+    union = split_tiles(selection, tile_size, (whole, pairs) if order == "split" else None)
+    walk(
+        q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
+        union.counts, tile_size, softmax_scale, into=into,
+        partials=None if union.remote is None else kv_outer(union.remote),
+    )  # fmt: skip
+
+
+def attend_selection(
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
+    v: Float[Array, "Tk Hkv Dv"],
+    selection: Selection,
+    softmax_scale: float,
+    loop_order: LoopOrder = "auto",
+) -> Output:
+    """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
+
+    Args:
+        loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
+
+    Raises:
+        ValueError: another loop order, a block size that the kernels do not have.
+    """
+    require_kernels(selection.block_size, q=q, k=k, v=v)
+    require_no_gradient(q=q, k=k, v=v)
+    if loop_order not in ("auto", "kv_outer", "union"):
+        raise ValueError(f"loop_order must be auto, kv_outer or union, got {loop_order!r}")
+    indices = selection.indices.contiguous()
+    (n_q, heads, _), dim_v = q.shape, v.shape[2]
+    out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
+    per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+    runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
+    size = max(1, -(-n_q // max(1, runs)))
+    for queries, keys, sequences in super_tiles(selection.sequences, size):
+        part = Selection(indices[queries], sequences, selection.block_size)
+        order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
+        into = Output(out[queries], lse[queries])
+        attend_part(q[queries], k[keys], v[keys], part, softmax_scale, order, into)
+    return Output(out, lse, selection)
+
+
+def attend(
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
+    v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "Tq Hkv Di"],
+    k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences,
+    config: MSAConfig,
+    loop_order: LoopOrder = "auto",
+    index_dtype: str | None = None,
+) -> Output:
+    """MSA: the index branch selects in one pass, the main branch attends (R4-R12)."""
+    selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)
+    scale = config.softmax_scale_for(q.shape[-1])
+    return attend_selection(q, k, v, selection, scale, loop_order)

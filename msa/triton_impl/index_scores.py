@@ -1,0 +1,86 @@
+"""Index branch, unfused: the score of every block, written out (eq. 6, R4, R5).
+
+    for each tile of rows (query, group) and each run of blocks:
+        for each block b of the run:
+            S    = index_scale * q_idx_rows @ k_idx[b]^T
+            M[b] = max over the visible tokens of S;  -inf if none is visible
+
+What the fast form changes:
+ 1. All groups share one index key, so the rows of a tile are (query, group) pairs: with four
+    groups a key tile serves four times as many rows.
+ 2. Blocks before the tile's first query are visible as a whole and need no mask.
+ 3. A NaN is dropped by the hardware's maximum; only a block of nothing but NaN needs a look.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+
+from msa.config import MSAConfig
+from msa.ir import Array, BlockScores, Sequences
+from msa.triton_impl.tiles import is_exact, pad, require_kernels, tile_table
+from msa.triton_impl.tuning import TileConfig, choose
+
+
+@triton.jit
+def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride_kt,
+                 HKV: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                 BK: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """One tile of BM rows times RUN blocks."""
+    p_tile = tiles + tl.program_id(0) * 5
+    start, stop, own, first_key = (tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2),
+                                   tl.load(p_tile + 3))  # fmt: skip
+    o_m = tl.arange(0, BM)
+    o_t = start + o_m // HKV  # [BM] query
+    b_own = own + o_m // HKV  # [BM] its own key
+    m_m = o_t < stop
+    o_d = tl.arange(0, BD)
+    p_q = q + o_t.to(tl.int64)[:, None] * stride_qt + (o_m % HKV)[:, None] * stride_qr
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    p_out = out + (o_t.to(tl.int64) * HKV + o_m % HKV) * n_blocks  # [BM]
+
+    last_own = own + stop - start - 1
+    i_first = tl.program_id(1) * RUN
+    for i_b in range(i_first, tl.minimum(i_first + RUN, n_blocks)):
+        b_max = tl.full([BM], float("-inf"), tl.float32)
+        if first_key + i_b * BK <= last_own:
+            for n in tl.static_range(0, BK, BN):
+                o_n = first_key + i_b * BK + n + tl.arange(0, BN)
+                p_k = k + o_n.to(tl.int64)[None, :] * stride_kt + o_d[:, None]
+                m_k = (o_n <= last_own)[None, :] & (o_d < DIM)[:, None]
+                b_s = tl.dot(b_q, tl.load(p_k, mask=m_k, other=0.0), input_precision=PRECISION)
+                if first_key + i_b * BK + n + BN > own:
+                    b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
+                b_s = tl.max(b_s, 1)
+                b_max = tl.maximum(b_max, tl.where(b_s == b_s, b_s, float("-inf")))
+        tl.store(p_out + i_b, b_max * scale, mask=m_m)
+
+
+def score_blocks(
+    q_idx: Float[Array, "Tq Hkv Di"],
+    k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences,
+    config: MSAConfig,
+    tile: TileConfig | None = None,
+) -> BlockScores:
+    """For every query, group and block the highest visible token score (R4, R5), float32."""
+    require_kernels(config.block_size, q_idx=q_idx, k_idx=k_idx)
+    n_q, groups, dim = q_idx.shape
+    n_blocks = sequences.max_blocks(config.block_size)
+    values = torch.empty((n_q, groups, n_blocks), dtype=torch.float32, device=q_idx.device)
+    tile = tile or choose("select", q_idx.dtype, pad(dim), config.block_size)
+    rows = max(tile.rows // 2, pad(groups))
+    tiles = tile_table(sequences, rows // groups, q_idx.device)
+    run = 16
+    if len(tiles) and n_blocks:
+        score_kernel[len(tiles), triton.cdiv(n_blocks, run)](
+            q_idx, k_idx, tiles, values, config.index_scale_for(dim), n_blocks,
+            q_idx.stride(0), q_idx.stride(1), k_idx.stride(0),
+            HKV=groups, DIM=dim, BD=pad(dim), BM=rows, BK=config.block_size, BN=tile.keys,
+            RUN=run, PRECISION=is_exact(q_idx), **tile.launch(),
+        )  # fmt: skip
+    return BlockScores(values, sequences, config.block_size)

@@ -1,0 +1,138 @@
+"""Lowering, third arrow: attention block by block, one partial result per edge (R15).
+
+    for each work item (block of one group, edges start ... stop):          # KV-outer
+        K, V = the block's keys and values
+        for each edge (query t, slot s), for each head of the group:
+            S = softmax_scale * q[t, head] @ K^T, tokens after t's own key masked
+            out[t, head, s], lse[t, head, s] = softmax(S) @ V, logsumexp(S)
+
+What the fast form changes:
+ 1. K and V are loaded once per item and stay on chip.
+ 2. Query positions times heads make one tile: with 16 heads, 4 gathered queries are 64 rows. A
+    query's heads lie side by side in memory, so the gather reads long runs.
+ 3. Edges ascend, so one look at the item's first query tells whether any mask is needed at all.
+ 4. exp2 in place of exp: log2(e) is folded into the scale.
+ 5. Every edge owns its slot: no atomics, and any order of the items gives the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+
+from msa.ir import Array, Partials, Schedule
+from msa.triton_impl.tiles import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    block_table,
+    is_exact,
+    load_keys,
+    pad,
+    query_table,
+    require_kernels,
+)
+from msa.triton_impl.tuning import TileConfig, choose
+
+
+@triton.jit
+def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops,
+                 out, lse, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+                 stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
+                 HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """One item; BM = query positions x HEADS rows at a time."""
+    i_item = tl.program_id(0)
+    start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
+    if start < stop:
+        row = tl.load(rows + i_item)
+        i_r, i_b = row // n_blocks, row % n_blocks
+        first, key_stop = tl.load(first_keys + i_b), tl.load(key_stops + i_b)
+        o_d, o_dv, o_m = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BM)
+        o_g = tl.program_id(1) * HEADS + o_m % HEADS  # [BM] head within its group
+        o_h = i_r * G + o_g
+        p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
+        if BN == BK:
+            b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BK)  # [BK, BD]
+            b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BK)  # [BK, BDV]
+        masked = tl.load(own_keys + tl.load(query_ids + start)) < first + BK - 1
+        length = (stop - start).to(tl.int32)
+        for i_e in range(0, length, BM // HEADS):
+            o_e = i_e + o_m // HEADS  # [BM] edge
+            m_e = o_e < length
+            b_t = tl.load(query_ids + start + o_e, mask=m_e, other=0)
+            b_slot = tl.load(slots + start + o_e, mask=m_e, other=0)
+            b_own = tl.load(own_keys + b_t, mask=m_e, other=0)
+            m_m = m_e & (o_g < G)
+            p_q = q + b_t.to(tl.int64)[:, None] * stride_qt + o_h[:, None] * stride_qh
+            b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+            p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
+            if BN == BK:
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
+                if masked:
+                    o_n = first + tl.arange(0, BK)
+                    b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
+                b_top = tl.max(b_s, 1) * scale  # [BM]
+                b_p = tl.exp2(b_s * scale - b_top[:, None])
+                b_sum = tl.sum(b_p, 1)
+                b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+            else:
+                b_top = tl.full([BM], LOWEST, tl.float32)
+                b_sum = tl.zeros([BM], tl.float32)
+                b_o = tl.zeros([BM, BDV], tl.float32)
+                for i_n in range(0, BK, BN):
+                    b_kn = load_keys(p_k, first + i_n, key_stop, stride_kt, o_d, DIM, BD, BN)
+                    b_vn = load_keys(p_v, first + i_n, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)
+                    b_s = tl.dot(b_q, tl.trans(b_kn), input_precision=PRECISION)  # [BM, BN]
+                    o_n = first + i_n + tl.arange(0, BN)
+                    b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
+                    b_old = b_top
+                    b_top = tl.maximum(b_old, tl.max(b_s, 1) * scale)
+                    b_p = tl.exp2(b_s * scale - b_top[:, None])
+                    b_decay = tl.exp2(b_old - b_top)
+                    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+                    b_o = b_o * b_decay[:, None]
+                    b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
+            b_o = b_o / b_sum[:, None]
+            tl.store(out + p_o[:, None] * DIM_V + o_dv[None, :], b_o.to(out.dtype.element_ty),
+                     mask=m_m[:, None] & (o_dv < DIM_V)[None, :])  # fmt: skip
+            tl.store(lse + p_o, (b_top + tl.log2(b_sum)) * LN2, mask=m_m)
+
+
+def attend_chunks(
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
+    v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule,
+    softmax_scale: float,
+    tile: TileConfig | None = None,
+) -> Partials:
+    """For every edge and head the block-local softmax output and its LSE, in its slot (R15).
+
+    out has q's dtype, lse is float32; slots that no edge owns are not written.
+    """
+    index = schedule.reverse_index
+    require_kernels(index.block_size, q=q, k=k, v=v)
+    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
+    group = heads // groups
+    out = torch.empty((n_q, heads, index.top_k, dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((n_q, heads, index.top_k), dtype=torch.float32, device=q.device)
+    items = len(schedule.rows)
+    if items:
+        tile = tile or choose("chunks", q.dtype, max(pad(dim), pad(dim_v)), index.block_size)
+        some = min(pad(group, 1), 128)  # heads of one program
+        sequences, block = index.sequences, index.block_size
+        own = query_table(sequences, block, q.device)[0]
+        first_keys, key_stops = block_table(sequences, block, q.device)
+        chunk_kernel[items, triton.cdiv(group, some)](
+            q, k, v, schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
+            own, first_keys, key_stops, out, lse, softmax_scale * LOG2E.value,
+            sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
+            TOP_K=index.top_k, HQ=heads, BK=block, BN=tile.keys, BM=max(tile.rows, some),
+            PRECISION=is_exact(q), **tile.launch(),
+        )  # fmt: skip
+    return Partials(out, lse, index.counts)

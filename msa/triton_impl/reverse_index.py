@@ -1,0 +1,127 @@
+"""Lowering, first arrow: from "which blocks does a query read" to "who reads a block" (R13).
+
+    for each query t, ascending, group r and slot s:
+        append (t, s) to row (r, indices[t, r, s])
+
+What the fast form changes:
+ 1. A stable counting sort in place of appending. Where an edge goes = where its row starts + how
+    many queries of earlier tiles read the row + how many earlier queries of its own tile do.
+ 2. A tile is 32 queries, so who reads a row is one word: bit i for query 32 * tile + i. The words
+    are filled by integer atomic OR, which gives the same word in any order (R19).
+ 3. The last two summands are then bit counts: of the words of the tiles above, summed up once
+    along each column, and of the bits below one's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+
+from msa.ir import ReverseIndex, Selection
+from msa.triton_impl.tiles import count_bits, pad, query_table
+
+TILE = 32  # queries per word
+
+
+@triton.jit
+def mark_kernel(indices, first_block, words, n_q, n_blocks, n_rows, HKV: tl.constexpr,
+                TOP_K: tl.constexpr, P: tl.constexpr, R: tl.constexpr):  # fmt: skip
+    """Set the bit of each edge; R (query, group) pairs."""
+    o_r = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # [R, 1]
+    o_s = tl.arange(0, P)[None, :]
+    m_x = (o_r < n_q * HKV) & (o_s < TOP_K)
+    b_id = tl.load(indices + o_r.to(tl.int64) * TOP_K + o_s, mask=m_x, other=-1)
+    o_t = o_r // HKV
+    b_base = tl.load(first_block + o_t, mask=o_t < n_q, other=0)
+    o_row = (o_r % HKV) * n_blocks + b_base + b_id
+    p_word = words + (o_t // 32).to(tl.int64) * n_rows + o_row
+    b_bit = tl.full([R, P], 1, tl.uint32) << (o_t % 32).to(tl.uint32)
+    tl.atomic_or(p_word, b_bit, mask=b_id >= 0, sem="relaxed")
+
+
+@triton.jit
+def prefix_kernel(words, before, lengths, n_tiles, n_rows, BT: tl.constexpr, BR: tl.constexpr):
+    """Along each column of words: the number of set bits in the tiles before, and in all."""
+    o_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    m_row = o_row < n_rows
+    b_sum = tl.zeros([BR], tl.int32)
+    for first in range(0, n_tiles, BT):
+        o_t = first + tl.arange(0, BT)[:, None]
+        p_x = o_t.to(tl.int64) * n_rows + o_row[None, :]
+        m_x = (o_t < n_tiles) & m_row[None, :]
+        b_n = count_bits(tl.load(words + p_x, mask=m_x, other=0).to(tl.uint32))  # [BT, BR]
+        tl.store(before + p_x, b_sum[None, :] + tl.cumsum(b_n, 0) - b_n, mask=m_x)
+        b_sum += tl.sum(b_n, 0)
+    tl.store(lengths + o_row, b_sum, mask=m_row)
+
+
+@triton.jit
+def fill_kernel(indices, first_block, words, before, offsets, query_ids, slots, counts, n_q,
+                n_blocks, n_rows, HKV: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
+                R: tl.constexpr):  # fmt: skip
+    """Write each edge to its place; R (query, group) pairs."""
+    o_r = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    o_s = tl.arange(0, P)[None, :]
+    m_x = (o_r < n_q * HKV) & (o_s < TOP_K)
+    b_id = tl.load(indices + o_r.to(tl.int64) * TOP_K + o_s, mask=m_x, other=-1)
+    m_x = b_id >= 0
+    o_t = o_r // HKV
+    b_base = tl.load(first_block + o_t, mask=o_t < n_q, other=0)
+    o_row = (o_r % HKV) * n_blocks + b_base + b_id
+    p_word = (o_t // 32).to(tl.int64) * n_rows + o_row
+    b_below = (tl.full([R, P], 1, tl.uint32) << (o_t % 32).to(tl.uint32)) - 1
+    b_word = tl.load(words + p_word, mask=m_x, other=0).to(tl.uint32)
+    b_rank = tl.load(before + p_word, mask=m_x, other=0) + count_bits(b_word & b_below)
+    p_edge = tl.load(offsets + o_row, mask=m_x, other=0) + b_rank
+    tl.store(query_ids + p_edge, o_t + tl.zeros_like(b_id), mask=m_x)
+    tl.store(slots + p_edge, o_s + tl.zeros_like(b_id), mask=m_x)
+    o_r = tl.program_id(0) * R + tl.arange(0, R)
+    tl.store(counts + o_r, tl.sum(m_x.to(tl.int32), 1), mask=o_r < n_q * HKV)
+
+
+def reverse_edges(selection: Selection) -> ReverseIndex:
+    """`reverse_selection` without waiting for the device: the edge arrays are Tq * Hkv * k long,
+    and hold edges up to row_offsets[-1] only."""
+    indices = selection.indices
+    n_q, groups, top_k = indices.shape
+    sequences, device = selection.sequences, indices.device
+    n_blocks = sequences.cu_blocks(selection.block_size)[-1]
+    n_rows, n_tiles = groups * n_blocks, triton.cdiv(n_q, TILE)
+    edges = n_q * groups * top_k
+    words = torch.zeros((n_tiles, n_rows), dtype=torch.int32, device=device)
+    before = torch.empty_like(words)
+    offsets = torch.zeros(n_rows + 1, dtype=torch.int64, device=device)
+    query_ids = torch.empty(edges, dtype=torch.int32, device=device)
+    slots = torch.empty(edges, dtype=torch.int32, device=device)
+    counts = torch.zeros((n_q, groups), dtype=torch.int32, device=device)
+    if n_q:
+        first_block = query_table(sequences, selection.block_size, device)[2]
+        width = pad(top_k, 2)
+        some = max(1, 512 // width)
+        grid = (triton.cdiv(n_q * groups, some),)
+        shape = {"HKV": groups, "TOP_K": top_k, "P": width, "R": some}
+        mark_kernel[grid](indices, first_block, words, n_q, n_blocks, n_rows, **shape)
+        lengths = torch.empty(n_rows, dtype=torch.int32, device=device)
+        prefix_kernel[triton.cdiv(n_rows, 32),](
+            words, before, lengths, n_tiles, n_rows, BT=pad(min(n_tiles, 64), 2), BR=32
+        )
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        fill_kernel[grid](
+            indices, first_block, words, before, offsets, query_ids, slots, counts, n_q, n_blocks,
+            n_rows, **shape,
+        )  # fmt: skip
+    return ReverseIndex(offsets, query_ids, slots, counts, sequences, selection.block_size, top_k)
+
+
+def reverse_selection(selection: Selection) -> ReverseIndex:
+    """The same edges sorted by group and block, queries ascending within each (R13)."""
+    index = reverse_edges(selection)
+    edges: Int[Tensor, ""] = index.row_offsets[-1]
+    n = int(edges)
+    return ReverseIndex(
+        index.row_offsets, index.query_ids[:n], index.slots[:n], index.counts, index.sequences,
+        index.block_size, index.top_k,
+    )  # fmt: skip

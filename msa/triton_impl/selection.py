@@ -1,0 +1,269 @@
+"""Index branch: from index queries and keys to the selected blocks in one pass (R4-R8).
+
+    for each tile of rows (query, group):
+        kept = {}                                   # at most `places` = k - forced blocks
+        for each block b before the recent ones, ascending:
+            m = max over tokens of index_scale * q_idx_rows @ k_idx[b]^T
+            kept = best `places` of kept + {(m, b)}, equal scores to the lower id
+        selection = sorted(kept + forced blocks)
+
+What the fast form changes:
+ 1. Forced blocks are never scored. The own block is always forced (R6), so every scored block lies
+    wholly in the past: no token mask anywhere, and no partial block.
+ 2. A running top-k of a few hundred rows is never up to date at once. Instead each row has a
+    threshold that its best `places` blocks reach, and appends what beats it to a buffer of
+    CAPACITY candidates in L2. Every CHECK blocks, buffers near overflow are cut back; on ordinary
+    scores this happens after about 64, 160, 400, 1000 ... blocks.
+ 3. Strictly beating the threshold is exact: ids ascend, so on a tie the earlier block stays.
+ 4. Nothing is ever sorted. A threshold is found by bisection on the scores as integers, counting
+    how many reach it; a prefix sum then closes the gaps, and ids stay ascending, as R8 wants them.
+ 5. The keys are split among several programs when there are few queries (or too few tiles to fill
+    the device evenly); the finishing kernel looks at all buffers of a row at once.
+ 6. Long items start first, so that the device runs dry only once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import Array, Selection, Sequences
+from msa.triton_impl.block_topk import select_blocks
+from msa.triton_impl.quantize import to_fp8
+from msa.triton_impl.tiles import (
+    NO_BLOCK,
+    NO_SCORE,
+    can_describe,
+    describe,
+    is_exact,
+    keep_best,
+    pad,
+    require_kernels,
+    score_key,
+    store_selection,
+    threshold_of,
+    to_device,
+)
+from msa.triton_impl.tuning import TileConfig, choose
+
+__all__ = ["select_blocks", "select_fused"]
+
+CAPACITY = 64  # candidates of one row's buffer, at least
+CHECK = 8  # blocks between two looks at the fill of the buffers
+SLACK = 6  # candidates beyond `places` that may stay when a buffer is cut back
+PROGRAMS = 132 * 3  # items that keep the device evenly loaded
+SHORTEST = 16  # blocks of one item, at least
+
+
+@triton.jit
+def cut_back(keys, ids, p_low, p_count, b_count, BM: tl.constexpr, CAP: tl.constexpr,
+             PLACES: tl.constexpr, SLACK: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
+    """Leave each row about its best PLACES candidates; return the new thresholds and counts [BM].
+
+    Any threshold that the best PLACES reach is correct, so SLACK more may stay: that is quicker.
+    """
+    o_m = tl.arange(0, BM)
+    o_c = tl.arange(0, CAP)[:, None]
+    tl.store(p_count + o_m, b_count)
+    tl.debug_barrier()
+    for first in range(0, BM, SLICE):
+        o_s = first + tl.arange(0, SLICE)
+        m_x = o_c < tl.load(p_count + o_s)[None, :]
+        b_key = tl.load(keys + o_c * BM + o_s[None, :], mask=m_x, other=NO_SCORE)  # [CAP, SLICE]
+        b_low = tl.min(tl.where(m_x, b_key, NO_BLOCK), 0)
+        b_low = threshold_of(b_key, m_x, b_low, PLACES, SLACK, 0)
+        m_keep, b_rank, b_kept = keep_best(b_key, m_x, b_low, PLACES, 0)
+        b_id = tl.load(ids + o_c * BM + o_s[None, :], mask=m_keep, other=0)
+        tl.debug_barrier()
+        tl.store(keys + b_rank * BM + o_s[None, :], b_key, mask=m_keep)
+        tl.store(ids + b_rank * BM + o_s[None, :], b_id, mask=m_keep)
+        tl.store(p_low + o_s, tl.where(b_kept < PLACES, NO_SCORE, b_low))
+        tl.store(p_count + o_s, b_kept)
+    tl.debug_barrier()
+    return tl.load(p_low + o_m), tl.load(p_count + o_m)
+
+
+@triton.jit
+def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr, stride_kt,
+                HKV: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+                BK: tl.constexpr, BN: tl.constexpr, LOCAL: tl.constexpr, PLACES: tl.constexpr,
+                CAP: tl.constexpr, CHECK: tl.constexpr, SLACK: tl.constexpr,
+                SLICE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One item: BM rows against a run of blocks; leaves its candidates in its buffer."""
+    p_item = items + tl.program_id(0) * 7
+    start, stop, position, first_key = (tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2),
+                                        tl.load(p_item + 3))  # fmt: skip
+    b_first, b_stop, slot = tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
+    o_m = tl.arange(0, BM)
+    o_t = start + o_m // HKV  # [BM] query
+    m_m = o_t < stop
+    b_limit = (position + o_m // HKV) // BK - LOCAL + 1  # [BM] blocks from here on are forced
+    b_limit = tl.where(m_m, b_limit, 0)
+    o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
+    p_q = q + o_t.to(tl.int64)[:, None] * stride_qt + (o_m % HKV)[:, None] * stride_qr
+    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+
+    keys += slot.to(tl.int64) * (CAP * BM)
+    ids += slot.to(tl.int64) * (CAP * BM)
+    b_threshold = tl.full([BM], NO_SCORE, tl.int32)
+    b_count = tl.zeros([BM], tl.int32)
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    STEPS: tl.constexpr = BK // BN  # products per block
+    for i_0 in range(b_first * STEPS, b_stop * STEPS, CHECK * STEPS):
+        for i in range(i_0, tl.minimum(i_0 + CHECK * STEPS, b_stop * STEPS)):
+            if TMA:
+                b_k = tl.trans(k.load([first_key + i * BN, 0]))  # [BD, BN]
+            else:
+                p_k = k + (first_key + i * BN + o_n).to(tl.int64)[None, :] * stride_kt
+                if DIM == BD:
+                    b_k = tl.load(p_k + o_d[:, None])
+                else:
+                    b_k = tl.load(p_k + o_d[:, None], mask=(o_d < DIM)[:, None], other=0.0)
+            b_s = tl.max(tl.dot(b_q, b_k, input_precision=PRECISION), 1)  # [BM]
+            b_max = tl.maximum(b_s, tl.where(i % STEPS == 0, float("-inf"), b_max))
+            b_key = score_key(b_max * scale)
+            m_in = (b_key > b_threshold) & (i // STEPS < b_limit) & (i % STEPS == STEPS - 1)
+            tl.store(keys + b_count * BM + o_m, b_key, mask=m_in)
+            tl.store(ids + b_count * BM + o_m, tl.zeros_like(b_key) + i // STEPS, mask=m_in)
+            b_count += m_in.to(tl.int32)
+        if tl.max(b_count) > CAP - CHECK:
+            b_threshold, b_count = cut_back(
+                keys, ids, lows + slot * BM, fills + slot * BM, b_count, BM, CAP, PLACES, SLACK,
+                SLICE)  # fmt: skip
+    tl.store(fills + slot * BM + o_m, b_count)
+
+
+@triton.jit
+def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.constexpr,
+                  BK: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr,
+                  LOCAL: tl.constexpr, PLACES: tl.constexpr,
+                  CAP: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
+                  R: tl.constexpr):  # fmt: skip
+    """R rows: the best of the first C candidates of up to SPLITS buffers, and the forced blocks."""
+    p_tile = tiles + tl.program_id(0) * 5
+    start, stop, position = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+    slot, n_slots = tl.load(p_tile + 3), tl.load(p_tile + 4)
+    first = tl.program_id(1) * R
+    if start + first // HKV < stop:
+        o_m = first + tl.arange(0, R)
+        o_t = start + o_m // HKV  # [R] query
+        o_x = tl.arange(0, SPLITS * C)
+        o_s, o_c = o_x // C, o_x % C  # [SPLITS * C] buffer and place in it
+        p_fill = fills + (slot + o_s)[:, None] * BM + o_m[None, :]
+        b_fill = tl.load(p_fill, mask=(o_s < n_slots)[:, None], other=0)
+        m_x = o_c[:, None] < b_fill  # [SPLITS * C, R]
+        p_x = ((slot + o_s).to(tl.int64) * CAP + o_c)[:, None] * BM + o_m[None, :]
+        b_key = tl.load(keys + p_x, mask=m_x, other=NO_SCORE)
+        b_low = tl.min(tl.where(m_x, b_key, NO_BLOCK), 0)
+        b_low = threshold_of(b_key, m_x, b_low, PLACES, 0, 0)
+        m_keep, b_rank, b_kept = keep_best(b_key, m_x, b_low, PLACES, 0)
+        b_id = tl.load(ids + p_x, mask=m_keep, other=0)
+        p_out = out + (o_t.to(tl.int64) * HKV + o_m % HKV) * TOP_K
+        store_selection(p_out, o_t < stop, m_keep, b_rank, b_id, b_kept,
+                        (position + o_m // HKV) // BK, TOP_K, P, SINK, LOCAL, 0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """Who scans which blocks: items for the scan (longest first), tiles for the finish."""
+
+    items: Int[Tensor, "items 7"]
+    """First query, its stop, position of the first, first key, first block, its stop, buffer."""
+    tiles: Int[Tensor, "tiles 5"]
+    """First query, its stop, position of the first, first buffer, number of buffers."""
+    most_splits: int
+    longest: int
+    """Blocks of the longest item: no buffer holds more candidates."""
+
+
+@lru_cache(maxsize=64)
+def plan_scan(
+    sequences: Sequences, config: MSAConfig, queries: int, device: torch.device
+) -> ScanPlan:
+    """Tiles of `queries` neighbouring queries, and their blocks cut so that the device fills."""
+    tiles = []
+    for qs, ks in sequences.spans():
+        start = np.arange(qs.start, qs.stop, queries)
+        stop = np.minimum(start + queries, qs.stop)
+        position = start + (ks.stop - ks.start) - qs.stop
+        last = (position + stop - start - 1) // config.block_size
+        end = np.maximum(last - config.local_blocks + 1, config.sink_blocks)
+        if config.forced_blocks == config.top_k:
+            end[:] = config.sink_blocks  # no place is left to fight for
+        tiles.append(np.column_stack([start, stop, position, np.full_like(start, ks.start), end]))
+    table = np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
+    lengths = table[:, 4] - config.sink_blocks
+    span = max(SHORTEST, -(-int(lengths.sum()) // PROGRAMS))
+    splits = -(-lengths // span)  # 0 where nothing is scored
+    first_slot = np.cumsum(splits) - splits
+    span_of = -(-lengths // np.maximum(splits, 1))  # even pieces
+    owner = np.repeat(np.arange(len(table)), splits)
+    piece = np.arange(len(owner)) - first_slot[owner]
+    begin = config.sink_blocks + piece * span_of[owner]
+    end = np.minimum(begin + span_of[owner], table[owner, 4])
+    items = np.column_stack([table[owner, :4], begin, end, np.arange(len(owner))])
+    items = items[np.argsort(begin - end, kind="stable")]
+    tiles = np.column_stack([table[:, :3], first_slot, splits])
+    most = int(splits.max()) if len(splits) else 0
+    longest = int((end - begin).max()) if len(items) else 0
+    return ScanPlan(to_device(items, device), to_device(tiles, device), most, longest)
+
+
+def select_fused(
+    q_idx: Float[Array, "Tq Hkv Di"],
+    k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences,
+    config: MSAConfig,
+    index_dtype: str | None = None,
+    tile: TileConfig | None = None,
+) -> Selection:
+    """The selected blocks straight from index queries and keys; scores are never written (R4-R8).
+
+    Args:
+        index_dtype: None keeps the tensors as they are; "fp8_e4m3" rounds both to 8 bits, with one
+            scale per tensor: faster, and no longer the same function (see docs/ladder.md).
+        tile: launch parameters; None takes the measured ones.
+    """
+    require_kernels(config.block_size, q_idx=q_idx, k_idx=k_idx)
+    n_q, groups, dim = q_idx.shape
+    scale = config.index_scale_for(dim)
+    if index_dtype is not None:
+        q_idx, k_idx = to_fp8(q_idx, index_dtype), to_fp8(k_idx, index_dtype)
+    out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
+    tile = tile or choose("select", q_idx.dtype, pad(dim), config.block_size)
+    rows = max(tile.rows, pad(groups))
+    plan = plan_scan(sequences, config, rows // groups, q_idx.device)
+    places = config.top_k - config.forced_blocks
+    capacity = pad(places + SLACK + CHECK, CAPACITY)
+    shape = (len(plan.items), capacity, rows)
+    keys, ids = (torch.empty(shape, dtype=torch.int32, device=out.device) for _ in range(2))
+    fills, lows = torch.empty((2, len(plan.items), rows), dtype=torch.int32, device=out.device)
+    if len(plan.items):
+        tma = tile.descriptors and can_describe(k_idx, dim)
+        scan_kernel[len(plan.items),](
+            q_idx, describe(k_idx, tile.keys) if tma else k_idx, plan.items, keys, ids, fills,
+            lows, scale, q_idx.stride(0), q_idx.stride(1), k_idx.stride(0), HKV=groups, DIM=dim,
+            BD=pad(dim), BM=rows, BK=config.block_size, BN=tile.keys, LOCAL=config.local_blocks,
+            PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
+            SLICE=min(rows, max(16, tile.warps * 512 // capacity)), TMA=tma,
+            PRECISION=is_exact(q_idx), **tile.launch(),
+        )  # fmt: skip
+    if n_q:
+        read = min(capacity, pad(plan.longest))
+        width = read * pad(plan.most_splits, 1)  # candidates of a row, at most
+        some = min(rows, 32, max(1, 8192 // width))
+        finish_kernel[len(plan.tiles), rows // some](
+            keys, ids, fills, plan.tiles, out, HKV=groups, BM=rows, BK=config.block_size,
+            TOP_K=config.top_k, P=pad(config.top_k, 1), SINK=config.sink_blocks,
+            LOCAL=config.local_blocks, PLACES=places, CAP=capacity, C=read,
+            SPLITS=width // read, R=some, num_warps=min(16, max(1, width * some // 1024)),
+        )  # fmt: skip
+    return Selection(out, sequences, config.block_size)

@@ -1,0 +1,84 @@
+"""Launch parameters as data: one frozen record per kernel, from a table that was measured.
+
+The table is written by hand from what `benchmarks/tune.py` prints; docs/ladder.md says what else
+was tried. A shape that is not in the table takes the safe default of its kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How one kernel is cut and launched; none of these numbers changes what it computes."""
+
+    rows: int
+    """Rows of the tile: query positions times heads, or (query, group) pairs."""
+    keys: int
+    """Keys of one product; blocks longer than this are walked in steps."""
+    warps: int = 4
+    stages: int = 2
+    """Depth of the software pipeline of the loads."""
+    descriptors: bool = False
+    """Keys come by the bulk copy engine (TMA) where their layout allows it."""
+    registers: int | None = None
+    """Upper bound of registers per thread, to fit more programs on a multiprocessor."""
+
+    def launch(self) -> dict[str, Any]:
+        """The keyword arguments of a kernel launch."""
+        limits = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limits}
+
+
+# kernel -> (bytes per element, padded head size) -> configuration, measured on an H100
+TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
+    "select": {
+        (1, 128): TileConfig(rows=128, keys=128, warps=4, stages=3, descriptors=True),
+        (2, 128): TileConfig(rows=128, keys=128, warps=4, stages=2, descriptors=True),
+        (2, 64): TileConfig(rows=128, keys=128, warps=4, stages=2, descriptors=True),
+    },
+    "chunks": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3),
+        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3),
+    },
+    "union": {
+        (2, 128): TileConfig(rows=64, keys=64, warps=4, stages=3, descriptors=True),
+        (2, 64): TileConfig(rows=64, keys=64, warps=4, stages=3, descriptors=True),
+    },
+}
+DEFAULTS = {
+    "select": TileConfig(rows=64, keys=64),
+    "chunks": TileConfig(rows=32, keys=64, stages=1),
+    "union": TileConfig(rows=64, keys=64, stages=1),
+}
+
+
+def choose(kernel: str, dtype: torch.dtype, dim: int, block_size: int) -> TileConfig:
+    """The measured configuration of this kernel and shape, or its safe default.
+
+    >>> choose("select", torch.float32, 96, 32)
+    TileConfig(rows=64, keys=32, warps=4, stages=2, descriptors=False, registers=None)
+    """
+    found = TABLE[kernel].get((dtype.itemsize, dim), DEFAULTS[kernel])
+    if dtype.itemsize == 4 and dim > 128:
+        found = TileConfig(rows=16, keys=32, stages=1)
+    return replace(found, keys=min(found.keys, block_size))
+
+
+# -- choices between lowerings --------------------------------------------------------------------
+WALK_ALL, WALK_PAIRS = 1.75, 3.0
+"""A tile whose union has up to WALK_ALL * k blocks walks them all; one of up to WALK_PAIRS * k
+leaves blocks of a single query to KV-outer, a longer one those of two, too (docs/ladder.md)."""
+
+MIN_EDGES = 4.0
+"""KV-outer needs at least so many queries per block, or loading the block is not worth it."""
+
+PARTIAL_BYTES = 9 * 2**29
+"""Bound on the memory of partial results: queries are taken in super-tiles that keep below it."""
+
+CHUNK_EDGES = 128
+"""Edges of one work item of the schedule, in the fused path."""
