@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -53,6 +54,26 @@ def test_every_command_is_of_a_known_kind():
 def test_python_blocks_run(code, capsys):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out
+
+
+def test_measured_figures_are_those_of_the_results():
+    results = ROOT / "benchmarks" / "results"
+    cpu = json.loads((results / "crossing_cpu.json").read_text())
+    assert f"{cpu['crossing_tokens']:,.0f} tokens" in README
+    gains = [
+        f"{t['dense']['median'] / t['msa']['median']:.1f}× at {int(n) // 1024}K"
+        for n, t in cpu["seconds"].items()
+        if int(n) >= 8192
+    ]
+    assert ", ".join(gains) in README
+    gpu = json.loads((results / "prefill_h100.json").read_text())
+    assert "H100" in gpu["device"]
+    gains = [
+        f"{row['cudnn']['ms'] / row['attention'][-1]['whole']['ms']:.1f}× at {row['n'] // 1024}K"
+        for row in gpu["lengths"]
+    ]
+    assert all(row["attention"][-1]["keep"] == 0.95 for row in gpu["lengths"])
+    assert ", ".join(gains) in README
 
 
 def test_files_that_the_readme_names_exist():
