@@ -89,7 +89,7 @@ def reverse_edges(selection: Selection) -> ReverseIndex:
     n_q, groups, top_k = indices.shape
     sequences, device = selection.sequences, indices.device
     n_blocks = sequences.cu_blocks(selection.block_size)[-1]
-    n_rows, n_tiles = groups * n_blocks, triton.cdiv(n_q, TILE)
+    n_rows, n_tiles = groups * n_blocks, -(-n_q // TILE)
     edges = n_q * groups * top_k
     words = torch.zeros((n_tiles, n_rows), dtype=torch.int32, device=device)
     before = torch.empty_like(words)

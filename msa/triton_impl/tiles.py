@@ -68,7 +68,7 @@ def require_no_gradient(**tensors: Tensor) -> None:
 
 def pad(size: int, least: int = 16) -> int:
     """The next power of two, at least `least`: tile sides are powers of two."""
-    return max(least, triton.next_power_of_2(size))
+    return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 def is_exact(tensor: Tensor) -> str:
