@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from msa.checks import dtype_name
+from msa.config import MSAConfig
 from msa.conformance import strategies
 from msa.conformance.backends import Subject
 from msa.conformance.calls import (
@@ -19,16 +20,28 @@ from msa.conformance.calls import (
     selected,
     spec,
 )
-from msa.conformance.cases import Case
+from msa.conformance.cases import Case, Fill
 from msa.conformance.properties import holds_for
 from msa.conformance.tolerances import Measure, compare, require, same, worst
 from msa.conformance.yardstick import Attention, causal_mask
-from msa.ir import TileUnion
+from msa.ir import Sequences, TileUnion
+
+HUGE_LOGIT = Case(
+    config=MSAConfig(block_size=16, top_k=1),
+    sequences=Sequences.one(1, 1),
+    groups=1,
+    group=1,
+    dims=(1, 1, 1),
+    dtype="float32",
+    q=Fill(kind="ties"),
+    k=Fill(kind="enormous"),
+)
+"""Fused into one multiply-add, logit - top is off from 0 by half an ulp of 1e14 (GPU only)."""
 
 wild = partial(strategies.cases, want=strategies.WILD)
 
 
-@holds_for(wild, needs=("attend_selection",))
+@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT,))
 def r9_attention_over_a_selection_is_the_definition(subject: Subject, case: Case) -> Measure:
     """Over any canonical selection, at any magnitude: softmax over the selected visible tokens."""
     output = attend_selection(subject, case.inputs, case.selection)
@@ -64,7 +77,7 @@ def r9_blocks_not_selected_do_not_matter(subject: Subject, case: Case) -> Measur
     )
 
 
-@holds_for(wild, needs=("unite_tiles", "attend_union"))
+@holds_for(wild, needs=("unite_tiles", "attend_union"), seeds=(HUGE_LOGIT,))
 def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure:
     """The other loop order: a running softmax along the union of neighbouring queries' blocks."""
     inputs = case.inputs
@@ -76,7 +89,7 @@ def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure
     return judge(subject, inputs, output, dense(inputs, case.selection.indices))
 
 
-@holds_for(wild, needs=("attend_selection",))
+@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT,))
 def r10_lse_is_the_natural_logarithm_in_float32(subject: Subject, case: Case) -> Measure:
     """lse = log of the sum of exp of the scaled scores over the support, whatever the dtype."""
     output = attend_selection(subject, case.inputs, case.selection)

@@ -37,8 +37,7 @@ class DigitsOptions:
     seed: int = 0
     """Draws the split into known and held-out images."""
     shuffle: bool = True
-    """False keeps the data set's order: then the held-out images are by writers not seen before,
-    a harder task."""
+    """False keeps the data set's own order and holds out its end, which is a harder task."""
     order: Literal["arrival", "album"] = "arrival"
     """How the known images lie in the stream: as they came, or as an album, in which each is
     followed by the one most like it (labels play no part). Blocks of an album agree more."""
