@@ -20,6 +20,7 @@ One example runs through this page: one sequence of six tokens, blocks of two, k
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,29 @@ class Sequences:
                 slice(self.cu_seqlens_q[s], self.cu_seqlens_q[s + 1]),
                 slice(self.cu_seqlens_k[s], self.cu_seqlens_k[s + 1]),
             )
+
+    def tiles(self, size: int) -> Iterator[tuple[slice, slice, Sequences]]:
+        """Runs of `size` packed queries, the keys they may see, and the problem that these form.
+
+        By R2 such a run is again legal, a chunked prefill, so a tile needs no code of its own. A
+        run may span several sequences.
+
+        >>> for queries, keys, part in Sequences((0, 3, 5), (0, 3, 9)).tiles(2):
+        ...     print(queries, keys, part.cu_seqlens_q, part.cu_seqlens_k)
+        slice(0, 2, None) slice(0, 2, None) (0, 2) (0, 2)
+        slice(2, 4, None) slice(0, 8, None) (0, 1, 2) (0, 3, 8)
+        slice(4, 5, None) slice(3, 9, None) (0, 1) (0, 6)
+        """
+        cu_q, cu_k = self.cu_seqlens_q, self.cu_seqlens_k
+        for start in range(0, self.total_q, size):
+            stop = min(start + size, self.total_q)
+            first, last = bisect_right(cu_q, start) - 1, bisect_left(cu_q, stop) - 1
+            first_key = cu_k[first]
+            last_key = cu_k[last + 1] - (cu_q[last + 1] - stop)  # what the last query sees
+            inner_q = (b - start for b in cu_q[first + 1 : last + 1])
+            inner_k = (b - first_key for b in cu_k[first + 1 : last + 1])
+            part = Sequences((0, *inner_q, stop - start), (0, *inner_k, last_key - first_key))
+            yield slice(start, stop), slice(first_key, last_key), part
 
     def positions(self) -> list[int]:
         """For each packed query its position p in its own sequence (R2)."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from msa.ir import Schedule, Selection
 from msa.torch_impl.reverse_index import reverse_selection
 from msa.torch_impl.schedule import schedule_chunks
-from msa.torch_impl.tiles import query_tiles
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,10 @@ def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
 
 def schedule_tiles(selection: Selection, size: int, chunk_size: int) -> Iterator[ScheduledTile]:
     """Tiles of `size` queries, lowered as far as the schedule."""
-    for tile in query_tiles(selection.sequences, size):
-        part = Selection(selection.indices[tile.queries], tile.sequences, selection.block_size)
+    for queries, keys, sequences in selection.sequences.tiles(size):
+        part = Selection(selection.indices[queries], sequences, selection.block_size)
         schedule = schedule_chunks(reverse_selection(part), chunk_size)
-        yield ScheduledTile(tile.queries, tile.keys, schedule)
+        yield ScheduledTile(queries, keys, schedule)
 
 
 CPU_BUFFER = 2**23

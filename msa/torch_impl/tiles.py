@@ -7,7 +7,6 @@ takes it as it is, and memory grows with the tile instead of the sequence.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,28 +24,6 @@ class QueryTile:
     queries: slice
     keys: slice
     sequences: Sequences
-
-
-def query_tiles(sequences: Sequences, size: int) -> Iterator[QueryTile]:
-    """Cut all packed queries into runs of `size`, which may span several sequences.
-
-    >>> for tile in query_tiles(Sequences((0, 3, 5), (0, 3, 9)), size=2):
-    ...     print(tile.queries, tile.keys, tile.sequences.cu_seqlens_q, tile.sequences.cu_seqlens_k)
-    slice(0, 2, None) slice(0, 2, None) (0, 2) (0, 2)
-    slice(2, 4, None) slice(0, 8, None) (0, 1, 2) (0, 3, 8)
-    slice(4, 5, None) slice(3, 9, None) (0, 1) (0, 6)
-    """
-    cu_q, cu_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
-    for start in range(0, sequences.total_q, size):
-        stop = min(start + size, sequences.total_q)
-        first, last = bisect_right(cu_q, start) - 1, bisect_left(cu_q, stop) - 1
-        first_key = cu_k[first]
-        last_key = cu_k[last + 1] - (cu_q[last + 1] - stop)  # what the last query sees, and no more
-        part = Sequences(
-            (0, *(b - start for b in cu_q[first + 1 : last + 1]), stop - start),
-            (*(b - first_key for b in cu_k[first : last + 1]), last_key - first_key),
-        )
-        yield QueryTile(slice(start, stop), slice(first_key, last_key), part)
 
 
 def sequence_tiles(sequences: Sequences, size: int) -> Iterator[QueryTile]:

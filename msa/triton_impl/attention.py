@@ -16,8 +16,6 @@ tuning.py), on the device: nothing waits. Where a block has too few readers for 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -42,24 +40,8 @@ LoopOrder = Literal["auto", "kv_outer", "union"]
 
 @lru_cache(maxsize=64)
 def super_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
-    """Runs of `size` packed queries, the keys they may see, and the problem that these form (R2).
-
-    >>> super_tiles(Sequences((0, 3, 5), (0, 3, 9)), 4)[1]
-    (slice(4, 5, None), slice(3, 9, None), Sequences(cu_seqlens_q=(0, 1), cu_seqlens_k=(0, 6)))
-    """
-
-    def cut() -> Iterator[tuple[slice, slice, Sequences]]:
-        cu_q, cu_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
-        for start in range(0, sequences.total_q, size):
-            stop = min(start + size, sequences.total_q)
-            first, last = bisect_right(cu_q, start) - 1, bisect_left(cu_q, stop) - 1
-            first_key, last_key = cu_k[first], cu_k[last + 1] - (cu_q[last + 1] - stop)
-            inner_q = (border - start for border in cu_q[first + 1 : last + 1])
-            inner_k = (border - first_key for border in cu_k[first + 1 : last + 1])
-            part = Sequences((0, *inner_q, stop - start), (0, *inner_k, last_key - first_key))
-            yield slice(start, stop), slice(first_key, last_key), part
-
-    return tuple(cut())
+    """`Sequences.tiles`, cut once for a shape that comes again."""
+    return tuple(sequences.tiles(size))
 
 
 def positions_of(group: int) -> int:
