@@ -1,7 +1,7 @@
 """Measure launch parameters: prints, for each kernel, every candidate with its time.
 
     for i in $(seq 0 13); do python -m benchmarks.tune --warm $i/14 & done; wait   # compile
-    python -m benchmarks.tune
+    python -m benchmarks.tune [--training]
 
 What wins goes into `msa/triton_impl/tuning.py` by hand. Compiling is most of the work, so workers
 compile shares of the candidates beforehand, on a small problem of the same divisibilities.
@@ -19,9 +19,15 @@ import torch
 from benchmarks import cases
 from msa.ir import Sequences
 from msa.triton_impl import selection as selection_stage
+from msa.triton_impl.attention import attend_selection
+from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.softmax_sums import softmax_sums
+from msa.triton_impl.student import judge
+from msa.triton_impl.teacher import teach
 from msa.triton_impl.tile_union import split_tiles
 from msa.triton_impl.tuning import TileConfig
 from msa.triton_impl.union_walk import walk
@@ -42,6 +48,24 @@ UNION = tiles(
 )  # fmt: skip
 CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3)]
 EDGES = (128, 256)
+KEYS = tiles(
+    (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (128, 128, 8, 1), (64, 64, 4, 2),
+    (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (64, 128, 4, 2),
+)  # fmt: skip
+QUERIES = tiles(
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2),
+    (128, 64, 8, 3), (128, 128, 8, 2),
+)  # fmt: skip
+SUMS = tiles((64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2), (128, 128, 8, 2), (32, 128, 4, 3))
+TEACHER = tiles(
+    (64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2), (128, 128, 8, 2), (64, 128, 8, 3),
+    (64, 64, 4, 3), (32, 128, 4, 3),
+)  # fmt: skip
+JUDGE = tiles(
+    (64, 128, 8, 2), (64, 128, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2), (128, 128, 8, 1),
+    (64, 128, 8, 1),
+)  # fmt: skip
+TRAINING_EDGES = (512, 1024, 2048)
 
 
 Candidate = tuple[str, TileConfig, float, Callable[[], object]]
@@ -92,17 +116,69 @@ def candidates(length: int, keep: float) -> Iterator[Candidate]:
         )  # fmt: skip
 
 
+def training(length: int, keep: float) -> Iterator[Candidate]:
+    """The same for the backward and the alignment loss; operations are those that are needed."""
+    sequences = Sequences.one(length, length)
+    x = cases.make_inputs(sequences)
+    chosen = cases.make_selection(sequences, keep)
+    flops, scale = cases.attention_flops(chosen), cases.DIM**-0.5
+    d_out = torch.randn_like(x.q)
+    out, lse, _, _ = vars(attend_selection(x.q, x.k, x.v, chosen, scale)).values()
+    d_lse, shared = torch.zeros_like(lse), x.k_idx[:, None].expand(-1, cases.GROUPS, -1)
+    index = reverse_edges(chosen)
+    for tile in QUERIES:
+        yield (
+            "queries", tile, 1.5 * flops,
+            lambda tile=tile: query_gradients(
+                x.q, x.k, x.v, out, d_out, lse, d_lse, chosen, scale, tile),
+        )  # fmt: skip
+    for edges in TRAINING_EDGES:
+        schedule = schedule_edges(index, edges)
+        for tile in KEYS if edges == 1024 else KEYS[:1]:
+            yield (
+                f"keys {edges}", tile, 2 * flops,
+                lambda tile=tile, schedule=schedule: key_gradients(
+                    x.q, x.k, x.v, d_out, lse, d_lse, schedule, scale, tile),
+            )  # fmt: skip
+    schedule = schedule_edges(index, 1024)
+    for tile in SUMS:
+        yield (
+            "sums main", tile, flops / 2,
+            lambda tile=tile: softmax_sums(x.q, x.k, schedule, scale, tile),
+        )  # fmt: skip
+        yield (
+            "sums index", tile, flops / 32,
+            lambda tile=tile: softmax_sums(x.q_idx, shared, schedule, scale, tile),
+        )  # fmt: skip
+    for tile in TEACHER:
+        yield (
+            "teacher", tile, flops / 2,
+            lambda tile=tile: teach(x.q, x.k, lse, schedule, scale, tile),
+        )  # fmt: skip
+    teacher = teach(x.q, x.k, lse, schedule, scale)
+    student = softmax_sums(x.q_idx, shared, schedule, scale)
+    gradients = torch.empty_like(x.q_idx).float(), torch.zeros_like(x.k_idx).float()
+    for tile in JUDGE:
+        yield (
+            "judge", tile, 3 * flops / 32,
+            lambda tile=tile: judge(
+                x.q_idx, x.k_idx, teacher, *student, schedule, scale, gradients, tile),
+        )  # fmt: skip
+
+
 def main() -> None:
     """Compile a share, or time everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--warm", help="i/n: compile every n-th candidate, from the i-th on")
     parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--training", action="store_true", help="backward and alignment instead")
     parser.add_argument("--only", default="", help="kernels whose name starts so")
     parser.add_argument("--keep", type=float, default=0.8)
     given = parser.parse_args()
     length = 2048 if given.warm else given.length
     share, of = map(int, given.warm.split("/")) if given.warm else (0, 1)
-    for i, (name, tile, flops, call) in enumerate(candidates(length, given.keep)):
+    found = (training if given.training else candidates)(length, given.keep)
+    for i, (name, tile, flops, call) in enumerate(found):
         if i % of != share or not name.startswith(given.only):
             continue
         try:

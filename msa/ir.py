@@ -278,6 +278,7 @@ class Output:
     out: Float[Array, "*q Hq Dv"]
     lse: Float[Array, "*q Hq"]
     selection: Selection | None = None
+    kl: Float[Array, ""] | None = None
 
 
 @dataclass(frozen=True)

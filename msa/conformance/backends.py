@@ -156,7 +156,7 @@ def triton_subjects() -> list[Subject]:
     domain = Domain(
         dtypes=("float32", "float16") if interpreted else ("float32", "float16", "bfloat16"),
         block_sizes=(16, 32) if interpreted else (16, 32, 64, 128, 256),
-        missing=frozenset({"align_index", "decode_step", "backward"}),
+        missing=frozenset({"decode_step"}),
         cost=3 if interpreted else 6,
     )
     return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]

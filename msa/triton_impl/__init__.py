@@ -4,10 +4,11 @@ The same files as `msa.reference`, one kernel or two in each: pseudocode first, 
 of what the fast form changes. Integer-valued results are equal to the spec's bit for bit.
 """
 
+from msa.triton_impl.alignment import align_index
 from msa.triton_impl.attention import attend, attend_selection
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.index_scores import score_blocks
-from msa.triton_impl.later import align_index, decode_step
+from msa.triton_impl.later import decode_step
 from msa.triton_impl.partials import attend_chunks
 from msa.triton_impl.reverse_index import reverse_selection
 from msa.triton_impl.schedule import schedule_chunks

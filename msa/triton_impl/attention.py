@@ -16,23 +16,28 @@ tuning.py), on the device: nothing waits. Where a block has too few readers for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.triton_impl import tuning
+from msa.triton_impl.alignment import align_index
 from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import pad, require_kernels, require_no_gradient
+from msa.triton_impl.tiles import pad, require_kernels
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -95,6 +100,8 @@ def attend_selection(
 ) -> Output:
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
+    Differentiable in q, k and v with the selection held fixed (R18), lse included.
+
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
 
@@ -102,22 +109,48 @@ def attend_selection(
         ValueError: another loop order, a block size that the kernels do not have.
     """
     require_kernels(selection.block_size, q=q, k=k, v=v)
-    require_no_gradient(q=q, k=k, v=v)
     if loop_order not in ("auto", "kv_outer", "union"):
         raise ValueError(f"loop_order must be auto, kv_outer or union, got {loop_order!r}")
-    indices = selection.indices.contiguous()
-    (n_q, heads, _), dim_v = q.shape, v.shape[2]
-    out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
-    per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
-    runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
-    size = max(1, -(-n_q // max(1, runs)))
-    for queries, keys, sequences in super_tiles(selection.sequences, size):
-        part = Selection(indices[queries], sequences, selection.block_size)
-        order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
-        into = Output(out[queries], lse[queries])
-        attend_part(q[queries], k[keys], v[keys], part, softmax_scale, order, into)
+    selection = replace(selection, indices=selection.indices.contiguous())
+    out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale, loop_order)
     return Output(out, lse, selection)
+
+
+class SelectedAttention(torch.autograd.Function):
+    """Keeps q, k, v, out and lse; the backward recomputes every probability."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float,
+        loop_order: LoopOrder,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Super-tile by super-tile, each in the order that pays."""
+        (n_q, heads, _), dim_v = q.shape, v.shape[2]
+        out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
+        lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
+        per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+        runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
+        size = max(1, -(-n_q // max(1, runs)))
+        for queries, keys, sequences in super_tiles(selection.sequences, size):
+            part = Selection(selection.indices[queries], sequences, selection.block_size)
+            order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
+            into = Output(out[queries], lse[queries])
+            attend_part(q[queries], k[keys], v[keys], part, scale, order, into)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.selection, ctx.scale = selection, scale
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
+        q, k, v, out, lse = ctx.saved_tensors
+        selection, scale = ctx.selection, ctx.scale
+        d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
+        d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, selection, scale)
+        schedule = schedule_edges(reverse_edges(selection), tuning.TRAINING_EDGES)
+        d_k, d_v = key_gradients(q, k, v, d_out, lse, delta, schedule, scale)
+        return d_q, d_k, d_v, None, None, None
 
 
 def attend(
@@ -128,10 +161,18 @@ def attend(
     k_idx: Float[Array, "Tk Di"],
     sequences: Sequences,
     config: MSAConfig,
+    align: bool = False,
     loop_order: LoopOrder = "auto",
     index_dtype: str | None = None,
 ) -> Output:
-    """MSA: the index branch selects in one pass, the main branch attends (R4-R12)."""
+    """MSA: the index branch selects in one pass, the main branch attends (R4-R12).
+
+    align=True adds the alignment loss, which takes the LSE of this very call (R17).
+    """
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)
     scale = config.softmax_scale_for(q.shape[-1])
-    return attend_selection(q, k, v, selection, scale, loop_order)
+    output = attend_selection(q, k, v, selection, scale, loop_order)
+    if not align:
+        return output
+    kl = align_index(q, k, q_idx, k_idx, selection, sequences, config, output.lse)
+    return replace(output, kl=kl)

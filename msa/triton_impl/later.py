@@ -5,15 +5,6 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 
-def align_index(*args: Any, **kwargs: Any) -> NoReturn:
-    """KL alignment (R17): not yet.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError("backend='triton' has no align_index yet; use backend='torch'")
-
-
 def decode_step(*args: Any, **kwargs: Any) -> NoReturn:
     """Decoding from a paged cache (R2): not yet.
 

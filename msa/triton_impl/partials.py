@@ -11,7 +11,8 @@ What the fast form changes:
  2. Query positions times heads make one tile: with 16 heads, 4 gathered queries are 64 rows. A
     query's heads lie side by side in memory, so the gather reads long runs.
  3. Edges ascend, so one look at the item's first query tells whether any mask is needed at all.
- 4. exp2 in place of exp: log2(e) is folded into the scale.
+ 4. exp2 in place of exp: log2(e) is folded into the scale, which is multiplied on after the maximum
+    is taken off (union_walk.py says why).
  5. Every edge owns its slot: no atomics, and any order of the items gives the same bits.
 """
 
@@ -75,8 +76,8 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                 if masked:
                     o_n = first + tl.arange(0, BK)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
-                b_top = tl.max(b_s, 1) * scale  # [BM]
-                b_p = tl.exp2(b_s * scale - b_top[:, None])
+                b_top = tl.max(b_s, 1)  # [BM]
+                b_p = tl.exp2((b_s - b_top[:, None]) * scale)
                 b_sum = tl.sum(b_p, 1)
                 b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
             else:
@@ -90,16 +91,16 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                     o_n = first + i_n + tl.arange(0, BN)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
                     b_old = b_top
-                    b_top = tl.maximum(b_old, tl.max(b_s, 1) * scale)
-                    b_p = tl.exp2(b_s * scale - b_top[:, None])
-                    b_decay = tl.exp2(b_old - b_top)
+                    b_top = tl.maximum(b_old, tl.max(b_s, 1))
+                    b_p = tl.exp2((b_s - b_top[:, None]) * scale)
+                    b_decay = tl.exp2((b_old - b_top) * scale)
                     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
                     b_o = b_o * b_decay[:, None]
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
             b_o = b_o / b_sum[:, None]
             tl.store(out + p_o[:, None] * DIM_V + o_dv[None, :], b_o.to(out.dtype.element_ty),
                      mask=m_m[:, None] & (o_dv < DIM_V)[None, :])  # fmt: skip
-            tl.store(lse + p_o, (b_top + tl.log2(b_sum)) * LN2, mask=m_m)
+            tl.store(lse + p_o, b_top * (scale * LN2) + tl.log(b_sum), mask=m_m)
 
 
 def attend_chunks(

@@ -52,20 +52,6 @@ def require_kernels(block_size: int, **tensors: Tensor) -> None:
             )
 
 
-def require_no_gradient(**tensors: Tensor) -> None:
-    """These kernels have no backward, and must not drop a gradient silently.
-
-    Raises:
-        ValueError: naming the first tensor that requires one.
-    """
-    for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient for backend='triton', which has no backward "
-                "yet, got requires_grad=True: use backend='torch', or torch.no_grad()"
-            )
-
-
 def pad(size: int, least: int = 16) -> int:
     """The next power of two, at least `least`: tile sides are powers of two."""
     return max(least, 1 << max(size - 1, 0).bit_length())
@@ -256,6 +242,15 @@ def load_keys(base, first, stop, stride, o_d, DIM: tl.constexpr, BD: tl.constexp
     o_n = first + tl.arange(0, BN)
     p_x = base + o_n.to(tl.int64)[:, None] * stride + o_d[None, :]
     return tl.load(p_x, mask=(o_n < stop)[:, None] & (o_d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def edge_rows(query_ids, x, length, G: tl.constexpr, GP: tl.constexpr, BM: tl.constexpr):
+    """Rows x ... x + BM of an item, edges times heads padded to GP: query, head, whether real."""
+    o_x = x + tl.arange(0, BM)
+    m_x = o_x < length
+    b_t = tl.load(query_ids + o_x // GP, mask=m_x, other=0).to(tl.int64)
+    return b_t, o_x % GP, m_x & (o_x % GP < G)
 
 
 @triton.jit

@@ -49,11 +49,36 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 128): TileConfig(rows=64, keys=64, warps=4, stages=3, descriptors=True),
         (2, 64): TileConfig(rows=64, keys=64, warps=4, stages=3, descriptors=True),
     },
+    "keys": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=8, stages=2),
+        (2, 64): TileConfig(rows=64, keys=128, warps=8, stages=2),
+    },
+    "queries": {
+        (2, 128): TileConfig(rows=64, keys=64, warps=4, stages=2, descriptors=True),
+        (2, 64): TileConfig(rows=64, keys=64, warps=4, stages=2, descriptors=True),
+    },
+    "sums": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3),
+        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3),
+    },
+    "teacher": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3),
+        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3),
+    },
+    "judge": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=8, stages=2),
+        (2, 64): TileConfig(rows=64, keys=128, warps=8, stages=2),
+    },
 }
 DEFAULTS = {
     "select": TileConfig(rows=64, keys=64),
     "chunks": TileConfig(rows=32, keys=64, stages=1),
     "union": TileConfig(rows=64, keys=64, stages=1),
+    "keys": TileConfig(rows=32, keys=32, stages=1),
+    "queries": TileConfig(rows=32, keys=32, stages=1),
+    "sums": TileConfig(rows=32, keys=64, stages=1),
+    "teacher": TileConfig(rows=32, keys=64, stages=1),
+    "judge": TileConfig(rows=32, keys=32, stages=1),
 }
 
 
@@ -82,3 +107,9 @@ PARTIAL_BYTES = 9 * 2**29
 
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""
+
+TRAINING_EDGES = 1024
+"""The same where each item leaves a gradient of its whole block: fewer items, fewer sums."""
+
+TRAINING_BYTES = 2**31
+"""Bound on what the alignment loss keeps in slots: queries are taken in super-tiles below it."""

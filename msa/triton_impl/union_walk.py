@@ -14,7 +14,10 @@ What the fast form changes:
     +inf in place of the maximum makes its weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
  4. The next block's id is loaded one step ahead, so that its keys can be fetched early.
- 5. Blocks that few queries of the tile share can be left to the KV-outer kernel: their partial
+ 5. The maximum is taken off before the scale is multiplied on: scale * score - scale * maximum would
+    become one fused multiply-add, whose residual at the maximum is not 0 but half a unit in the
+    last place, enough to lose the whole row where logits pass 2^23.
+ 6. Blocks that few queries of the tile share can be left to the KV-outer kernel: their partial
     results are folded in at the end, which saves the combine step a kernel and a pass over `out`.
 """
 
@@ -60,9 +63,9 @@ def softmax_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
     if EDGE:
         b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
-    b_new = tl.where(m_row, tl.maximum(b_top, tl.max(b_s, 1) * scale), b_top)
-    b_p = tl.exp2(b_s * scale - tl.where(m_row, b_new, float("inf"))[:, None])
-    b_decay = tl.exp2(b_top - b_new)
+    b_new = tl.where(m_row, tl.maximum(b_top, tl.max(b_s, 1)), b_top)
+    b_p = tl.exp2((b_s - tl.where(m_row, b_new, float("inf"))[:, None]) * scale)
+    b_decay = tl.exp2((b_top - b_new) * scale)
     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
     b_o = b_o * b_decay[:, None]
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
@@ -130,28 +133,29 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
             PRECISION)  # fmt: skip
 
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
+    b_near = b_top * (scale * LN2)  # [BM] natural logarithms, as the partials have them
     if FOLD:
         o_s = tl.arange(0, P)
         b_count = tl.load(part_counts + o_t * HKV + i_r, mask=m_m, other=0)
         m_s = o_s[None, :] < b_count[:, None]
         b_lse = tl.load(part_lses + o_x[:, None] * TOP_K + o_s[None, :], mask=m_s,
-                        other=float("-inf")) * LOG2E  # fmt: skip
-        b_new = tl.maximum(b_top, tl.max(b_lse, 1))
-        b_decay = tl.exp2(b_top - b_new)
-        b_sum = b_sum * b_decay + tl.sum(tl.exp2(b_lse - b_new[:, None]), 1)
+                        other=float("-inf"))  # fmt: skip
+        b_far = tl.max(b_lse, 1)
+        b_decay = tl.where(b_near >= b_far, 1.0, tl.exp(b_near - b_far))
+        b_near = tl.maximum(b_near, b_far)
+        b_sum = b_sum * b_decay + tl.sum(tl.exp(b_lse - b_near[:, None]), 1)
         b_o = b_o * b_decay[:, None]
-        b_top = b_new
         for i_s in range(0, tl.max(b_count)):
             m_o = i_s < b_count
             p_x = o_x * TOP_K + i_s
-            b_w = tl.load(part_lses + p_x, mask=m_o, other=float("-inf")) * LOG2E
+            b_w = tl.exp(tl.load(part_lses + p_x, mask=m_o, other=float("-inf")) - b_near)
             b_x = tl.load(parts + p_x[:, None] * DIM_V + o_dv[None, :],
                           mask=m_o[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
-            b_o += tl.exp2(b_w - b_top)[:, None] * b_x.to(tl.float32)
+            b_o += b_w[:, None] * b_x.to(tl.float32)
     b_o = b_o / b_sum[:, None]
     p_out = out + o_x[:, None] * DIM_V + o_dv[None, :]
     tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DIM_V)[None, :])
-    tl.store(lse + o_x, (b_top + tl.log2(b_sum)) * LN2, mask=m_m)
+    tl.store(lse + o_x, b_near + tl.log(b_sum), mask=m_m)
 
 
 def walk(

@@ -1,0 +1,114 @@
+"""Training: how far the index branch is from the main branch (eq. 9-10, R17).
+
+    for each super-tile of queries, and the blocks that they read (selected, or all visible ones):
+        lse                 of the main branch, where the caller does not have it
+        top, log_total      of the index scores
+        teacher             mean of the heads' probabilities, in the slots of the edges
+        loss, gradients     KL, d_q_idx, d_k_idx
+
+The warm-up form is the same with a Selection of all visible blocks. Super-tiles bound the memory:
+it grows with the length of the sequences, not with its square.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from msa.config import MSAConfig
+from msa.ir import Array, Selection, Sequences
+from msa.triton_impl import tuning
+from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.softmax_sums import softmax_sums
+from msa.triton_impl.student import judge
+from msa.triton_impl.teacher import teach
+from msa.triton_impl.tiles import query_table, require_kernels
+
+
+def align_index(
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
+    q_idx: Float[Array, "Tq Hkv Di"],
+    k_idx: Float[Array, "Tk Di"],
+    selection: Selection | None,
+    sequences: Sequences,
+    config: MSAConfig,
+    lse: Float[Array, "Tq Hq"] | None = None,
+) -> Float[Array, ""]:
+    """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
+
+    selection=None is the warm-up form: both distributions run over all visible tokens. The gradient
+    reaches q_idx and k_idx only; the loss is float32.
+
+    Args:
+        lse: float32, the main branch's log-sum-exp over the same tokens; None computes it.
+
+    Raises:
+        TypeError, ValueError: see `require_kernels`.
+    """
+    require_kernels(config.block_size, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
+    wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
+    given = (q.detach(), k.detach(), q_idx, k_idx, None if lse is None else lse.detach())
+    return Alignment.apply(*given, selection, sequences, config, wants_gradient)
+
+
+def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) -> Selection:
+    """Every visible block of every query, ascending (R8)."""
+    width = sequences.max_blocks(block_size)
+    own = query_table(sequences, block_size, device)[1] // block_size
+    ids: Int[Tensor, "Tq NB"] = torch.arange(width, dtype=torch.int32, device=device).repeat(
+        len(own), 1
+    )
+    ids = torch.where(ids <= own[:, None], ids, -1)
+    return Selection(ids[:, None].repeat(1, groups, 1), sequences, block_size)
+
+
+class Alignment(torch.autograd.Function):
+    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        """Add up the super-tiles in order (R19)."""
+        q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
+        n_q, groups, dim = q_idx.shape
+        block, device = config.block_size, q.device
+        top_k = selection.top_k if selection is not None else sequences.max_blocks(block)
+        size = max(1, tuning.TRAINING_BYTES // (4 * groups * max(1, top_k) * (block + dim)))
+        scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        d_q = torch.empty(q_idx.shape, dtype=torch.float32, device=device)
+        d_k = torch.zeros(k_idx.shape, dtype=torch.float32, device=device)
+        for queries, keys, part in sequences.tiles(size):
+            if selection is None:
+                chosen = all_blocks(part, block, groups, device)
+            else:
+                chosen = Selection(selection.indices[queries].contiguous(), part, block)
+            schedule = schedule_edges(reverse_edges(chosen), tuning.TRAINING_EDGES)
+            qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
+            if lse is None:
+                top, log_total = softmax_sums(qs, ks, schedule, scale)
+                part_lse = top * scale + log_total
+            else:
+                part_lse = lse[queries].contiguous()
+            shared = ks_idx[:, None].expand(-1, groups, -1)
+            student = softmax_sums(qs_idx, shared, schedule, index_scale)
+            teacher = teach(qs, ks, part_lse, schedule, scale)
+            gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
+            loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
+        count = max(1, n_q * groups)
+        ctx.save_for_backward(d_q, d_k)
+        ctx.count, ctx.dtypes = count, (q_idx.dtype, k_idx.dtype)
+        return (loss / count).float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward found."""
+        grads = (x * (d_loss / ctx.count) for x in ctx.saved_tensors)
+        d_q, d_k = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return None, None, d_q, d_k, *([None] * 5)

@@ -1,0 +1,92 @@
+"""Sums of what work items and slots left behind, each in one fixed order (R19).
+
+    items   out[token, head] += sum over the items of the token's block of parts[item, token]
+    slots   out[query, group] = sum over the query's slots s of parts[query, group, s]
+
+What the fast form changes: memory decides; every part is read once, a tile of a block per program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from msa.ir import Schedule
+from msa.triton_impl.tiles import block_table, pad
+
+
+@triton.jit
+def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blocks, stride_t,
+                     stride_h, SUM: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
+                     BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """BN tokens of one block and one head of out, which SUM groups of the schedule share."""
+    i_b, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BN
+    o_d, o_n = tl.arange(0, BD), i_n + tl.arange(0, BN)
+    m_d = (o_d < DIM)[None, :]
+    b_sum = tl.zeros([BN, BD], tl.float32)
+    for i_g in range(0, SUM):
+        row = (i_h * SUM + i_g) * n_blocks + i_b
+        start = tl.load(item_stops + row - 1, mask=row > 0, other=0)
+        for i_item in range(start, tl.load(item_stops + row)):
+            p_x = parts + (i_item * BK + o_n)[:, None] * DIM + o_d[None, :]
+            b_sum += tl.load(p_x, mask=m_d, other=0.0)
+    o_t = tl.load(first_keys + i_b) + o_n
+    m_x = (o_t < tl.load(key_stops + i_b))[:, None] & m_d
+    p_out = out + o_t.to(tl.int64)[:, None] * stride_t + i_h * stride_h + o_d[None, :]
+    b_sum = b_sum * scale
+    if ADD:
+        b_sum += tl.load(p_out, mask=m_x, other=0.0)
+    tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_x)
+
+
+def sum_items(
+    parts: Float[Tensor, "items Bk D"],
+    schedule: Schedule,
+    out: Float[Tensor, "Tk H D"],
+    scale: float = 1.0,
+    add: bool = False,
+) -> None:
+    """Write, or add, scale * the sum of each block's items to its tokens; H divides the groups."""
+    index = schedule.reverse_index
+    blocks = index.sequences.cu_blocks(index.block_size)[-1]
+    heads, dim = out.shape[1:]
+    if not blocks:
+        return
+    lengths = index.row_offsets.diff()
+    item_stops = torch.cumsum((lengths + (schedule.chunk_size - 1)) // schedule.chunk_size, 0)
+    some = min(index.block_size, max(1, 4096 // pad(dim)))
+    sum_items_kernel[blocks, heads, index.block_size // some](
+        parts, item_stops, *block_table(index.sequences, index.block_size, out.device), out, scale,
+        blocks, *out.stride()[:2], SUM=len(lengths) // (blocks * heads), ADD=add, DIM=dim,
+        BD=pad(dim), BK=index.block_size, BN=some,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_slots_kernel(parts, counts, out, scale, PIECES: tl.constexpr, TOP_K: tl.constexpr,
+                     DIM: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """The slots of one (query, group) pair, PIECES parts in each."""
+    i_x = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    b_sum = tl.zeros([BD], tl.float32)
+    for i_s in range(0, tl.load(counts + i_x) * PIECES):
+        p_x = parts + (i_x * TOP_K * PIECES + i_s) * DIM + o_d
+        b_sum += tl.load(p_x, mask=o_d < DIM, other=0.0)
+    tl.store(out + i_x * DIM + o_d, b_sum * scale, mask=o_d < DIM)
+
+
+def sum_slots(
+    parts: Float[Tensor, "Tq Hkv k pieces D"],
+    counts: Float[Tensor, "Tq Hkv"],
+    out: Float[Tensor, "Tq Hkv D"],
+    scale: float = 1.0,
+) -> None:
+    """Write scale * the sum of the slots that are in use; out is contiguous."""
+    *_, top_k, pieces, dim = parts.shape
+    if counts.numel():
+        sum_slots_kernel[counts.numel(),](
+            parts, counts, out, scale, PIECES=pieces, TOP_K=top_k, DIM=dim, BD=pad(dim), num_warps=1
+        )
