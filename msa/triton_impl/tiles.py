@@ -57,6 +57,11 @@ def pad(size: int, least: int = 16) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
+def positions_of(group: int) -> int:
+    """Neighbouring queries of one tile: with their heads 64 rows, at most 16 queries."""
+    return max(1, min(16, 64 // pad(group, 1)))
+
+
 def is_exact(tensor: Tensor) -> str:
     """The input precision of tl.dot: float32 operands stay float32."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
