@@ -14,10 +14,11 @@ from msa.ir import Selection, Sequences
 HEADS, GROUPS, DIM = 64, 4, 128
 CONFIG = MSAConfig()
 CHUNK = 16384
-LENGTHS = (8192, 32768, 131072)
+LENGTHS = (4096, 8192, 32768, 131072)
 MILLION = 2**20
 PREFIXES = (0, 16, 32, 48, 63)  # which 16K-chunks of a million tokens are measured
 PERSISTENCE = (0.0, 0.8, 0.95)
+AGREEMENT = (0.0, 0.5, 0.8, 0.95, 0.99)  # the same and two more, for whole prompts
 
 # (queries, keys, calls) of the single cases of MiniMax-AI/MSA, datas/inference (production prefill
 # shapes, anonymised by their authors, MIT): 16 strata that stand for 10,434 of 14,805 calls.

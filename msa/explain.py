@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from msa import api, reference
+from msa import api, loop_order, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, ReverseIndex, Schedule, TileUnion
@@ -226,6 +226,35 @@ def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
     return mask
 
 
+def choose_orders(trace: Trace) -> dict[str, Any]:
+    """What loop_order="auto" of the triton backend would do with the tiles of the example.
+
+    `readers` is the number of queries that read a block, on average; see msa.loop_order.
+    """
+    union, top_k = trace.tile_union, trace.selection.top_k
+    readers = TOKENS * top_k / (TOKENS // CONFIG.block_size)
+    lengths = (union.block_ids >= 0).sum(-1)
+    tiles = [
+        {
+            "queries": [int(union.starts[t]), int(union.stops[t]) - 1],
+            "group": r,
+            "union": int(length),
+            "order": loop_order.choose(int(length), top_k, readers),
+        }
+        for (t, r), length in np.ndenumerate(lengths)
+    ]
+    return {
+        "walk_all": loop_order.WALK_ALL,
+        "walk_pairs": loop_order.WALK_PAIRS,
+        "min_edges": loop_order.MIN_EDGES,
+        "rule": [f"{when}: {then}" for when, then in loop_order.rule()],
+        "top_k": top_k,
+        "readers": readers,
+        "mean_union": float(lengths.mean()),
+        "tiles": tiles,
+    }
+
+
 def to_plain(thing: Any) -> Any:
     """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
     if is_dataclass(thing) and not isinstance(thing, type):
@@ -242,61 +271,20 @@ def to_plain(thing: Any) -> Any:
 def run(options: ExplainOptions) -> int:
     """Print the example, for people or for machines."""
     trace = trace_example(options.backend)
-    steps = explain(trace)
+    steps, choice = explain(trace), choose_orders(trace)
     if options.json:
         shown = {
             "backend": options.backend,
             "config": asdict(CONFIG),
             "inputs": {name: to_plain(array) for name, array in example().items()},
             "steps": [asdict(step) for step in steps],
+            "loop_order": choice,
             "trace": to_plain(trace),
         }
         print(json.dumps(shown))
         return 0
-    print_steps(steps)
+    from msa import explain_print
+
+    explain_print.print_steps(steps)
+    explain_print.print_choice(choice)
     return 0
-
-
-def print_steps(steps: list[Step]) -> None:
-    """One panel per form, the masks of the groups side by side."""
-    from rich.console import Console, Group
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(width=min(100, Console().width))
-    console.print(
-        f"[bold]The lowering of MSA[/] on {TOKENS} tokens, blocks of {CONFIG.block_size}, "
-        f"k = {CONFIG.top_k}, {GROUPS} groups of one head. Rows are queries, columns keys.\n"
-    )
-    for number, step in enumerate(steps, 1):
-        grids = Table.grid(padding=(0, 4))
-        grids.add_row(*(f"[dim]      group {r}[/]" for r in range(len(step.pictures))))
-        grids.add_row(*(Text(_spaced(picture)) for picture in step.pictures))
-        console.print(
-            Panel(
-                Group(
-                    Text(step.changed),
-                    Text(step.allowed, style="dim"),
-                    "",
-                    grids,
-                    Text(step.legend, style="dim"),
-                    *(Text(fact, style="cyan") for fact in step.facts),
-                ),
-                title=f"{number} {step.made_by} → [bold]{step.form}[/]",
-                title_align="left",
-                subtitle=step.checked or None,
-                subtitle_align="right",
-            )
-        )
-
-
-def _spaced(picture: list[str]) -> str:
-    """Number the queries and leave a gap between blocks."""
-    size = CONFIG.block_size
-    lines = []
-    for i, row in enumerate(picture):
-        if i and i % size == 0:
-            lines.append("")
-        lines.append(f"{i:>3}   " + "  ".join(row[j : j + size] for j in range(0, len(row), size)))
-    return "\n".join(lines)

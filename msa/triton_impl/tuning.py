@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+from msa.loop_order import MIN_EDGES as MIN_EDGES  # the rule of loop_order="auto"
+from msa.loop_order import WALK_ALL as WALK_ALL
+from msa.loop_order import WALK_PAIRS as WALK_PAIRS
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -95,13 +99,6 @@ def choose(kernel: str, dtype: torch.dtype, dim: int, block_size: int) -> TileCo
 
 
 # -- choices between lowerings --------------------------------------------------------------------
-WALK_ALL, WALK_PAIRS = 1.75, 3.0
-"""A tile whose union has up to WALK_ALL * k blocks walks them all; one of up to WALK_PAIRS * k
-leaves blocks of a single query to KV-outer, a longer one those of two, too (docs/ladder.md)."""
-
-MIN_EDGES = 4.0
-"""KV-outer needs at least so many queries per block, or loading the block is not worth it."""
-
 PARTIAL_BYTES = 9 * 2**29
 """Bound on the memory of partial results: queries are taken in super-tiles that keep below it."""
 

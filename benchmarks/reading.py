@@ -1,0 +1,64 @@
+"""Results read again: what the table and the figures ask of a results file. No torch, no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Found = dict[str, Any]
+CHUNK, MILLION = 2**14, 2**20
+
+
+def ms(row: Found, name: str) -> float:
+    """Median milliseconds of a stage; NaN where it was not measured.
+
+    >>> ms({"cudnn": {"ms": 2.0}, "fa4": "not installed"}, "cudnn")
+    2.0
+    >>> ms({"cudnn": {"ms": 2.0}, "fa4": "not installed"}, "fa4")
+    nan
+    """
+    found = row.get(name)
+    return found["ms"] if isinstance(found, dict) else math.nan
+
+
+def at(row: Found, keep: float) -> Found:
+    """The attention stage where neighbours agree to `keep`."""
+    return next(stage for stage in row["attention"] if stage["keep"] == keep)
+
+
+def reasons(rows: list[Found]) -> list[str]:
+    """Why a baseline has no time: every stage whose place a sentence takes, each said once."""
+    said = {
+        f"{name}: {value}": None for row in rows for name, value in row.items()
+        if name in ("cudnn", "flash", "fa4") and isinstance(value, str)
+    }  # fmt: skip
+    return list(said)
+
+
+def over_million(million: Found, measure: Callable[[Found], float]) -> float:
+    """A sum over all chunks of a million tokens, of which some were measured: the others by linear
+    interpolation in the keys before them.
+
+    >>> chunks = [{"prefix": p * CHUNK, "ms": 1.0 + p} for p in (0, 63)]
+    >>> over_million({"chunks": chunks}, lambda chunk: chunk["ms"])
+    2080.0
+    """
+    chunks = million["chunks"]
+    known = [chunk["prefix"] for chunk in chunks]
+    every = np.arange(0, MILLION, CHUNK)
+    return float(np.interp(every, known, [measure(chunk) for chunk in chunks]).sum())
+
+
+def million_dense(million: Found) -> float:
+    """Milliseconds of dense attention by cuDNN over a million tokens, interpolated."""
+    return over_million(million, lambda chunk: ms(chunk, "cudnn"))
+
+
+def million_sparse(million: Found, keep: float) -> float:
+    """Milliseconds of selection and attention, interpolated."""
+    return over_million(
+        million, lambda chunk: ms(chunk["select"], "bf16") + at(chunk, keep)["ms"]
+    )  # fmt: skip

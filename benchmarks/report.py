@@ -1,0 +1,55 @@
+"""What every benchmark on a GPU says: which machine, which versions, when; results as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def has_device(command: str) -> bool:
+    """Whether torch sees a CUDA device; if not, say on the error stream who needs one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(
+            f"{command} needs a CUDA device, and torch {torch.__version__} sees none here",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def machine() -> dict[str, Any]:
+    """The head of a results file: device, multiprocessors, torch, triton, date."""
+    import torch
+    import triton
+
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """The results as JSON, in the folder made for them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table of numbers, its first column a name."""
+    made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
+    made.title_justify = made.caption_justify = "left"
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return made

@@ -1,0 +1,210 @@
+"""The parts of `msa bench prefill`: whole prompts, a million tokens, production shapes, top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import cases, counts
+from benchmarks.cases import CONFIG, Inputs, make_inputs, make_selection
+from benchmarks.checks import SCALE, Wrong, check_attention, check_select, score_lost
+from benchmarks.dense import baselines
+from benchmarks.timing import ceilings, timed
+from msa.config import MSAConfig
+from msa.ir import Selection, Sequences
+from msa.loop_order import WALK_ALL, WALK_PAIRS
+from msa.triton_impl import select_fused
+from msa.triton_impl.attention import LoopOrder, attend_selection
+from msa.triton_impl.block_topk import select_rows
+from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tuning import CHUNK_EDGES
+
+LIMITS = int(WALK_ALL * CONFIG.top_k), int(WALK_PAIRS * CONFIG.top_k)
+
+
+def layer(x: Inputs, chosen: Selection, kind: str | None = None) -> Callable[[], Any]:
+    """Selection on the index tensors, then attention over a selection of known agreement."""
+    return lambda: (
+        select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind),
+        attend_selection(x.q, x.k, x.v, chosen, SCALE),
+    )
+
+
+def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
+    """The attention stage at one persistence: each loop order, and what makes its index."""
+    chosen = make_selection(x.sequences, keep)
+    flops = cases.attention_flops(chosen)
+    union = split_tiles(chosen, 4)
+    row: dict[str, Any] = {"keep": keep, "gflop": flops / 1e9}
+    row["mean_union_of_4"] = float(union.counts.float().mean())
+    edges = {"kv_outer": int((chosen.indices >= 0).sum()), "union": 0}
+    remote = split_tiles(chosen, 4, LIMITS).remote
+    edges["auto"] = 0 if remote is None else int((remote.indices >= 0).sum())
+    orders: tuple[LoopOrder, ...] = ("auto", "kv_outer", "union")
+    for order in orders:
+        row[f"{order}_error"] = check_attention(x, chosen, order)
+        found = timed(partial(attend_selection, x.q, x.k, x.v, chosen, SCALE, order))
+        moved = counts.walk_bytes(x.sequences) + counts.partial_bytes(edges[order])
+        row[order] = found | {"tflops": flops / found["ms"] / 1e9, "gb": moved / 1e9}
+    index = reverse_edges(chosen)
+    row["reverse_index"] = timed(lambda: reverse_edges(chosen)) | {
+        "gop": edges["kv_outer"] / 1e9, "gb": counts.reverse_bytes(chosen) / 1e9,
+    }  # fmt: skip
+    row["schedule"] = timed(lambda: schedule_edges(index, CHUNK_EDGES))
+    row["unite"] = timed(lambda: split_tiles(chosen, 4))
+    row["split"] = timed(lambda: split_tiles(chosen, 4, LIMITS))
+    del index
+    row["whole"] = timed(layer(x, chosen))
+    row["whole_fp8"] = timed(layer(x, chosen, "fp8_e4m3"))
+    print(f"  keep {keep}: {row['mean_union_of_4']:.1f} blocks in a union;", *(
+        f"{order} {row[order]['tflops']:.0f} TFLOP/s (off by {row[f'{order}_error']:.4f}),"
+        for order in orders), f"whole {row['whole']['ms']:.2f} ms", flush=True)  # fmt: skip
+    return row
+
+
+def select_stage(x: Inputs) -> dict[str, Any]:
+    """The fused selection in bfloat16 and fp8, and how much the two differ."""
+    check_select(x.sequences)
+    flops = cases.select_flops(x.sequences)
+    row: dict[str, Any] = {"checked": "equal bit for bit on sampled queries, integer inputs"}
+    for kind in (None, "fp8_e4m3"):
+        found = timed(lambda kind=kind: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind))
+        moved = counts.select_bytes(x.sequences, fp8=kind is not None)
+        row[kind or "bf16"] = found | {"tflops": flops / found["ms"] / 1e9, "gb": moved / 1e9}
+    fine = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG).indices
+    coarse = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, "fp8_e4m3").indices
+    row["fp8_score_lost"] = score_lost(x, fine, coarse)
+    fine, coarse = fine[-1024:], coarse[-1024:]
+    same = (fine[..., :, None] == coarse[..., None, :]).any(-1) & (fine >= 0)
+    row["fp8_same_blocks"] = float(same.sum() / (fine >= 0).sum())
+    print(f"  select {row['bf16']['tflops']:.0f} TFLOP/s, fp8 {row['fp8_e4m3']['tflops']:.0f}: "
+          f"{row['fp8_same_blocks']:.1%} of its blocks are the same, it loses "
+          f"{row['fp8_score_lost']:.2%} of their score", flush=True)  # fmt: skip
+    return row
+
+
+def whole_prompt(n: int) -> dict[str, Any]:
+    """One prompt of n tokens."""
+    print(f"{n} tokens", flush=True)
+    x = make_inputs(Sequences.one(n, n))
+    row: dict[str, Any] = {"n": n} | baselines(x, flash=n <= 32768)
+    print(" ", {name: found for name, found in row.items() if name != "n"}, flush=True)
+    row["select"] = select_stage(x)
+    row["attention"] = [attention_stages(x, keep) for keep in cases.AGREEMENT]
+    return row
+
+
+def million_chunk(prefix: int) -> dict[str, Any]:
+    """The 16K queries behind `prefix` chunks of 16K tokens."""
+    print(f"{cases.CHUNK} tokens behind {prefix * cases.CHUNK}", flush=True)
+    x = make_inputs(Sequences.one(cases.CHUNK, (prefix + 1) * cases.CHUNK))
+    row: dict[str, Any] = {"prefix": prefix * cases.CHUNK, "select": select_stage(x)}
+    row |= baselines(x, flash=False)
+    stages: list[dict[str, float]] = []
+    for keep in cases.PERSISTENCE:
+        chosen = make_selection(x.sequences, keep)
+        error = check_attention(x, chosen, "auto")
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        layer(x, chosen)()
+        extra = torch.cuda.max_memory_allocated() - before - x.q.nbytes
+        found = timed(lambda chosen=chosen: attend_selection(x.q, x.k, x.v, chosen, SCALE))
+        found |= {"tflops": cases.attention_flops(chosen) / found["ms"] / 1e9, "error": error}
+        stages.append({"keep": keep, "extra_gib": extra / 2**30} | found)
+    row["attention"] = stages
+    return row
+
+
+def million_whole() -> dict[str, Any]:
+    """All 64 chunks of a million tokens, one after the other, neighbours agreeing to 0.95."""
+    x = make_inputs(Sequences.one(cases.CHUNK, cases.MILLION))
+    parts = []
+    for prefix in range(cases.MILLION // cases.CHUNK):
+        part = Sequences.one(cases.CHUNK, (prefix + 1) * cases.CHUNK)
+        parts.append((part, make_selection(part, 0.95, seed=prefix)))
+
+    def run(kind: str | None) -> None:
+        for part, chosen in parts:
+            keys = slice(0, part.total_k)
+            select_fused(x.q_idx, x.k_idx[keys], part, CONFIG, kind)
+            attend_selection(x.q, x.k[keys], x.v[keys], chosen, SCALE)
+
+    whole = {kind or "bf16": timed(lambda kind=kind: run(kind)) for kind in (None, "fp8_e4m3")}
+    print(f"{cases.MILLION} tokens in chunks: {whole}", flush=True)
+    return whole
+
+
+def freshly(call: Callable[..., Any], *given: Any) -> Any:
+    """Call with an empty cache of device memory before."""
+    torch.cuda.empty_cache()
+    return call(*given)
+
+
+def lengths() -> list[dict[str, Any]]:
+    """Prompts of 4K to 128K tokens."""
+    return [freshly(whole_prompt, n) for n in cases.LENGTHS]
+
+
+def million() -> dict[str, Any]:
+    """A million tokens in chunks of 16K: five chunks by stages, then all of them."""
+    chunks = [freshly(million_chunk, prefix) for prefix in cases.PREFIXES]
+    return {"chunks": chunks, "whole_keep_0.95": freshly(million_whole)}
+
+
+def production() -> dict[str, Any]:
+    """The production shapes, neighbours sharing their blocks by 32; then ragged batches."""
+    rows: list[dict[str, Any]] = []
+    for n_q, n_k, calls in cases.PRODUCTION:
+        rows.append({"n_q": n_q, "n_k": n_k, "calls": calls} | one_layer(Sequences.one(n_q, n_k)))
+    ragged: list[dict[str, Any]] = []
+    for queries, keys in cases.RAGGED:
+        borders = [(0, *(sum(x[: i + 1]) for i in range(len(x)))) for x in (queries, keys)]
+        ragged.append({"n_q": queries, "n_k": keys} | one_layer(Sequences(*borders)))
+    mean = sum(row["calls"] * row["ms"] for row in rows) / sum(row["calls"] for row in rows)
+    return {"cases": rows, "weighted_ms": mean, "ragged": ragged}
+
+
+def one_layer(sequences: Sequences) -> dict[str, float]:
+    """Selection and attention of one layer."""
+    x = make_inputs(sequences)
+    chosen = make_selection(sequences, 0.0, every=32)
+    check_select(sequences)
+    error = check_attention(x, chosen, "auto")
+    row = timed(layer(x, chosen)) | {"error": error}
+    print(sequences.cu_seqlens_q, sequences.cu_seqlens_k, row, flush=True)
+    return row
+
+
+def topk_rows(n: int, blocks: int, k: int) -> dict[str, Any]:
+    """n rows of scores, all blocks visible."""
+    scores = torch.randn(n, 1, blocks, device="cuda")
+    scores[:, :, -1] = 100.0  # the forced block is everyone's best, so the two agree
+    positions = torch.full((n,), blocks * 128 - 1, device="cuda", dtype=torch.int32)
+    config = MSAConfig(top_k=k)
+    ours = select_rows(scores, positions, 128, config)
+    if not torch.equal(ours[:, 0], scores[:, 0].topk(k).indices.sort(1).values.int()):
+        raise Wrong("the stand-alone top-k differs from torch.topk")
+    row: dict[str, Any] = {"rows": n, "blocks": blocks, "k": k}
+    row |= {"gop": n * blocks / 1e9, "gb": counts.topk_bytes(n, blocks, k) / 1e9}
+    row["torch"] = timed(lambda: scores.topk(k, dim=-1))
+    row["ours"] = timed(lambda: select_rows(scores, positions, 128, config))
+    print(row, flush=True)
+    return row
+
+
+def topk() -> list[dict[str, Any]]:
+    """The stand-alone top-k over rows of scores against torch.topk (the paper's Table 1)."""
+    shapes = ((2**17, 1024, 16), (2**17, 2048, 32), (2**19, 4096, 16))
+    return [freshly(topk_rows, *shape) for shape in shapes]
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "ceilings": ceilings, "lengths": lengths, "million": million, "production": production,
+    "topk": topk,
+}  # fmt: skip

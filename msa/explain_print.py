@@ -1,0 +1,99 @@
+"""What `msa explain` prints: one panel per form, then the rule that chooses the loop order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from msa import loop_order
+from msa.explain import CONFIG, GROUPS, TOKENS, Step
+
+
+def narrow_console() -> Console:
+    """At most 100 columns: the text is made for reading."""
+    return Console(width=min(100, Console().width))
+
+
+def print_steps(steps: list[Step]) -> None:
+    """One panel per form, the masks of the groups side by side."""
+    console = narrow_console()
+    console.print(
+        f"[bold]The lowering of MSA[/] on {TOKENS} tokens, blocks of {CONFIG.block_size}, "
+        f"k = {CONFIG.top_k}, {GROUPS} groups of one head. Rows are queries, columns keys.\n"
+    )
+    for number, step in enumerate(steps, 1):
+        grids = Table.grid(padding=(0, 4))
+        grids.add_row(*(f"[dim]      group {r}[/]" for r in range(len(step.pictures))))
+        grids.add_row(*(Text(spaced(picture)) for picture in step.pictures))
+        console.print(
+            Panel(
+                Group(
+                    Text(step.changed),
+                    Text(step.allowed, style="dim"),
+                    "",
+                    grids,
+                    Text(step.legend, style="dim"),
+                    *(Text(fact, style="cyan") for fact in step.facts),
+                ),
+                title=f"{number} {step.made_by} → [bold]{step.form}[/]",
+                title_align="left",
+                subtitle=step.checked or None,
+                subtitle_align="right",
+            )
+        )
+
+
+def print_choice(choice: dict[str, Any]) -> None:
+    """The rule of loop_order="auto", and what it means for the tiles of the example."""
+    table = Table("blocks in a tile's union", "the tile", box=box.SIMPLE_HEAD, pad_edge=False)
+    for when, then in loop_order.rule():
+        table.add_row(when, then)
+    top_k, mean = choice["top_k"], choice["mean_union"]
+    narrow_console().print(
+        Panel(
+            Group(
+                Text(
+                    "Both orders mean the same, so speed may decide. A walk costs all queries of a "
+                    "tile the work of every block in their union; KV-outer costs a block's own "
+                    "readers alone, but each leaves a partial result to write and to read again."
+                ),
+                Text(
+                    'loop_order="auto" of the triton backend decides for each tile by the length '
+                    "of its union, with numbers measured on an H100 (docs/ladder.md):",
+                    style="dim",
+                ),
+                table,
+                Text(
+                    f"here k = {top_k}, a mean union is {mean:.2f} blocks = {mean / top_k:.2f}·k, "
+                    f"a block has {choice['readers']:g} readers on average",
+                    style="cyan",
+                ),
+                *(
+                    Text(
+                        f"queries {tile['queries'][0]}-{tile['queries'][1]}, group "
+                        f"{tile['group']}: union of {tile['union']}, {tile['order']}",
+                        style="cyan",
+                    )
+                    for tile in choice["tiles"]
+                ),
+            ),
+            title="[bold]Which loop order?[/]",
+            title_align="left",
+        )
+    )
+
+
+def spaced(picture: list[str]) -> str:
+    """Number the queries and leave a gap between blocks."""
+    size = CONFIG.block_size
+    lines = []
+    for i, row in enumerate(picture):
+        if i and i % size == 0:
+            lines.append("")
+        lines.append(f"{i:>3}   " + "  ".join(row[j : j + size] for j in range(0, len(row), size)))
+    return "\n".join(lines)
