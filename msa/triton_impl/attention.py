@@ -99,12 +99,10 @@ def attend_selection(
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
 
     Raises:
-        ValueError: another loop order, a block size that the kernels do not have.
+        ValueError: a block size that the kernels do not have.
     """
     require_kernels(selection.block_size, q=q, k=k, v=v)
     require_no_gradient(q=q, k=k, v=v)
-    if loop_order not in ("auto", "kv_outer", "union"):
-        raise ValueError(f"loop_order must be auto, kv_outer or union, got {loop_order!r}")
     indices = selection.indices.contiguous()
     (n_q, heads, _), dim_v = q.shape, v.shape[2]
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
