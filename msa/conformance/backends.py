@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from msa.checks import is_torch
-from msa.conformance.tolerances import PRECISIONS, Precision
+from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
 from msa.ir import Array
 
@@ -62,13 +62,15 @@ class Domain:
     """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
     product_roundoff: dict[str, float] | None = None
     """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
+    units: dict[str, MatrixUnit] | None = None
+    """For dtypes whose products a matrix unit adds, as tensor cores do."""
     cost: int = 1
     """How many times fewer examples are worth their time, as in an interpreter."""
 
     def precision(self, dtype: str) -> Precision:
         """The roundoffs that the error budget is made of."""
+        known = replace(PRECISIONS[dtype], unit=(self.units or {}).get(dtype))
         work = (self.product_roundoff or {}).get(dtype)
-        known = PRECISIONS[dtype]
         return known if work is None else replace(known, work=work)
 
     def has(self, *needed: str) -> bool:
@@ -166,6 +168,7 @@ def triton_subjects() -> list[Subject]:
         block_sizes=(16, 32) if interpreted else (16, 32, 64, 128, 256),
         missing=frozenset({"align_index", "decode_step", "backward"}),
         options=frozenset({"loop_order"}) if interpreted else OPTIONS,
+        units=None if interpreted else HOPPER,
         cost=3 if interpreted else 6,
     )
     return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]
