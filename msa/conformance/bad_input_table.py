@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 import msa
-from msa.conformance.bad_input import CONFIG, SHAPES, Arguments, BadInput, Kit
-
-TORCH = importlib.util.find_spec("torch") is not None
+from msa.conformance.bad_input import SHAPES, Arguments, BadInput, Kit, attention
+from msa.conformance.bad_input_backends import BACKEND_CASES
 
 
 def config(name: str, error: type[Exception], says: tuple[str, ...], **values: Any) -> BadInput:
     """An MSAConfig that must not come to be."""
     return BadInput(name, error, says, lambda kit: msa.MSAConfig(**values))
-
-
-def attention(
-    name: str,
-    error: type[Exception],
-    says: tuple[str, ...],
-    changes: Callable[[Kit], Arguments],
-) -> BadInput:
-    """A call of msa.attention with some arguments replaced."""
-    return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))
 
 
 def borders(q: Any, k: Any) -> Callable[[Kit], Arguments]:
@@ -199,60 +186,6 @@ CACHE_CASES = [
              lambda kit: kit.decode(cache={})),
 ]  # fmt: skip
 
-OTHER_CASES = [
-    attention("unknown backend", ValueError, ("backend", "reference, torch, triton", "'cuda'"),
-              lambda kit: {"backend": "cuda"}),
-    BadInput("unavailable backend", ValueError, ("backend", "available", "'torch'", "pip install"),
-             lambda kit: _without_libraries(kit)),
-    BadInput("chunk size 0", ValueError, ("chunk_size", "at least 1", "got 0"),
-             lambda kit: kit.lower(chunk_size=0)),
-    BadInput("tile size 32", ValueError, ("tile_size", "at most 31", "got 32"),
-             lambda kit: kit.lower(tile_size=32)),
-    BadInput("a dictionary as config of lower", TypeError, ("config", "MSAConfig", "dict"),
-             lambda kit: kit.lower(config={})),
-]  # fmt: skip
-
-
-def _without_libraries(kit: Kit) -> Any:
-    with mock.patch("msa.dispatch.available_backends", lambda: ("reference",)):
-        return kit.attention(backend="torch")
-
-
-def _without_interpreter() -> Any:
-    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
-        return msa.attention(**_torch_arrays(), config=CONFIG, backend="triton")
-
-
-def _torch_array(*shape: int, device: str = "cpu", **options: Any) -> Any:
-    import torch
-
-    return torch.ones(shape, device=device, **options)
-
-
-def _torch_arrays(**changes: Any) -> Arguments:
-    return {**{name: _torch_array(*shape) for name, shape in SHAPES.items()}, **changes}
-
-
-TORCH_CASES = [
-    attention("mixed kinds", TypeError, ("k", "torch.Tensor as q is", "numpy.ndarray"),
-              lambda kit: _torch_arrays(k=np.ones(SHAPES["k"], np.float32))),
-    attention("mixed devices", ValueError, ("v", "device of q = cpu", "meta"),
-              lambda kit: _torch_arrays(v=_torch_array(*SHAPES["v"], device="meta"))),
-    attention("index branch elsewhere", ValueError, ("k_idx", "device of q = cpu", "meta"),
-              lambda kit: _torch_arrays(k_idx=_torch_array(*SHAPES["k_idx"], device="meta"))),
-    attention("a gradient asked of the reference", ValueError,
-              ("q", "gradient", "requires_grad=True"),
-              lambda kit: _torch_arrays(q=_torch_array(*SHAPES["q"], requires_grad=True),
-                                        backend="reference")),
-    BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
-             lambda kit: _without_interpreter()),
-    BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),
-             lambda kit: kit.sparse(**{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "v")},
-                                    selection=msa.Selection(
-                                        np.array(kit.subject.read(kit.selection().indices)),
-                                        msa.Sequences.one(6, 8), 4))),
-]  # fmt: skip
-
 BAD_INPUTS: tuple[BadInput, ...] = (
     *CONFIGS,
     *SHAPE_CASES,
@@ -260,7 +193,6 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *KIND_CASES,
     *SELECTION_CASES,
     *CACHE_CASES,
-    *OTHER_CASES,
-    *(TORCH_CASES if TORCH else []),
+    *BACKEND_CASES,
 )
 """The whole of R20, case by case."""

@@ -17,10 +17,12 @@ def attend(subject: Subject, inputs: Inputs) -> Output:
     return subject.run("attend", *args, cast=inputs.dtype)
 
 
-def attend_selection(subject: Subject, inputs: Inputs, selection: Selection) -> Output:
+def attend_selection(
+    subject: Subject, inputs: Inputs, selection: Selection, **options: str
+) -> Output:
     """The main branch over a given selection."""
     args = (*inputs.main, selection, inputs.scale)
-    return subject.run("attend_selection", *args, cast=inputs.dtype)
+    return subject.run("attend_selection", *args, cast=inputs.dtype, **options)
 
 
 def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
@@ -29,10 +31,10 @@ def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
     return subject.run("score_blocks", *args, cast=inputs.dtype)
 
 
-def select_fused(subject: Subject, inputs: Inputs) -> Selection:
+def select_fused(subject: Subject, inputs: Inputs, **options: str) -> Selection:
     """The index branch at once."""
     args = (*inputs.index, inputs.sequences, inputs.config)
-    return subject.run("select_fused", *args, cast=inputs.dtype)
+    return subject.run("select_fused", *args, cast=inputs.dtype, **options)
 
 
 def selected(output: Output) -> Array:

@@ -15,7 +15,7 @@ from msa.conformance.tolerances import Measure
 Check = Callable[[Subject, Any], Measure]
 Cases = Callable[[Domain], SearchStrategy[Any]]
 
-FILES = ("sequences", "index", "attention", "lowering", "training", "behaviour")
+FILES = ("sequences", "index", "attention", "lowering", "training", "behaviour", "options")
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,25 @@ def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
     )
 
 
+@st.composite
+def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
+    """Neighbours that agree on anything from all to none of their blocks, read by enough queries.
+
+    The loop orders differ here: the union of a tile's blocks may be short, or several times k.
+    """
+    case = draw(cases(domain, want))
+    block, top_k = min(domain.block_sizes or (4,)), draw(st.sampled_from((2, 3)))
+    n_k = block * draw(st.sampled_from((12, 6, 2))) + draw(st.sampled_from((0, -1, 3)))
+    n_q, short = min(n_k, draw(st.sampled_from((28, 33)))), draw(st.integers(0, 3))
+    seeds = st.integers(0, 9999)
+    return replace(
+        case,
+        config=replace(case.config, block_size=block, top_k=top_k, sink_blocks=0, local_blocks=1),
+        sequences=Sequences((0, n_q, n_q + short), (0, n_k, n_k + short)),
+        picks=draw(st.builds(Picks, st.sampled_from(("spread", "random", "sink")), seeds)),
+    )
+
+
 def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
     """float16 ends at 65504, so enormous values would all be one."""
     return tuple(k for k in kinds if not (dtype == "float16" and k == "enormous"))

@@ -102,11 +102,9 @@ def attend_selection(
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
 
     Raises:
-        ValueError: another loop order, a block size that the kernels do not have.
+        ValueError: a block size that the kernels do not have.
     """
     require_kernels(selection.block_size, q=q, k=k, v=v)
-    if loop_order not in ("auto", "kv_outer", "union"):
-        raise ValueError(f"loop_order must be auto, kv_outer or union, got {loop_order!r}")
     selection = replace(selection, indices=selection.indices.contiguous())
     out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale, loop_order)
     return Output(out, lse, selection)
