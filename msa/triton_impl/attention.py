@@ -27,6 +27,7 @@ from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.triton_impl import tuning
 from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.later import align_index
 from msa.triton_impl.partials import attend_chunks
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
@@ -128,10 +129,17 @@ def attend(
     k_idx: Float[Array, "Tk Di"],
     sequences: Sequences,
     config: MSAConfig,
+    align: bool = False,
     loop_order: LoopOrder = "auto",
     index_dtype: str | None = None,
 ) -> Output:
-    """MSA: the index branch selects in one pass, the main branch attends (R4-R12)."""
+    """MSA: the index branch selects in one pass, the main branch attends (R4-R12).
+
+    Raises:
+        ValueError: align=True, which has no kernel yet.
+    """
+    if align:
+        align_index()
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)
     scale = config.softmax_scale_for(q.shape[-1])
     return attend_selection(q, k, v, selection, scale, loop_order)
