@@ -25,9 +25,9 @@ dtype. For one query and head with support J, |J| = n:
    the n terms.
 6. The yardstick rounds as well: every bound is the backend's plus the same with u = 2^-53.
 7. A backward pass finds p again as exp(s - lse) from the lse that the forward kept. To the errors
-   of s and lse (2 delta + (n + k + 8) u as in 2) comes w |lse| for keeping it with roundoff w: u, or
-   2^-24 where float32 was handed to float64; and 3 u |lse| for log2(e), for the product with it and
-   for the difference.
+   of s and lse (2 delta + (n + k + 8) u as in 2) comes w |lse| for keeping lse with roundoff w (u,
+   or 2^-24 where float32 was handed to float64), and 3 u |lse| for log2(e), for the product with it
+   and for the difference.
 
 Gradients: `yardstick_training.Gradients` carries the same terms through the chain rule.
 """
