@@ -31,6 +31,7 @@ def attention(
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     config: MSAConfig = MSAConfig(),
+    align: bool = False,
     backend: BackendName = "auto",
     loop_order: LoopOrder = "auto",
     index_dtype: IndexDtype | None = None,
@@ -43,6 +44,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers [batch + 1] (R1). The
             queries of a sequence are its last tokens (R2). None: one sequence.
         config: block size, blocks kept, forced blocks, scales.
+        align: also give kl, the loss that teaches the index: `align_index` over the selection made.
         backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
         loop_order: triton only. "union" walks each tile of queries along the union of its blocks,
             "kv_outer" reads each block once for all that selected it, "auto" decides by the tile.
@@ -53,6 +55,8 @@ def attention(
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
         packed Selection. Differentiable in q, k, v on the torch backend, selection fixed (R18).
+        kl, else None, is float64 if q or q_idx is, else float32; its gradient reaches q_idx and
+        k_idx only (R17).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -65,11 +69,14 @@ def attention(
     >>> output.out.shape, output.lse.shape, output.selection.indices[299].tolist()
     ((300, 4, 16), (300, 4), [[0, 1, 9], [1, 8, 9]])
     """
+    checks.check_flag("align", align)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     options = {"loop_order": loop_order, "index_dtype": index_dtype}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
     q, k, v, q_idx, k_idx = call.arrays
-    output = call.module.attend(q, k, v, q_idx, k_idx, call.sequences, config, **call.options)
+    output = call.module.attend(
+        q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
+    )
     return call.give_output(output)
 
 
@@ -141,6 +148,7 @@ def align_index(
     *,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    lse: Float[Array, "*q Hq"] | None = None,
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Float[Array, ""]:
@@ -150,18 +158,30 @@ def align_index(
     warm-up form, over all visible tokens. Gradient reaches q_idx and k_idx only (R17). A selection
     brings its own sequences, so cu_seqlens belong to the warm-up form.
 
+    lse, float32 or float64 in q's layout, is what an attention of q and k over the same tokens
+    returned: `attention`, `sparse_attention`, or in the warm-up form any causal one. It saves
+    finding it again.
+
     >>> import numpy as np, msa
     >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
     >>> round(float(msa.align_index(x, x, x, 0 * x[:, 0])), 4)  # an index that prefers nothing
+    0.4744
+    >>> output = msa.attention(x, x, x, x, 0 * x[:, 0], align=True)
+    >>> round(float(output.kl), 4)
+    0.4744
+    >>> loss = msa.align_index(x, x, x, 0 * x[:, 0], output.selection, lse=output.lse)
+    >>> round(float(loss), 4)
     0.4744
     """
     if selection is not None:
         checks.check_type("selection", selection, Selection)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
+    if lse is not None:
+        arrays["lse"] = lse
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
-    q, k, q_idx, k_idx = call.arrays
-    loss = call.module.align_index(q, k, q_idx, k_idx, call.selection, call.sequences, config)
-    return call.give(loss)
+    q, k, q_idx, k_idx, *known = call.arrays
+    args = (q, k, q_idx, k_idx, call.selection, call.sequences, config, *known)
+    return call.give(call.module.align_index(*args))
 
 
 def decode(

@@ -27,6 +27,7 @@ OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
 }
 """Options of the triton backend: their values, the default first, and why others have no choice."""
+LSE_DTYPES = ("float32", "float64")
 MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
 CACHE_DIMS = {
     "k_pages": "pages Bk Hkv D",
@@ -142,12 +143,12 @@ def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
 
 
 # -- tensors --------------------------------------------------------------------------------------
-def check_array(name: str, array: Any) -> None:
-    """A NumPy array or a torch tensor of a supported float type, its last dim contiguous."""
+def check_array(name: str, array: Any, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> None:
+    """A NumPy array or a torch tensor of one of the dtypes, its last dim contiguous."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {_kind(array)}")
-    if dtype_name(array) not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must have dtype {' or '.join(FLOAT_DTYPES)}, got {array.dtype}")
+    if dtype_name(array) not in dtypes:
+        raise TypeError(f"{name} must have dtype {' or '.join(dtypes)}, got {array.dtype}")
     stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
     if 0 not in array.shape and array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must be contiguous in its last dim, got strides {list(stride)}")
@@ -341,6 +342,14 @@ def check_options(backend: str, array: Any, **options: Any) -> None:
             )
     if options.get("index_dtype") and not (is_torch(array) and array.is_cuda):
         raise ValueError("index_dtype must be None off a CUDA device, got 'fp8_e4m3'")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False; nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        )
 
 
 def check_type(name: str, value: Any, wanted: type) -> None:

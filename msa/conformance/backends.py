@@ -74,10 +74,13 @@ class Domain:
         return known if work is None else replace(known, work=work)
 
     def has(self, *needed: str) -> bool:
-        """Whether all of these are claimed."""
-        return self.options.issuperset(OPTIONS.intersection(needed)) and not (
-            self.missing.intersection(needed)
-        )
+        """Whether all of these functions, options and dtypes are claimed.
+
+        >>> Domain(dtypes=("float32",)).has("attend"), Domain(dtypes=("float32",)).has("float64")
+        (True, False)
+        """
+        absent = self.missing | (OPTIONS - self.options) | (set(PRECISIONS) - set(self.dtypes))
+        return not absent.intersection(needed)
 
 
 @dataclass(frozen=True)

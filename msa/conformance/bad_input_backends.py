@@ -119,6 +119,10 @@ TORCH_CASES = [
               ("q", "gradient", "requires_grad=True"),
               lambda kit: _torch_arrays(q=_torch_array(*SHAPES["q"], requires_grad=True),
                                         backend="reference")),
+    BadInput("lse on another device", ValueError, ("lse", "device of q = cpu", "meta"),
+             lambda kit: msa.align_index(
+                 **{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "q_idx", "k_idx")},
+                 lse=_torch_array(6, 4, device="meta"), config=CONFIG)),
     BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
              lambda kit: _without_interpreter()),
     BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),

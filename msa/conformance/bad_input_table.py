@@ -70,6 +70,12 @@ SHAPE_CASES = [
              lambda kit: kit.select(k_idx=kit.array(8, 3))),
     BadInput("other groups of q_idx in align_index", ValueError, ("q_idx", "[6, 2, any]"),
              lambda kit: kit.align(q_idx=kit.array(6, 3, 2))),
+    BadInput("lse of other heads", ValueError, ("lse", "[Tq, Hq] = [6, 4]", "got [6, 2]"),
+             lambda kit: kit.align(lse=kit.array(6, 2))),
+    BadInput("lse with heads first", ValueError, ("lse", "[Tq, Hq] = [6, 4]", "got [4, 6]"),
+             lambda kit: kit.align(lse=kit.array(4, 6))),
+    BadInput("batched lse beside packed q", ValueError, ("lse", "[Tq, Hq]", "got [1, 6, 4]"),
+             lambda kit: kit.align(lse=kit.array(1, 6, 4))),
 ]  # fmt: skip
 
 BORDER_CASES = [
@@ -113,6 +119,12 @@ KIND_CASES = [
                            else kit.array(3, 2, 8).permute(2, 1, 0)}),
     attention("a dictionary as config", TypeError, ("config", "MSAConfig", "dict"),
               lambda kit: {"config": {}}),
+    attention("align in words", TypeError, ("align", "True or False", "'yes'"),
+              lambda kit: {"align": "yes"}),
+    BadInput("lse in half precision", TypeError, ("lse", "float32 or float64", "float16"),
+             lambda kit: kit.align(lse=kit.array(6, 4, dtype="float16"))),
+    BadInput("lse of another kind", TypeError, ("lse", "array", "float"),
+             lambda kit: kit.align(lse=1.0)),
 ]  # fmt: skip
 
 SELECTION_CASES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from msa.conformance.backends import REFERENCE, Subject
 from msa.conformance.cases import Inputs
@@ -11,10 +12,10 @@ from msa.conformance.yardstick import Attention, block_mask
 from msa.ir import Array, BlockScores, Output, Selection
 
 
-def attend(subject: Subject, inputs: Inputs) -> Output:
+def attend(subject: Subject, inputs: Inputs, **options: Any) -> Output:
     """The whole path."""
     args = (*inputs.main, *inputs.index, inputs.sequences, inputs.config)
-    return subject.run("attend", *args, cast=inputs.dtype)
+    return subject.run("attend", *args, cast=inputs.dtype, **options)
 
 
 def attend_selection(

@@ -59,6 +59,11 @@ class Want:
 EXACT_INDEX = Want()
 REAL_INDEX = Want(index=("normal", "tiny", "large"), planted=False)
 WILD = Want(main=WILD_KINDS, values=WILD_KINDS)
+REAL: tuple[Kind, ...] = ("zeros", "ties", "normal")
+MILD = Want(main=REAL, values=REAL, index=REAL, planted=False)
+"""For gradients: logits of moderate size, every value finite."""
+DOUBLE = replace(MILD, dtypes=("float64",), tokens=16)
+"""For finite differences."""
 
 
 def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill]:
@@ -152,6 +157,16 @@ def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
         sequences=Sequences((0, n_q, n_q + short), (0, n_k, n_k + short)),
         picks=draw(st.builds(Picks, st.sampled_from(("spread", "random", "sink")), seeds)),
     )
+
+
+def mild(domain: Domain) -> SearchStrategy[Case]:
+    """For gradients."""
+    return cases(domain, MILD)
+
+
+def double(domain: Domain) -> SearchStrategy[Case]:
+    """For finite differences."""
+    return cases(domain, DOUBLE)
 
 
 def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:

@@ -126,6 +126,19 @@ class Attention:
         with np.errstate(over="ignore"):
             return np.expm1(2 * self.delta(precision)) + (n + self.parts + 8) * precision.work
 
+    def lse_error(self, precision: Precision, kept: float = 0.0) -> Array:
+        """What a kept lse costs the exponent s - lse: [Tq, Hq, 1] (point 7 of the budget)."""
+        u = precision.work
+        finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
+        return (max(kept, u) + 3 * u) * finite[..., None]
+
+    def recomputed_error(self, precision: Precision, kept: float = 0.0) -> Array:
+        """As weight_error, of probabilities found again as exp(s - lse): [Tq, Hq, 1] (point 7)."""
+        n = self.support.sum(-1, keepdims=True)
+        with np.errstate(over="ignore"):
+            exponents = np.expm1(2 * self.delta(precision) + self.lse_error(precision, kept))
+        return exponents + (n + self.parts + 8) * precision.work
+
     def out_bound(self, precision: Precision) -> Array:
         """[Tq, Hq, Dv] (points 2, 5, 6)."""
         return self._out_bound(precision) + self._out_bound(EXACT)
