@@ -50,12 +50,12 @@ UNION = tiles(
 )  # fmt: skip
 CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3, 5)]
 EDGES = (128, 256)
-KEYS = tiles((64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 4), (32, 64, 4, 3))
-QUERIES = tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4))
-SUMS = tiles((64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2))
-TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2))
-JUDGE = tiles((32, 128, 4, 2), (16, 128, 4, 2), (64, 128, 4, 2), (32, 128, 2, 2), (32, 128, 4, 1))
-TRAINING_EDGES = (128, 256, 512)
+KEYS = tiles((64, 128, 8, 3), (64, 64, 8, 3))
+QUERIES = tiles((64, 64, 4, 2), (64, 32, 4, 4))
+SUMS = tiles((128, 128, 4, 2))
+TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 3), (32, 128, 4, 3))
+JUDGE = tiles((32, 128, 4, 2), (16, 128, 4, 2), (32, 128, 4, 3), (32, 64, 4, 2))
+TRAINING_EDGES = (256, 512)
 
 
 Candidate = tuple[str, TileConfig, float, Callable[[], object]]

@@ -162,16 +162,3 @@ def test_the_reference_does_not_drop_gradients_silently(rng):
     given = {n: torch.tensor(x, requires_grad=True) for n, x in arrays(rng, 9).items()}
     with pytest.raises(ValueError, match="q must not require a gradient"):
         msa.attention(**given, config=CONFIG, backend="reference")
-
-
-def test_triton_does_not_drop_gradients_silently(rng):
-    """The kernels have no backward: asking for one is an error, not a missing .grad."""
-    given = {n: torch.tensor(x) for n, x in arrays(rng, 20, dim=16).items()}
-    given["v"].requires_grad_()
-    config = msa.MSAConfig(block_size=16, top_k=2)
-    if torch.cuda.is_available():
-        given = {n: x.detach().cuda().requires_grad_(x.requires_grad) for n, x in given.items()}
-    with pytest.raises(ValueError, match="v must not require a gradient"):
-        msa.attention(**given, config=config, backend="triton")
-    with torch.no_grad():
-        msa.attention(**given, config=config, backend="triton")

@@ -1,10 +1,10 @@
-"""Backward of attention, the keys' half: dK and dV of each block over the queries that read it (R18).
+"""Backward of attention, the keys' half: dK, dV of a block over the queries that read it (R18).
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each edge (query t), for each head of the group:
             P  = exp(softmax_scale * K q^T - lse)                           # recomputed
             dV += P dO            dP = V dO^T
-            dS = P (dP - delta)   dK += softmax_scale * dS q                # delta = <dO, out> - dlse
+            dS = P (dP - delta)   dK += softmax_scale * dS q    # delta = <dO, out> - dlse
     dK, dV of a block = the sum of its items, in order
 
 What the fast form changes:
@@ -12,7 +12,7 @@ What the fast form changes:
     is gathered. Rows of queries that did not select the block are read as zeros, with lse = +inf.
  2. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
     the next, without a trip through memory.
- 3. The next edge's tile and mask are loaded one step ahead, so that its rows can be fetched early.
+ 3. The next edge's record is loaded one step ahead, so that its rows can be fetched early.
  4. Hot blocks are cut into items; each writes its sums apart, in float32, and a second kernel adds
     them up. No atomics, so the same bits every time (R19).
 """
@@ -32,13 +32,12 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, query_ids, slots, masks,
-                         tiles, first_keys, key_stops, d_k, d_v, scale, n_blocks, U, stride_qt,
-                         stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
-                         HEADS: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
-                         DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                         BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
+def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, records, first_keys,
+                         key_stops, d_k, d_v, scale, n_blocks, stride_qt, stride_qh, stride_kt,
+                         stride_kh, stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr,
+                         HKV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
+                         BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+                         BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """BN keys of one item; BM = query positions x HEADS rows at a time."""
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
@@ -52,11 +51,9 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, query_
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
         b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
-        i_t, own, _, bits = load_edge(query_ids, slots, masks, tiles, start, i_r, U, HKV)
+        i_t, own, bits = load_edge(records, start)
         for i_e in range(start, stop):
-            i_next = tl.minimum(i_e + 1, stop - 1)
-            next_t, next_own, _, next_bits = load_edge(
-                query_ids, slots, masks, tiles, i_next, i_r, U, HKV)  # fmt: skip
+            next_t, next_own, next_bits = load_edge(records, tl.minimum(i_e + 1, stop - 1))
             for i_c in tl.static_range(0, G, HEADS):
                 m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
                 o_h = i_r * G + i_c + o_g
@@ -99,7 +96,7 @@ def key_gradients(
     schedule, index = edges.schedule, edges.schedule.reverse_index
     items, sequences, block = len(schedule.rows), index.sequences, index.block_size
     (_, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
-    group, positions = heads // groups, pad(edges.union.tile_size, 1)
+    group, positions = heads // groups, pad(edges.tile_size, 1)
     tile = tile or choose("keys", q.dtype, max(pad(dim), pad(dim_v)), block)
     some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
     parts = [
@@ -109,9 +106,8 @@ def key_gradients(
     if items:
         key_gradients_kernel[items, block // tile.keys](
             q, k, v, d_out, lse, delta, schedule.rows, schedule.starts, schedule.stops,
-            index.query_ids, index.slots, edges.union.row_masks, edges.tiles,
-            *block_table(sequences, block, q.device), *parts, softmax_scale * LOG2E.value,
-            sequences.cu_blocks(block)[-1], edges.union.row_masks.stride(1), *q.stride()[:2],
+            edges.records, *block_table(sequences, block, q.device), *parts,
+            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2],
             *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, HKV=groups, DIM=dim,
             DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block, BN=tile.keys,
             BM=positions * some, PRECISION=is_exact(q), **tile.launch(),

@@ -5,7 +5,8 @@
             S = q K^T, NaN -> -inf, tokens after t's own key masked
             top[t, head, s] = max S;  total[t, head, s] = sum exp(scale * (S - top))
     for each query and head:
-        top = max over s of top[s];  log_total = log sum over s of total[s] exp(scale (top[s] - top))
+        top = max over s of top[s]
+        log_total = log of the sum over s of total[s] * exp(scale * (top[s] - top))
 
 A softmax is then exp(scale * (S - top) - log_total), its LSE is scale * top + log_total. The
 index branch may hold infinite scores, hence the two numbers: where the maximum is infinite, the

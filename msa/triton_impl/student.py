@@ -26,6 +26,7 @@ from msa.triton_impl.item_sums import sum_items, sum_slots
 from msa.triton_impl.tiles import (
     block_table,
     edge_rows,
+    fast_log,
     is_exact,
     load_keys,
     pad,
@@ -67,7 +68,7 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
             m_s = (first + o_n)[None, :] <= b_own[:, None]
             b_s = tl.where(m_s & (b_s == b_s), b_s, float("-inf"))
             b_student = tl.where(b_s == b_top, 0.0, (b_s - b_top) * scale) - b_log
-            b_gap = b_p * (tl.log(b_p) - b_student)
+            b_gap = b_p * (fast_log(b_p) - b_student)
             b_loss = tl.sum(tl.where(m_s & (b_p > 0), b_gap, 0.0), 1)
             p_x = (o_x * TOP_K + b_slot) * PIECES + i_n
             tl.store(losses + p_x, b_loss, mask=m_m)

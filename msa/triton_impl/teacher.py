@@ -25,11 +25,11 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def teacher_kernel(q, k, lse, indices, rows, starts, stops, query_ids, slots, masks, tiles,
-                   first_keys, key_stops, teacher, scale, n_blocks, U, stride_qt, stride_qh,
-                   stride_kt, stride_kh, G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr,
-                   TOP_K: tl.constexpr, P: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr,
-                   BK: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, DENSE: tl.constexpr,
+def teacher_kernel(q, k, lse, indices, rows, starts, stops, records, first_keys, key_stops,
+                   teacher, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
+                   G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr, TOP_K: tl.constexpr,
+                   P: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+                   BN: tl.constexpr, E: tl.constexpr, DENSE: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
     """BN keys of one item; E queries x HEADS rows at a time."""
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
@@ -43,13 +43,19 @@ def teacher_kernel(q, k, lse, indices, rows, starts, stops, query_ids, slots, ma
         o_i, o_g = tl.arange(0, E * HEADS) // HEADS, tl.arange(0, E * HEADS) % HEADS
         p_k = k + i_r.to(tl.int64) * stride_kh
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
-        i_t, own, first_key, bits = load_edge(query_ids, slots, masks, tiles, start, i_r, U, HKV)
-        i_id = (first_block - first_key) // BK  # the block's number in its sequence
+        i_id = i_b - tl.load(records + start * 4 + 3)  # the block's number in its sequence
+        i_t, own, bits = load_edge(records, start)
         for i_e in range(start, stop):
-            i_next = tl.minimum(i_e + 1, stop - 1)
-            next_t, next_own, _, next_bits = load_edge(
-                query_ids, slots, masks, tiles, i_next, i_r, U, HKV)  # fmt: skip
+            next_t, next_own, next_bits = load_edge(records, tl.minimum(i_e + 1, stop - 1))
             p_t = i_t.to(tl.int64)
+            m_q = ((bits >> o_q) & 1) != 0
+            o_x = o_q * HKV + i_r  # [E] (query, group) pair, from the tile's first query on
+            b_slot = tl.full([E], 0, tl.int32) + i_id
+            if not DENSE:
+                o_s = tl.arange(0, P)[None, :]
+                b_ids = tl.load(indices + p_t * (HKV * TOP_K) + (o_x[:, None] * TOP_K + o_s),
+                                mask=m_q[:, None] & (o_s < TOP_K), other=-1)  # fmt: skip
+                b_slot = tl.sum(tl.where(b_ids == i_id, o_s, 0), 1)  # [E]
             b_p = tl.zeros([BN, E], tl.float32)
             for i_c in tl.static_range(0, G, HEADS):
                 m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
@@ -64,14 +70,6 @@ def teacher_kernel(q, k, lse, indices, rows, starts, stops, query_ids, slots, ma
                 b_p += tl.sum(tl.reshape(b_h, [BN, E, HEADS]), 2)
             m_s = (first + o_n)[:, None] <= (own + o_q)[None, :]
             b_p = tl.where(m_s, b_p * (1.0 / G), 0.0)
-            m_q = ((bits >> o_q) & 1) != 0
-            o_x = o_q * HKV + i_r  # [E] (query, group) pair, from the tile's first query on
-            b_slot = o_q * 0 + i_id
-            if not DENSE:
-                o_s = tl.arange(0, P)[None, :]
-                b_ids = tl.load(indices + p_t * (HKV * TOP_K) + (o_x[:, None] * TOP_K + o_s),
-                                mask=m_q[:, None] & (o_s < TOP_K), other=-1)  # fmt: skip
-                b_slot = tl.sum(tl.where(b_ids == i_id, o_s, 0), 1)  # [E]
             p_x = teacher + ((p_t * HKV + o_x) * TOP_K + b_slot) * BK + i_n
             tl.store(p_x[None, :] + o_n[:, None], b_p, mask=m_q[None, :])
             i_t, own, bits = next_t, next_own, next_bits
@@ -94,16 +92,15 @@ def teach(
     schedule, index = edges.schedule, edges.schedule.reverse_index
     items, sequences, block = len(schedule.rows), index.sequences, index.block_size
     (n_q, heads, dim), groups, top_k = q.shape, k.shape[1], indices.shape[2]
-    group, positions = heads // groups, pad(edges.union.tile_size, 1)
+    group, positions = heads // groups, pad(edges.tile_size, 1)
     tile = tile or choose("teacher", q.dtype, pad(dim), block)
     some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
     teacher = torch.empty((n_q, groups, top_k, block), dtype=torch.float32, device=q.device)
     if items:
         teacher_kernel[items, block // tile.keys](
-            q, k, lse, indices, schedule.rows, schedule.starts, schedule.stops, index.query_ids,
-            index.slots, edges.union.row_masks, edges.tiles,
+            q, k, lse, indices, schedule.rows, schedule.starts, schedule.stops, edges.records,
             *block_table(sequences, block, q.device), teacher, softmax_scale * LOG2E.value,
-            sequences.cu_blocks(block)[-1], edges.union.row_masks.stride(1), *q.stride()[:2],
+            sequences.cu_blocks(block)[-1], *q.stride()[:2],
             *k.stride()[:2], G=group, HEADS=some, HKV=groups, TOP_K=top_k, P=pad(top_k, 1),
             DIM=dim, BD=pad(dim), BK=block, BN=tile.keys, E=positions, DENSE=dense,
             PRECISION=is_exact(q), **tile.launch(),

@@ -1,11 +1,11 @@
-"""Lowering of the backward: from the unions of query tiles to "which tiles read a block" (R13, R14).
+"""Lowering of the backward: from unions of query tiles to "which tiles read a block" (R13, R14).
 
     for each tile of neighbouring queries, ascending, each group and each block b of its union:
         append (tile, place of b in the union) to row (group, b)
     cut the rows into work items
 
-A tile stands where a query stood, so the reverse index and the schedule of the forward do all of it.
-An edge of tiles is read in one long run of memory, and says by a row mask which queries count.
+A tile stands where a query stood, so the reverse index and the schedule of the forward do all of
+it. A tile is read in one long run of memory, and its row mask says which queries count.
 """
 
 from __future__ import annotations
@@ -22,18 +22,47 @@ from msa.ir import Schedule, Selection, Sequences
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.tile_union import SplitUnion
-from msa.triton_impl.tiles import tile_table
+from msa.triton_impl.tiles import query_table, tile_table
+
+
+@triton.jit
+def load_edge(records, i_e):
+    """Edge i_e: its tile's first query, that query's own key, the mask of the rows that count."""
+    p_x = records + i_e * 4
+    return tl.load(p_x), tl.load(p_x + 1), tl.load(p_x + 2)
+
+
+@triton.jit
+def record_kernel(query_ids, slots, offsets, masks, tiles, first_blocks, records, n_blocks, U,
+                  HKV: tl.constexpr, B: tl.constexpr):  # fmt: skip
+    """What a program wants to know of B edges, side by side."""
+    o_e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    m_e = o_e < tl.load(offsets + HKV * n_blocks)
+    b_r = tl.zeros([B], tl.int32)  # rows are ordered by group
+    for i_r in range(1, HKV):
+        b_r += (o_e >= tl.load(offsets + i_r * n_blocks)).to(tl.int32)
+    b_t = tl.load(query_ids + o_e, mask=m_e, other=0)
+    b_u = tl.load(slots + o_e, mask=m_e, other=0)
+    p_mask = masks + (b_t.to(tl.int64) * HKV + b_r) * U + b_u
+    b_q = tl.load(tiles + b_t * 5, mask=m_e, other=0)
+    p_x = records + o_e * 4
+    tl.store(p_x, b_q, mask=m_e)
+    tl.store(p_x + 1, tl.load(tiles + b_t * 5 + 2, mask=m_e, other=0), mask=m_e)
+    tl.store(p_x + 2, tl.load(p_mask, mask=m_e, other=0), mask=m_e)
+    tl.store(p_x + 3, tl.load(first_blocks + b_q, mask=m_e, other=0), mask=m_e)
 
 
 @dataclass(frozen=True)
 class TileEdges:
-    """Who reads each block, by tiles of `union.tile_size` queries.
+    """Who reads each block, by tiles of `tile_size` queries.
 
-    `schedule` is that of a selection whose queries are tiles; a slot is a place in the union.
+    `schedule` is that of a selection whose queries are tiles. `records` has, in its order of edges,
+    each tile's first query, that query's own key, bit i for query i of those that count, and the
+    number of the sequence's first block.
     """
 
-    union: SplitUnion
-    tiles: Int[Tensor, "tiles 5"]
+    tile_size: int
+    records: Int[Tensor, "edges 4"]
     schedule: Schedule
 
 
@@ -54,8 +83,19 @@ def reverse_union(union: SplitUnion, selection: Selection, chunk_size: int) -> T
     """The tiles that read each block, in items of at most `chunk_size`."""
     sequences = tile_sequences(selection.sequences, union.tile_size)
     by_tile = Selection(union.block_ids, sequences, selection.block_size)
-    tiles = tile_table(selection.sequences, union.tile_size, union.block_ids.device)
-    return TileEdges(union, tiles, schedule_edges(reverse_edges(by_tile), chunk_size))
+    index = reverse_edges(by_tile)
+    n_edges, device = len(index.query_ids), union.block_ids.device
+    records = torch.empty((n_edges, 4), dtype=torch.int32, device=device)
+    if n_edges:
+        tiles = tile_table(selection.sequences, union.tile_size, device)
+        groups = union.block_ids.shape[1]
+        record_kernel[triton.cdiv(n_edges, 512),](
+            index.query_ids, index.slots, index.row_offsets, union.row_masks, tiles,
+            query_table(selection.sequences, selection.block_size, device)[2], records,
+            sequences.cu_blocks(selection.block_size)[-1], union.row_masks.stride(1),
+            HKV=groups, B=512,
+        )  # fmt: skip
+    return TileEdges(union.tile_size, records, schedule_edges(index, chunk_size))
 
 
 def unite_all(
@@ -72,13 +112,3 @@ def unite_all(
     ids = torch.where(masks != 0, torch.arange(shape[2], device=device), -1).int()
     ids, masks = (x[:, None].expand(shape).contiguous() for x in (ids, masks))
     return SplitUnion(ids, masks, (ids >= 0).sum(2, dtype=torch.int32), tile_size, None, None)
-
-
-@triton.jit
-def load_edge(query_ids, slots, masks, tiles, i_e, i_r, U, HKV: tl.constexpr):
-    """Edge i_e of group i_r: its tile's first query, that query's own key, the first key of its
-    sequence, and the mask of its rows."""
-    i_t = tl.load(query_ids + i_e)
-    bits = tl.load(masks + (i_t.to(tl.int64) * HKV + i_r) * U + tl.load(slots + i_e))
-    p_tile = tiles + i_t * 5
-    return tl.load(p_tile), tl.load(p_tile + 2), tl.load(p_tile + 3), bits

@@ -14,9 +14,9 @@ What the fast form changes:
     +inf in place of the maximum makes its weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
  4. The next block's id is loaded one step ahead, so that its keys can be fetched early.
- 5. The maximum is taken off before the scale is multiplied on: scale * score - scale * maximum would
-    become one fused multiply-add, whose residual at the maximum is not 0 but half a unit in the
-    last place, enough to lose the whole row where logits pass 2^23.
+ 5. The maximum is taken off before the scale is multiplied on: scale * score - scale * maximum
+    would become one fused multiply-add, whose residual at the maximum is not 0 but half a unit in
+    the last place, enough to lose the whole row where logits pass 2^23.
  6. Blocks that few queries of the tile share can be left to the KV-outer kernel: their partial
     results are folded in at the end, which saves the combine step a kernel and a pass over `out`.
 """
