@@ -292,7 +292,7 @@ def remote_edges_forgotten(q, k, v, selection, softmax_scale, loop_order="auto")
     if loop_order != "auto":
         return in_every_order(q, k, v, selection, softmax_scale, loop_order)
     union = reference.unite_tiles(selection, 16)
-    alone = np.bitwise_count(union.row_masks) == 1
+    alone = (union.row_masks & (union.row_masks - 1)) == 0
     lengths = (union.block_ids >= 0).sum(-1, keepdims=True)
     kept = ~(alone & (lengths > int(1.75 * selection.top_k)))
     ids = np.full_like(union.block_ids, -1)
