@@ -124,7 +124,7 @@ def test_kernels(name, kernels, case, launched):
 
 
 def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
-    """One program scans 80 blocks; the best come last before the cut, and after it there is none."""
+    """One program scans 80 blocks; the best come last before the cut, none after it."""
     monkeypatch.setattr(selection, "PROGRAMS", 1)
     selection.plan_scan.cache_clear()
     blocks = torch.arange(80.0, device=TRITON.device)
