@@ -7,7 +7,7 @@ array type; letters are explained in `msa.ir`. Rules R1-R20 are those of docs/sp
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 
@@ -26,6 +26,7 @@ from msa.ir import (
 )
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Thirteen functions, in the order of the lowering."""
 

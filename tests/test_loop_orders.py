@@ -1,16 +1,19 @@
-"""Every branch of loop_order="auto" is reached by the cases that the properties draw."""
+"""Options of the triton backend: they arrive, and the drawn cases reach every branch of auto."""
 
 from __future__ import annotations
 
 from collections import Counter
+from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 
+import msa
 from msa import reference
 from msa.conformance import subjects
 from msa.conformance.strategies import long_unions
-from msa.triton_impl import attention, tuning
+from msa.triton_impl import attention, selection, tuning
 
 SUBJECTS = [
     pytest.param(s, id=s.label, marks=[pytest.mark.gpu] * (s.device != "cpu"))
@@ -41,3 +44,36 @@ def test_the_drawn_cases_reach_every_branch(subject):
     draw()
     print(dict(cases))
     assert all(cases[name] >= 3 for name in ("whole", "pairs", "more")), cases
+
+
+def arrays(device, *names):
+    """40 tokens, two groups of two heads."""
+    shapes = {"q": (40, 4, 16), "k": (40, 2, 16), "v": (40, 2, 16), "q_idx": (40, 2, 16)}
+    return {n: torch.randn(shapes.get(n, (40, 16)), device=device) for n in names}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("order", ["kv_outer", "union"])
+def test_the_loop_order_arrives(subject, order):
+    """From each public function that takes it down to the part that obeys."""
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    given = arrays(subject.device, "q", "k", "v", "q_idx", "k_idx")
+    with mock.patch.object(attention, "attend_part", wraps=attention.attend_part) as part:
+        options = {"backend": "triton", "loop_order": order}
+        output = msa.attention(**given, config=config, **options)
+        again = msa.sparse_attention(*(given[n] for n in "qkv"), output.selection, **options)
+    assert [call.args[5] for call in part.call_args_list] == [order, order]
+    assert torch.equal(output.out, again.out)
+
+
+@pytest.mark.gpu
+def test_the_index_dtype_arrives():
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    given = arrays("cuda", "q", "k", "v", "q_idx", "k_idx")
+    index = {n: given[n] for n in ("q_idx", "k_idx")}
+    with mock.patch.object(selection, "to_fp8", wraps=selection.to_fp8) as rounded:
+        msa.select(**index, config=config, index_dtype="fp8_e4m3")
+        msa.attention(**given, config=config, index_dtype="fp8_e4m3")
+        assert rounded.call_count == 4
+        msa.attention(**given, config=config)
+        assert rounded.call_count == 4

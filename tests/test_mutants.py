@@ -16,13 +16,18 @@ from hypothesis import Phase, settings
 
 from msa import reference
 from msa.conformance import Domain, Subject, all_properties, as_module, subjects
+from msa.conformance.backends import OPTIONS as OPTION_NAMES
+from msa.conformance.cases import round_to_e4m3
+from msa.conformance.tolerances import HOPPER
 from msa.conformance.trial import Tally, search
 from msa.conformance.yardstick import Attention, block_mask
 from msa.ir import BlockScores, Output, Partials, Selection, Sequences
 
 PROPERTIES = {p.name: p for p in all_properties()}
-DOMAIN = Domain(("float64", "float32", "float16"), missing=frozenset({"api", "backward"}))
-OPTIONS = settings(derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
+DOMAIN = Domain(
+    ("float64", "float32", "float16"), missing=frozenset({"api", "backward"}), options=OPTION_NAMES
+)
+SETTINGS = settings(derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
 
 
 # -- the index branch -----------------------------------------------------------------------------
@@ -245,6 +250,88 @@ def no_warm_up(q, k, q_idx, k_idx, selection, sequences, config):
     return reference.align_index(q, k, q_idx, k_idx, selection, sequences, config)
 
 
+# -- options --------------------------------------------------------------------------------------
+def in_every_order(q, k, v, selection, softmax_scale, loop_order="auto"):
+    """An honest backend that has loop orders, and a split."""
+    args = (selection, softmax_scale)
+    match loop_order:
+        case "kv_outer":
+            schedule = reference.schedule_chunks(reference.reverse_selection(selection), 128)
+            partials = reference.attend_chunks(q, k, v, schedule, softmax_scale)
+            output = reference.combine_partials(partials, q.dtype)
+        case "union":
+            union = reference.unite_tiles(selection, 16)
+            output = reference.attend_union(q, k, v, union, softmax_scale)
+        case _:
+            output = reference.attend_selection(q, k, v, *args)
+    return replace(output, selection=selection)
+
+
+def in_eight_bits(q_idx, k_idx, sequences, config, index_dtype=None):
+    """An honest backend that has e4m3."""
+    if index_dtype is not None:
+        q_idx, k_idx = round_to_e4m3(q_idx), round_to_e4m3(k_idx)
+    return reference.select_fused(q_idx, k_idx, sequences, config)
+
+
+HONEST_OPTIONS = {"attend_selection": in_every_order, "select_fused": in_eight_bits}
+
+
+def every_row_walks_every_block(q, k, v, selection, softmax_scale, loop_order="auto"):
+    """A union without row masks: each query reads what any of its tile selected."""
+    if loop_order != "union":
+        return in_every_order(q, k, v, selection, softmax_scale, loop_order)
+    union = reference.unite_tiles(selection, 16)
+    everyone = np.where(union.row_masks > 0, 2**16 - 1, 0).astype(np.int32)
+    widest = replace(union, row_masks=everyone)
+    return reference.attend_union(q, k, v, widest, softmax_scale)
+
+
+def remote_edges_forgotten(q, k, v, selection, softmax_scale, loop_order="auto"):
+    """The split of a long union, without the blocks that one query alone selected."""
+    if loop_order != "auto":
+        return in_every_order(q, k, v, selection, softmax_scale, loop_order)
+    union = reference.unite_tiles(selection, 16)
+    alone = (union.row_masks & (union.row_masks - 1)) == 0
+    lengths = (union.block_ids >= 0).sum(-1, keepdims=True)
+    kept = ~(alone & (lengths > int(1.75 * selection.top_k)))
+    ids = np.full_like(union.block_ids, -1)
+    masks = np.zeros_like(union.row_masks)
+    for t, r in np.ndindex(ids.shape[:2]):
+        n = (kept[t, r] & (union.block_ids[t, r] >= 0)).sum()
+        ids[t, r, :n] = union.block_ids[t, r][kept[t, r] & (union.block_ids[t, r] >= 0)]
+        masks[t, r, :n] = union.row_masks[t, r][kept[t, r] & (union.block_ids[t, r] >= 0)]
+    walked = replace(union, block_ids=ids, row_masks=masks)
+    return reference.attend_union(q, k, v, walked, softmax_scale)
+
+
+def one_order_twice_the_same(q, k, v, selection, softmax_scale, loop_order="auto"):
+    output = in_every_order(q, k, v, selection, softmax_scale, loop_order)
+    up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
+    noisy = loop_order == "kv_outer"
+    return replace(output, lse=np.nextafter(output.lse, up_or_down) if noisy else output.lse)
+
+
+def stretch_forgotten(q_idx, k_idx, sequences, config, index_dtype=None):
+    """Straight to e4m3: what is large ends at 448, what is small at 0."""
+    if index_dtype is not None:
+        spread = [np.concatenate([x.ravel(), [448.0]]) for x in (q_idx, k_idx)]  # no stretch then
+        q_idx, k_idx = (
+            round_to_e4m3(np.clip(s, -448, 448))[:-1].reshape(x.shape)
+            for s, x in zip(spread, (q_idx, k_idx))
+        )
+    return reference.select_fused(q_idx, k_idx, sequences, config)
+
+
+def infinity_sets_the_stretch(q_idx, k_idx, sequences, config, index_dtype=None):
+    """One infinity anywhere, and nothing of the finite numbers is left."""
+    if index_dtype is not None:
+        q_idx, k_idx = (
+            np.where(np.isfinite(x), 0.0, x) if np.isinf(x).any() else x for x in (q_idx, k_idx)
+        )
+    return in_eight_bits(q_idx, k_idx, sequences, config, index_dtype)
+
+
 MUTANTS = [
     ("r1_a_packed_sequence_is_as_if_alone", {"attend": borders_forgotten}),
     ("r2_decoding_is_the_same_rule", {"decode_step": stale_lengths}),
@@ -281,12 +368,17 @@ MUTANTS = [
     ("r17_the_loss_is_the_kl_over_selected_tokens", {"align_index": logits_averaged}),
     ("r17_the_warm_up_form_is_dense", {"align_index": no_warm_up}),
     ("r19_the_same_call_gives_the_same_bits", {"attend": nothing_twice_the_same}),
+    ("r9_every_loop_order_is_the_definition", {"attend_selection": every_row_walks_every_block}),
+    ("r9_every_loop_order_is_the_definition", {"attend_selection": remote_edges_forgotten}),
+    ("r19_every_loop_order_gives_the_same_bits", {"attend_selection": one_order_twice_the_same}),
+    ("r7_eight_bits_differ_only_within_rounding", {"select_fused": stretch_forgotten}),
+    ("r7_eight_bits_select_by_the_rounded_tensors", {"select_fused": infinity_sets_the_stretch}),
 ]
 
 
 def attempt(name, subject, examples=25):
     """The tally of a search for a counterexample, without shrinking it."""
-    tally, options = Tally(), settings(OPTIONS, max_examples=examples)
+    tally, options = Tally(), settings(SETTINGS, max_examples=examples)
     try:
         search(PROPERTIES[name], subject, options, tally)
     except Exception as error:
@@ -300,7 +392,7 @@ def attempt(name, subject, examples=25):
     ids=[f"{f.__name__}-{name.partition('_')[0]}" for name, fs in MUTANTS for f in fs.values()],
 )
 def test_a_planted_bug_is_found(name, functions):
-    mutant = Subject("mutant", as_module(functions), "numpy", DOMAIN)
+    mutant = Subject("mutant", as_module(HONEST_OPTIONS | functions), "numpy", DOMAIN)
     tally = attempt(name, mutant)
     print(f"found after {tally.tried} examples")
     assert isinstance(tally.error, AssertionError | ValueError), f"{name} let it pass"
@@ -309,8 +401,15 @@ def test_a_planted_bug_is_found(name, functions):
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in MUTANTS}))
 def test_the_honest_backend_passes_the_same_search(name):
-    honest = Subject("honest", as_module({}), "numpy", DOMAIN)
+    honest = Subject("honest", as_module(HONEST_OPTIONS), "numpy", DOMAIN)
     assert attempt(name, honest, examples=5).error is None
+
+
+def test_a_forgotten_product_is_found_within_the_budget_of_tensor_cores():
+    hopper = replace(DOMAIN, dtypes=("float16",), units=HOPPER)
+    mutant = Subject("mutant", as_module({"score_blocks": one_product_too_few}), "numpy", hopper)
+    tally = attempt("r4_scores_are_scaled_products", mutant)
+    assert isinstance(tally.error, AssertionError)
 
 
 def torch_mutant(functions):

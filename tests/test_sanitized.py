@@ -81,7 +81,9 @@ SCORES = {
     "many": ScoresCase(msa.MSAConfig(16, 5), msa.Sequences.one(3, 9700), 1, Fill("normal", 1)),
 }
 RUNS = [
-    pytest.param(name, kernels, case, id=f"{name.partition('_')[0]}-{'+'.join(kernels)}-{label}")
+    pytest.param(
+        name, kernels, case, id=f"{name.partition('_')[0]}-{'+'.join(sorted(kernels))}-{label}"
+    )
     for checks, cases in ((CHECKS, CASES), (SCORE_CHECKS, SCORES))
     for name, kernels in checks.items()
     for label, case in cases.items()
@@ -122,14 +124,15 @@ def test_kernels(name, kernels, case, launched):
 
 
 def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
-    """Every block beats all before it, and one program scans them all."""
+    """One program scans 80 blocks; the best come last before the cut, none after it."""
     monkeypatch.setattr(selection, "PROGRAMS", 1)
     selection.plan_scan.cache_clear()
-    tokens = torch.arange(80 * 16.0)[:, None].repeat(1, 3).to(TRITON.device)
-    q_idx, sequences = torch.ones(3, 1, 3, device=TRITON.device), msa.Sequences.one(3, len(tokens))
-    got = selection.select_fused(q_idx, tokens, sequences, msa.MSAConfig(16, 4)).indices
+    blocks = torch.arange(80.0, device=TRITON.device)
+    k_idx = torch.where(blocks < selection.CAPACITY, blocks, 0.0).repeat_interleave(16)[:, None]
+    q_idx, sequences = torch.ones(3, 1, 1, device=TRITON.device), msa.Sequences.one(3, len(k_idx))
+    got = selection.select_fused(q_idx, k_idx, sequences, msa.MSAConfig(16, 4)).indices
     selection.plan_scan.cache_clear()
-    assert got.tolist() == [[[76, 77, 78, 79]]] * 3
+    assert got.tolist() == [[[61, 62, 63, 79]]] * 3
     assert "scan_kernel" in launched
 
 

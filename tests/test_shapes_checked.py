@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import msa
 from msa import reference
 from msa.dispatch import load_backend
 from msa.ir import BlockScores, Output, Selection, Sequences
+from msa.pipeline import lower
 
 ONE = Sequences.one(3, 3)
 
@@ -56,3 +58,16 @@ def test_the_oracle_is_checked_too():
     with pytest.raises(Exception, match="Type-check error"):
         reference.schedule_chunks(np.zeros(3), 2)
     assert msa.__version__
+
+
+def test_the_lowering_wants_a_whole_backend_and_shapes_that_agree():
+    """A module without one of the thirteen functions is no Backend."""
+    x = np.ones((6, 1, 4))
+    args = (x, x, x, x, x[:, 0], Sequences.one(6, 6), msa.MSAConfig(2, 2), 4, 2)
+    lower(reference, *args)
+    partial = ModuleType("partial")
+    vars(partial).update({k: f for k, f in vars(reference).items() if k != "attend_union"})
+    with pytest.raises(Exception, match="Backend"):
+        lower(partial, *args)
+    with pytest.raises(Exception, match="Type-check error"):
+        lower(reference, x, x[..., 1:], *args[2:])

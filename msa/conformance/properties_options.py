@@ -5,15 +5,33 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from msa.config import MSAConfig
 from msa.conformance import strategies
 from msa.conformance.backends import Subject
 from msa.conformance.calls import attend_selection, dense, judge, select_fused, spec
-from msa.conformance.cases import Case, round_to_e4m3
+from msa.conformance.cases import Case, Fill, round_to_e4m3
 from msa.conformance.properties import holds_for
 from msa.conformance.properties_index import REAL, require_equal_up_to_rounding
 from msa.conformance.tolerances import Measure, same, worst
+from msa.ir import Sequences
 
 LOOP_ORDERS = ("auto", "kv_outer", "union")
+CONTESTED = strategies.Want(tokens=160, batch=(1, 2))  # more blocks than places, mostly
+contested = partial(strategies.cases, want=CONTESTED)
+contested_reals = partial(strategies.cases, want=replace(REAL, tokens=160, batch=(1, 2)))
+ONE_INFINITY = Case(
+    config=MSAConfig(block_size=16, top_k=2),
+    sequences=Sequences.one(8, 130),
+    groups=1,
+    group=1,
+    dims=(1, 1, 4),
+    dtype="float32",
+    q_idx=Fill("integers", seed=1),
+    k_idx=Fill("integers", seed=2, planted=((0, np.inf),)),
+)
+"""Where it decides the stretch, nothing is left of the finite numbers."""
 
 
 @holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"))
@@ -46,7 +64,7 @@ def in_eight_bits(case: Case) -> Case:
     return rounded
 
 
-@holds_for(strategies.cases, needs=("select_fused", "index_dtype"))
+@holds_for(contested, needs=("select_fused", "index_dtype"), seeds=(ONE_INFINITY,))
 def r7_eight_bits_select_by_the_rounded_tensors(subject: Subject, case: Case) -> Measure:
     """Small integers, NaN and infinities: the spec's selection on rounded tensors, bit for bit."""
     got = select_fused(subject, case.inputs, index_dtype="fp8_e4m3")
@@ -54,7 +72,7 @@ def r7_eight_bits_select_by_the_rounded_tensors(subject: Subject, case: Case) ->
     return same("selection", got.indices, want.indices)
 
 
-@holds_for(partial(strategies.cases, want=REAL), needs=("select_fused", "index_dtype"))
+@holds_for(contested_reals, needs=("select_fused", "index_dtype"))
 def r7_eight_bits_differ_only_within_rounding(subject: Subject, case: Case) -> Measure:
     """Real values of any magnitude: the selection on rounded tensors, up to rounded sums."""
     got = select_fused(subject, case.inputs, index_dtype="fp8_e4m3")
@@ -62,7 +80,7 @@ def r7_eight_bits_differ_only_within_rounding(subject: Subject, case: Case) -> M
     return require_equal_up_to_rounding(subject, in_eight_bits(case), got, precision)
 
 
-@holds_for(strategies.cases, needs=("select_fused", "index_dtype"))
+@holds_for(contested, needs=("select_fused", "index_dtype"))
 def r19_eight_bits_select_the_same_twice(subject: Subject, case: Case) -> Measure:
     """The stretch is the same in whatever order the largest value was found."""
     one, two = (select_fused(subject, case.inputs, index_dtype="fp8_e4m3") for _ in range(2))

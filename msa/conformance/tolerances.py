@@ -39,9 +39,10 @@ dtype. For one query and head with support J, |J| = n:
 
        ceil(D / group) ((min(D, group) + 1) 2^-bits max(P_j, S_j) + 2^-23 S_j).
 
-   Sums of weights times values stay within point 2: 16 at a time they cost (17/2 + 2) u / 16 of V
-   per full group and 3 u for a rest, one for each of k parts; and subnormal factors what point 5
-   allows. float32 is multiplied outside of matrix units.
+   Sums of weights times values stay within point 2: t products at once cost (t + 5) u / 2 of V, all
+   groups are full but one in each of k parts, so together they cost (0.66 n + 2.5 k) u; and all
+   parts but one have 16 tokens or more. For subnormal factors there is point 5. float32 is
+   multiplied outside of matrix units.
 8. A backward pass finds p again as exp(s - lse) from the lse that the forward kept. To the errors
    of s and lse (2 delta + (n + k + 8) u as in 2) comes w |lse| for keeping lse with roundoff w (u,
    or 2^-24 where float32 was handed to float64), and 3 u |lse| for log2(e), for the product with it
