@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 import msa
-from msa.conformance import subjects
+from msa.conformance import Domain, subjects
 from msa.conformance.cases import Case
 from msa.conformance.gradients import (
     directions,
@@ -19,12 +21,24 @@ from msa.conformance.gradients import (
 )
 from msa.conformance.properties_alignment import yardstick
 from msa.conformance.properties_training import upstream
-from msa.conformance.strategies import double
+from msa.conformance.strategies import MILD, cases, double
+from msa.conformance.tolerances import PRECISIONS, compare
 from msa.conformance.yardstick import Attention, block_mask
 from msa.conformance.yardstick_training import Gradients
 
 (REFERENCE,) = subjects(("reference",))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LEARNERS = [
+    pytest.param(s, id=s.label, marks=[pytest.mark.gpu] * (s.device != "cpu"))
+    for s in subjects()
+    if s.domain.has("attend", "attend_selection", "align_index", "backward")
+]
+HALVES = [
+    pytest.param(s.values[0], name, id=f"{s.id}-{name}", marks=s.marks)
+    for s in LEARNERS
+    for name in ("float16", "bfloat16")
+    if s.values[0].domain.has(name)
+]
 
 
 @given(double(REFERENCE.domain))
@@ -96,19 +110,135 @@ def test_gradients_of_a_long_sequence_repeat_to_the_bit(device):
 
 def test_autograd_agrees_with_itself():
     """torch.autograd.gradcheck, which looks at every entry of every Jacobian."""
-    q, k, v, q_idx, k_idx = tensors(7, "cpu", torch.float64)
-    q, k, v = (x.detach()[..., :2].contiguous().requires_grad_() for x in (q, k, v))
+    made = tensors(7, "cpu", torch.float64)
+    main, index = made[:3], made[3:]
+    main = [x.detach()[..., :2].contiguous().requires_grad_() for x in main]
+    index = [x.detach()[..., :2].contiguous().requires_grad_() for x in index]
     config = msa.MSAConfig(block_size=2, top_k=2)
-    selection = msa.select(q_idx.detach(), k_idx.detach(), config=config)
+    fixed = [x.detach() for x in (*main, *index)]
+    output = msa.attention(*fixed, config=config)
+    dense = msa.attention(*fixed, config=msa.MSAConfig(block_size=2, top_k=4))
 
     def attend(q, k, v):
-        return msa.sparse_attention(q, k, v, selection).out
+        return msa.sparse_attention(q, k, v, output.selection).out
 
-    def align(q_idx, k_idx):
-        return msa.align_index(q.detach(), k.detach(), q_idx, k_idx, selection, config=config)
+    def align(q_idx, k_idx, selection, lse):
+        args = (*fixed[:2], q_idx, k_idx, selection)
+        return msa.align_index(*args, lse=lse, config=config)
 
-    assert torch.autograd.gradcheck(attend, (q, k, v))
-    assert torch.autograd.gradcheck(align, (q_idx, k_idx))
+    def in_one_call(q_idx, k_idx):
+        return msa.attention(*fixed[:3], q_idx, k_idx, config=config, align=True).kl
+
+    assert torch.autograd.gradcheck(attend, main)
+    assert torch.autograd.gradcheck(in_one_call, index)
+    for selection, lse in ((output.selection, output.lse), (None, dense.lse)):
+        for known in (None, lse):
+            check = partial(align, selection=selection, lse=known)
+            assert torch.autograd.gradcheck(check, index)
+
+
+@pytest.mark.parametrize("subject", LEARNERS)
+def test_the_alignment_loss_stops_at_the_hidden_state(subject):
+    """eq. 11: it trains the index projections, not what they read, nor the main branch (R17)."""
+    generator = torch.Generator().manual_seed(0)
+    widths = {"q": (4, 16), "k": (2, 16), "v": (2, 16), "q_idx": (2, 16), "k_idx": (1, 16)}
+    hidden = torch.randn(50, 24, generator=generator).to(subject.device).requires_grad_()
+    weights = {
+        name: torch.randn(24, *shape, generator=generator).to(subject.device).requires_grad_()
+        for name, shape in widths.items()
+    }
+    project = partial(torch.einsum, "te,ehd->thd")
+    q, k, v = (project(hidden, weights[name]) for name in "qkv")
+    q_idx, k_idx = (project(hidden.detach(), weights[name]) for name in ("q_idx", "k_idx"))
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    args = (q, k, v, q_idx, k_idx[:, 0])
+    output = msa.attention(*args, config=config, align=True, backend=subject.name)
+    output.kl.backward()
+    for still in (hidden, weights["q"], weights["k"], weights["v"]):
+        assert still.grad is None or not still.grad.any()
+    for taught in (weights["q_idx"], weights["k_idx"]):
+        assert taught.grad.abs().max() > 0
+
+
+SIZES = {  # tokens, heads, groups, head sizes, configuration
+    "cpu": (70, 4, 2, (16,), msa.MSAConfig(block_size=16, top_k=2)),
+    "cuda": (1500, 16, 2, (64, 128), msa.MSAConfig(block_size=64, top_k=6)),
+}
+
+
+@pytest.mark.parametrize(("subject", "name"), HALVES)
+def test_half_precision_costs_little_more_than_its_last_rounding(subject, name):
+    """Errors over whole tensors: at most 1.5 times those of a gradient that is rounded once.
+
+    That is what the torch backend gives, which computes in float32. Rounding dS for its products as
+    well is an independent error of the same size, together sqrt(2) times as long; this leaves no
+    room for a delta from rounded out and P, with which `rounding_backward` is at 1.5 to 1.6.
+    """
+    dtype = getattr(torch, name)
+    tokens, heads, groups, dims, config = SIZES[subject.device]
+    for dim in dims:
+        shapes = [(tokens, heads, dim), *[(tokens, groups, dim)] * 3, (tokens, dim)]
+        generator = torch.Generator().manual_seed(dim)
+        made = [torch.randn(s, generator=generator).to(subject.device, dtype) for s in shapes]
+        d_out = torch.randn(shapes[0], generator=generator).to(subject.device, dtype)
+        d_lse = torch.randn(shapes[0][:2], generator=generator).to(subject.device)
+        selection = msa.select(*(x.double() for x in made[3:]), config=config, backend="torch")
+
+        def gradients(backend, wanted, made=made, d_out=d_out, d_lse=d_lse, chosen=selection):
+            q, k, v, q_idx, k_idx = (x.to(wanted, copy=True).requires_grad_() for x in made)
+            output = msa.sparse_attention(q, k, v, chosen, backend=backend)
+            args = (q, k, q_idx, k_idx, chosen)
+            loss = msa.align_index(*args, lse=output.lse, config=config, backend=backend)
+            upstream = [d_out.to(wanted), d_lse, loss.new_full((), float(d_lse.numel()))]
+            torch.autograd.backward([output.out, output.lse, loss], upstream)
+            return [x.grad.double() for x in (q, k, v, q_idx, k_idx)]
+
+        exact = gradients("torch", torch.float64)
+        once = gradients("torch", dtype)
+        own = gradients(subject.name, dtype)
+        for name, want, good, got in zip(("q", "k", "v", "q_idx", "k_idx"), exact, once, own):
+            best, error = ((x - want).norm() / want.norm() for x in (good, got))
+            print(f"{subject.label} {dtype} D={dim} d{name}: {error:.2e}, rounded once {best:.2e}")
+            assert best <= torch.finfo(dtype).eps / 2, name
+            assert error <= 1.5 * best, f"d{name} is off by {error:.2e}, {error / best:.2f} times"
+
+
+def rounding_backward(case: Case) -> dict[str, np.ndarray]:
+    """A backward as kernels do it: lse kept in float32, out, P and dS in the case's dtype."""
+    inputs, (d_out, d_lse) = case.inputs, upstream(case)
+    mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
+
+    def stored(x):
+        return x.to(getattr(torch, case.dtype)).float()
+
+    def of_groups(x):
+        return x.reshape(len(x), case.groups, case.group, x.shape[2]).sum(2)
+
+    q, k, v, g, d_lse = (torch.tensor(x).float() for x in (*inputs.main, d_out, d_lse))
+    k, v = (x.repeat_interleave(case.group, 1) for x in (k, v))
+    support = torch.tensor(mask).repeat_interleave(case.group, 1)
+    s = torch.einsum("ihd,jhd->ihj", q, k) * inputs.scale
+    s = s.masked_fill(~support, -torch.inf)
+    p = (s - s.logsumexp(-1)[..., None]).exp()
+    out = stored(torch.einsum("ihj,jhe->ihe", stored(p), v))
+    delta = (g * out).sum(-1) - d_lse
+    d_s = stored(p * (torch.einsum("ihe,jhe->ihj", g, v) - delta[..., None]))
+    d_q = torch.einsum("ihj,jhd->ihd", d_s, k) * inputs.scale
+    d_k = of_groups(torch.einsum("ihj,ihd->jhd", d_s, q)) * inputs.scale
+    d_v = of_groups(torch.einsum("ihj,ihe->jhe", stored(p), g))
+    return {name: stored(x).numpy() for name, x in zip("qkv", (d_q, d_k, d_v))}
+
+
+@given(cases(Domain(dtypes=("float16", "bfloat16")), MILD))
+def test_the_budget_has_room_for_what_kernels_round(case: Case):
+    """And not for much more: entries come up to half their bounds."""
+    inputs, (d_out, d_lse) = case.inputs, upstream(case)
+    mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
+    attention = Attention(*inputs.main, mask, inputs.scale, parts=case.config.top_k)
+    want = Gradients(attention, d_out, d_lse)
+    values, bounds = want.values(), want.bounds(PRECISIONS[case.dtype])
+    for name, got in rounding_backward(case).items():
+        compare(f"d{name}", got, values[name], bounds[name])
 
 
 def test_tokens_that_nobody_reads_get_no_gradient():
