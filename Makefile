@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install bench-crossing clean
+.PHONY: demo test lint install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo digits --backend torch --plot digits.png
 
@@ -15,6 +15,9 @@ lint: install
 	$(BIN)/pyrefly check
 
 install: .venv/installed
+
+bench: install
+	$(BIN)/msa bench prefill --plots docs
 
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing
