@@ -196,9 +196,10 @@ def latency_and_gain(found: Found) -> Figure:
     """Left: milliseconds against tokens; right: how many times faster than cuDNN.
 
     Raises:
-        MissingResults: results without whole prompts.
+        MissingResults: results without whole prompts, or without cuDNN's time of one.
     """
-    need(found, "lengths")
+    if any(math.isnan(ms(row, "cudnn")) for row in need(found, "lengths")):
+        raise MissingResults("the results lack a time of 'cudnn'")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.2))
     figure.subplots_adjust(left=0.065, right=0.86, top=0.93, bottom=0.22, wspace=0.58)
     draw_latency(left, found)

@@ -213,6 +213,7 @@ def test_figures_are_drawn_alike_from_the_same_results(tmp_path):
     assert {"prefill_h100.svg", "prefill_h100_union.svg"} <= {path.name for path in drawn}
     for path in drawn:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+        assert f"<dc:source>{plots.source(RESULTS)}</dc:source>" in path.read_text()
 
 
 def test_committed_figures_are_those_of_the_committed_results(tmp_path):
@@ -255,6 +256,14 @@ def test_the_roofline_needs_ceilings(tmp_path, capsys):
     assert f"{tmp_path / 'full_roofline.svg'}: drawn" in said
     assert f"{tmp_path / 'less_roofline.svg'}: not drawn, the results have no 'ceilings'" in said
     assert not (tmp_path / "less_roofline.svg").exists()
+
+
+def test_without_the_baseline_no_gain_is_drawn(tmp_path, capsys):
+    found = copy.deepcopy(FOUND)
+    found["lengths"][0]["cudnn"] = "RuntimeError: no cuDNN"
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert plots.run(plots.PlotsOptions(tmp_path / "found.json", tmp_path)) == 0
+    assert "found.svg: not drawn, the results lack a time of 'cudnn'" in capsys.readouterr().out
 
 
 def test_plots_without_results_say_so(capsys, tmp_path):
