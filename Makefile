@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install bench bench-crossing clean
+.PHONY: demo test lint sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo digits --backend torch --plot digits.png
 
@@ -13,6 +13,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+
+# On a GPU: every kernel on awkward shapes, first as it is (which compiles it), then with each of its
+# accesses checked. Without PyTorch's cache each tensor is an allocation, whose end is known.
+SANITIZED := $(BIN)/python -m pytest -n0 -q tests/test_sanitized.py
+sanitize: install
+	$(SANITIZED)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+		--target-processes all $(SANITIZED)
 
 install: .venv/installed
 

@@ -28,7 +28,9 @@ from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
 from msa.triton_impl.student import judge
 from msa.triton_impl.teacher import teach
+from msa.triton_impl.tile_edges import reverse_union
 from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tiles import positions_of
 from msa.triton_impl.tuning import TileConfig
 from msa.triton_impl.union_walk import walk
 
@@ -46,26 +48,14 @@ UNION = tiles(
     (128, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4),
     (64, 128, 4, 1), (128, 64, 4, 2),
 )  # fmt: skip
-CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3)]
+CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3, 5)]
 EDGES = (128, 256)
-KEYS = tiles(
-    (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 3), (128, 128, 8, 1), (64, 64, 4, 2),
-    (64, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 2), (64, 128, 4, 2),
-)  # fmt: skip
-QUERIES = tiles(
-    (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2),
-    (128, 64, 8, 3), (128, 128, 8, 2),
-)  # fmt: skip
-SUMS = tiles((64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2), (128, 128, 8, 2), (32, 128, 4, 3))
-TEACHER = tiles(
-    (64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2), (128, 128, 8, 2), (64, 128, 8, 3),
-    (64, 64, 4, 3), (32, 128, 4, 3),
-)  # fmt: skip
-JUDGE = tiles(
-    (64, 128, 8, 2), (64, 128, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2), (128, 128, 8, 1),
-    (64, 128, 8, 1),
-)  # fmt: skip
-TRAINING_EDGES = (512, 1024, 2048)
+KEYS = tiles((64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 4), (32, 64, 4, 3))
+QUERIES = tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4))
+SUMS = tiles((64, 128, 4, 2), (64, 128, 4, 3), (128, 128, 4, 2))
+TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2))
+JUDGE = tiles((32, 128, 4, 2), (16, 128, 4, 2), (64, 128, 4, 2), (32, 128, 2, 2), (32, 128, 4, 1))
+TRAINING_EDGES = (128, 256, 512)
 
 
 Candidate = tuple[str, TileConfig, float, Callable[[], object]]
@@ -125,22 +115,22 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
     d_out = torch.randn_like(x.q)
     out, lse, _, _ = vars(attend_selection(x.q, x.k, x.v, chosen, scale)).values()
     d_lse, shared = torch.zeros_like(lse), x.k_idx[:, None].expand(-1, cases.GROUPS, -1)
-    index = reverse_edges(chosen)
+    union = split_tiles(chosen, positions_of(cases.HEADS // cases.GROUPS))
     for tile in QUERIES:
         yield (
             "queries", tile, 1.5 * flops,
             lambda tile=tile: query_gradients(
-                x.q, x.k, x.v, out, d_out, lse, d_lse, chosen, scale, tile),
+                x.q, x.k, x.v, out, d_out, lse, d_lse, union, chosen, scale, tile),
         )  # fmt: skip
-    for edges in TRAINING_EDGES:
-        schedule = schedule_edges(index, edges)
-        for tile in KEYS if edges == 1024 else KEYS[:1]:
+    for most in TRAINING_EDGES:
+        edges = reverse_union(union, chosen, most)
+        for tile in KEYS if most == 512 else KEYS[:1]:
             yield (
-                f"keys {edges}", tile, 2 * flops,
-                lambda tile=tile, schedule=schedule: key_gradients(
-                    x.q, x.k, x.v, d_out, lse, d_lse, schedule, scale, tile),
+                f"keys {most}", tile, 2 * flops,
+                lambda tile=tile, edges=edges: key_gradients(
+                    x.q, x.k, x.v, d_out, lse, d_lse, edges, scale, tile),
             )  # fmt: skip
-    schedule = schedule_edges(index, 1024)
+    schedule = schedule_edges(reverse_edges(chosen), 1024)
     for tile in SUMS:
         yield (
             "sums main", tile, flops / 2,
@@ -150,14 +140,15 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
             "sums index", tile, flops / 32,
             lambda tile=tile: softmax_sums(x.q_idx, shared, schedule, scale, tile),
         )  # fmt: skip
+    student = softmax_sums(x.q_idx, shared, schedule, scale)
+    gradients = torch.empty_like(x.q_idx).float(), torch.zeros_like(x.k_idx).float()
+    edges = reverse_union(union, chosen, 512)
     for tile in TEACHER:
         yield (
             "teacher", tile, flops / 2,
-            lambda tile=tile: teach(x.q, x.k, lse, schedule, scale, tile),
+            lambda tile=tile: teach(x.q, x.k, lse, chosen.indices, edges, scale, tile=tile),
         )  # fmt: skip
-    teacher = teach(x.q, x.k, lse, schedule, scale)
-    student = softmax_sums(x.q_idx, shared, schedule, scale)
-    gradients = torch.empty_like(x.q_idx).float(), torch.zeros_like(x.k_idx).float()
+    teacher = teach(x.q, x.k, lse, chosen.indices, edges, scale)
     for tile in JUDGE:
         yield (
             "judge", tile, 3 * flops / 32,

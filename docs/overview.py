@@ -12,8 +12,8 @@ import numpy as np
 
 import msa
 from msa.reference import mask_of
-from msa.reference.attention import head_logits, masked_softmax
 from msa.reference.index_scores import score_tokens
+from msa.reference.softmax import head_logits, masked_softmax
 
 TOKENS, BLOCK, TOP_K, QUERY = 160, 8, 4, 155
 INK, QUIET, REMOTE, OWN = "#22252b", "#d5d8dd", "#0072b2", "#e69f00"

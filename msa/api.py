@@ -7,7 +7,7 @@ Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 
@@ -16,6 +16,9 @@ from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection
 from msa.layout import read_layout
+
+LoopOrder = Literal["auto", "kv_outer", "union"]
+IndexDtype = Literal["fp8_e4m3"]
 
 
 def attention(
@@ -28,7 +31,10 @@ def attention(
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     config: MSAConfig = MSAConfig(),
+    align: bool = False,
     backend: BackendName = "auto",
+    loop_order: LoopOrder = "auto",
+    index_dtype: IndexDtype | None = None,
 ) -> Output:
     """MiniMax Sparse Attention: each query and group reads its top blocks of keys (eq. 6-8).
 
@@ -38,11 +44,19 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers [batch + 1] (R1). The
             queries of a sequence are its last tokens (R2). None: one sequence.
         config: block size, blocks kept, forced blocks, scales.
+        align: also give kl, the loss that teaches the index: `align_index` over the selection made.
         backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
+        loop_order: triton only. "union" walks each tile of queries along the union of its blocks,
+            "kv_outer" reads each block once for all that selected it, "auto" decides by the tile.
+            The result is the same up to rounding.
+        index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits: faster, and no
+            longer the same function of q_idx and k_idx.
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
         packed Selection. Differentiable in q, k, v on the torch backend, selection fixed (R18).
+        kl, else None, is float64 if q or q_idx is, else float32; its gradient reaches q_idx and
+        k_idx only (R17).
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -55,10 +69,15 @@ def attention(
     >>> output.out.shape, output.lse.shape, output.selection.indices[299].tolist()
     ((300, 4, 16), (300, 4), [[0, 1, 9], [1, 8, 9]])
     """
+    checks.check_flag("align", align)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
+    options = {"loop_order": loop_order, "index_dtype": index_dtype}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
     q, k, v, q_idx, k_idx = call.arrays
-    return call.give_output(call.module.attend(q, k, v, q_idx, k_idx, call.sequences, config))
+    output = call.module.attend(
+        q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
+    )
+    return call.give_output(output)
 
 
 def select(
@@ -69,6 +88,7 @@ def select(
     cu_seqlens_k: Any = None,
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
+    index_dtype: IndexDtype | None = None,
 ) -> Selection:
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
@@ -79,10 +99,10 @@ def select(
     >>> msa.select(q_idx, k_idx, config=msa.MSAConfig(block_size=2, top_k=2)).indices[5]
     array([[0, 2]], dtype=int32)
     """
-    arrays = {"q_idx": q_idx, "k_idx": k_idx}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
+    arrays, options = {"q_idx": q_idx, "k_idx": k_idx}, {"index_dtype": index_dtype}
+    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
     q_idx, k_idx = call.arrays
-    return call.give(call.module.select_fused(q_idx, k_idx, call.sequences, config))
+    return call.give(call.module.select_fused(q_idx, k_idx, call.sequences, config, **call.options))
 
 
 def sparse_attention(
@@ -93,6 +113,7 @@ def sparse_attention(
     *,
     softmax_scale: float | None = None,
     backend: BackendName = "auto",
+    loop_order: LoopOrder = "auto",
 ) -> Output:
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
@@ -110,10 +131,11 @@ def sparse_attention(
     checks.check_scale("softmax_scale", softmax_scale)
     checks.check_type("selection", selection, Selection)
     config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
-    call = _Call({"q": q, "k": k, "v": v}, backend, config, selection=selection)
+    arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order}
+    call = _Call(arrays, backend, config, selection=selection, options=options)
     scale = config.softmax_scale_for(q.shape[-1])
     q, k, v = call.arrays
-    output = call.module.attend_selection(q, k, v, call.selection, scale)
+    output = call.module.attend_selection(q, k, v, call.selection, scale, **call.options)
     return call.give_output(replace(output, selection=call.selection))
 
 
@@ -126,6 +148,7 @@ def align_index(
     *,
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
+    lse: Float[Array, "*q Hq"] | None = None,
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Float[Array, ""]:
@@ -135,18 +158,30 @@ def align_index(
     warm-up form, over all visible tokens. Gradient reaches q_idx and k_idx only (R17). A selection
     brings its own sequences, so cu_seqlens belong to the warm-up form.
 
+    lse, float32 or float64 in q's layout, is what an attention of q and k over the same tokens
+    returned: `attention`, `sparse_attention`, or in the warm-up form any causal one. It saves
+    finding it again.
+
     >>> import numpy as np, msa
     >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
     >>> round(float(msa.align_index(x, x, x, 0 * x[:, 0])), 4)  # an index that prefers nothing
+    0.4744
+    >>> output = msa.attention(x, x, x, x, 0 * x[:, 0], align=True)
+    >>> round(float(output.kl), 4)
+    0.4744
+    >>> loss = msa.align_index(x, x, x, 0 * x[:, 0], output.selection, lse=output.lse)
+    >>> round(float(loss), 4)
     0.4744
     """
     if selection is not None:
         checks.check_type("selection", selection, Selection)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
+    if lse is not None:
+        arrays["lse"] = lse
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
-    q, k, q_idx, k_idx = call.arrays
-    loss = call.module.align_index(q, k, q_idx, k_idx, call.selection, call.sequences, config)
-    return call.give(loss)
+    q, k, q_idx, k_idx, *known = call.arrays
+    args = (q, k, q_idx, k_idx, call.selection, call.sequences, config, *known)
+    return call.give(call.module.align_index(*args))
 
 
 def decode(
@@ -187,6 +222,8 @@ def decode(
     checks.check_same_place(q=q, q_idx=q_idx, **pages)
     name = resolve(backend, q)
     module, carrier = load_backend(name), Carrier(name, q)
+    if name == "triton":
+        checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
     q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
     return carrier.give(module.decode_step(q, q_idx, cache, config))
 
@@ -243,6 +280,7 @@ class _Call:
         cu_seqlens_q: Any = None,
         cu_seqlens_k: Any = None,
         selection: Selection | None = None,
+        options: dict[str, Any] | None = None,
     ) -> None:
         checks.check_type("config", config, MSAConfig)
         known = selection.sequences if selection is not None else None
@@ -253,6 +291,11 @@ class _Call:
         model = next(iter(arrays.values()))
         name = resolve(backend, model)
         self.module = load_backend(name)
+        checks.check_options(name, model, **options or {})
+        self.options: dict[str, Any] = {}
+        if name == "triton":
+            checks.check_kernels(config.block_size, **arrays)
+            self.options = options or {}
         self.carrier = Carrier(name, model)
         packed = {n: self.layout.pack(array) for n, array in arrays.items()}
         self.arrays = self.carrier.take(**packed)

@@ -8,6 +8,7 @@ here imports torch. All checks run before any work is done.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+KERNEL_DTYPES = FLOAT_DTYPES[:3]
+KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
+OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
+    "loop_order": (("auto", "kv_outer", "union"), "has one order"),
+    "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
+}
+"""Options of the triton backend: their values, the default first, and why others have no choice."""
+LSE_DTYPES = ("float32", "float64")
 MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
 CACHE_DIMS = {
     "k_pages": "pages Bk Hkv D",
@@ -134,12 +143,12 @@ def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
 
 
 # -- tensors --------------------------------------------------------------------------------------
-def check_array(name: str, array: Any) -> None:
-    """A NumPy array or a torch tensor of a supported float type, its last dim contiguous."""
+def check_array(name: str, array: Any, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> None:
+    """A NumPy array or a torch tensor of one of the dtypes, its last dim contiguous."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {_kind(array)}")
-    if dtype_name(array) not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must have dtype {' or '.join(FLOAT_DTYPES)}, got {array.dtype}")
+    if dtype_name(array) not in dtypes:
+        raise TypeError(f"{name} must have dtype {' or '.join(dtypes)}, got {array.dtype}")
     stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
     if 0 not in array.shape and array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must be contiguous in its last dim, got strides {list(stride)}")
@@ -305,6 +314,44 @@ def check_triton_device(array: Any, interpreted: bool) -> None:
         )
 
 
+def check_kernels(block_size: int, **arrays: Any) -> None:
+    """What the triton backend has kernels for."""
+    if block_size not in KERNEL_BLOCK_SIZES:
+        raise ValueError(
+            f"block_size must be {_either(KERNEL_BLOCK_SIZES)} for backend='triton', "
+            f"got {block_size}: use backend='torch'"
+        )
+    for name, array in arrays.items():
+        if dtype_name(array) not in KERNEL_DTYPES:
+            raise TypeError(
+                f"{name} must have dtype {_either(KERNEL_DTYPES)} for backend='triton', "
+                f"got {array.dtype}: use backend='torch'"
+            )
+
+
+def check_options(backend: str, array: Any, **options: Any) -> None:
+    """Known values; the defaults alone for other backends than triton; 8 bits on a GPU alone."""
+    for name, value in options.items():
+        known, reason = OPTIONS[name]
+        if value not in known:
+            raise ValueError(f"{name} must be {_either(map(repr, known))}, got {value!r}")
+        if backend != "triton" and value != known[0]:
+            raise ValueError(
+                f"{name} must be {known[0]!r} for backend={backend!r}, which {reason}, "
+                f"got {value!r}"
+            )
+    if options.get("index_dtype") and not (is_torch(array) and array.is_cuda):
+        raise ValueError("index_dtype must be None off a CUDA device, got 'fp8_e4m3'")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False; nothing that merely counts as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, got {value!r} of type {type(value).__name__}"
+        )
+
+
 def check_type(name: str, value: Any, wanted: type) -> None:
     """One of this package's own classes."""
     if not isinstance(value, wanted):
@@ -334,6 +381,12 @@ def dtype_name(array: Any) -> str:
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy view or copy of an integer or boolean array of either kind."""
     return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)
+
+
+def _either(values: Iterable[Any]) -> str:
+    """ "1, 2 or 3"."""
+    *most, last = (str(value) for value in values)
+    return f"{', '.join(most)} or {last}"
 
 
 def _kind(value: Any) -> str:

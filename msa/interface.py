@@ -39,8 +39,13 @@ class Backend(Protocol):
         k_idx: Float[Array, "Tk Di"],
         sequences: Sequences,
         config: MSAConfig,
+        align: bool = False,
     ) -> Output:
-        """Select, then attend: MSA itself (eq. 6-8, R4-R12). out in q's dtype, lse in float32."""
+        """Select, then attend: MSA itself (eq. 6-8, R4-R12). out in q's dtype, lse in float32.
+
+        With align=True kl is `align_index` over the selection that was made, else None; the rest
+        is the same to the bit. The attention's own LSE can serve the loss.
+        """
         ...
 
     def attend_selection(
@@ -141,10 +146,14 @@ class Backend(Protocol):
         selection: Selection | None,
         sequences: Sequences,
         config: MSAConfig,
+        lse: Float[Array, "Tq Hq"] | None = None,
     ) -> Float[Array, ""]:
         """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
         selection=None is the warm-up form: both distributions run over all visible tokens.
+        lse is the LSE of the main branch over the same support (R10), in float32 or float64; then
+        the teacher's probabilities are exp(logits - lse), else their sum is found here.
+        The loss is float64 if q or q_idx is, else float32. Gradient reaches q_idx and k_idx only.
         """
         ...
 

@@ -269,7 +269,7 @@ class Output:
     """What attention gives (R9, R10, R12), together with the Selection that it used.
 
     `out` and `lse` have the layout of q: packed [Tq, Hq, Dv] or batched [B, T, Hq, Dv].
-    The Selection is packed always (R8).
+    The Selection is packed always (R8). `kl` is the alignment loss, where it was asked for (R17).
 
     >>> reference.combine_partials(partials).out[5, 0]  # the mean of values 2, 3, 4, 5
     array([3.5])

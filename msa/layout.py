@@ -8,7 +8,14 @@ from typing import Any
 from msa import checks
 from msa.ir import Array, Output, Sequences
 
-DIMS = {"q": "Tq Hq D", "k": "Tk Hkv D", "v": "Tk Hkv Dv", "q_idx": "Tq Hkv Di", "k_idx": "Tk Di"}
+DIMS = {
+    "q": "Tq Hq D",
+    "k": "Tk Hkv D",
+    "v": "Tk Hkv Dv",
+    "q_idx": "Tq Hkv Di",
+    "k_idx": "Tk Di",
+    "lse": "Tq Hq",
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,14 @@ def read_layout(
 ) -> Layout:
     """Check the arrays against one another (R20) and find the sequences that they hold.
 
-    `arrays` maps some of q, k, v, q_idx, k_idx to what the caller gave; `sequences` are known
+    `arrays` maps some of q, k, v, q_idx, k_idx, lse to what the caller gave; `sequences` are known
     beforehand where a Selection brings them.
 
     Raises:
         TypeError, ValueError: see `msa.checks`.
     """
     for name, array in arrays.items():
-        checks.check_array(name, array)
+        checks.check_array(name, array, checks.LSE_DTYPES if name == "lse" else checks.FLOAT_DTYPES)
     for branch in (("q", "k", "v"), ("q_idx", "k_idx")):
         found = {name: arrays[name] for name in branch if name in arrays}
         if found:

@@ -67,6 +67,21 @@ def test_numpy_in_numpy_out(backend, rng):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_one_call_gives_the_loss_too(backend, rng):
+    given = arrays(rng, 2, 9)
+    plain = msa.attention(**given, config=CONFIG, backend=backend)
+    output = msa.attention(**given, config=CONFIG, align=True, backend=backend)
+    assert plain.kl is None and output.kl.shape == () and output.kl.dtype == np.float32
+    assert (output.out == plain.out).all() and (output.lse == plain.lse).all()
+    branches = [given[n] for n in ("q", "k", "q_idx", "k_idx")]
+    for lse in (None, plain.lse, plain.lse.astype(np.float64)):
+        loss = msa.align_index(*branches, plain.selection, lse=lse, config=CONFIG, backend=backend)
+        np.testing.assert_allclose(loss, output.kl, rtol=1e-5)
+    wide = {n: x.astype(np.float64) for n, x in given.items()}
+    assert msa.attention(**wide, config=CONFIG, align=True, backend=backend).kl.dtype == np.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_torch_in_torch_out(dtype, backend, rng):
     given = {name: torch.tensor(x).to(dtype) for name, x in arrays(rng, 2, 9).items()}

@@ -17,7 +17,9 @@ from msa.conformance.gradients import (
     spec_alignment,
     spec_attention,
 )
-from msa.conformance.properties_training import double, upstream, yardstick
+from msa.conformance.properties_alignment import yardstick
+from msa.conformance.properties_training import upstream
+from msa.conformance.strategies import double
 from msa.conformance.yardstick import Attention, block_mask
 from msa.conformance.yardstick_training import Gradients
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 
-from msa.conformance import all_properties, subjects
+from msa.conformance import Domain, all_properties, subjects
 from msa.conformance.trial import Tally, search
 
 PAIRS = [
@@ -14,6 +16,9 @@ PAIRS = [
     for s in subjects()
     if s.domain.has(*p.needs)
 ]
+
+DIFFERENTIABLE = [p for p in all_properties() if {"backward", "align_index"} & set(p.needs) and
+                  "float64" not in p.needs]  # fmt: skip
 
 
 @pytest.mark.parametrize(("prop", "subject"), PAIRS)
@@ -26,6 +31,23 @@ def test_property(prop, subject, record_property, request):
     finally:
         closest = f" ({tally.measure.ratio:.0%})" if tally.measure.error else ""
         record_property("examples", (prop.name, subject.label, tally.tried, closest))
+
+
+@pytest.mark.parametrize("prop", DIFFERENTIABLE, ids=lambda p: p.name)
+def test_a_backend_without_float64_can_be_tried(prop):
+    """As the kernels will be: their dtypes and block sizes, with nothing missing."""
+    (subject, *_) = subjects(("torch",))
+    like_kernels = Domain(dtypes=("float32", "float16", "bfloat16"), block_sizes=(16, 32), cost=5)
+    tally = Tally()
+    search(prop, replace(subject, domain=like_kernels), settings(), tally)
+    assert tally.tried >= 10
+
+
+def test_only_finite_differences_need_float64():
+    assert {p.name for p in all_properties() if "float64" in p.needs} == {
+        "r17_gradients_are_those_of_the_spec",
+        "r18_gradients_are_those_of_the_spec",
+    }
 
 
 def test_every_rule_has_a_property():

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from msa.checks import is_torch
-from msa.conformance.tolerances import PRECISIONS, Precision
+from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
 from msa.ir import Array
 
@@ -42,6 +42,10 @@ STAGES = (
     "decode_step",
 )
 
+OPTIONS = frozenset({"loop_order", "index_dtype"})
+"""Keywords beyond the contract: loop_order of attend_selection ("auto", "kv_outer", "union"), and
+index_dtype of select_fused ("fp8_e4m3")."""
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -54,20 +58,29 @@ class Domain:
     """Sizes of D, Dv and Di; None: any from 1."""
     missing: frozenset[str] = frozenset()
     """Functions of the contract that are not there, "backward" (R18) or "api" (R20) among them."""
+    options: frozenset[str] = frozenset()
+    """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
     product_roundoff: dict[str, float] | None = None
     """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
+    units: dict[str, MatrixUnit] | None = None
+    """For dtypes whose products a matrix unit adds, as tensor cores do."""
     cost: int = 1
     """How many times fewer examples are worth their time, as in an interpreter."""
 
     def precision(self, dtype: str) -> Precision:
         """The roundoffs that the error budget is made of."""
+        known = replace(PRECISIONS[dtype], unit=(self.units or {}).get(dtype))
         work = (self.product_roundoff or {}).get(dtype)
-        known = PRECISIONS[dtype]
         return known if work is None else replace(known, work=work)
 
     def has(self, *needed: str) -> bool:
-        """Whether all of these are claimed."""
-        return not self.missing.intersection(needed)
+        """Whether all of these functions, options and dtypes are claimed.
+
+        >>> Domain(dtypes=("float32",)).has("attend"), Domain(dtypes=("float32",)).has("float64")
+        (True, False)
+        """
+        absent = self.missing | (OPTIONS - self.options) | (set(PRECISIONS) - set(self.dtypes))
+        return not absent.intersection(needed)
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,8 @@ def triton_subjects() -> list[Subject]:
         dtypes=("float32", "float16") if interpreted else ("float32", "float16", "bfloat16"),
         block_sizes=(16, 32) if interpreted else (16, 32, 64, 128, 256),
         missing=frozenset({"decode_step"}),
+        options=frozenset({"loop_order"}) if interpreted else OPTIONS,
+        units=None if interpreted else HOPPER,
         cost=3 if interpreted else 6,
     )
     return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]

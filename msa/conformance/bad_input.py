@@ -110,6 +110,16 @@ class BadInput:
         return f"BadInput({self.name!r})"
 
 
+def attention(
+    name: str,
+    error: type[Exception],
+    says: tuple[str, ...],
+    changes: Callable[[Kit], Arguments],
+) -> BadInput:
+    """A call of msa.attention with some arguments replaced."""
+    return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))
+
+
 class Untouched:
     """Stands in for a backend: nothing of it may be asked for."""
 

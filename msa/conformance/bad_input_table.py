@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 import msa
-from msa.conformance.bad_input import CONFIG, SHAPES, Arguments, BadInput, Kit
-
-TORCH = importlib.util.find_spec("torch") is not None
+from msa.conformance.bad_input import SHAPES, Arguments, BadInput, Kit, attention
+from msa.conformance.bad_input_backends import BACKEND_CASES
 
 
 def config(name: str, error: type[Exception], says: tuple[str, ...], **values: Any) -> BadInput:
     """An MSAConfig that must not come to be."""
     return BadInput(name, error, says, lambda kit: msa.MSAConfig(**values))
-
-
-def attention(
-    name: str,
-    error: type[Exception],
-    says: tuple[str, ...],
-    changes: Callable[[Kit], Arguments],
-) -> BadInput:
-    """A call of msa.attention with some arguments replaced."""
-    return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))
 
 
 def borders(q: Any, k: Any) -> Callable[[Kit], Arguments]:
@@ -83,6 +70,12 @@ SHAPE_CASES = [
              lambda kit: kit.select(k_idx=kit.array(8, 3))),
     BadInput("other groups of q_idx in align_index", ValueError, ("q_idx", "[6, 2, any]"),
              lambda kit: kit.align(q_idx=kit.array(6, 3, 2))),
+    BadInput("lse of other heads", ValueError, ("lse", "[Tq, Hq] = [6, 4]", "got [6, 2]"),
+             lambda kit: kit.align(lse=kit.array(6, 2))),
+    BadInput("lse with heads first", ValueError, ("lse", "[Tq, Hq] = [6, 4]", "got [4, 6]"),
+             lambda kit: kit.align(lse=kit.array(4, 6))),
+    BadInput("batched lse beside packed q", ValueError, ("lse", "[Tq, Hq]", "got [1, 6, 4]"),
+             lambda kit: kit.align(lse=kit.array(1, 6, 4))),
 ]  # fmt: skip
 
 BORDER_CASES = [
@@ -126,6 +119,12 @@ KIND_CASES = [
                            else kit.array(3, 2, 8).permute(2, 1, 0)}),
     attention("a dictionary as config", TypeError, ("config", "MSAConfig", "dict"),
               lambda kit: {"config": {}}),
+    attention("align in words", TypeError, ("align", "True or False", "'yes'"),
+              lambda kit: {"align": "yes"}),
+    BadInput("lse in half precision", TypeError, ("lse", "float32 or float64", "float16"),
+             lambda kit: kit.align(lse=kit.array(6, 4, dtype="float16"))),
+    BadInput("lse of another kind", TypeError, ("lse", "array", "float"),
+             lambda kit: kit.align(lse=1.0)),
 ]  # fmt: skip
 
 SELECTION_CASES = [
@@ -199,60 +198,6 @@ CACHE_CASES = [
              lambda kit: kit.decode(cache={})),
 ]  # fmt: skip
 
-OTHER_CASES = [
-    attention("unknown backend", ValueError, ("backend", "reference, torch, triton", "'cuda'"),
-              lambda kit: {"backend": "cuda"}),
-    BadInput("unavailable backend", ValueError, ("backend", "available", "'torch'", "pip install"),
-             lambda kit: _without_libraries(kit)),
-    BadInput("chunk size 0", ValueError, ("chunk_size", "at least 1", "got 0"),
-             lambda kit: kit.lower(chunk_size=0)),
-    BadInput("tile size 32", ValueError, ("tile_size", "at most 31", "got 32"),
-             lambda kit: kit.lower(tile_size=32)),
-    BadInput("a dictionary as config of lower", TypeError, ("config", "MSAConfig", "dict"),
-             lambda kit: kit.lower(config={})),
-]  # fmt: skip
-
-
-def _without_libraries(kit: Kit) -> Any:
-    with mock.patch("msa.dispatch.available_backends", lambda: ("reference",)):
-        return kit.attention(backend="torch")
-
-
-def _without_interpreter() -> Any:
-    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
-        return msa.attention(**_torch_arrays(), config=CONFIG, backend="triton")
-
-
-def _torch_array(*shape: int, device: str = "cpu", **options: Any) -> Any:
-    import torch
-
-    return torch.ones(shape, device=device, **options)
-
-
-def _torch_arrays(**changes: Any) -> Arguments:
-    return {**{name: _torch_array(*shape) for name, shape in SHAPES.items()}, **changes}
-
-
-TORCH_CASES = [
-    attention("mixed kinds", TypeError, ("k", "torch.Tensor as q is", "numpy.ndarray"),
-              lambda kit: _torch_arrays(k=np.ones(SHAPES["k"], np.float32))),
-    attention("mixed devices", ValueError, ("v", "device of q = cpu", "meta"),
-              lambda kit: _torch_arrays(v=_torch_array(*SHAPES["v"], device="meta"))),
-    attention("index branch elsewhere", ValueError, ("k_idx", "device of q = cpu", "meta"),
-              lambda kit: _torch_arrays(k_idx=_torch_array(*SHAPES["k_idx"], device="meta"))),
-    attention("a gradient asked of the reference", ValueError,
-              ("q", "gradient", "requires_grad=True"),
-              lambda kit: _torch_arrays(q=_torch_array(*SHAPES["q"], requires_grad=True),
-                                        backend="reference")),
-    BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
-             lambda kit: _without_interpreter()),
-    BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),
-             lambda kit: kit.sparse(**{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "v")},
-                                    selection=msa.Selection(
-                                        np.array(kit.subject.read(kit.selection().indices)),
-                                        msa.Sequences.one(6, 8), 4))),
-]  # fmt: skip
-
 BAD_INPUTS: tuple[BadInput, ...] = (
     *CONFIGS,
     *SHAPE_CASES,
@@ -260,7 +205,6 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *KIND_CASES,
     *SELECTION_CASES,
     *CACHE_CASES,
-    *OTHER_CASES,
-    *(TORCH_CASES if TORCH else []),
+    *BACKEND_CASES,
 )
 """The whole of R20, case by case."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from msa.conformance.backends import REFERENCE, Subject
 from msa.conformance.cases import Inputs
@@ -11,16 +12,18 @@ from msa.conformance.yardstick import Attention, block_mask
 from msa.ir import Array, BlockScores, Output, Selection
 
 
-def attend(subject: Subject, inputs: Inputs) -> Output:
+def attend(subject: Subject, inputs: Inputs, **options: Any) -> Output:
     """The whole path."""
     args = (*inputs.main, *inputs.index, inputs.sequences, inputs.config)
-    return subject.run("attend", *args, cast=inputs.dtype)
+    return subject.run("attend", *args, cast=inputs.dtype, **options)
 
 
-def attend_selection(subject: Subject, inputs: Inputs, selection: Selection) -> Output:
+def attend_selection(
+    subject: Subject, inputs: Inputs, selection: Selection, **options: str
+) -> Output:
     """The main branch over a given selection."""
     args = (*inputs.main, selection, inputs.scale)
-    return subject.run("attend_selection", *args, cast=inputs.dtype)
+    return subject.run("attend_selection", *args, cast=inputs.dtype, **options)
 
 
 def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
@@ -29,10 +32,10 @@ def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
     return subject.run("score_blocks", *args, cast=inputs.dtype)
 
 
-def select_fused(subject: Subject, inputs: Inputs) -> Selection:
+def select_fused(subject: Subject, inputs: Inputs, **options: str) -> Selection:
     """The index branch at once."""
     args = (*inputs.index, inputs.sequences, inputs.config)
-    return subject.run("select_fused", *args, cast=inputs.dtype)
+    return subject.run("select_fused", *args, cast=inputs.dtype, **options)
 
 
 def selected(output: Output) -> Array:

@@ -90,6 +90,23 @@ def round_to(values: Array, dtype: str) -> Array:
     return np.where(finite, rounded.view(np.float32).astype(np.float64), values)
 
 
+def round_to_e4m3(values: Array) -> Array:
+    """Eight bits: stretched by the power of two that just keeps to 448, rounded half to even.
+
+    The stretch looks at finite values alone, and is at most 2^126. NaN stays, infinities end at
+    448. Four significant bits from 2^-6 on, below it steps of 2^-9.
+
+    >>> round_to_e4m3(np.array([7.0, -0.3, 17.5 / 64, np.inf]))
+    array([448., -20.,  18., 448.])
+    """
+    largest = np.max(np.abs(values), where=np.isfinite(values), initial=0.0)
+    fraction, exponent = np.frexp(largest)  # 448 = 0.875 * 2^9
+    stretched = np.ldexp(values, min(126, 9 - exponent - (fraction > 0.875)))
+    stretched = np.clip(stretched, -448.0, 448.0)
+    step = np.ldexp(1.0, np.maximum(np.frexp(stretched)[1] - 1, -6) - 3)
+    return np.rint(stretched / step) * step
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a call is given: float64 arrays whose values `dtype` holds exactly."""
@@ -177,7 +194,7 @@ class Case(Brief):
 class Picks(Brief):
     """A canonical Selection (R8), not necessarily one that scores would give."""
 
-    kind: Literal["own", "sink", "random", "full"] = "own"
+    kind: Literal["own", "sink", "random", "spread", "full"] = "own"
     seed: int = 0
 
     def make(self, sequences: Sequences, groups: int, config: MSAConfig) -> Selection:
@@ -199,6 +216,8 @@ class Picks(Brief):
                 return []
             case "sink":  # one block that every query reads: a hot row of the reverse index
                 return [0][:room]
+            case "spread":
+                return rng.choice(own, room, replace=False).tolist() if room else []
             case "full":
                 return list(range(own - room, own))
             case "random":

@@ -38,17 +38,40 @@ def attention_gradients(
 
 
 def alignment(
-    subject: Subject, inputs: Inputs, selection: Selection | None
+    subject: Subject, inputs: Inputs, selection: Selection | None, lse: Array | None = None
 ) -> tuple[float, dict[str, Array | None]]:
-    """The loss and the gradients of all four inputs; None where nothing arrived (R17)."""
+    """The loss and the gradients of all inputs; None where nothing arrived (R17).
+
+    lse is handed over as float32, as an attention returns it, and asks for a gradient too.
+    """
     q, k, _ = inputs.main
     tensors = leaves(subject, (q, k, *inputs.index), inputs.dtype)
+    known = leaves(subject, () if lse is None else (lse,), "float32")
     own = subject.give(selection, inputs.dtype)
-    loss = subject.module.align_index(*tensors, own, inputs.sequences, inputs.config)
+    loss = subject.module.align_index(*tensors, own, inputs.sequences, inputs.config, *known)
     if loss.requires_grad:
         loss.backward()
-    grads = [None if x.grad is None else subject.read(x.grad) for x in tensors]
-    return float(loss.detach()), dict(zip(("q", "k", "q_idx", "k_idx"), grads))
+    grads = gradients_left(subject, [*tensors, *known])
+    return float(loss.detach()), dict(zip(("q", "k", "q_idx", "k_idx", "lse"), grads))
+
+
+def gradients_left(subject: Subject, tensors: list[Any]) -> list[Array | None]:
+    """What autograd left in each; None where nothing arrived."""
+    return [None if x.grad is None else subject.read(x.grad) for x in tensors]
+
+
+def attention_and_alignment(
+    subject: Subject, inputs: Inputs, d_out: Array, d_lse: Array, d_kl: float
+) -> tuple[Selection, dict[str, Array | None]]:
+    """Of <out, d_out> + <lse, d_lse> + d_kl * kl in all five inputs, by one call (R17, R18)."""
+    tensors = leaves(subject, (*inputs.main, *inputs.index), inputs.dtype)
+    output = subject.module.attend(*tensors, inputs.sequences, inputs.config, align=True)
+    upstream = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
+    upstream.append(output.kl.new_full((), d_kl))
+    pull_back([output.out, output.lse, output.kl], upstream)
+    grads = gradients_left(subject, tensors)
+    names = ("q", "k", "v", "q_idx", "k_idx")
+    return subject.read(output.selection), dict(zip(names, grads))
 
 
 # -- finite differences of the spec ---------------------------------------------------------------

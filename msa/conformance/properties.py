@@ -15,7 +15,9 @@ from msa.conformance.tolerances import Measure
 Check = Callable[[Subject, Any], Measure]
 Cases = Callable[[Domain], SearchStrategy[Any]]
 
-FILES = ("sequences", "index", "attention", "lowering", "training", "behaviour")
+FILES = (
+    "sequences", "index", "attention", "lowering", "alignment", "training", "behaviour", "options",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Property:
     """Returns how close the case came to its bound, or raises Disagreement."""
     cases: Cases
     needs: tuple[str, ...]
-    """Functions of the contract that it calls, and "backward" or "api"."""
+    """Functions of the contract that it calls, "backward" or "api", and a dtype it cannot miss."""
     seeds: tuple[Any, ...]
     """Cases tried first, every time."""
 

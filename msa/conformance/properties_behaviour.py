@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from hypothesis import strategies as st
@@ -12,11 +13,12 @@ from msa.conformance.bad_input import BadInput, try_bad_input
 from msa.conformance.bad_input_table import BAD_INPUTS
 from msa.conformance.calls import attend, attend_selection, selected
 from msa.conformance.cases import Case, PagedCase
-from msa.conformance.gradients import alignment, attention_gradients
+from msa.conformance.gradients import alignment, attention_and_alignment, attention_gradients
 from msa.conformance.properties import holds_for
 from msa.conformance.properties_training import upstream
 from msa.conformance.strategies import Want
 from msa.conformance.tolerances import AGREES, Measure, require, same
+from msa.ir import Array
 
 LARGER = Want(
     main=("normal", "zeros"), values=("normal", "zeros"), index=("normal", "ties"), tokens=96
@@ -46,19 +48,33 @@ def r19_decoding_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Meas
     return same("out", one.out, two.out)
 
 
-@holds_for(larger, needs=("attend_selection", "align_index", "backward"))
+@holds_for(larger, needs=("attend_selection", "backward"))
 def r19_gradients_have_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """Two backward passes, of attention and of the alignment loss."""
-    args = (subject, case.inputs, case.selection)
-    one, two = (attention_gradients(*args, *upstream(case)) for _ in range(2))
-    for name in "qkv":
-        same(f"d{name}", one[name], two[name])
-    (loss_one, grads_one), (loss_two, grads_two) = (alignment(*args) for _ in range(2))
-    require(repr(loss_one) == repr(loss_two), f"loss must be {loss_one!r}, got {loss_two!r}")
-    for name in ("q_idx", "k_idx"):
-        if grads_one[name] is not None:
-            same(f"gradient of {name}", grads_one[name], grads_two[name])
+    """Two backward passes of attention over one selection."""
+    args = (subject, case.inputs, case.selection, *upstream(case))
+    same_gradients(*(attention_gradients(*args) for _ in range(2)))
     return AGREES
+
+
+@holds_for(larger, needs=("attend", "align_index", "backward"))
+def r19_alignment_has_the_same_bits(subject: Subject, case: Case) -> Measure:
+    """Two backward passes of the loss, of its warm-up form, and of everything in one call."""
+    for selection in (case.selection, None):
+        args = (subject, case.inputs, selection)
+        (loss, one), (again, two) = (alignment(*args) for _ in range(2))
+        require(repr(loss) == repr(again), f"loss must be {loss!r}, got {again!r}")
+        same_gradients(one, two)
+    args = (subject, case.inputs, *upstream(case), 1.0)
+    same_gradients(*(attention_and_alignment(*args)[1] for _ in range(2)))
+    return AGREES
+
+
+def same_gradients(one: Mapping[str, Array | None], two: Mapping[str, Array | None]) -> None:
+    """Equal to the last bit, where there is any."""
+    for name, grad in one.items():
+        require((grad is None) == (two[name] is None), f"d{name} must come every time or never")
+        if grad is not None:
+            same(f"d{name}", grad, two[name])
 
 
 def bad_inputs(domain: Domain) -> st.SearchStrategy[BadInput]:

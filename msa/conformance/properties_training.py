@@ -1,17 +1,16 @@
-"""R17, R18: the KL loss of the index branch, and gradients."""
+"""R17, R18: gradients, of the alignment loss and of attention with the selection held fixed."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
-from msa.conformance import strategies
 from msa.conformance.backends import Subject
-from msa.conformance.cases import Case, Inputs
+from msa.conformance.cases import Case
 from msa.conformance.gradients import (
     alignment,
+    attention_and_alignment,
     attention_gradients,
     directions,
     leaves,
@@ -22,37 +21,23 @@ from msa.conformance.gradients import (
     spec_attention,
 )
 from msa.conformance.properties import holds_for
-from msa.conformance.strategies import Want
-from msa.conformance.tolerances import AGREES, Measure, compare, require, same, worst
-from msa.conformance.yardstick import Attention, block_mask, causal_mask
+from msa.conformance.properties_alignment import ONE_TOKEN, TIES, planted, yardstick
+from msa.conformance.strategies import double, mild
+from msa.conformance.tolerances import (
+    AGREES,
+    LSE_STORED,
+    Measure,
+    Precision,
+    compare,
+    require,
+    same,
+    worst,
+)
+from msa.conformance.yardstick import Attention, block_mask
 from msa.conformance.yardstick_training import Alignment, Gradients
-from msa.ir import Array, Selection
+from msa.ir import Array
 
-REAL = ("zeros", "ties", "normal")
-MILD = Want(main=REAL, values=REAL, index=REAL, planted=False)
-PLANTED = Want(main=("zeros", "ties"), index=("zeros", "ties"))
-DOUBLE = Want(main=REAL, values=REAL, index=REAL, planted=False, dtypes=("float64",), tokens=16)
-mild = partial(strategies.cases, want=MILD)
-double = partial(strategies.cases, want=DOUBLE)
-
-
-def yardstick(inputs: Inputs, selection: Selection | None, groups: int) -> Alignment:
-    """The two branches over the same support; the index branch is one more attention."""
-    if selection is None:
-        mask = causal_mask(inputs.sequences, groups)
-    else:
-        mask = block_mask(selection.indices, inputs.sequences, inputs.config.block_size)
-    q, k, v = inputs.main
-    q_idx, k_idx = inputs.index
-    keys = np.repeat(k_idx[:, None], groups, axis=1)
-    student = Attention(q_idx, keys, keys, mask, inputs.index_scale)
-    return Alignment(Attention(q, k, v, mask, inputs.scale), student)
-
-
-def loss_of(subject: Subject, inputs: Inputs, selection: Selection | None) -> Array:
-    """The stage, forward only."""
-    args = (*inputs.main[:2], *inputs.index, selection, inputs.sequences, inputs.config)
-    return subject.run("align_index", *args, cast=inputs.dtype)
+INDEX = ("q_idx", "k_idx")
 
 
 def upstream(case: Case) -> tuple[Array, Array]:
@@ -62,76 +47,82 @@ def upstream(case: Case) -> tuple[Array, Array]:
     return fill.make((*shape, case.dims[1]), case.dtype), fill.make(shape, case.dtype)
 
 
-@holds_for(mild, needs=("align_index",))
-def r17_the_loss_is_the_kl_over_selected_tokens(subject: Subject, case: Case) -> Measure:
-    """Teacher: mean of the heads' probabilities; student: softmax of the scores (eq. 9-10)."""
-    inputs, selection = case.inputs, case.selection
-    want = yardstick(inputs, selection, case.groups)
-    bound = want.bound(subject.domain.precision(case.dtype))
-    loss = loss_of(subject, inputs, selection)
-    require(float(loss) >= -bound, f"a divergence must not be negative, got {loss}")
-    return compare("loss", loss, np.float64(want.loss()), np.float64(bound))
+def nothing(name: str, grad: Array | None) -> None:
+    """No gradient at all, or zeros to the last bit."""
+    require(grad is None or not grad.any(), f"{name} must get no gradient (R17)")
 
 
-@holds_for(mild, needs=("align_index",))
-def r17_the_warm_up_form_is_dense(subject: Subject, case: Case) -> Measure:
-    """Without a selection both distributions run over all visible tokens."""
-    want = yardstick(case.inputs, None, case.groups)
-    bound = want.bound(subject.domain.precision(case.dtype))
-    loss = loss_of(subject, case.inputs, None)
-    return compare("loss", loss, np.float64(want.loss()), np.float64(bound))
-
-
-@holds_for(partial(strategies.cases, want=PLANTED), needs=("align_index",))
-def r17_nan_scores_count_as_minus_infinity(subject: Subject, case: Case) -> Measure:
-    """Where the index branch has NaN or infinities the loss is the reference's, infinite or not."""
+def judge(
+    want: Alignment,
+    grads: dict[str, Array | None],
+    names: tuple[str, ...],
+    precision: Precision,
+) -> Measure:
+    """Gradients of the alignment loss, each entry within its bound."""
+    values, bounds = want.gradients(), want.gradient_bounds(precision)
     found: list[Measure] = []
-    precision = subject.domain.precision(case.dtype)
-    plain = [replace(fill, planted=()) for fill in (case.q_idx, case.k_idx)]
-    tame = replace(case, q_idx=plain[0], k_idx=plain[1]).inputs
-    for selection in (case.selection, None):
-        want = spec_alignment(case.inputs, selection, case.inputs.index)
-        loss = loss_of(subject, case.inputs, selection)
-        require(not np.isnan(loss), "the loss must be a number")
-        # tokens drop out of the student; its other logarithms grow by no more than the loss does
-        bound = yardstick(tame, selection, case.groups).bound(precision) * (1 + abs(want))
-        found.append(compare("loss", loss, np.float64(want), np.float64(bound)))
+    for name in names:
+        got = grads[name]
+        if got is None:  # no query, so no graph
+            got = np.zeros_like(values[name])
+        found.append(compare(f"gradient of {name}", got, values[name], bounds[name]))
     return worst(*found)
 
 
-@holds_for(mild, needs=("align_index",))
-def r17_a_perfect_student_has_no_loss(subject: Subject, case: Case) -> Measure:
-    """One head per group and an index branch equal to the main branch: KL = 0."""
-    q, k, v = case.inputs.main
-    q, k, v = q[:, :1], k[:, :1], v[:, :1]
-    config = replace(case.config, index_scale=case.inputs.scale, softmax_scale=case.inputs.scale)
-    inputs = replace(case.inputs, main=(q, k, v), index=(q, k[:, 0]), config=config)
-    selection = replace(case.selection, indices=case.selection.indices[:, :1])
-    bound = yardstick(inputs, selection, 1).bound(subject.domain.precision(case.dtype))
-    return compare("loss", loss_of(subject, inputs, selection), np.float64(0), np.float64(bound))
-
-
-@holds_for(mild, needs=("align_index", "backward"))
+@holds_for(mild, needs=("align_index", "backward"), seeds=(ONE_TOKEN, TIES))
 def r17_gradients_reach_the_index_branch_only(subject: Subject, case: Case) -> Measure:
-    """d KL / d scores = (student - teacher) / (Tq Hkv) for q_idx and k_idx; none for q and k."""
+    """d KL / d scores = (student - teacher) / (Tq Hkv) for q_idx and k_idx; none for the others."""
     found: list[Measure] = []
-    precision = subject.domain.precision(case.dtype)
+    inputs, precision = case.inputs, subject.domain.precision(case.dtype)
     for selection in (case.selection, None):
-        _, grads = alignment(subject, case.inputs, selection)
-        for name in ("q", "k"):
-            grad = grads[name]
-            require(grad is None or not grad.any(), f"{name} must get no gradient (R17)")
-        want = yardstick(case.inputs, selection, case.groups)
-        values, bounds = want.gradients(), want.gradient_bounds(precision)
-        for name in ("q_idx", "k_idx"):
-            got = grads[name]
-            if got is None:  # no query, so no graph
-                got = np.zeros_like(values[name])
-            found.append(compare(f"gradient of {name}", got, values[name], bounds[name]))
+        want = yardstick(inputs, selection, case.groups)
+        lse = want.attention.lse.astype(np.float32)
+        for known, kept in ((None, 0.0), (lse, LSE_STORED)):
+            _, grads = alignment(subject, inputs, selection, known)
+            nothing("q", grads["q"])
+            nothing("k", grads["k"])
+            nothing("lse", grads.get("lse"))
+            found.append(judge(replace(want, lse_kept=kept), grads, INDEX, precision))
     return worst(*found)
 
 
-@holds_for(double, needs=("align_index", "backward"))
+@holds_for(planted, needs=("align_index", "backward"))
+def r17_infinite_scores_have_finite_slopes(subject: Subject, case: Case) -> Measure:
+    """student - teacher stays a number: NaN or infinities in q_idx leave its gradient finite.
+
+    So do those in k_idx for k_idx; the gradient of the other one is a sum of them.
+    """
+    found: list[Measure] = []
+    precision = subject.domain.precision(case.dtype)
+    plain = {name: replace(getattr(case, name), planted=()) for name in INDEX}
+    tame = replace(case, **plain)
+    for name in INDEX:
+        wild = replace(tame, **{name: getattr(case, name)})
+        for selection in (case.selection, None):
+            _, grads = alignment(subject, wild.inputs, selection)
+            want = yardstick(tame.inputs, selection, case.groups)
+            scores = yardstick(wild.inputs, selection, case.groups).index.logits
+            found.append(judge(replace(want, scores=scores), grads, (name,), precision))
+    return worst(*found)
+
+
+@holds_for(mild, needs=("attend", "align_index", "backward"))
+def r17_one_call_gives_all_gradients(subject: Subject, case: Case) -> Measure:
+    """attend(align=True): kl moves q_idx and k_idx alone; out, lse move q, k, v as without it."""
+    inputs, d_outs = case.inputs, upstream(case)
+    silent = tuple(np.zeros_like(x) for x in d_outs)
+    _, grads = attention_and_alignment(subject, inputs, *silent, d_kl=1.0)
+    for name in "qkv":
+        nothing(name, grads[name])
+    selection, grads = attention_and_alignment(subject, inputs, *d_outs, d_kl=1.0)
+    direct = attention_gradients(subject, inputs, selection, *d_outs)
+    for name in "qkv":
+        same(f"d{name}", grads[name], direct[name])
+    want = yardstick(inputs, selection, case.groups)
+    return judge(want, grads, INDEX, subject.domain.precision(case.dtype))
+
+
+@holds_for(double, needs=("align_index", "backward", "float64"))
 def r17_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure:
     """Finite differences of the reference in float64 against autograd in float64."""
     inputs = case.inputs
@@ -163,7 +154,7 @@ def r18_gradients_in_every_dtype(subject: Subject, case: Case) -> Measure:
     return worst(*(compare(f"d{n}", got[n], values[n], bounds[n]) for n in "qkv"))
 
 
-@holds_for(double, needs=("attend_selection", "backward"))
+@holds_for(double, needs=("attend_selection", "backward", "float64"))
 def r18_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure:
     """Finite differences of the reference in float64, selection fixed, against autograd."""
     inputs, selection = case.inputs, case.selection

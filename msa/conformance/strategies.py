@@ -59,6 +59,11 @@ class Want:
 EXACT_INDEX = Want()
 REAL_INDEX = Want(index=("normal", "tiny", "large"), planted=False)
 WILD = Want(main=WILD_KINDS, values=WILD_KINDS)
+REAL: tuple[Kind, ...] = ("zeros", "ties", "normal")
+MILD = Want(main=REAL, values=REAL, index=REAL, planted=False)
+"""For gradients: logits of moderate size, every value finite."""
+DOUBLE = replace(MILD, dtypes=("float64",), tokens=16)
+"""For finite differences."""
 
 
 def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill]:
@@ -133,6 +138,35 @@ def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
         chunk_size=draw(st.sampled_from((1, 2, 3, 4, 7, 64))),
         tile_size=draw(st.sampled_from((1, 2, 3, 4, 8, 31))),
     )
+
+
+@st.composite
+def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
+    """Neighbours that agree on anything from all to none of their blocks, read by enough queries.
+
+    The loop orders differ here: the union of a tile's blocks may be short, or several times k.
+    """
+    case = draw(cases(domain, want))
+    block, top_k = min(domain.block_sizes or (4,)), draw(st.sampled_from((2, 3)))
+    n_k = block * draw(st.sampled_from((12, 6, 2))) + draw(st.sampled_from((0, -1, 3)))
+    n_q, short = min(n_k, draw(st.sampled_from((28, 33)))), draw(st.integers(0, 3))
+    seeds = st.integers(0, 9999)
+    return replace(
+        case,
+        config=replace(case.config, block_size=block, top_k=top_k, sink_blocks=0, local_blocks=1),
+        sequences=Sequences((0, n_q, n_q + short), (0, n_k, n_k + short)),
+        picks=draw(st.builds(Picks, st.sampled_from(("spread", "random", "sink")), seeds)),
+    )
+
+
+def mild(domain: Domain) -> SearchStrategy[Case]:
+    """For gradients."""
+    return cases(domain, MILD)
+
+
+def double(domain: Domain) -> SearchStrategy[Case]:
+    """For finite differences."""
+    return cases(domain, DOUBLE)
 
 
 def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:

@@ -4,10 +4,10 @@ Yardstick: `yardstick.py`, float64, on the very numbers that the backend was giv
 roundoff of the working precision (2^-24 for float32 sums and products) and u' that of the stored
 dtype. For one query and head with support J, |J| = n:
 
-1. A logit s_j = scale * <q, k_j> is a sum of D rounded products: whatever the order,
-   |error| <= (D + 2) u * scale * sum_d |q_d k_jd|. Taking the maximum off and the factor log2(e) of
-   exp2 cost a few u of |s| more. With S = max_J of scale * sum_d |q_d k_jd| every exponent is off
-   by at most delta = (D + 8) u S.
+1. A logit s_j = scale * <q, k_j> is a sum of D rounded products: whatever the order, it is off by
+   at most D u * scale * S_j with S_j = sum_d |q_d k_jd|. The scale, taking the maximum off and the
+   factor log2(e) of exp2 cost a few u of |s| more. So every exponent is off by at most
+   delta = max_J scale * (D u + 8 u) S_j. A matrix unit adds otherwise: see point 7.
 2. So each weight is off by a factor within exp(+-delta), a probability within exp(+-2 delta), and
 
        |out error| <= (expm1(2 delta) + (n + k + 8) u + 2 u') V + u' |out|,     V = max_J |v_j|:
@@ -24,6 +24,28 @@ dtype. For one query and head with support J, |J| = n:
 5. What underflows in the working or stored dtype loses at most the smallest step `tiny` for each of
    the n terms.
 6. The yardstick rounds as well: every bound is the backend's plus the same with u = 2^-53.
+7. A matrix unit rounds no sum; it adds `group` exact products and the accumulator c at once, as
+   fixed-point numbers that keep `bits` bits below the leading one of the largest of them, cuts off
+   what hangs over, and cuts the sum to float32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical
+   behavior of NVIDIA tensor cores", PeerJ CS 2021; for Hopper: Khattak, Mikaitis, "Accurate models
+   of NVIDIA tensor cores", arXiv 2512.07004). The exponent of a product is the sum of those of its
+   factors, and a subnormal factor has that of the least normal number: such a product is aligned
+   as if it were larger than it is. With |x|+ = max(|x|, least normal number), 0 for 0, and
+   P_j = max_d |q_d|+ |k_jd|+, one step cuts at most
+
+       (min(D, group) + 1) 2^-bits max(P_j, |c|) + 2^-23 |new c|
+
+   and, since nothing is ever rounded up, |c| <= S_j. With ceil(D / group) steps, D u S_j becomes
+
+       ceil(D / group) ((min(D, group) + 1) 2^-bits max(P_j, S_j) + 2^-23 S_j).
+
+   Sums of weights times values stay within point 2: 16 at a time they cost (17/2 + 2) u / 16 of V
+   per full group and 3 u for a rest, one for each of k parts; and subnormal factors what point 5
+   allows. float32 is multiplied outside of matrix units.
+8. A backward pass finds p again as exp(s - lse) from the lse that the forward kept. To the errors
+   of s and lse (2 delta + (n + k + 8) u as in 2) comes w |lse| for keeping lse with roundoff w (u,
+   or 2^-24 where float32 was handed to float64), and 3 u |lse| for log2(e), for the product with it
+   and for the difference.
 
 Gradients: `yardstick_training.Gradients` carries the same terms through the chain rule.
 """
@@ -38,6 +60,30 @@ from msa.ir import Array
 
 
 @dataclass(frozen=True)
+class MatrixUnit:
+    """How products of one dtype are added where they are not rounded one by one (point 7)."""
+
+    group: int
+    """Products added at once."""
+    bits: int
+    """Kept below the leading bit of the largest product."""
+    normal: float
+    """The least normal number: a smaller factor is aligned as if it were this."""
+
+    def aligned(self, factors: Array) -> Array:
+        """|x|+, the size that alignment goes by."""
+        sizes = np.abs(factors)
+        return np.where(sizes > 0, np.maximum(sizes, self.normal), 0.0)
+
+
+HOPPER = {
+    "float16": MatrixUnit(group=16, bits=25, normal=2.0**-14),
+    "bfloat16": MatrixUnit(group=16, bits=25, normal=2.0**-126),
+    "float8_e4m3fn": MatrixUnit(group=32, bits=13, normal=2.0**-6),
+}
+
+
+@dataclass(frozen=True)
 class Precision:
     """Roundoffs of one dtype on one backend."""
 
@@ -47,6 +93,28 @@ class Precision:
     """u: of products and sums."""
     tiny: float
     """The smallest step near zero of weights and results."""
+    unit: MatrixUnit | None = None
+    """Where products are not summed up in the working precision."""
+
+    def sum_error(self, terms: int, sizes: Array, largest: Array) -> Array:
+        """How far sums of `terms` products may be off (points 1 and 7).
+
+        Args:
+            sizes: S, the sums of the magnitudes of the products.
+            largest: P, the largest product of each sum as it is aligned.
+
+        >>> u = 2.0**-24
+        >>> float(PRECISIONS["float16"].sum_error(32, np.ones(()), np.ones(())) / u)
+        32.0
+        >>> hopper = Precision(2.0**-11, u, u, HOPPER["float16"])
+        >>> float(hopper.sum_error(32, np.ones(()), np.ones(())) / u)  # 2 * (17 / 2 + 2)
+        21.0
+        """
+        if self.unit is None:
+            return terms * self.work * sizes
+        steps, some = -(-terms // self.unit.group), min(terms, self.unit.group)
+        cut = (some + 1) * 2.0**-self.unit.bits * np.maximum(sizes, largest)
+        return steps * (cut + 2.0**-23 * sizes)
 
 
 PRECISIONS = {
@@ -54,6 +122,7 @@ PRECISIONS = {
     "float32": Precision(2.0**-24, 2.0**-24, 2.0**-126),
     "float16": Precision(2.0**-11, 2.0**-24, 2.0**-24),
     "bfloat16": Precision(2.0**-8, 2.0**-24, 2.0**-126),
+    "float8_e4m3fn": Precision(2.0**-4, 2.0**-24, 2.0**-9),
 }
 EXACT = PRECISIONS["float64"]
 LSE_STORED = 2.0**-24

@@ -43,6 +43,20 @@ def by_group(x: Array, groups: int) -> Array:
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, x.shape[2])
 
 
+def product_sizes(a: Array, b: Array, precision: Precision) -> tuple[Array, Array]:
+    """Of the sums of a[i, h, d] b[j, h, d] over d: [i, h, j] (points 1 and 7 of the budget).
+
+    Their magnitudes, and how far they may be off.
+    """
+    sizes = np.einsum("ihd,jhd->ihj", np.abs(a), np.abs(b))
+    largest = np.zeros_like(sizes)
+    if precision.unit is not None:
+        rows, columns = precision.unit.aligned(a), precision.unit.aligned(b).transpose(1, 0, 2)
+        for d in range(a.shape[-1]):
+            largest = np.maximum(largest, rows[..., None, d] * columns[None, ..., d])
+    return sizes, precision.sum_error(a.shape[-1], sizes, largest)
+
+
 @dataclass(frozen=True)
 class Attention:
     """Softmax attention of q [Tq, Hq, D] over the True entries of mask [Tq, Hkv, Tk] (eq. 8).
@@ -102,15 +116,28 @@ class Attention:
 
     def delta(self, precision: Precision) -> Array:
         """How far an exponent may be off: [Tq, Hq, 1] (point 1 of the budget)."""
-        sizes = np.einsum("ihd,jhd->ihj", np.abs(self.q), np.abs(self.per_head(self.k)))
-        highest = np.max(self.scale * sizes * self.support, axis=-1, initial=0.0, keepdims=True)
-        return (self.q.shape[-1] + 8) * precision.work * highest
+        sizes, errors = product_sizes(self.q, self.per_head(self.k), precision)
+        errors = self.scale * (errors + 8 * precision.work * sizes)
+        return np.max(errors * self.support, axis=-1, initial=0.0, keepdims=True)
 
     def weight_error(self, precision: Precision) -> Array:
         """Relative error of a probability before it is rounded to the stored dtype: [Tq, Hq, 1]."""
         n = self.support.sum(-1, keepdims=True)
         with np.errstate(over="ignore"):
             return np.expm1(2 * self.delta(precision)) + (n + self.parts + 8) * precision.work
+
+    def lse_error(self, precision: Precision, kept: float = 0.0) -> Array:
+        """What a kept lse costs the exponent s - lse: [Tq, Hq, 1] (point 7 of the budget)."""
+        u = precision.work
+        finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
+        return (max(kept, u) + 3 * u) * finite[..., None]
+
+    def recomputed_error(self, precision: Precision, kept: float = 0.0) -> Array:
+        """As weight_error, of probabilities found again as exp(s - lse): [Tq, Hq, 1] (point 7)."""
+        n = self.support.sum(-1, keepdims=True)
+        with np.errstate(over="ignore"):
+            exponents = np.expm1(2 * self.delta(precision) + self.lse_error(precision, kept))
+        return exponents + (n + self.parts + 8) * precision.work
 
     def out_bound(self, precision: Precision) -> Array:
         """[Tq, Hq, Dv] (points 2, 5, 6)."""

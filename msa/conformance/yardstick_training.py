@@ -20,10 +20,17 @@ class Gradients:
 
         dV = P^T g        dS = P (g V^T - delta)        dQ = scale dS K        dK = scale dS^T Q.
 
-    Errors: P by the factor of the budget (weight_error, and u' if it is rounded to be multiplied);
-    g V^T and <g, out> by (Dv + 8) u of their sums of magnitudes, and by u' and the bound of `out`
-    where `out` was stored in between; each outer product by the number of its terms times u, and
-    u' for rounding dS and the result.
+    The budget is that of a backward as flash-attention writes it: lse was kept, `out` was stored,
+    P and dS are rounded to the stored dtype for the matrix products, and all sums (over tokens,
+    heads and work items) are kept in the working precision.
+
+        P        recomputed_error (point 7), and 2 u' for rounding it, error and all
+        g V^T    (Dv + 8) u of its sum of magnitudes; so has <g, out>, and g times the bound of
+                 `out` and u' more, since it is taken from what was stored
+        dS       the errors of its two factors, each times the other with its own error in it;
+                 then u' for rounding what has come out, error and all
+        sums     the number of terms times u of the sum of magnitudes
+        results  u' for rounding what has come out, error and all
     """
 
     attention: Attention
@@ -65,20 +72,20 @@ class Gradients:
     def _bounds(self, precision: Precision) -> dict[str, Array]:
         a, u, stored = self.attention, precision.work, precision.stored
         p, g = a.probabilities, np.abs(self.d_out)
-        p_error = p * (a.weight_error(precision) + 2 * stored) + precision.tiny * a.support
+        p_error = p * (a.recomputed_error(precision) + 2 * stored) + precision.tiny * a.support
         sizes = np.einsum("ihe,jhe->ihj", g, np.abs(a.per_head(a.v)))
         sums = (g * np.abs(a.out)).sum(-1) + np.abs(self.d_lse)
         row_error = (g * a.out_bound(precision)).sum(-1) + (stored + u) * sums
         inner = (a.v.shape[-1] + 8) * u * (sizes + sums[..., None]) + row_error[..., None]
         magnitude = p * (sizes + sums[..., None])
-        error = p_error * (sizes + sums[..., None]) + p * inner + stored * np.abs(self.d_logits)
-        error = error + precision.tiny * a.support
+        error = p_error * (sizes + sums[..., None] + inner) + p * inner
+        error = (1 + stored) * error + stored * np.abs(self.d_logits) + precision.tiny * a.support
         terms = a.support.sum() + 8  # no sum has more terms than there are pairs
         error = error + terms * u * magnitude
         weights = p_error + terms * u * p
         made = self._products(error, np.abs(a.q), np.abs(a.per_head(a.k)), weights, g)
         return {
-            name: made[name] + 2 * stored * np.abs(value) + precision.tiny
+            name: (1 + stored) * made[name] + stored * np.abs(value) + precision.tiny
             for name, value in self.values().items()
         }
 
@@ -90,7 +97,11 @@ class Alignment:
     attention: Attention
     """Of the main branch: only its probabilities are used."""
     index: Attention
-    """Of the index branch: one head for each group."""
+    """Of the index branch: one head for each group, all of its values finite."""
+    scores: Array | None = None
+    """[Tq, Hkv, Tk] in place of the index branch's own, where there are NaN and infinities."""
+    lse_kept: float = 0.0
+    """With which roundoff the main branch's lse was handed over, if coarser than the work."""
 
     @cached_property
     def teacher(self) -> Array:
@@ -108,8 +119,18 @@ class Alignment:
 
     @cached_property
     def log_student(self) -> Array:
-        """[Tq, Hkv, Tk], -inf outside the support."""
-        return self.index.logits - self.index.lse[..., None]
+        """[Tq, Hkv, Tk], -inf outside the support. NaN counts as -inf.
+
+        The highest scores share all the mass if they are infinite: +inf, or -inf everywhere.
+        """
+        scores = self.index.logits if self.scores is None else self.scores
+        mask = self.attention.mask
+        scores = np.where(mask & ~np.isnan(scores), scores, -np.inf)
+        top = scores.max(-1, initial=-np.inf, keepdims=True)
+        tied = np.where(mask & (scores == top), 0.0, -np.inf)
+        finite = np.isfinite(top)
+        shifted = np.where(finite, scores - np.where(finite, top, 0.0), tied)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
     @property
     def count(self) -> int:
@@ -122,25 +143,26 @@ class Alignment:
 
     def bound(self, precision: Precision) -> float:
         """Of the loss (points 4-6)."""
-        return self._bound(precision) + self._bound(EXACT) + precision.work * abs(self.loss())
+        both = self._bound(precision, self.lse_kept) + self._bound(EXACT)
+        return both + precision.work * abs(self.loss())
 
-    def _bound(self, precision: Precision) -> float:
+    def _bound(self, precision: Precision, kept: float = 0.0) -> float:
         p, u = self.teacher, precision.work
         n = self.attention.mask.sum(-1, keepdims=True)
         groups = p.shape[1]
-        deltas = self.attention.delta(precision)
-        delta = by_group(deltas, groups).max(2) + self.index.delta(precision)
+        main = 2 * self.attention.delta(precision) + self.attention.lse_error(precision, kept)
+        exponents = by_group(main, groups).max(2) + 2 * self.index.delta(precision)
         some = p > 0
         logs = np.abs(np.log(np.where(some, p, 1.0))) + np.abs(np.where(some, self.log_student, 0))
-        both = 2 * delta + 2 * (n + 8) * u + u * logs
+        both = exponents + 2 * (n + 8) * u + u * logs
         gap = np.abs(self.terms)
         lost = some * (1 + logs) * (2.0**-126 if u > EXACT.work else 2.0**-1022)
-        error = p * ((np.expm1(2 * delta) + (n + 8) * u) * gap + both) + lost
+        error = p * ((np.expm1(exponents) + (n + 8) * u) * gap + both) + lost
         return float((error + p.size * u * p * gap).sum() / self.count)
 
     def gradients(self) -> dict[str, Array]:
         """d KL / d scores = (student - teacher) / count, carried to q_idx and k_idx."""
-        slope = (self.index.probabilities - self.teacher) / self.count * self.index.scale
+        slope = (np.exp(self.log_student) - self.teacher) / self.count * self.index.scale
         keys = self.index.k[:, 0]
         return {
             "q_idx": np.einsum("irj,jc->irc", slope, keys),
@@ -148,23 +170,25 @@ class Alignment:
         }
 
     def gradient_bounds(self, precision: Precision) -> dict[str, Array]:
-        """Both probabilities by their factors, the sums by their number of terms."""
-        a, student = self.attention, self.index
+        """Both probabilities by their factors (point 7), the sums by their number of terms.
+
+        Their difference may be rounded to the stored dtype to be multiplied, and the result is:
+        each time u' of what has come out, error and all.
+        """
+        a, index, student = self.attention, self.index, np.exp(self.log_student)
         made = []
-        for p in (precision, EXACT):
-            teacher = by_group(a.weight_error(p), self.teacher.shape[1])
+        for p, kept in ((precision, self.lse_kept), (EXACT, 0.0)):
+            teacher = by_group(a.recomputed_error(p, kept), self.teacher.shape[1])
             terms = self.teacher.size + 8
             error = self.teacher * (teacher.max(2) + (terms + 8) * p.work)
-            error = error + student.probabilities * (student.weight_error(p) + terms * p.work)
-            error = error + p.stored * np.abs(student.probabilities - self.teacher)
-            error = (error + 2 * p.tiny * a.mask) / self.count * student.scale
+            error = error + student * (index.recomputed_error(p) + terms * p.work)
+            error = (1 + p.stored) * error + p.stored * np.abs(student - self.teacher)
+            error = (error + 2 * p.tiny * a.mask) / self.count * index.scale
             made.append(error)
-        error, keys = made[0] + made[1], np.abs(student.k[:, 0])
+        error, keys = made[0] + made[1], np.abs(index.k[:, 0])
         bounds = {
             "q_idx": np.einsum("irj,jc->irc", error, keys),
-            "k_idx": np.einsum("irj,irc->jc", error, np.abs(student.q)),
+            "k_idx": np.einsum("irj,irc->jc", error, np.abs(index.q)),
         }
-        values = self.gradients()
-        return {
-            n: b + precision.stored * abs(values[n]) + precision.tiny for n, b in bounds.items()
-        }
+        stored, tiny, values = precision.stored, precision.tiny, self.gradients()
+        return {n: (1 + stored) * b + stored * abs(values[n]) + tiny for n, b in bounds.items()}

@@ -7,9 +7,9 @@ from jaxtyping import Float
 
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
-from msa.reference.attention import head_logits, masked_softmax
 from msa.reference.denote import mask_of
 from msa.reference.index_scores import score_tokens
+from msa.reference.softmax import head_logits, masked_softmax
 
 
 def align_index(
@@ -20,17 +20,24 @@ def align_index(
     selection: Selection | None,
     sequences: Sequences,
     config: MSAConfig,
+    lse: Float[Array, "Tq Hq"] | None = None,
 ) -> Float[Array, ""]:
     """KL(P || P_idx), summed over tokens, mean over queries and groups.
 
     The teacher P is the mean of the softmax *probabilities* of the group's heads; the student is
     the softmax of the index scores over the same support: the selected visible tokens, or all
-    visible ones in the warm-up form (selection=None).
+    visible ones in the warm-up form (selection=None). lse is the main branch's over that support,
+    for who has it (None: found here).
+
+    >>> q, k = np.ones((1, 1, 1)), np.log([[[1.0]], [[3.0]]])  # P = 1/4, 3/4; P_idx = 1/2, 1/2
+    >>> args = q, k, q, 0 * k[:, 0], None, Sequences.one(1, 2), MSAConfig()
+    >>> align_index(*args).round(4), align_index(*args, lse=np.log([[4.0]])).round(4)
+    (np.float64(0.1308), np.float64(0.1308))
     """
     n_q, groups = q_idx.shape[:2]
-    loss = np.float64(0.0)
+    loss, dtype = np.float64(0.0), np.result_type(q, q_idx, np.float32)
     if n_q == 0:
-        return loss
+        return loss.astype(dtype)
     selected = mask_of(selection) if selection is not None else None
     for qs, ks in sequences.spans():
         n, n_keys = qs.stop - qs.start, ks.stop - ks.start
@@ -40,11 +47,15 @@ def align_index(
             support = selected[qs, :, ks]
         group = q.shape[1] // groups
         logits = head_logits(q[qs], k[ks], config.softmax_scale_for(q.shape[-1]))
-        per_head, _ = masked_softmax(logits, np.repeat(support, group, axis=1))
+        mask = np.repeat(support, group, axis=1)
+        if lse is None:
+            per_head, _ = masked_softmax(logits, mask)
+        else:
+            per_head = np.exp(np.where(mask, logits, -np.inf) - lse[qs, :, None])
         teacher = per_head.reshape(n, groups, group, n_keys).mean(axis=2)
         scores = score_tokens(q_idx[qs], k_idx[ks], config.index_scale_for(q_idx.shape[-1]))
         loss += kl_divergence(teacher, log_softmax(scores, support)).sum()
-    return loss / (n_q * groups)
+    return (loss / (n_q * groups)).astype(dtype)
 
 
 def log_softmax(scores: Array, support: Array) -> Array:

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
+from msa.reference.alignment import align_index
 from msa.reference.denote import mask_of
 from msa.reference.selection import select_fused
-
-
-def masked_softmax(
-    logits: Float[Array, "*rows Tk"], mask: Bool[Array, "*rows Tk"]
-) -> tuple[Float[Array, "*rows Tk"], Float[Array, "*rows"]]:
-    """Softmax over the True entries of each row, 0 elsewhere, and its natural-log LSE (R10).
-
-    >>> p, lse = masked_softmax(np.log([[1.0, 3.0, 9.0]]), np.array([[True, True, False]]))
-    >>> p.round(3), np.exp(lse).round(3)
-    (array([[0.25, 0.75, 0.  ]]), array([4.]))
-    """
-    logits = np.where(mask, logits, -np.inf)
-    top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(logits - top)
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / total, (top + np.log(total))[..., 0]
-
-
-def head_logits(
-    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], scale: float
-) -> Float[Array, "Tq Hq Tk"]:
-    """scale * <q, k> for every query head and the key head of its group."""
-    keys = np.repeat(k.astype(np.float64), q.shape[1] // k.shape[1], axis=1)
-    return scale * np.einsum("ihd,jhd->ihj", q.astype(np.float64), keys)
+from msa.reference.softmax import head_logits, masked_softmax
 
 
 def attend_selection(
@@ -62,7 +40,10 @@ def attend(
     k_idx: Float[Array, "Tk Di"],
     sequences: Sequences,
     config: MSAConfig,
+    align: bool = False,
 ) -> Output:
-    """MSA: the index branch selects, the main branch attends (R4-R12)."""
+    """MSA: the index branch selects, the main branch attends (R4-R12), and teaches it (R17)."""
     selection = select_fused(q_idx, k_idx, sequences, config)
-    return attend_selection(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))
+    output = attend_selection(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))
+    kl = align_index(q, k, q_idx, k_idx, selection, sequences, config) if align else None
+    return Output(output.out, output.lse, selection, kl)

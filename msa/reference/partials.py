@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from msa.ir import Array, Partials, Schedule
-from msa.reference.attention import head_logits, masked_softmax
+from msa.reference.softmax import head_logits, masked_softmax
 
 
 def attend_chunks(

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from msa.ir import Array, Output, TileUnion
-from msa.reference.attention import head_logits
+from msa.reference.softmax import head_logits
 
 
 def attend_union(

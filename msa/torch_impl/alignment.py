@@ -23,11 +23,13 @@ def align_index(
     selection: Selection | None,
     sequences: Sequences,
     config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
-    selection=None is the warm-up form: both distributions run over all visible tokens. The gradient
-    reaches q_idx and k_idx only; the loss is float32, or float64 for float64 inputs.
+    selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
+    main branch's over that support (None: found here). The gradient reaches q_idx and k_idx only;
+    the loss is float32, or float64 for float64 inputs.
 
     >>> x = torch.zeros(3, 1, 2)
     >>> q_idx = torch.zeros(3, 1, 2, requires_grad=True)
@@ -35,9 +37,9 @@ def align_index(
     >>> align_index(x, x, q_idx, x[:, 0], None, Sequences.one(3, 3), config).item()  # both uniform
     0.0
     """
-    q, k = q.detach(), k.detach()
+    q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
-    return Alignment.apply(q, k, q_idx, k_idx, selection, sequences, config, wants_gradient)
+    return Alignment.apply(q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient)
 
 
 class Alignment(torch.autograd.Function):
@@ -46,15 +48,16 @@ class Alignment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Add up the tiles in order; keep the two small gradients, never a score (R19)."""
-        q, k, q_idx, k_idx, selection, sequences, config, wants_gradient = args
+        q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
         dtype = torch.promote_types(working_dtype(q, k), working_dtype(q_idx, k_idx))
         tensors = tuple(x.to(dtype) for x in (q, k, q_idx, k_idx))
+        known = None if lse is None else lse.to(dtype)
         loss = torch.zeros((), dtype=torch.float64, device=q.device)
         d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
         if selection is None:
-            verdicts = dense_verdicts(tensors, sequences, config, wants_gradient)
+            verdicts = dense_verdicts(tensors, known, sequences, config, wants_gradient)
         else:
-            verdicts = sparse_verdicts(tensors, selection, config, wants_gradient)
+            verdicts = sparse_verdicts(tensors, known, selection, config, wants_gradient)
         for verdict in verdicts:
             loss += verdict.loss
             d_queries[verdict.queries] = verdict.d_queries
@@ -71,4 +74,4 @@ class Alignment(torch.autograd.Function):
         """Scale what the forward found."""
         grads = (x * d_loss for x in ctx.saved_tensors)
         d_queries, d_keys = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return None, None, d_queries, d_keys, None, None, None, None
+        return None, None, d_queries, d_keys, None, None, None, None, None

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Output, Selection, Sequences
+from msa.torch_impl.alignment import align_index
 from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.items import edges_per_item
@@ -28,11 +29,13 @@ def attend(
     k_idx: Float[Tensor, "Tk Di"],
     sequences: Sequences,
     config: MSAConfig,
+    align: bool = False,
 ) -> Output:
     """Select, then attend: MSA itself (eq. 6-8, R4-R12). Differentiable in q, k and v (R18).
 
     Returns:
-        out [Tq, Hq, Dv] in q's dtype, lse float32 [Tq, Hq], the selection that was used.
+        out [Tq, Hq, Dv] in q's dtype, lse float32 [Tq, Hq], the selection that was used, and with
+        align=True the alignment loss, differentiable in q_idx and k_idx (R17).
 
     >>> x = torch.arange(4.0)[:, None, None]
     >>> config = MSAConfig(block_size=1, top_k=1)  # every token reads itself alone
@@ -40,7 +43,9 @@ def attend(
     tensor([0., 1., 2., 3.])
     """
     selection = select_fused(q_idx, k_idx, sequences, config)
-    return attend_selection(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))
+    out, lse = SelectedAttention.apply(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))
+    args = (q, k, q_idx, k_idx, selection, sequences, config, lse)
+    return Output(out, lse.float(), selection, align_index(*args) if align else None)
 
 
 def attend_selection(
@@ -64,7 +69,7 @@ def attend_selection(
     tensor([1., 2., 4.])
     """
     out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale)
-    return Output(out, lse, selection)
+    return Output(out, lse.float(), selection)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -78,7 +83,7 @@ class SelectedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Run each tile of queries down to its combined output."""
+        """Run each tile of queries down to its combined output; lse in the working precision."""
         dtype = working_dtype(q, k)
         out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
         lse = q.new_empty(q.shape[:2], dtype=dtype)
@@ -92,7 +97,7 @@ class SelectedAttention(torch.autograd.Function):
             out[qs], lse[qs] = weigh_slots(slots)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.selection, ctx.softmax_scale = selection, softmax_scale
-        return out.to(q.dtype), lse.float()
+        return out.to(q.dtype), lse
 
     @staticmethod
     @once_differentiable

@@ -11,10 +11,12 @@ def judge(
     logits: Float[Tensor, "*rows G n"],
     scores: Float[Tensor, "*rows n"],
     support: Bool[Tensor, "#*rows n"],
+    lse: Float[Tensor, "*rows G"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows n"]]:
     """The summed KL of the rows and its gradient with respect to the scores.
 
-    The teacher is the mean of the heads' probabilities; `logits` hold -inf outside the support.
+    The teacher is the mean of the heads' probabilities; `logits` hold -inf outside the support and
+    `lse` their log-sum-exp, where it is known.
     d KL / d scores = student - teacher, so no graph has to be kept for it.
 
     >>> support = torch.ones(1, 2, dtype=torch.bool)
@@ -22,7 +24,8 @@ def judge(
     >>> loss.item(), slope
     (0.0, tensor([[0., 0.]]))
     """
-    teacher = logits.softmax(-1).mean(-2)
+    per_head = logits.softmax(-1) if lse is None else (logits - lse[..., None]).exp_()
+    teacher = per_head.mean(-2)
     log_student = log_softmax(scores, support)
     loss = divergence(teacher, log_student).sum(dtype=torch.float64)
     return loss, log_student.exp_().sub_(teacher)

@@ -37,7 +37,11 @@ class Verdict:
 
 
 def dense_verdicts(
-    tensors: Four, sequences: Sequences, config: MSAConfig, wants_gradient: bool
+    tensors: Four,
+    lse: Float[Tensor, "Tq Hq"] | None,
+    sequences: Sequences,
+    config: MSAConfig,
+    wants_gradient: bool,
 ) -> Iterator[Verdict]:
     """The warm-up form: whole rows of scores, as many queries at a time as memory likes."""
     q, k, q_idx, k_idx = tensors
@@ -52,7 +56,8 @@ def dense_verdicts(
         logits = by_head @ k[ks].permute(1, 2, 0) * config.softmax_scale_for(q.shape[-1])
         logits = logits.view(groups, n_q, group, n_keys).masked_fill_(~support[:, None], -torch.inf)
         scores = q_idx[qs].transpose(0, 1) @ k_idx[ks].T * scale
-        loss, slope = judge(logits, scores, support)
+        known = None if lse is None else lse[qs].reshape(n_q, groups, group).transpose(0, 1)
+        loss, slope = judge(logits, scores, support, known)
         if not wants_gradient:
             yield Verdict(qs, ks, loss)
             continue
@@ -63,7 +68,11 @@ def dense_verdicts(
 
 
 def sparse_verdicts(
-    tensors: Four, selection: Selection, config: MSAConfig, wants_gradient: bool
+    tensors: Four,
+    lse: Float[Tensor, "Tq Hq"] | None,
+    selection: Selection,
+    config: MSAConfig,
+    wants_gradient: bool,
 ) -> Iterator[Verdict]:
     """The selected blocks only: every edge brings its scores to its slot."""
     q, k, q_idx, k_idx = tensors
@@ -77,7 +86,8 @@ def sparse_verdicts(
         )
         logits = slot_logits(q[qs], k[ks], schedule, config.softmax_scale_for(q.shape[-1]))
         scores = slot_logits(q_idx[qs], k_idx[ks, None], schedule, scale)
-        loss, slope = judge(logits, scores[:, 0], readable(part))
+        known = None if lse is None else lse[qs].reshape(-1, group)
+        loss, slope = judge(logits, scores[:, 0], readable(part), known)
         if wants_gradient:
             d_queries, d_keys = index_gradients(q_idx[qs], k_idx[ks], slope, schedule, scale)
             yield Verdict(qs, ks, loss, d_queries, d_keys)

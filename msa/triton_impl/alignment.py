@@ -27,7 +27,9 @@ from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
 from msa.triton_impl.student import judge
 from msa.triton_impl.teacher import teach
-from msa.triton_impl.tiles import query_table, require_kernels
+from msa.triton_impl.tile_edges import reverse_union, unite_all
+from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tiles import positions_of, query_table, require_kernels
 
 
 def align_index(
@@ -79,6 +81,7 @@ class Alignment(torch.autograd.Function):
         block, device = config.block_size, q.device
         top_k = selection.top_k if selection is not None else sequences.max_blocks(block)
         size = max(1, tuning.TRAINING_BYTES // (4 * groups * max(1, top_k) * (block + dim)))
+        positions = positions_of(q.shape[1] // groups)
         scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         d_q = torch.empty(q_idx.shape, dtype=torch.float32, device=device)
@@ -97,7 +100,12 @@ class Alignment(torch.autograd.Function):
                 part_lse = lse[queries].contiguous()
             shared = ks_idx[:, None].expand(-1, groups, -1)
             student = softmax_sums(qs_idx, shared, schedule, index_scale)
-            teacher = teach(qs, ks, part_lse, schedule, scale)
+            if selection is None:
+                union = unite_all(part, block, positions, groups, device)
+            else:
+                union = split_tiles(chosen, positions)
+            edges = reverse_union(union, chosen, tuning.TRAINING_EDGES)
+            teacher = teach(qs, ks, part_lse, chosen.indices, edges, scale, dense=selection is None)
             gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
             loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
         count = max(1, n_q * groups)

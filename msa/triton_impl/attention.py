@@ -36,8 +36,9 @@ from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
+from msa.triton_impl.tile_edges import reverse_union
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import pad, require_kernels
+from msa.triton_impl.tiles import positions_of, require_kernels
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -47,11 +48,6 @@ LoopOrder = Literal["auto", "kv_outer", "union"]
 def super_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
     """`Sequences.tiles`, cut once for a shape that comes again."""
     return tuple(sequences.tiles(size))
-
-
-def positions_of(group: int) -> int:
-    """Neighbouring queries of one tile: with their heads 64 rows, at most 16 queries."""
-    return max(1, min(16, 64 // pad(group, 1)))
 
 
 def choose_order(selection: Selection, group: int) -> str:
@@ -106,11 +102,9 @@ def attend_selection(
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
 
     Raises:
-        ValueError: another loop order, a block size that the kernels do not have.
+        ValueError: a block size that the kernels do not have.
     """
     require_kernels(selection.block_size, q=q, k=k, v=v)
-    if loop_order not in ("auto", "kv_outer", "union"):
-        raise ValueError(f"loop_order must be auto, kv_outer or union, got {loop_order!r}")
     selection = replace(selection, indices=selection.indices.contiguous())
     out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale, loop_order)
     return Output(out, lse, selection)
@@ -147,9 +141,10 @@ class SelectedAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         selection, scale = ctx.selection, ctx.scale
         d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
-        d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, selection, scale)
-        schedule = schedule_edges(reverse_edges(selection), tuning.TRAINING_EDGES)
-        d_k, d_v = key_gradients(q, k, v, d_out, lse, delta, schedule, scale)
+        union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
+        d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale)
+        edges = reverse_union(union, selection, tuning.TRAINING_EDGES)
+        d_k, d_v = key_gradients(q, k, v, d_out, lse, delta, edges, scale)
         return d_q, d_k, d_v, None, None, None
 
 

@@ -8,10 +8,12 @@
     dK, dV of a block = the sum of its items, in order
 
 What the fast form changes:
- 1. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
+ 1. Edges are tiles of neighbouring queries (tile_edges.py): their rows lie side by side, so nothing
+    is gathered. Rows of queries that did not select the block are read as zeros, with lse = +inf.
+ 2. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
     the next, without a trip through memory.
- 2. Query positions times heads make one tile of gathered rows, as in the forward.
- 3. Hot blocks are cut into items; each writes its sums apart, in float32, and a second kernel adds
+ 3. The next edge's tile and mask are loaded one step ahead, so that its rows can be fetched early.
+ 4. Hot blocks are cut into items; each writes its sums apart, in float32, and a second kernel adds
     them up. No atomics, so the same bits every time (R19).
 """
 
@@ -23,29 +25,21 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from msa.ir import Schedule
 from msa.triton_impl.item_sums import sum_items
-from msa.triton_impl.tiles import (
-    LOG2E,
-    block_table,
-    edge_rows,
-    is_exact,
-    load_keys,
-    pad,
-    query_table,
-)
+from msa.triton_impl.tile_edges import TileEdges, load_edge
+from msa.triton_impl.tiles import LOG2E, block_table, is_exact, load_keys, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, query_ids, own_keys,
-                         first_keys, key_stops, d_k, d_v, scale, n_blocks, stride_qt, stride_qh,
-                         stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
-                         GP: tl.constexpr, HQ: tl.constexpr, DIM: tl.constexpr,
+def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, query_ids, slots, masks,
+                         tiles, first_keys, key_stops, d_k, d_v, scale, n_blocks, U, stride_qt,
+                         stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
+                         HEADS: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
                          DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                          BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
                          PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys of one item; BM = edges x GP rows at a time."""
+    """BN keys of one item; BM = query positions x HEADS rows at a time."""
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
@@ -53,30 +47,37 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, query_
         i_r, i_b = row // n_blocks, row % n_blocks
         first, key_stop = tl.load(first_keys + i_b) + i_n, tl.load(key_stops + i_b)
         o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), first + tl.arange(0, BN)
+        o_i, o_g = tl.arange(0, BM) // HEADS, tl.arange(0, BM) % HEADS
         p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
         b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
-        masked = tl.load(own_keys + tl.load(query_ids + start)) < first + BN - 1
-        length = (stop - start).to(tl.int32) * GP
-        for x in range(0, length, BM):
-            b_t, o_g, m_m = edge_rows(query_ids + start, x, length, G, GP, BM)
-            o_x = b_t * HQ + i_r * G + o_g  # [BM] row of out
-            p_q = q + b_t[:, None] * stride_qt + (i_r * G + o_g)[:, None] * stride_qh
-            b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
-            b_do = tl.load(d_out + o_x[:, None] * DIM_V + o_dv[None, :],
-                           mask=m_m[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
-            b_lse = tl.load(lse + o_x, mask=m_m, other=float("inf")) * LOG2E
-            b_delta = tl.load(delta + o_x, mask=m_m, other=0.0)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
-            b_p = tl.exp2(b_s * scale - b_lse[None, :])
-            if masked:
-                b_own = tl.load(own_keys + b_t, mask=m_m, other=0)
-                b_p = tl.where(o_n[:, None] <= b_own[None, :], b_p, 0.0)
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
-            b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        i_t, own, _, bits = load_edge(query_ids, slots, masks, tiles, start, i_r, U, HKV)
+        for i_e in range(start, stop):
+            i_next = tl.minimum(i_e + 1, stop - 1)
+            next_t, next_own, _, next_bits = load_edge(
+                query_ids, slots, masks, tiles, i_next, i_r, U, HKV)  # fmt: skip
+            for i_c in tl.static_range(0, G, HEADS):
+                m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
+                o_h = i_r * G + i_c + o_g
+                p_q = q + i_t.to(tl.int64) * stride_qt + (o_i * stride_qt + o_h * stride_qh)
+                b_q = tl.load(p_q[:, None] + o_d[None, :],
+                              mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
+                p_x = i_t.to(tl.int64) * (HKV * G)
+                o_x = o_i * (HKV * G) + o_h  # [BM] row of out, from the tile's first on
+                b_do = tl.load(d_out + p_x * DIM_V + (o_x[:, None] * DIM_V + o_dv[None, :]),
+                               mask=m_m[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
+                b_lse = tl.load(lse + p_x + o_x, mask=m_m, other=float("inf")) * LOG2E
+                b_delta = tl.load(delta + p_x + o_x, mask=m_m, other=0.0)
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+                b_p = tl.exp2(b_s * scale - b_lse[None, :])
+                if own < first + BN - 1:
+                    b_p = tl.where(o_n[:, None] <= (own + o_i)[None, :], b_p, 0.0)
+                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            i_t, own, bits = next_t, next_own, next_bits
         o_y = i_item.to(tl.int64) * BK + i_n + tl.arange(0, BN)  # [BN] row of d_k and d_v
         m_d, m_dv = (o_d < DIM)[None, :], (o_dv < DIM_V)[None, :]
         tl.store(d_k + o_y[:, None] * DIM + o_d[None, :], b_dk, mask=m_d)
@@ -90,29 +91,30 @@ def key_gradients(
     d_out: Float[Tensor, "Tq Hq Dv"],
     lse: Float[Tensor, "Tq Hq"],
     delta: Float[Tensor, "Tq Hq"],
-    schedule: Schedule,
+    edges: TileEdges,
     softmax_scale: float,
     tile: TileConfig | None = None,
 ) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
     """dK and dV in the dtypes of k and v; d_out is contiguous, lse and delta are float32."""
-    index, items = schedule.reverse_index, len(schedule.rows)
-    sequences, block = index.sequences, index.block_size
+    schedule, index = edges.schedule, edges.schedule.reverse_index
+    items, sequences, block = len(schedule.rows), index.sequences, index.block_size
     (_, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
-    group = heads // groups
+    group, positions = heads // groups, pad(edges.union.tile_size, 1)
     tile = tile or choose("keys", q.dtype, max(pad(dim), pad(dim_v)), block)
+    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
     parts = [
         torch.empty((items, block, size), dtype=torch.float32, device=q.device)
         for size in (dim, dim_v)
     ]
     if items:
-        own = query_table(sequences, block, q.device)[0]
         key_gradients_kernel[items, block // tile.keys](
             q, k, v, d_out, lse, delta, schedule.rows, schedule.starts, schedule.stops,
-            index.query_ids, own, *block_table(sequences, block, q.device), *parts,
-            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2],
-            *k.stride()[:2], *v.stride()[:2], G=group, GP=pad(group, 1), HQ=heads, DIM=dim,
-            DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block, BN=tile.keys, BM=tile.rows,
-            PRECISION=is_exact(q), **tile.launch(),
+            index.query_ids, index.slots, edges.union.row_masks, edges.tiles,
+            *block_table(sequences, block, q.device), *parts, softmax_scale * LOG2E.value,
+            sequences.cu_blocks(block)[-1], edges.union.row_masks.stride(1), *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, HKV=groups, DIM=dim,
+            DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block, BN=tile.keys,
+            BM=positions * some, PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
     d_k, d_v = torch.empty_like(k), torch.empty_like(v)
     sum_items(parts[0], schedule, d_k, softmax_scale)

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Selection
-from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tile_union import SplitUnion
 from msa.triton_impl.tiles import (
     LOG2E,
     can_describe,
@@ -129,6 +129,7 @@ def query_gradients(
     d_out: Float[Tensor, "Tq Hq Dv"],
     lse: Float[Tensor, "Tq Hq"],
     d_lse: Float[Tensor, "Tq Hq"],
+    union: SplitUnion,
     selection: Selection,
     softmax_scale: float,
     tile: TileConfig | None = None,
@@ -141,10 +142,9 @@ def query_gradients(
     if not n_q:
         return d_q, delta
     tile = tile or choose("queries", q.dtype, max(pad(dim), pad(dim_v)), block)
-    positions = max(1, min(16, tile.rows // pad(group, 1)))
-    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions)
-    union = split_tiles(selection, positions)
-    tiles = tile_table(selection.sequences, positions, q.device)
+    positions = pad(union.tile_size, 1)
+    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
+    tiles = tile_table(selection.sequences, union.tile_size, q.device)
     tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
     key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else (k, v)
     query_gradients_kernel[len(tiles), groups, triton.cdiv(group, some)](

@@ -228,15 +228,15 @@ def select_fused(
     """The selected blocks straight from index queries and keys; scores are never written (R4-R8).
 
     Args:
-        index_dtype: None keeps the tensors as they are; "fp8_e4m3" rounds both to 8 bits, with one
-            scale per tensor: faster, and no longer the same function (see docs/ladder.md).
+        index_dtype: None keeps the tensors as they are; "fp8_e4m3" rounds both to 8 bits (see
+            `msa.triton_impl.quantize`): faster, and no longer the same function.
         tile: launch parameters; None takes the measured ones.
     """
     require_kernels(config.block_size, q_idx=q_idx, k_idx=k_idx)
     n_q, groups, dim = q_idx.shape
     scale = config.index_scale_for(dim)
     if index_dtype is not None:
-        q_idx, k_idx = to_fp8(q_idx, index_dtype), to_fp8(k_idx, index_dtype)
+        q_idx, k_idx = to_fp8(q_idx), to_fp8(k_idx)
     out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
     tile = tile or choose("select", q_idx.dtype, pad(dim), config.block_size)
     rows = max(tile.rows, pad(groups))

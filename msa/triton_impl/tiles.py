@@ -16,10 +16,10 @@ from jaxtyping import Int
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msa.checks import check_kernels, check_triton_device
 from msa.ir import Sequences
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NO_SCORE = tl.constexpr(-(2**31))  # below the key of any score, -inf included
 NO_BLOCK = tl.constexpr(2**31 - 1)  # behind any block id
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,27 +34,19 @@ def require_kernels(block_size: int, **tensors: Tensor) -> None:
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    if block_size not in (16, 32, 64, 128, 256):
-        raise ValueError(
-            "block_size must be 16, 32, 64, 128 or 256 for backend='triton', "
-            f"got {block_size}: use backend='torch'"
-        )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must have dtype float16, bfloat16 or float32 for backend='triton', "
-                f"got {tensor.dtype}"
-            )
-        if not (tensor.is_cuda or INTERPRETED):
-            raise ValueError(
-                f"{name} must be on a CUDA device for backend='triton', got {tensor.device}: "
-                "use backend='torch', or set TRITON_INTERPRET=1"
-            )
+    check_kernels(block_size, **tensors)
+    for tensor in tensors.values():
+        check_triton_device(tensor, INTERPRETED)
 
 
 def pad(size: int, least: int = 16) -> int:
     """The next power of two, at least `least`: tile sides are powers of two."""
     return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def positions_of(group: int) -> int:
+    """Neighbouring queries of one tile: with their heads 64 rows, at most 16 queries."""
+    return max(1, min(16, 64 // pad(group, 1)))
 
 
 def is_exact(tensor: Tensor) -> str:

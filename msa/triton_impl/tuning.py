@@ -54,24 +54,24 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 64): TileConfig(rows=64, keys=64, warps=4, stages=3, descriptors=True),
     },
     "keys": {
-        (2, 128): TileConfig(rows=64, keys=128, warps=8, stages=2),
-        (2, 64): TileConfig(rows=64, keys=128, warps=8, stages=2),
+        (2, 128): TileConfig(rows=64, keys=128, warps=8, stages=3),
+        (2, 64): TileConfig(rows=64, keys=128, warps=8, stages=3),
     },
     "queries": {
         (2, 128): TileConfig(rows=64, keys=64, warps=4, stages=2, descriptors=True),
         (2, 64): TileConfig(rows=64, keys=64, warps=4, stages=2, descriptors=True),
     },
     "sums": {
-        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3),
-        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3),
+        (2, 128): TileConfig(rows=128, keys=128, warps=4, stages=2),
+        (2, 64): TileConfig(rows=128, keys=128, warps=4, stages=2),
     },
     "teacher": {
-        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3),
-        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3),
+        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=2),
+        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=2),
     },
     "judge": {
-        (2, 128): TileConfig(rows=64, keys=128, warps=8, stages=2),
-        (2, 64): TileConfig(rows=64, keys=128, warps=8, stages=2),
+        (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=2),
+        (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=2),
     },
 }
 DEFAULTS = {
@@ -105,8 +105,8 @@ PARTIAL_BYTES = 9 * 2**29
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""
 
-TRAINING_EDGES = 1024
-"""The same where each item leaves a gradient of its whole block: fewer items, fewer sums."""
+TRAINING_EDGES = 512
+"""The same in tiles of queries, where each item leaves a gradient of its whole block."""
 
 TRAINING_BYTES = 2**31
 """Bound on what the alignment loss keeps in slots: queries are taken in super-tiles below it."""

@@ -1,0 +1,140 @@
+"""Bad input of R20 about the choice of a backend: its name, its options, its kinds of array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import msa
+from msa.conformance.bad_input import CONFIG, SHAPES, Arguments, BadInput, Kit, attention
+from msa.dispatch import available_backends
+
+OTHER_CASES = [
+    attention("unknown backend", ValueError, ("backend", "reference, torch, triton", "'cuda'"),
+              lambda kit: {"backend": "cuda"}),
+    BadInput("unavailable backend", ValueError, ("backend", "available", "'torch'", "pip install"),
+             lambda kit: _without_libraries(kit)),
+    BadInput("chunk size 0", ValueError, ("chunk_size", "at least 1", "got 0"),
+             lambda kit: kit.lower(chunk_size=0)),
+    BadInput("tile size 32", ValueError, ("tile_size", "at most 31", "got 32"),
+             lambda kit: kit.lower(tile_size=32)),
+    BadInput("a dictionary as config of lower", TypeError, ("config", "MSAConfig", "dict"),
+             lambda kit: kit.lower(config={})),
+]  # fmt: skip
+
+
+OPTION_CASES = [
+    attention("unknown loop order", ValueError,
+              ("loop_order", "'auto', 'kv_outer' or 'union'", "'outer'"),
+              lambda kit: {"loop_order": "outer"}),
+    attention("unknown index dtype", ValueError, ("index_dtype", "None or 'fp8_e4m3'", "'int8'"),
+              lambda kit: {"index_dtype": "int8"}),
+    BadInput("unknown loop order of sparse_attention", ValueError, ("loop_order", "got None"),
+             lambda kit: kit.sparse(loop_order=None)),
+    BadInput("unknown index dtype of select", ValueError, ("index_dtype", "None", "got 'auto'"),
+             lambda kit: kit.select(index_dtype="auto")),
+    attention("a loop order for the reference", ValueError,
+              ("loop_order", "'auto' for backend='reference'", "one order", "got 'union'"),
+              lambda kit: {"loop_order": "union", "backend": "reference"}),
+    BadInput("a loop order of sparse_attention for the reference", ValueError,
+             ("loop_order", "'auto' for backend='reference'", "got 'kv_outer'"),
+             lambda kit: kit.sparse(loop_order="kv_outer", backend="reference")),
+    BadInput("8 bits for the reference", ValueError,
+             ("index_dtype", "None for backend='reference'", "keeps the dtype", "'fp8_e4m3'"),
+             lambda kit: kit.select(index_dtype="fp8_e4m3", backend="reference")),
+]  # fmt: skip
+
+
+def _without_libraries(kit: Kit) -> Any:
+    with mock.patch("msa.dispatch.available_backends", lambda: ("reference",)):
+        return kit.attention(backend="torch")
+
+
+def _without_interpreter() -> Any:
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
+        return msa.attention(**_torch_arrays(), config=CONFIG, backend="triton")
+
+
+def _torch_array(*shape: int, device: str = "cpu", **options: Any) -> Any:
+    import torch
+
+    return torch.ones(shape, device=device, **options)
+
+
+def _torch_arrays(**changes: Any) -> Arguments:
+    return {**{name: _torch_array(*shape) for name, shape in SHAPES.items()}, **changes}
+
+
+def _on_kernels(call: Callable[[], Any]) -> Any:
+    """With Triton's interpreter allowed, so that only what comes after is refused."""
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):
+        return call()
+
+
+def kernels(
+    name: str, error: type[Exception], says: tuple[str, ...], block_size: int = 16,
+    dtype: str = "float32", **options: Any,
+) -> BadInput:  # fmt: skip
+    """A call of msa.attention that the triton backend has no kernel for."""
+    given: Arguments = {n: np.ones(shape, dtype) for n, shape in SHAPES.items()} | options
+    given |= {"config": msa.MSAConfig(block_size, top_k=2), "backend": "triton"}
+    return BadInput(name, error, says, lambda kit: _on_kernels(lambda: msa.attention(**given)))
+
+
+KERNEL_CASES = [
+    kernels("blocks of 24 for kernels", ValueError, ("block_size", "16, 32, 64, 128 or 256",
+            "got 24", "backend='torch'"), block_size=24),
+    kernels("blocks of 8 for kernels", ValueError, ("block_size", "got 8"), block_size=8),
+    kernels("blocks of 512 for kernels", ValueError, ("block_size", "got 512"), block_size=512),
+    kernels("float64 for kernels", TypeError, ("q", "float16, bfloat16 or float32",
+            "backend='triton'", "got float64"), dtype="float64"),
+    kernels("8 bits in the interpreter", ValueError, ("index_dtype", "None", "CUDA",
+            "'fp8_e4m3'"), index_dtype="fp8_e4m3"),
+    BadInput("blocks of 24 for kernels in select", ValueError, ("block_size", "got 24"),
+             lambda kit: _on_kernels(lambda: kit.select(
+                 config=msa.MSAConfig(24, top_k=2), backend="triton"))),
+    BadInput("blocks of 4 for kernels in sparse_attention", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.sparse(backend="triton"))),
+    BadInput("blocks of 4 for kernels in decode", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.decode(backend="triton"))),
+]  # fmt: skip
+
+TORCH_CASES = [
+    attention("a loop order for torch", ValueError,
+              ("loop_order", "'auto' for backend='torch'", "one order", "got 'union'"),
+              lambda kit: _torch_arrays(loop_order="union", backend="torch")),
+    attention("8 bits for torch", ValueError,
+              ("index_dtype", "None for backend='torch'", "got 'fp8_e4m3'"),
+              lambda kit: _torch_arrays(index_dtype="fp8_e4m3", backend="torch")),
+    attention("mixed kinds", TypeError, ("k", "torch.Tensor as q is", "numpy.ndarray"),
+              lambda kit: _torch_arrays(k=np.ones(SHAPES["k"], np.float32))),
+    attention("mixed devices", ValueError, ("v", "device of q = cpu", "meta"),
+              lambda kit: _torch_arrays(v=_torch_array(*SHAPES["v"], device="meta"))),
+    attention("index branch elsewhere", ValueError, ("k_idx", "device of q = cpu", "meta"),
+              lambda kit: _torch_arrays(k_idx=_torch_array(*SHAPES["k_idx"], device="meta"))),
+    attention("a gradient asked of the reference", ValueError,
+              ("q", "gradient", "requires_grad=True"),
+              lambda kit: _torch_arrays(q=_torch_array(*SHAPES["q"], requires_grad=True),
+                                        backend="reference")),
+    BadInput("lse on another device", ValueError, ("lse", "device of q = cpu", "meta"),
+             lambda kit: msa.align_index(
+                 **{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "q_idx", "k_idx")},
+                 lse=_torch_array(6, 4, device="meta"), config=CONFIG)),
+    BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
+             lambda kit: _without_interpreter()),
+    BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),
+             lambda kit: kit.sparse(**{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "v")},
+                                    selection=msa.Selection(
+                                        np.array(kit.subject.read(kit.selection().indices)),
+                                        msa.Sequences.one(6, 8), 4))),
+]  # fmt: skip
+
+BACKEND_CASES: tuple[BadInput, ...] = (
+    *OTHER_CASES,
+    *OPTION_CASES,
+    *(KERNEL_CASES if "triton" in available_backends() else []),
+    *(TORCH_CASES if "torch" in available_backends() else []),
+)

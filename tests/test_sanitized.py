@@ -1,0 +1,138 @@
+"""Every kernel once or thrice on awkward shapes: what `make sanitize` runs under compute-sanitizer.
+
+A few fixed cases in place of a search: ragged sequences, a partial last block, heads and head sizes
+that are no powers of two, one block kept. Each goes through the properties that launch the kernels,
+so results are compared with the spec as well. A new kernel needs a line in CHECKS, or a test fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import msa
+from msa import triton_impl
+from msa.conformance import all_properties, subjects
+from msa.conformance.cases import Case, Fill, Picks, ScoresCase
+from msa.triton_impl import selection
+
+(TRITON,) = subjects(("triton",))
+CUDA = TRITON.device != "cpu"
+pytestmark = [pytest.mark.gpu] * CUDA
+PROPERTIES = {p.name: p for p in all_properties()}
+CHECKS = {  # property: the kernels that it must launch
+    "r4_scores_are_scaled_products": {"score_kernel"},
+    "r7_integer_scores_select_the_same_everywhere": {"scan_kernel", "finish_kernel"},
+    "r7_eight_bits_select_by_the_rounded_tensors": {"largest_kernel", "stretch_kernel"},
+    "r9_the_union_walk_is_the_definition": {"walk_kernel"},
+    "r9_the_union_of_a_tile_means_the_selection": {"union_kernel"},
+    "r9_every_loop_order_is_the_definition": {"union_kernel", "walk_kernel", "chunk_kernel"},
+    "r13_the_reverse_index_means_the_selection": {"mark_kernel", "prefix_kernel", "fill_kernel"},
+    "r14_the_schedule_means_the_reverse_index": {"items_kernel"},
+    "r15_partials_are_softmaxes_over_one_block": {"chunk_kernel"},
+    "r16_combining_is_the_definition": {"combine_kernel"},
+}
+SCORE_CHECKS = {
+    "r7_ties_go_to_the_lower_id": {"row_topk_kernel"},
+    "r6_local_and_sink_blocks_are_always_in": {"row_topk_kernel"},
+}
+
+NORMAL = {name: Fill("normal", seed) for seed, name in enumerate("qkv")}
+INTEGERS = {name: Fill("integers", seed) for seed, name in enumerate(("q_idx", "k_idx"), 3)}
+RAGGED = Case(  # the last 37 of 50 tokens, none of none, 3 of 16, 17 of 17; groups of three heads
+    config=msa.MSAConfig(block_size=16, top_k=3, sink_blocks=1),
+    sequences=msa.Sequences((0, 37, 37, 40, 57), (0, 50, 50, 66, 83)),
+    groups=2, group=3, dims=(20, 12, 9), dtype="float16", picks=Picks("random", 1),
+    **NORMAL, **INTEGERS,
+)  # fmt: skip
+CASES = {
+    "ragged": RAGGED,
+    "one block": Case(
+        config=msa.MSAConfig(block_size=16, top_k=1), sequences=msa.Sequences.one(20, 45),
+        groups=1, group=1, dims=(1, 1, 1), dtype="float32", **NORMAL, **INTEGERS,
+    ),
+    "long unions": Case(
+        config=msa.MSAConfig(block_size=16, top_k=2), sequences=msa.Sequences.one(28, 190),
+        groups=1, group=4, dims=(16, 5, 16), dtype="float16", picks=Picks("spread", 2),
+        chunk_size=3, tile_size=16, **NORMAL, **INTEGERS,
+    ),
+    "wide heads": Case(  # blocks in steps of 32 keys
+        config=msa.MSAConfig(block_size=64, top_k=2), sequences=msa.Sequences.one(7, 150),
+        groups=1, group=2, dims=(130, 130, 33), dtype="float32", picks=Picks("full"),
+        **NORMAL, **INTEGERS,
+    ),
+}  # fmt: skip
+TUNED = replace(  # by descriptors, in the measured tiles: too large for the interpreter
+    RAGGED, config=msa.MSAConfig(block_size=128, top_k=2), sequences=msa.Sequences.one(140, 270),
+    group=16, dims=(128, 128, 128), dtype="bfloat16",
+)  # fmt: skip
+if CUDA:
+    CASES |= {
+        "bfloat16 of 128": TUNED,
+        "float16 of 64": replace(TUNED, dtype="float16", dims=(64, 64, 64)),
+        "blocks of 256": replace(TUNED, config=msa.MSAConfig(block_size=256, top_k=2)),
+    }
+SCORES = {
+    "few": ScoresCase(msa.MSAConfig(16, 3, 1), RAGGED.sequences, 2, Fill("ties", 0)),
+    "many": ScoresCase(msa.MSAConfig(16, 5), msa.Sequences.one(3, 9700), 1, Fill("normal", 1)),
+}
+RUNS = [
+    pytest.param(name, kernels, case, id=f"{name.partition('_')[0]}-{'+'.join(kernels)}-{label}")
+    for checks, cases in ((CHECKS, CASES), (SCORE_CHECKS, SCORES))
+    for name, kernels in checks.items()
+    for label, case in cases.items()
+    if TRITON.domain.has(*PROPERTIES[name].needs)
+]
+MODULES = [
+    importlib.import_module(f"msa.triton_impl.{info.name}")
+    for info in pkgutil.iter_modules(triton_impl.__path__)
+]
+KERNELS = {name: m for m in MODULES for name in vars(m) if name.endswith("_kernel")}
+
+
+class Recorder:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel, name, launched):
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid):
+        self.launched.add(self.name)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels launched so far."""
+    names = set()
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, Recorder(vars(module)[name], name, names))
+    return names
+
+
+@pytest.mark.parametrize(("name", "kernels", "case"), RUNS)
+def test_kernels(name, kernels, case, launched):
+    PROPERTIES[name].check(TRITON, case)
+    nothing_to_choose = case.config.forced_blocks == case.config.top_k
+    assert kernels - ({"scan_kernel"} if nothing_to_choose else set()) <= launched
+
+
+def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
+    """Every block beats all before it, and one program scans them all."""
+    monkeypatch.setattr(selection, "PROGRAMS", 1)
+    selection.plan_scan.cache_clear()
+    tokens = torch.arange(80 * 16.0)[:, None].repeat(1, 3).to(TRITON.device)
+    q_idx, sequences = torch.ones(3, 1, 3, device=TRITON.device), msa.Sequences.one(3, len(tokens))
+    got = selection.select_fused(q_idx, tokens, sequences, msa.MSAConfig(16, 4)).indices
+    selection.plan_scan.cache_clear()
+    assert got.tolist() == [[[76, 77, 78, 79]]] * 3
+    assert "scan_kernel" in launched
+
+
+def test_no_kernel_is_left_out():
+    named = set().union(*CHECKS.values(), *SCORE_CHECKS.values())
+    assert named == set(KERNELS)
