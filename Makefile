@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize install bench-crossing clean
+.PHONY: demo test lint sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo digits --backend torch --plot digits.png
 
@@ -23,6 +23,9 @@ sanitize: install
 		--target-processes all $(SANITIZED)
 
 install: .venv/installed
+
+bench: install
+	$(BIN)/msa bench prefill --plots docs
 
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing

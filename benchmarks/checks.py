@@ -106,7 +106,7 @@ def check_attention(x: Inputs, chosen: Selection, order: LoopOrder) -> float:
         for r in range(cases.GROUPS):
             ids = chosen.indices[i, r]
             tokens = ids[ids >= 0].long()[:, None] * CONFIG.block_size
-            tokens = (tokens + torch.arange(CONFIG.block_size, device="cuda")).flatten()
+            tokens = (tokens + torch.arange(CONFIG.block_size, device=ids.device)).flatten()
             wanted, lse = exact(x, i, r, tokens[tokens <= position] + keys.start)
             heads = slice(r * GROUP, (r + 1) * GROUP)
             worst = max(worst, float((result.out[i, heads].double() - wanted).abs().max()))

@@ -27,11 +27,14 @@ class PrefillOptions:
     rho: the chance that a query keeps each remote block of its predecessor.
     """
 
-    out: Path = Path("benchmarks/results/prefill_h100.json")
-    """Where to write the results; they are rewritten after each part."""
+    out: Path | None = None
+    """Where to write the results, again after each part; None is
+    benchmarks/results/prefill_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: the device's own ceilings, prompts of 4K to 128K tokens, a million tokens in
     chunks, production shapes, the stand-alone top-k."""
+    plots: Path | None = None
+    """A folder for the figures; none are drawn without it (see `msa bench plots`)."""
 
 
 def run(options: PrefillOptions) -> int:
@@ -43,22 +46,27 @@ def run(options: PrefillOptions) -> int:
     from benchmarks.stages import PARTS
 
     found: dict[str, Any] = report.machine()
+    out = options.out or report.results_path("prefill", found)
     try:
         for name in options.parts:
             found[name] = PARTS[name]()
-            report.write(options.out, found)
+            report.write(out, found)
     except Wrong as error:
         print(f"msa bench prefill: not timed, for it is wrong: {error}", file=sys.stderr)
         return 1
     prefill_table.show(found)
-    print(f"Results: {options.out}. Figures: msa bench plots --results {options.out}")
+    print(f"Results: {out}")
+    if options.plots is not None:
+        from benchmarks import plots
+
+        return plots.run(plots.PlotsOptions(out, options.plots))
     return 0
 
 
 def main() -> int:
     """The command without tyro."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=PrefillOptions.out)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", nargs="*", default=get_args(Part), choices=get_args(Part))
     given = parser.parse_args()
     return run(PrefillOptions(given.out, tuple(given.parts)))

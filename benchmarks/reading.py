@@ -1,4 +1,4 @@
-"""Results read again: what the table and the figures ask of a results file. No torch, no GPU."""
+"""Results read again: what the table and the figures ask of a results file. No GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cases import CHUNK, MILLION
+
 Found = dict[str, Any]
-CHUNK, MILLION = 2**14, 2**20
 
 
 def ms(row: Found, name: str) -> float:

@@ -40,6 +40,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
+    """Where results of this machine belong.
+
+    >>> str(results_path("prefill", {"device": "NVIDIA H100 80GB HBM3"}))
+    'benchmarks/results/prefill_h100.json'
+    >>> str(results_path("prefill", {"device": "NVIDIA A100-SXM4-80GB"}))
+    'benchmarks/results/prefill_a100.json'
+    """
+    word = machine["device"].removeprefix("NVIDIA ").replace("-", " ").split()[0].lower()
+    return Path("benchmarks/results") / f"{benchmark}_{word}.json"
+
+
 def write(path: Path, found: dict[str, Any]) -> None:
     """The results as JSON, in the folder made for them."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,11 @@ usage: msa COMMAND [options]
 MiniMax Sparse Attention from math to metal.
 
 commands:
-  explain       a 12-token example through every form of the lowering
-  verify        the equivalence proofs, rules R1-R20, on this machine's backends
-  demo digits   attention as a classifier of real images: dense, MSA, window, random
+  explain         a 12-token example through every form of the lowering
+  verify          the equivalence proofs, rules R1-R20, on this machine's backends
+  demo digits     attention as a classifier of real images: dense, MSA, window, random
+  bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
+  bench plots     the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command.
 """
@@ -41,6 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.demo import digits
 
                 return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
+            case ["bench", "prefill", *rest]:
+                from benchmarks import prefill
+
+                options = tyro.cli(prefill.PrefillOptions, prog="msa bench prefill", args=rest)
+                return prefill.run(options)
+            case ["bench", "plots", *rest]:
+                from benchmarks import plots
+
+                return plots.run(tyro.cli(plots.PlotsOptions, prog="msa bench plots", args=rest))
             case [] | ["-h"] | ["--help"]:
                 print(HELP, end="")
                 return 0
@@ -48,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
                 return 2
     except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "benchmarks":
+            print("msa: msa bench runs from a checkout: pip install -e '.[all]'", file=sys.stderr)
+            return 2
         print(
             f"msa: this command needs {error.name}; pip install 'msa-stack[all]' brings everything",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""Every example in a docstring of msa runs, and gives what it says.
+"""Every example in a docstring of msa or benchmarks runs, and gives what it says.
 
 One namespace for each file, as a reader has it: what the module's docstring sets up is there below.
 """
@@ -16,7 +16,8 @@ from sybil.parsers.rest import DocTestParser
 
 ROOT = Path(__file__).parent.parent
 SYBIL = Sybil(parsers=[DocTestParser()], document_types={".py": PythonDocStringDocument})
-FILES = [p for p in sorted((ROOT / "msa").rglob("*.py")) if ">>> " in p.read_text()]
+SOURCES = [p for folder in ("msa", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [p for p in SOURCES if ">>> " in p.read_text()]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(ROOT)) for p in FILES])

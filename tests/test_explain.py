@@ -6,8 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from msa import cli, explain, reference
+from msa import cli, explain, loop_order, reference
+from msa.ir import Selection, Sequences
+from msa.triton_impl import tuning
+from msa.triton_impl.tile_union import split_tiles
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,46 @@ def test_json_holds_every_form(backend, capsys):
     ]
 
 
+def test_the_loop_order_is_chosen_by_the_measured_rule(capsys):
+    assert cli.main(["explain", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["loop_order"]
+    assert (shown["walk_all"], shown["walk_pairs"]) == (tuning.WALK_ALL, tuning.WALK_PAIRS)
+    assert (shown["min_edges"], shown["top_k"]) == (tuning.MIN_EDGES, 2)
+    assert [tile["union"] for tile in shown["tiles"]] == [1, 1, 2, 2, 3, 3]
+    assert (shown["mean_union"], shown["readers"]) == (2.0, 8.0)
+    assert shown["tiles"][-1] == {
+        "queries": [8, 11], "group": 1, "union": 3, "order": "walks its whole union",
+    }  # fmt: skip
+    assert cli.main(["explain"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "up to 1.75·k walks its whole union up to 3·k walks the blocks of 2 queries" in text
+    assert "a mean union is 2.00 blocks = 1.00·k" in text
+
+
+@pytest.mark.parametrize("readers", [2.0, 1000.0])
+def test_the_rule_in_words_is_that_of_the_kernels(readers):
+    """Unions of all lengths: what the split leaves to KV-outer are the blocks of too few."""
+    top_k, tile, groups, tiles = 4, 4, 1, 24
+    random = np.random.default_rng(0)
+    wide = [random.choice(16, size=(tile, 2 + t // 2), replace=True) for t in range(tiles)]
+    rows = [
+        [sorted(set(query.tolist()))[:top_k] + [-1] * top_k for query in blocks] for blocks in wide
+    ]
+    ids = np.array([[row[:top_k] for row in tile_rows] for tile_rows in rows], np.int32)
+    lengths = set()
+    sequences = Sequences.one(tile * tiles, 16 * 32)
+    chosen = Selection(torch.from_numpy(ids.reshape(-1, groups, top_k)), sequences, 32)
+    limits = loop_order.limits(top_k) if readers >= loop_order.MIN_EDGES else None
+    remote = split_tiles(chosen, tile, limits).remote
+    for t in range(tiles):
+        blocks, shared = np.unique(ids[t][ids[t] >= 0], return_counts=True)
+        least = loop_order.least_shared(len(blocks), top_k, readers)
+        lengths.add(least)
+        left = [] if remote is None else remote.indices[t * tile : (t + 1) * tile].unique().tolist()
+        assert [b for b in left if b >= 0] == blocks[shared < least].tolist()
+    assert lengths == ({1, 2, 3} if readers == 1000.0 else {1})
+
+
 def test_the_text_is_the_same_on_both_backends(capsys):
     shown = []
     for backend in ("reference", "torch"):
@@ -74,4 +118,7 @@ def test_an_unknown_command_is_an_error(arguments, capsys):
 def test_help_names_every_command(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name}" in shown for name in ("explain", "verify", "demo digits"))
+    assert all(
+        f"  {name}" in shown
+        for name in ("explain", "verify", "demo digits", "bench prefill", "bench plots")
+    )

@@ -1,0 +1,71 @@
+"""`msa bench plots`: the figures of a results file, as SVG; the same file gives the same figures.
+
+Each figure carries in its metadata the name and the SHA-256 of the results it was drawn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PlotsOptions:
+    """Draw the figures of a results file; no GPU is needed."""
+
+    results: Path = Path("benchmarks/results/prefill_h100.json")
+    """What `msa bench prefill` wrote."""
+    to: Path = Path("docs")
+    """The folder of the figures, which are named after the results file."""
+
+
+def source(results: Path) -> str:
+    """Name and digest of a results file."""
+    return f"{results.name} sha256 {hashlib.sha256(results.read_bytes()).hexdigest()}"
+
+
+def draw(results: Path, folder: Path) -> dict[Path, str]:
+    """Draw every figure for which the results hold the numbers.
+
+    Returns:
+        for each figure's path an empty string, or the reason why it was not drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    from benchmarks import figures, roofline
+
+    found = json.loads(results.read_text())
+    made: dict[Path, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, figure_of in (
+        ("", figures.latency_and_gain),
+        ("_roofline", roofline.roofline),
+        ("_union", figures.loop_orders),
+    ):
+        path = folder / f"{results.stem}{suffix}.svg"
+        with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": path.stem}):
+            try:
+                figure = figure_of(found)
+            except figures.MissingResults as error:
+                made[path] = str(error)
+                continue
+            figure.savefig(path, metadata={"Date": None, "Source": source(results)})
+            pyplot.close(figure)
+        made[path] = ""
+    return made
+
+
+def run(options: PlotsOptions) -> int:
+    """Draw, and say of each figure where it is, or why it is not; 2 if there are no results."""
+    if not options.results.is_file():
+        print(f"msa bench plots: results must be a file, got {options.results}", file=sys.stderr)
+        return 2
+    for path, reason in draw(options.results, options.to).items():
+        print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")
+    return 0
