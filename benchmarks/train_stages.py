@@ -149,7 +149,7 @@ def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
     out, lse = output.out, output.lse
     none = torch.zeros_like(lse)
     union = split_tiles(chosen, positions_of(GROUP))
-    edges = reverse_union(union, chosen, tuning.TRAINING_EDGES)
+    edges = reverse_union(union, chosen, tuning.KEY_TILES)
     asking = q_idx.clone().requires_grad_()
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "select": (0, lambda: select_fused(q_idx, k_idx, x.sequences, CONFIG)),
@@ -157,7 +157,7 @@ def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
         "align": (1, lambda: align_index(
             q, k, asking, k_idx, chosen, x.sequences, CONFIG, lse)),
         "edges": (0, lambda: reverse_union(
-            split_tiles(chosen, positions_of(GROUP)), chosen, tuning.TRAINING_EDGES)),
+            split_tiles(chosen, positions_of(GROUP)), chosen, tuning.KEY_TILES)),
         "queries": (3, lambda: query_gradients(
             q, k, v, out, d_out, lse, none, union, chosen, SCALE)),
         "keys": (4, lambda: key_gradients(q, k, v, d_out, lse, none, edges, SCALE)),

@@ -160,9 +160,9 @@ def test_the_alignment_loss_stops_at_the_hidden_state(subject):
         assert taught.grad.abs().max() > 0
 
 
-SIZES = {  # tokens, heads, groups, head sizes, configuration
-    "cpu": (70, 4, 2, (16,), msa.MSAConfig(block_size=16, top_k=2)),
-    "cuda": (1500, 16, 2, (64, 128), msa.MSAConfig(block_size=64, top_k=6)),
+SIZES = {  # tokens, heads, groups, head sizes, configuration, largest ratio
+    "cpu": (70, 4, 2, (16,), msa.MSAConfig(block_size=16, top_k=2), 2.0),
+    "cuda": (1500, 16, 2, (64, 128), msa.MSAConfig(block_size=64, top_k=6), 1.5),
 }
 
 
@@ -171,11 +171,13 @@ def test_half_precision_costs_little_more_than_its_last_rounding(subject, name):
     """Errors over whole tensors: at most 1.5 times those of a gradient that is rounded once.
 
     That is what the torch backend gives, which computes in float32. Rounding dS for its products as
-    well is an independent error of the same size, together sqrt(2) times as long; this leaves no
-    room for a delta from rounded out and P, with which `rounding_backward` is at 1.5 to 1.6.
+    well is an independent error of the same size, together sqrt(2) times as long. The rounding of
+    out and P reaches dS through delta, one error for all keys of a query, which their directions
+    average away where there are hundreds; with the 32 keys that the interpreter has time for it
+    counts in full, and twice as long is four roundings.
     """
     dtype = getattr(torch, name)
-    tokens, heads, groups, dims, config = SIZES[subject.device]
+    tokens, heads, groups, dims, config, most = SIZES[subject.device]
     for dim in dims:
         shapes = [(tokens, heads, dim), *[(tokens, groups, dim)] * 3, (tokens, dim)]
         generator = torch.Generator().manual_seed(dim)
@@ -200,7 +202,7 @@ def test_half_precision_costs_little_more_than_its_last_rounding(subject, name):
             best, error = ((x - want).norm() / want.norm() for x in (good, got))
             print(f"{subject.label} {dtype} D={dim} d{name}: {error:.2e}, rounded once {best:.2e}")
             assert best <= torch.finfo(dtype).eps / 2, name
-            assert error <= 1.5 * best, f"d{name} is off by {error:.2e}, {error / best:.2f} times"
+            assert error <= most * best, f"d{name} is off by {error:.2e}, {error / best:.2f} times"
 
 
 def rounding_backward(case: Case) -> dict[str, np.ndarray]:

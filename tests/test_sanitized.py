@@ -35,7 +35,14 @@ CHECKS = {  # property: the kernels that it must launch
     "r14_the_schedule_means_the_reverse_index": {"items_kernel"},
     "r15_partials_are_softmaxes_over_one_block": {"chunk_kernel"},
     "r16_combining_is_the_definition": {"combine_kernel"},
-}
+    "r17_gradients_reach_the_index_branch_only": {
+        "block_sums_kernel", "merge_sums_kernel", "teacher_kernel", "judge_kernel",
+        "sum_slots_kernel", "sum_items_kernel",
+    },
+    "r18_gradients_in_every_dtype": {
+        "query_gradients_kernel", "record_kernel", "key_gradients_kernel", "sum_items_kernel",
+    },
+}  # fmt: skip
 SCORE_CHECKS = {
     "r7_ties_go_to_the_lower_id": {"row_topk_kernel"},
     "r6_local_and_sink_blocks_are_always_in": {"row_topk_kernel"},

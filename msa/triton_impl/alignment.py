@@ -91,7 +91,7 @@ class Alignment(torch.autograd.Function):
                 chosen = all_blocks(part, block, groups, device)
             else:
                 chosen = Selection(selection.indices[queries].contiguous(), part, block)
-            schedule = schedule_edges(reverse_edges(chosen), tuning.TRAINING_EDGES)
+            schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
             qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
             if lse is None:
                 top, log_total = softmax_sums(qs, ks, schedule, scale)
@@ -104,7 +104,7 @@ class Alignment(torch.autograd.Function):
                 union = unite_all(part, block, positions, groups, device)
             else:
                 union = split_tiles(chosen, positions)
-            edges = reverse_union(union, chosen, tuning.TRAINING_EDGES)
+            edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
             teacher = teach(qs, ks, part_lse, chosen.indices, edges, scale, dense=selection is None)
             gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
             loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)

@@ -143,7 +143,7 @@ class SelectedAttention(torch.autograd.Function):
         d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
         union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
         d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale)
-        edges = reverse_union(union, selection, tuning.TRAINING_EDGES)
+        edges = reverse_union(union, selection, tuning.KEY_TILES)
         d_k, d_v = key_gradients(q, k, v, d_out, lse, delta, edges, scale)
         return d_q, d_k, d_v, None, None, None
 

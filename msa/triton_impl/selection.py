@@ -251,7 +251,7 @@ def select_fused(
         scan_kernel[len(plan.items),](
             q_idx, describe(k_idx, tile.keys) if tma else k_idx, plan.items, keys, ids, fills,
             lows, scale, q_idx.stride(0), q_idx.stride(1), k_idx.stride(0), HKV=groups, DIM=dim,
-            BD=pad(dim), BM=rows, BK=config.block_size, BN=tile.keys, LOCAL=config.local_blocks,
+            BD=pad(dim, 32 if q_idx.dtype.itemsize == 1 else 16), BM=rows, BK=config.block_size, BN=tile.keys, LOCAL=config.local_blocks,
             PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
             SLICE=min(rows, max(16, tile.warps * 512 // capacity)), TMA=tma,
             PRECISION=is_exact(q_idx), **tile.launch(),

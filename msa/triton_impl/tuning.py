@@ -105,8 +105,11 @@ PARTIAL_BYTES = 9 * 2**29
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""
 
-TRAINING_EDGES = 512
-"""The same in tiles of queries, where each item leaves a gradient of its whole block."""
+JUDGE_EDGES = 512
+"""The same where each item leaves a gradient of its whole block of index keys."""
+
+KEY_TILES, TEACHER_TILES = 256, 64
+"""The same in tiles of queries: gradients of keys, which every item leaves apart; the teacher."""
 
 TRAINING_BYTES = 2**31
 """Bound on what the alignment loss keeps in slots: queries are taken in super-tiles below it."""
