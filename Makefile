@@ -26,6 +26,7 @@ install: .venv/installed
 
 bench: install
 	$(BIN)/msa bench prefill --plots docs
+	$(BIN)/msa bench train
 
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing

@@ -27,8 +27,9 @@ class TrainOptions:
     Takes about two minutes on an H100.
     """
 
-    out: Path = Path("benchmarks/results/train_h100.json")
-    """Where to write the results; they are rewritten after each part."""
+    out: Path | None = None
+    """Where to write the results, again after each part; None is
+    benchmarks/results/train_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: steps of 8K to 128K tokens, the warm-up form at 32K."""
 
@@ -41,48 +42,49 @@ def run(options: TrainOptions) -> int:
     from benchmarks.train_stages import PARTS
 
     found: dict[str, Any] = report.machine()
+    out = options.out or report.results_path("train", found)
     try:
         for name in options.parts:
             found[name] = PARTS[name]()
-            report.write(options.out, found)
+            report.write(out, found)
     except Wrong as error:
         print(f"msa bench train: not timed, for it is wrong: {error}", file=sys.stderr)
         return 1
     show(found)
-    print(f"Results: {options.out}.")
+    print(f"Results: {out}")
     return 0
 
 
-def show(found: dict[str, Any]) -> None:
+def show(found: dict[str, Any], console: Console | None = None) -> None:
     """The results as tables."""
-    console = Console()
+    console = console or Console()
     made = report.table(
         "A training step, ms: forward, backward, alignment loss", "tokens", "rho", "dense", "MSA",
-        "times", "forward", "align", "dQ", "dK, dV", "GiB", "dense GiB",
+        "times", "forward", "KL", "dQ", "dKdV", "GiB", "dense",
     )  # fmt: skip
     for row in found.get("steps", ()):
         dense = row["dense"]["ms"]
         for sparse in row["sparse"]:
             stages = (sparse["stages"][s]["ms"] for s in ("forward", "align", "queries", "keys"))
             made.add_row(
-                f"{row['n'] // 1024}K", f"{sparse['keep']}", f"{dense:.2f}",
-                f"{sparse['step']['ms']:.2f}", f"{dense / sparse['step']['ms']:.2f}",
-                *(f"{ms:.2f}" for ms in stages), f"{sparse['extra_gib']:.1f}",
+                f"{row['n'] // 1024}K", f"{sparse['keep']}", f"{dense:.1f}",
+                f"{sparse['step']['ms']:.1f}", f"{dense / sparse['step']['ms']:.2f}",
+                *(f"{ms:.1f}" for ms in stages), f"{sparse['extra_gib']:.1f}",
                 f"{row['dense_extra_gib']:.1f}",
             )  # fmt: skip
     console.print(made)
     if warm := found.get("warm_up"):
-        dense = warm["dense"]["ms"]
+        dense, both = warm["dense"]["ms"], warm["both"]["ms"]
         console.print(
             f"Warm-up at {warm['n'] // 1024}K: dense {dense:.1f} ms, with the loss over all "
-            f"visible tokens {warm['both']['ms']:.1f} ms, {warm['both']['ms'] / dense:.2f} times."
+            f"visible tokens {both:.1f} ms, {both / dense:.2f} times as long."
         )
 
 
 def main() -> int:
     """The command without tyro."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=TrainOptions.out)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", nargs="*", default=get_args(Part), choices=get_args(Part))
     given = parser.parse_args()
     return run(TrainOptions(given.out, tuple(given.parts)))

@@ -19,6 +19,7 @@ import torch
 from benchmarks import cases
 from msa.ir import Sequences
 from msa.triton_impl import selection as selection_stage
+from msa.triton_impl import tuning
 from msa.triton_impl.attention import attend_selection
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
@@ -50,12 +51,11 @@ UNION = tiles(
 )  # fmt: skip
 CHUNKS = [TileConfig(64, keys, 4, stages) for keys in (64, 128) for stages in (2, 3, 5)]
 EDGES = (128, 256)
-KEYS = tiles((64, 128, 8, 3), (64, 64, 8, 3))
-QUERIES = tiles((64, 64, 4, 2), (64, 32, 4, 4))
-SUMS = tiles((128, 128, 4, 2))
-TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 3), (32, 128, 4, 3))
-JUDGE = tiles((32, 128, 4, 2), (16, 128, 4, 2), (32, 128, 4, 3), (32, 64, 4, 2))
-TRAINING_EDGES = (256, 512)
+KEYS = tiles((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 4))
+QUERIES = tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 3))
+SUMS = tiles((64, 128, 4, 3), (128, 128, 4, 2))
+TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 2))
+JUDGE = tiles((32, 128, 4, 2), (32, 128, 4, 3), (16, 128, 4, 2))
 
 
 Candidate = tuple[str, TileConfig, float, Callable[[], object]]
@@ -122,15 +122,14 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
             lambda tile=tile: query_gradients(
                 x.q, x.k, x.v, out, d_out, lse, d_lse, union, chosen, scale, tile),
         )  # fmt: skip
-    for most in TRAINING_EDGES:
-        edges = reverse_union(union, chosen, most)
-        for tile in KEYS if most == 512 else KEYS[:1]:
-            yield (
-                f"keys {most}", tile, 2 * flops,
-                lambda tile=tile, edges=edges: key_gradients(
-                    x.q, x.k, x.v, d_out, lse, d_lse, edges, scale, tile),
-            )  # fmt: skip
-    schedule = schedule_edges(reverse_edges(chosen), 1024)
+    edges = reverse_union(union, chosen, tuning.KEY_TILES)
+    for tile in KEYS:
+        yield (
+            "keys", tile, 2 * flops,
+            lambda tile=tile, edges=edges: key_gradients(
+                x.q, x.k, x.v, d_out, lse, d_lse, edges, scale, tile),
+        )  # fmt: skip
+    schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
     for tile in SUMS:
         yield (
             "sums main", tile, flops / 2,
@@ -142,11 +141,12 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
         )  # fmt: skip
     student = softmax_sums(x.q_idx, shared, schedule, scale)
     gradients = torch.empty_like(x.q_idx).float(), torch.zeros_like(x.k_idx).float()
-    edges = reverse_union(union, chosen, 512)
+    edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
     for tile in TEACHER:
         yield (
             "teacher", tile, flops / 2,
-            lambda tile=tile: teach(x.q, x.k, lse, chosen.indices, edges, scale, tile=tile),
+            lambda tile=tile, edges=edges: teach(
+                x.q, x.k, lse, chosen.indices, edges, scale, tile=tile),
         )  # fmt: skip
     teacher = teach(x.q, x.k, lse, chosen.indices, edges, scale)
     for tile in JUDGE:

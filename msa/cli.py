@@ -18,6 +18,7 @@ commands:
   verify          the equivalence proofs, rules R1-R20, on this machine's backends
   demo digits     attention as a classifier of real images: dense, MSA, window, random
   bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
+  bench train     the same for a training step: forward, backward, alignment loss
   bench plots     the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command.
@@ -48,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
 
                 options = tyro.cli(prefill.PrefillOptions, prog="msa bench prefill", args=rest)
                 return prefill.run(options)
+            case ["bench", "train", *rest]:
+                from benchmarks import train
+
+                return train.run(tyro.cli(train.TrainOptions, prog="msa bench train", args=rest))
             case ["bench", "plots", *rest]:
                 from benchmarks import plots
 

@@ -48,7 +48,7 @@ def align_index(
     reaches q_idx and k_idx only; the loss is float32.
 
     Args:
-        lse: float32, the main branch's log-sum-exp over the same tokens; None computes it.
+        lse: the main branch's log-sum-exp over the same tokens; None computes it.
 
     Raises:
         TypeError, ValueError: see `require_kernels`.
@@ -97,7 +97,7 @@ class Alignment(torch.autograd.Function):
                 top, log_total = softmax_sums(qs, ks, schedule, scale)
                 part_lse = top * scale + log_total
             else:
-                part_lse = lse[queries].contiguous()
+                part_lse = lse[queries].float().contiguous()
             shared = ks_idx[:, None].expand(-1, groups, -1)
             student = softmax_sums(qs_idx, shared, schedule, index_scale)
             if selection is None:

@@ -146,9 +146,9 @@ def query_gradients(
     some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
     tiles = tile_table(selection.sequences, union.tile_size, q.device)
     tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
-    key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else ()
+    k_tiles, v_tiles = (describe(k, tile.keys), describe(v, tile.keys)) if tma else (k, v)
     query_gradients_kernel[len(tiles), groups, triton.cdiv(group, some)](
-        q, k, v, *(key_tiles if tma else (k, v)), out, d_out, lse, d_lse, tiles, union.block_ids,
+        q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, tiles, union.block_ids,
         union.row_masks, union.counts, d_q, delta, softmax_scale * LOG2E.value, softmax_scale,
         union.block_ids.stride(1), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group,
         HEADS=some, HKV=groups, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block,

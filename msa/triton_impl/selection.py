@@ -246,13 +246,14 @@ def select_fused(
     shape = (len(plan.items), capacity, rows)
     keys, ids = (torch.empty(shape, dtype=torch.int32, device=out.device) for _ in range(2))
     fills, lows = torch.empty((2, len(plan.items), rows), dtype=torch.int32, device=out.device)
+    least = 32 if q_idx.dtype.itemsize == 1 else 16  # a product's shortest sum
     if len(plan.items):
         tma = tile.descriptors and can_describe(k_idx, dim)
         scan_kernel[len(plan.items),](
             q_idx, describe(k_idx, tile.keys) if tma else k_idx, plan.items, keys, ids, fills,
             lows, scale, q_idx.stride(0), q_idx.stride(1), k_idx.stride(0), HKV=groups, DIM=dim,
-            BD=pad(dim, 32 if q_idx.dtype.itemsize == 1 else 16), BM=rows, BK=config.block_size, BN=tile.keys, LOCAL=config.local_blocks,
-            PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
+            BD=pad(dim, least), BM=rows, BK=config.block_size, BN=tile.keys,
+            LOCAL=config.local_blocks, PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
             SLICE=min(rows, max(16, tile.warps * 512 // capacity)), TMA=tma,
             PRECISION=is_exact(q_idx), **tile.launch(),
         )  # fmt: skip

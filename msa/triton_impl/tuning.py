@@ -70,8 +70,8 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=2),
     },
     "judge": {
-        (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=2),
-        (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=2),
+        (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=3),
+        (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=3),
     },
 }
 DEFAULTS = {
