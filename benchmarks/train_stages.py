@@ -76,7 +76,7 @@ def check_query_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Grad
         for r in range(cases.GROUPS):
             ids = chosen.indices[i, r]
             tokens = ids[ids >= 0].long()[:, None] * CONFIG.block_size
-            tokens = (tokens + torch.arange(CONFIG.block_size, device="cuda")).flatten()
+            tokens = (tokens + torch.arange(CONFIG.block_size, device=x.q.device)).flatten()
             tokens = tokens[tokens <= position] + keys.start
             heads = slice(r * GROUP, (r + 1) * GROUP)
             q, k, v = (t.double() for t in (x.q[i, heads], x.k[tokens, r], x.v[tokens, r]))
@@ -109,7 +109,7 @@ def check_key_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Gradie
             q, d_o, out = (t[some, heads].double() for t in (x.q, d_out, output.out))
             logits = torch.einsum("qhd,kd->qhk", q, k) * SCALE
             logits -= output.lse[some, heads, None]
-            own = torch.arange(b * block, (b + 1) * block, device="cuda") <= some[:, None]
+            own = torch.arange(b * block, (b + 1) * block, device=x.q.device) <= some[:, None]
             p = logits.exp() * own[:, None]
             d_s = p * (torch.einsum("qhd,kd->qhk", d_o, v) - (d_o * out).sum(2, keepdim=True))
             d_v += torch.einsum("qhk,qhd->kd", p, d_o)
@@ -216,8 +216,8 @@ def one_length(n: int) -> dict[str, Any]:
 @torch.no_grad()
 def dense_lse(x: Inputs) -> Float[Tensor, "Tq Hq"]:
     """The dense log-sum-exp, which a dense attention of the user's would hand over."""
-    lse = torch.empty(x.q.shape[:2], device="cuda")
-    positions = torch.arange(x.sequences.total_k, device="cuda")
+    lse = torch.empty(x.q.shape[:2], device=x.q.device)
+    positions = torch.arange(x.sequences.total_k, device=x.q.device)
     for h in range(cases.HEADS):
         for some in positions.split(4096):
             logits = (x.q[some, h] @ x.k[:, h // GROUP].T).float() * SCALE
