@@ -17,7 +17,10 @@ from benchmarks.reading import Found, at
 KEEP = 0.95
 BELOW: dict[str, Any] = {"xytext": (0, -7), "ha": "center", "va": "top"}
 BESIDE: dict[str, Any] = {"xytext": (8, 0), "ha": "left", "va": "center"}
-ASIDE = ("attention, KV-outer", "select, fp8")  # with a ceiling below the point
+ABOVE: dict[str, Any] = {"xytext": (0, 7), "ha": "center", "va": "bottom"}
+PLACES = {  # of names that would lie on a ceiling or on one another
+    "attention, KV-outer": BESIDE, "select, fp8": BESIDE, "attention, union": ABOVE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def draw(axis: Axes, points: list[Stage], ceilings: dict[str, float]) -> None:
         axis.plot([point.intensity], [point.rate], "o", color=point.color, markersize=6, zorder=3)
         axis.annotate(
             f"{point.name}\n{point.share(ceilings)}", (point.intensity, point.rate),
-            **(BESIDE if point.name in ASIDE else BELOW), textcoords="offset points", fontsize=8,
+            **PLACES.get(point.name, BELOW), textcoords="offset points", fontsize=8,
             color=point.color,
         )  # fmt: skip
 
@@ -94,7 +97,7 @@ def copy_ceiling(axis: Axes, bandwidth: float, stop: float, label_at: float) -> 
     ends = axis.transData.transform([[x, x * bandwidth] for x in (low, stop)])
     across, up = ends[1] - ends[0]
     axis.text(
-        label_at, label_at * bandwidth * 1.2, f"copy, {bandwidth:.2f} TB/s", fontsize=8,
+        label_at, label_at * bandwidth * 1.3, f"copy, {bandwidth:.2f} TB/s", fontsize=8,
         rotation=float(np.degrees(np.arctan2(up, across))), rotation_mode="anchor",
     )  # fmt: skip
 

@@ -82,6 +82,16 @@ def test_measured_figures_are_those_of_the_results():
     ]
     assert len(gains) >= 3
     assert ", ".join(gains) in README
+    training = json.loads((results / "train_h100.json").read_text())
+    assert "H100" in training["device"]
+    gains = [
+        f"{row['dense']['ms'] / sparse['step']['ms']:.1f}× at {row['n'] // 1024}K"
+        for row in training["steps"]
+        for sparse in row["sparse"]
+        if sparse["keep"] == 0.95
+    ]
+    assert len(gains) == 3
+    assert ", ".join(gains) in README
 
 
 def test_files_that_the_readme_names_exist():
