@@ -12,7 +12,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from benchmarks import report
 
@@ -45,15 +45,10 @@ def run(options: PrefillOptions) -> int:
     from benchmarks.checks import Wrong
     from benchmarks.stages import PARTS
 
-    found: dict[str, Any] = report.machine()
-    out = options.out or report.results_path("prefill", found)
-    try:
-        for name in options.parts:
-            found[name] = PARTS[name]()
-            report.write(out, found)
-    except Wrong as error:
-        print(f"msa bench prefill: not timed, for it is wrong: {error}", file=sys.stderr)
+    measured = report.measure("prefill", options.out, options.parts, PARTS, Wrong)
+    if measured is None:
         return 1
+    found, out = measured
     prefill_table.show(found)
     print(f"Results: {out}")
     if options.plots is not None:

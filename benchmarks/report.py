@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,29 @@ def write(path: Path, found: dict[str, Any]) -> None:
     """The results as JSON, in the folder made for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(
+    benchmark: str,
+    out: Path | None,
+    names: Iterable[str],
+    parts: dict[str, Callable[[], Any]],
+    wrong: type[Exception],
+) -> tuple[dict[str, Any], Path] | None:
+    """Run parts by name and write the results after each; what was found, and where it lies.
+
+    None, and a word on the error stream, if a part raises `wrong`.
+    """
+    found = machine()
+    out = out or results_path(benchmark, found)
+    try:
+        for name in names:
+            found[name] = parts[name]()
+            write(out, found)
+    except wrong as error:
+        print(f"msa bench {benchmark}: not timed, for it is wrong: {error}", file=sys.stderr)
+        return None
+    return found, out
 
 
 def table(title: str, *columns: str) -> Table:

@@ -41,15 +41,10 @@ def run(options: TrainOptions) -> int:
     from benchmarks.checks import Wrong
     from benchmarks.train_stages import PARTS
 
-    found: dict[str, Any] = report.machine()
-    out = options.out or report.results_path("train", found)
-    try:
-        for name in options.parts:
-            found[name] = PARTS[name]()
-            report.write(out, found)
-    except Wrong as error:
-        print(f"msa bench train: not timed, for it is wrong: {error}", file=sys.stderr)
+    measured = report.measure("train", options.out, options.parts, PARTS, Wrong)
+    if measured is None:
         return 1
+    found, out = measured
     show(found)
     print(f"Results: {out}")
     return 0
