@@ -54,7 +54,7 @@ def attention(
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
-        packed Selection. Differentiable in q, k, v on the torch backend, selection fixed (R18).
+        packed Selection. Differentiable in q, k, v on torch and triton, selection fixed (R18).
         kl, else None, is float64 if q or q_idx is, else float32; its gradient reaches q_idx and
         k_idx only (R17).
 

@@ -162,3 +162,15 @@ def test_the_reference_does_not_drop_gradients_silently(rng):
     given = {n: torch.tensor(x, requires_grad=True) for n, x in arrays(rng, 9).items()}
     with pytest.raises(ValueError, match="q must not require a gradient"):
         msa.attention(**given, config=CONFIG, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_selection_brings_its_own_block_size_to_the_loss(backend, rng):
+    """What the configuration says of blocks is for the warm-up form."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    given = arrays(rng, 40, dim=16)
+    q, k, q_idx, k_idx = (torch.tensor(given[n]).to(device) for n in ("q", "k", "q_idx", "k_idx"))
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    chosen = msa.select(q_idx, k_idx, config=config, backend=backend)
+    wanted = msa.align_index(q, k, q_idx, k_idx, chosen, config=config, backend=backend)
+    assert msa.align_index(q, k, q_idx, k_idx, chosen, backend=backend) == wanted

@@ -53,7 +53,8 @@ def align_index(
     Raises:
         TypeError, ValueError: see `require_kernels`.
     """
-    require_kernels(config.block_size, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
+    block_size = config.block_size if selection is None else selection.block_size
+    require_kernels(block_size, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
     wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
     given = (q.detach(), k.detach(), q_idx, k_idx, None if lse is None else lse.detach())
     return Alignment.apply(*given, selection, sequences, config, wants_gradient)
@@ -78,8 +79,10 @@ class Alignment(torch.autograd.Function):
         """Add up the super-tiles in order (R19)."""
         q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
         n_q, groups, dim = q_idx.shape
-        block, device = config.block_size, q.device
-        top_k = selection.top_k if selection is not None else sequences.max_blocks(block)
+        block, top_k = config.block_size, sequences.max_blocks(config.block_size)
+        if selection is not None:
+            block, top_k = selection.block_size, selection.top_k
+        device = q.device
         size = max(1, tuning.TRAINING_BYTES // (4 * groups * max(1, top_k) * (block + dim)))
         positions = positions_of(q.shape[1] // groups)
         scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
