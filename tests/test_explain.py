@@ -10,7 +10,6 @@ import torch
 
 from msa import cli, explain, loop_order, reference
 from msa.ir import Selection, Sequences
-from msa.triton_impl import tuning
 from msa.triton_impl.tile_union import split_tiles
 
 
@@ -63,8 +62,8 @@ def test_json_holds_every_form(backend, capsys):
 def test_the_loop_order_is_chosen_by_the_measured_rule(capsys):
     assert cli.main(["explain", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["loop_order"]
-    assert (shown["walk_all"], shown["walk_pairs"]) == (tuning.WALK_ALL, tuning.WALK_PAIRS)
-    assert (shown["min_edges"], shown["top_k"]) == (tuning.MIN_EDGES, 2)
+    assert (shown["walk_all"], shown["walk_pairs"]) == (loop_order.WALK_ALL, loop_order.WALK_PAIRS)
+    assert (shown["min_edges"], shown["top_k"]) == (loop_order.MIN_EDGES, 2)
     assert [tile["union"] for tile in shown["tiles"]] == [1, 1, 2, 2, 3, 3]
     assert (shown["mean_union"], shown["readers"]) == (2.0, 8.0)
     assert shown["tiles"][-1] == {

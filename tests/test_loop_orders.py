@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 
 import msa
-from msa import reference
+from msa import loop_order, reference
 from msa.conformance import subjects
 from msa.conformance.strategies import long_unions
-from msa.triton_impl import attention, selection, tuning
+from msa.triton_impl import attention, selection
 
 SUBJECTS = [
     pytest.param(s, id=s.label, marks=[pytest.mark.gpu] * (s.device != "cpu"))
@@ -28,7 +28,7 @@ def branches(case):
     k = case.config.top_k
     union = reference.unite_tiles(case.selection, attention.positions_of(case.group))
     lengths = (union.block_ids >= 0).sum(-1).ravel().tolist()
-    whole, pairs = int(tuning.WALK_ALL * k), int(tuning.WALK_PAIRS * k)
+    whole, pairs = loop_order.limits(k)
     return ["whole" if n <= whole else "pairs" if n <= pairs else "more" for n in lengths]
 
 

@@ -9,9 +9,11 @@
               the walk folds their partials in at its end
 
 The rule of auto is a break-even: walking costs every row of the tile, KV-outer only the rows that
-want the block, at a lower rate. It looks at the size of the tile's union (WALK_ALL, WALK_PAIRS in
-tuning.py), on the device: nothing waits. Where a block has too few readers for KV-outer to load it
-(MIN_EDGES on average), auto means union.
+want the block, at a lower rate. It looks at the size of the tile's union (msa/loop_order.py), on
+the device: nothing waits. Where a block has too few readers for KV-outer to load it (MIN_EDGES on
+average), auto means union.
+
+Backward (R18): dQ by a walk over unions, dK and dV KV-outer by tiles of queries.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
+from msa.loop_order import MIN_EDGES, limits
 from msa.triton_impl import tuning
 from msa.triton_impl.alignment import align_index
 from msa.triton_impl.combine import combine_partials
@@ -54,7 +57,7 @@ def choose_order(selection: Selection, group: int) -> str:
     """What "auto" does with this selection: "split" or "union" (see above)."""
     n_q, _, top_k = selection.indices.shape
     blocks = max(1, selection.sequences.cu_blocks(selection.block_size)[-1])
-    dense = n_q * top_k >= tuning.MIN_EDGES * blocks
+    dense = n_q * top_k >= MIN_EDGES * blocks
     return "split" if dense and positions_of(group) > 2 else "union"
 
 
@@ -77,8 +80,7 @@ def attend_part(
         combine_partials(kv_outer(selection), into=into)
         return
     tile_size = positions_of(q.shape[1] // k.shape[1])
-    whole, pairs = (int(x * selection.top_k) for x in (tuning.WALK_ALL, tuning.WALK_PAIRS))
-    union = split_tiles(selection, tile_size, (whole, pairs) if order == "split" else None)
+    union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into,

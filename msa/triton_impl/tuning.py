@@ -11,10 +11,6 @@ from typing import Any
 
 import torch
 
-from msa.loop_order import MIN_EDGES as MIN_EDGES  # the rule of loop_order="auto"
-from msa.loop_order import WALK_ALL as WALK_ALL
-from msa.loop_order import WALK_PAIRS as WALK_PAIRS
-
 
 @dataclass(frozen=True)
 class TileConfig:
