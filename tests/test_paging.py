@@ -258,10 +258,26 @@ def test_the_view_keeps_its_memory(place):
         assert getattr(pool.cache, name) is part
 
 
-def test_gradients_stay_out_of_the_pages():
-    pool, tokens = make_pool("torch"), put(drawn(0, 3), "torch")
-    pool.append(0, *(tokens[name].requires_grad_() for name in CACHED))
+def test_nothing_is_recorded_for_gradients():
+    pool, tokens = make_pool("torch", batch=1), put(drawn(0, 1, 3), "torch")
+    tokens = {name: x.requires_grad_() for name, x in tokens.items()}
+    pool.append([0], *(tokens[name] for name in CACHED))
     assert not any(array.requires_grad for array in page_arrays(pool.cache).values())
+    output = msa.decode(tokens["q"], tokens["q_idx"], pool.cache, config=CONFIG)
+    assert not output.out.requires_grad and not output.lse.requires_grad
+
+
+def test_many_queries_go_in_tiles(monkeypatch):
+    tokens, pool = put(drawn(0, BATCH, 9), "torch"), make_pool("torch", pages=9)
+    pool.append([0, 2], *(tokens[name][:2] for name in CACHED))
+    arguments = tokens["q"], tokens["q_idx"], pool.cache
+    whole = msa.decode(*arguments, config=CONFIG)
+    monkeypatch.setattr(
+        "msa.torch_impl.lowering.CPU_BUFFER", 400
+    )  # numbers, 80 a query: 18 = 5 + 5 + 5 + 3
+    tiled = msa.decode(*arguments, config=CONFIG)
+    close(tiled.out, whole.out)
+    close(tiled.lse, whole.lse)
 
 
 class Reads(TorchDispatchMode):
