@@ -195,7 +195,7 @@ def decode(
     """MSA for the last n tokens of each sequence of a paged cache, which holds them already (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
-    layout; the Selection covers the live sequences, packed.
+    layout; the Selection covers the live sequences, packed. Nothing is recorded for gradients.
 
     >>> import numpy as np, msa
     >>> pages = np.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two tokens
