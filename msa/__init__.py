@@ -21,6 +21,7 @@ from msa.ir import (
     Sequences,
     TileUnion,
 )
+from msa.paging import PagePool
 from msa.pipeline import Trace
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "BlockScores",
     "MSAConfig",
     "Output",
+    "PagePool",
     "PagedKV",
     "Partials",
     "ReverseIndex",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 
-from msa import checks, pipeline
+from msa import checks, checks_cache, pipeline
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection
@@ -195,7 +195,7 @@ def decode(
     """MSA for the last n tokens of each sequence of a paged cache, which holds them already (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
-    layout; the Selection covers the live sequences, packed.
+    layout; the Selection covers the live sequences, packed. Nothing is recorded for gradients.
 
     >>> import numpy as np, msa
     >>> pages = np.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two tokens
@@ -211,10 +211,10 @@ def decode(
         checks.check_array(name, array)
     sizes: dict[str, int] = {"Bk": config.block_size}
     checks.check_shape("q", q, "B n Hq D", sizes)
-    checks.check_cache(cache, sizes)
+    checks_cache.check_cache(cache, sizes)
     checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    pages = {f"cache.{name}": getattr(cache, name) for name in checks.CACHE_DIMS}
+    pages = {f"cache.{name}": getattr(cache, name) for name in checks_cache.CACHE_DIMS}
     checks.check_same_dtype(
         q=q, **{name: pages[name] for name in ("cache.k_pages", "cache.v_pages")}
     )

@@ -1,4 +1,4 @@
-"""Every argument check and every message about bad input (R20) lives here.
+"""Every argument check and message about bad input (R20), but for those of `checks_cache`.
 
 A message names the argument, says what was wanted and what came. Arrays are only looked at
 through `shape`, `dtype` and comparison, so that one check serves NumPy and torch alike; nothing
@@ -16,7 +16,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from msa.config import MSAConfig
-    from msa.ir import PagedKV, Selection, Sequences
+    from msa.ir import Selection, Sequences
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -29,13 +29,6 @@ OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
 """Options of the triton backend: their values, the default first, and why others have no choice."""
 LSE_DTYPES = ("float32", "float64")
 MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
-CACHE_DIMS = {
-    "k_pages": "pages Bk Hkv D",
-    "v_pages": "pages Bk Hkv Dv",
-    "k_idx_pages": "pages Bk Di",
-    "page_table": "B table",
-    "lengths": "B",
-}
 
 
 # -- configuration and sequence borders -----------------------------------------------------------
@@ -132,7 +125,7 @@ def check_lengths(n_q: int, n_k: int) -> None:
 def check_absent(name: str, borders: Any, reason: str) -> None:
     """cu_seqlens must be left out where something else says what they would."""
     if borders is not None:
-        raise ValueError(f"{name} must be None where {reason}, got {_kind(borders)}")
+        raise ValueError(f"{name} must be None where {reason}, got {kind(borders)}")
 
 
 def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
@@ -146,7 +139,7 @@ def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
 def check_array(name: str, array: Any, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> None:
     """A NumPy array or a torch tensor of one of the dtypes, its last dim contiguous."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {_kind(array)}")
+        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {kind(array)}")
     if dtype_name(array) not in dtypes:
         raise TypeError(f"{name} must have dtype {' or '.join(dtypes)}, got {array.dtype}")
     stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
@@ -169,7 +162,7 @@ def check_same_place(**arrays: Any) -> None:
     (first, model), *others = arrays.items()
     for name, array in others:
         if is_torch(array) != is_torch(model):
-            raise TypeError(f"{name} must be a {_kind(model)} as {first} is, got {_kind(array)}")
+            raise TypeError(f"{name} must be a {kind(model)} as {first} is, got {kind(array)}")
         if is_torch(array) and array.device != model.device:
             raise ValueError(
                 f"{name} must be on the device of {first} = {model.device}, got {array.device}"
@@ -258,40 +251,6 @@ def check_selection_for(selection: Selection, arrays: dict[str, Any]) -> None:
     check_same_place(q=arrays["q"], **{"selection.indices": selection.indices})
 
 
-def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Page shapes agree; every page that a sequence needs is in its table and in range.
-
-    `sizes` holds Bk and n, the number of queries per sequence; the sizes found are added.
-    """
-    for name, dims in CACHE_DIMS.items():
-        array = getattr(cache, name)
-        if name in ("page_table", "lengths"):
-            if "int" not in str(getattr(array, "dtype", None)):
-                raise TypeError(f"cache.{name} must hold integers, got {_kind(array)}")
-        else:
-            check_array(f"cache.{name}", array)
-        check_shape(f"cache.{name}", array, dims, sizes)
-    table, lengths = to_numpy(cache.page_table), to_numpy(cache.lengths)
-    for s, length in enumerate(lengths.tolist()):
-        if length < 0 or 0 < length < sizes["n"]:
-            raise ValueError(
-                f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
-                f"in sequence {s}"
-            )
-        needed = -(-length // sizes["Bk"])
-        if needed > table.shape[1]:
-            raise ValueError(
-                f"cache.page_table must have {needed} entries for the {length} tokens of "
-                f"sequence {s}, got {table.shape[1]}"
-            )
-        for b, page in enumerate(table[s, :needed].tolist()):
-            if not 0 <= page < sizes["pages"]:
-                raise ValueError(
-                    f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {page} "
-                    f"for block {b} of sequence {s}"
-                )
-
-
 # -- backends -------------------------------------------------------------------------------------
 def check_backend(name: Any, available: tuple[str, ...]) -> None:
     """A known name whose libraries are installed."""
@@ -307,7 +266,7 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
 def check_triton_device(array: Any, interpreted: bool) -> None:
     """Kernels need a GPU, or Triton's interpreter, which runs them on the CPU for tests."""
     if not interpreted and not (is_torch(array) and array.is_cuda):
-        where = f"a tensor on {array.device}" if is_torch(array) else f"a {_kind(array)}"
+        where = f"a tensor on {array.device}" if is_torch(array) else f"a {kind(array)}"
         raise ValueError(
             f"backend='triton' must be given CUDA tensors, got {where}: use backend='torch', or "
             "set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
@@ -355,7 +314,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_type(name: str, value: Any, wanted: type) -> None:
     """One of this package's own classes."""
     if not isinstance(value, wanted):
-        raise TypeError(f"{name} must be a msa.{wanted.__name__}, got {_kind(value)}")
+        raise TypeError(f"{name} must be a msa.{wanted.__name__}, got {kind(value)}")
 
 
 def check_no_gradient(name: str, array: Any) -> None:
@@ -389,7 +348,8 @@ def _either(values: Iterable[Any]) -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """ "list", "numpy.ndarray" or "torch.Tensor": what came instead of what was wanted."""
     return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
 
 

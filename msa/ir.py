@@ -27,7 +27,7 @@ from typing import Any
 
 from jaxtyping import Float, Int
 
-from msa import checks
+from msa import checks, checks_cache
 
 Array = Any  # a NumPy array or a torch tensor
 
@@ -286,7 +286,12 @@ class PagedKV:
     """Keys, values and index keys in pages of one block each, in any physical order (R2, R20).
 
     Block b of sequence s lies in page `page_table[s, b]`; the first `lengths[s]` tokens are valid.
-    Entries of the table beyond a sequence's last block are not read.
+    Entries of the table beyond a sequence's last block are not read. A `PagePool` makes one and
+    fills it.
+
+    >>> pages = np.arange(6.0).reshape(3, 2, 1, 1)  # three pages of two tokens
+    >>> table, lengths = np.array([[2, 0], [-1, -1]]), np.array([3, 0])
+    >>> cache = PagedKV(pages, pages, pages[..., 0], table, lengths)
     """
 
     k_pages: Float[Array, "pages Bk Hkv D"]
@@ -294,3 +299,25 @@ class PagedKV:
     k_idx_pages: Float[Array, "pages Bk Di"]
     page_table: Int[Array, "B table"]
     lengths: Int[Array, " B"]
+
+    def flat(
+        self, sequence: int
+    ) -> tuple[Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"], Float[Array, "Tk Di"]]:
+        """k, v and k_idx of one sequence, copied out: what `attention` takes for chunked prefill.
+
+        Raises:
+            TypeError, ValueError: no such sequence, or a table without its pages (R20).
+
+        >>> cache.flat(0)[0].ravel()
+        array([4., 5., 0.])
+        """
+        checks_cache.check_sequence(sequence, len(self.lengths))
+        length, (total, block) = int(self.lengths[sequence]), self.k_pages.shape[:2]
+        row = checks.to_numpy(self.page_table[sequence])
+        checks_cache.check_row(row, length, sequence, {"Bk": block, "pages": total})
+        own = self.page_table[sequence, : -(-length // block)]
+        k, v, k_idx = (
+            pages[own].reshape(-1, *pages.shape[2:])[:length]
+            for pages in (self.k_pages, self.v_pages, self.k_idx_pages)
+        )
+        return k, v, k_idx

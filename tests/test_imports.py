@@ -15,18 +15,20 @@ PACKAGE = Path(__file__).parent.parent / "msa"
 STAGES = ["reference", "torch_impl", "triton_impl"]
 OWN = {  # modules directly under msa/, and what each of them may import of msa at its top level
     "checks": set(),
+    "checks_cache": {"checks"},
     "config": {"checks"},
-    "ir": {"checks"},
+    "ir": {"checks", "checks_cache"},
+    "paging": {"checks", "checks_cache", "ir"},
     "interface": {"config", "ir"},
     "pipeline": {"config", "interface", "ir"},
     "layout": {"checks", "ir"},
     "loop_order": set(),
     "dispatch": {"checks", "interface", "ir"},
-    "api": {"checks", "config", "dispatch", "ir", "layout", "pipeline"},
+    "api": {"checks", "checks_cache", "config", "dispatch", "ir", "layout", "pipeline"},
     "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
     "explain_print": {"explain", "loop_order"},
     "cli": set(),
-    "__init__": {"api", "config", "dispatch", "ir", "pipeline"},
+    "__init__": {"api", "config", "dispatch", "ir", "paging", "pipeline"},
 }
 
 

@@ -78,8 +78,8 @@ class Kit:
         """msa.align_index with some arguments replaced."""
         return msa.align_index(**(self.arrays("q k q_idx k_idx") | self.common | changes))
 
-    def decode(self, parts: Arguments | None = None, **changes: Any) -> Any:
-        """msa.decode with some arguments, or some parts of its cache, replaced."""
+    def cache(self, **changes: Any) -> msa.PagedKV:
+        """Two sequences of 7 and 3 tokens in 3 pages of 4, or with some parts replaced."""
         good: Arguments = {
             "k_pages": self.array(3, 4, 2, 4),
             "v_pages": self.array(3, 4, 2, 3),
@@ -87,9 +87,30 @@ class Kit:
             "page_table": self.integers([[0, 2], [1, 0]]),
             "lengths": self.integers([7, 3]),
         }
-        pages = msa.PagedKV(**(good | (parts or {})))
+        return msa.PagedKV(**(good | changes))
+
+    def decode(self, parts: Arguments | None = None, **changes: Any) -> Any:
+        """msa.decode with some arguments, or some parts of its cache, replaced."""
         queries: Arguments = {"q": self.array(2, 1, 4, 4), "q_idx": self.array(2, 1, 2, 2)}
-        return msa.decode(**(queries | {"cache": pages} | self.common | changes))
+        return msa.decode(
+            **(queries | {"cache": self.cache(**parts or {})} | self.common | changes)
+        )
+
+    def pool(self, **changes: Any) -> msa.PagePool:
+        """Two empty slots over 3 pages of 4 tokens, 2 at most for each; or some things replaced."""
+        cache = self.cache()
+        good: Arguments = {n: getattr(cache, n) for n in ("k_pages", "v_pages", "k_idx_pages")}
+        return msa.PagePool(**(good | {"batch": 2, "pages_per_sequence": 2} | changes))
+
+    def tokens(self, *lead: int) -> Arguments:
+        """New keys, values and index keys."""
+        return {name: self.array(*lead, *SHAPES[name][1:]) for name in ("k", "v", "k_idx")}
+
+    def append(self, sequence: Any, *lead: int, **changes: Any) -> None:
+        """Append to a pool whose sequence 1 has 3 tokens already, with some tokens replaced."""
+        pool = self.pool()
+        pool.append(1, **self.tokens(3))
+        pool.append(sequence, **(self.tokens(*lead) | changes))
 
     def lower(self, **changes: Any) -> Any:
         """msa.lower with some arguments replaced."""

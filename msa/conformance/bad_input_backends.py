@@ -68,6 +68,12 @@ def _torch_arrays(**changes: Any) -> Arguments:
     return {**{name: _torch_array(*shape) for name, shape in SHAPES.items()}, **changes}
 
 
+def _torch_pool(**changes: Any) -> msa.PagePool:
+    shapes = {f"{name}_pages": (3, 4, *SHAPES[name][1:]) for name in ("k", "v", "k_idx")}
+    pages: Arguments = {name: _torch_array(*shape) for name, shape in shapes.items()}
+    return msa.PagePool(**(pages | changes), batch=2)
+
+
 def _on_kernels(call: Callable[[], Any]) -> Any:
     """With Triton's interpreter allowed, so that only what comes after is refused."""
     with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):
@@ -123,6 +129,11 @@ TORCH_CASES = [
              lambda kit: msa.align_index(
                  **{n: _torch_array(*SHAPES[n]) for n in ("q", "k", "q_idx", "k_idx")},
                  lse=_torch_array(6, 4, device="meta"), config=CONFIG)),
+    BadInput("mixed kinds in a pool", TypeError, ("v_pages", "torch.Tensor as k_pages", "ndarray"),
+             lambda kit: _torch_pool(v_pages=np.ones((3, 4, 2, 3), np.float32))),
+    BadInput("new keys on another device", ValueError, ("k", "cache.k_pages = cpu", "got meta"),
+             lambda kit: _torch_pool().append(0, *(
+                 _torch_array(1, *SHAPES[n][1:], device="meta") for n in ("k", "v", "k_idx")))),
     BadInput("triton on the CPU", ValueError, ("backend='triton'", "CUDA", "cpu"),
              lambda kit: _without_interpreter()),
     BadInput("a selection of another kind", TypeError, ("selection.indices", "Tensor", "ndarray"),

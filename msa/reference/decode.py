@@ -22,19 +22,15 @@ def decode_step(
     lse = np.full((batch, n, heads), -np.inf, np.float32)
     chosen: list[Array] = []
     borders = [0]
-    for s, length in enumerate(cache.lengths.tolist()):
-        if length == 0:
+    for s in range(batch):
+        if cache.lengths[s] == 0:
             continue
-        pages = cache.page_table[s, : -(-length // config.block_size)]
-        k, v, k_idx = (
-            array[pages].reshape(-1, *array.shape[2:])[:length]
-            for array in (cache.k_pages, cache.v_pages, cache.k_idx_pages)
-        )
-        one = attend(q[s], k, v, q_idx[s], k_idx, Sequences.one(n, length), config)
+        k, v, k_idx = cache.flat(s)
+        one = attend(q[s], k, v, q_idx[s], k_idx, Sequences.one(n, len(k)), config)
         assert one.selection is not None
         out[s], lse[s] = one.out, one.lse
         chosen.append(one.selection.indices)
-        borders.append(borders[-1] + length)
+        borders.append(borders[-1] + len(k))
     live = Sequences(tuple(n * s for s in range(len(borders))), tuple(borders))
     empty = np.zeros((0, q_idx.shape[2], config.top_k), np.int32)
     return Output(out, lse, Selection(np.concatenate([empty, *chosen]), live, config.block_size))

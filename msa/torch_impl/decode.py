@@ -1,19 +1,25 @@
-"""Decoding: the case of few queries, keys and values in pages (R2)."""
+"""Decoding: the case of few queries, keys and values in pages (R2).
+
+Every index key of a sequence is scored, but of keys and values only the selected pages are read.
+"""
 
 from __future__ import annotations
 
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Sequences
-from msa.torch_impl.attention import attend
-from msa.torch_impl.tiles import borders, owners
+from msa.torch_impl.lowering import queries_per_tile
+from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.selection import select_fused
+from msa.torch_impl.tiles import borders, owners, query_positions
 
 
+@torch.no_grad()
 def decode_step(
     q: Float[Tensor, "B n Hq D"],
     q_idx: Float[Tensor, "B n Hkv Di"],
@@ -22,7 +28,7 @@ def decode_step(
 ) -> Output:
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-    The pages of the live sequences are laid out flat and attended to as ever.
+    Not recorded by autograd.
 
     Returns:
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
@@ -43,24 +49,70 @@ def decode_step(
         tuple(accumulate((lengths[s] for s in live), initial=0)),
     )
     slots = torch.tensor(live, dtype=torch.int64, device=q.device)
-    k, v, k_idx = packed(cache, slots, sequences)
-    packed_out = attend(
-        q[slots].flatten(0, 1), k, v, q_idx[slots].flatten(0, 1), k_idx, sequences, config
-    )
-    out = q.new_zeros(batch, n, heads, v.shape[-1])
+    queries = q[slots].flatten(0, 1)
+    k_idx = packed_index_keys(cache, slots, sequences)
+    selection = select_fused(q_idx[slots].flatten(0, 1), k_idx, sequences, config)
+    tables = cache.page_table[slots].repeat_interleave(n, 0)
+    positions, scale = query_positions(sequences, q.device), config.softmax_scale_for(q.shape[-1])
+    value_dim = cache.v_pages.shape[-1]
+    tokens = q_idx.shape[2] * config.top_k * config.block_size
+    size = queries_per_tile(tokens * (q.shape[-1] + value_dim), queries)
+    tiles = zip(*(x.split(size) for x in (queries, selection.indices, tables, positions)))
+    outs, lses = zip(*(attend_pages(q, i, t, p, cache, scale) for q, i, t, p in tiles))
+    out = q.new_zeros(batch, n, heads, value_dim)
     lse = torch.full((batch, n, heads), -torch.inf, device=q.device)
-    out[slots] = packed_out.out.unflatten(0, (len(live), n))
-    lse[slots] = packed_out.lse.unflatten(0, (len(live), n))
-    return Output(out, lse, packed_out.selection)
+    out[slots] = torch.cat(outs).to(q.dtype).unflatten(0, (len(live), n))
+    lse[slots] = torch.cat(lses).float().unflatten(0, (len(live), n))
+    return Output(out, lse, selection)
 
 
-def packed(
+def packed_index_keys(
     cache: PagedKV, slots: Tensor, sequences: Sequences
-) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"], Float[Tensor, "Tk Di"]]:
-    """Keys, values and index keys of the live sequences behind one another (R1)."""
-    device, block = slots.device, cache.k_pages.shape[1]
+) -> Float[Tensor, "Tk Di"]:
+    """Index keys of the live sequences behind one another (R1)."""
+    device, block = slots.device, cache.k_idx_pages.shape[1]
     owner = owners(sequences.cu_seqlens_k, device)
     token = torch.arange(sequences.total_k, device=device)
     token = token - borders(sequences.cu_seqlens_k, device)[owner]
-    page, place = cache.page_table[slots[owner], token // block].long(), token % block
-    return cache.k_pages[page, place], cache.v_pages[page, place], cache.k_idx_pages[page, place]
+    return cache.k_idx_pages[cache.page_table[slots[owner], token // block].long(), token % block]
+
+
+def attend_pages(
+    q: Float[Tensor, "t Hq D"],
+    ids: Int[Tensor, "t Hkv k"],
+    tables: Int[Tensor, "t table"],
+    positions: Int[Tensor, " t"],
+    cache: PagedKV,
+    softmax_scale: float,
+) -> tuple[Float[Tensor, "t Hq Dv"], Float[Tensor, "t Hq"]]:
+    """One dense softmax over the k * Bk tokens of the blocks that each query and group selected.
+
+    `tables` and `positions` are those of the sequence that the query belongs to. A place without a
+    block stands for its block 0, and what is read there is thrown away: as rubbish after the last
+    token is, NaN included.
+
+    Returns:
+        out [t, Hq, Dv] and lse [t, Hq] in the working precision.
+
+    >>> pages, tables = torch.tensor([[9.0, torch.nan], [2.0, 6.0]]), torch.tensor([[1, 0]])
+    >>> cache = PagedKV(pages[..., None, None], pages[..., None, None], pages[..., None],
+    ...                 tables, torch.tensor([3]))
+    >>> q, ids = torch.zeros(1, 1, 1), torch.tensor([[[0, 1, -1]]], dtype=torch.int32)
+    >>> attend_pages(q, ids, tables, torch.tensor([2]), cache, 1.0)[0].flatten()
+    tensor([5.6667])
+    """
+    groups, block, ids = ids.shape[1], cache.k_pages.shape[1], ids.long()
+    page = tables.gather(1, ids.clamp(min=0).flatten(1)).view_as(ids)[..., None].long()
+    place = torch.arange(block, device=q.device)
+    group = torch.arange(groups, device=q.device)[:, None, None]
+    token = ids[..., None] * block + place
+    hidden = ((ids < 0)[..., None] | (token > positions[:, None, None, None])).flatten(2)
+    k, v = (
+        pages[page, place, group].flatten(2, 3).masked_fill(hidden[..., None], 0.0)
+        for pages in (cache.k_pages, cache.v_pages)
+    )
+    dtype = working_dtype(q, k)
+    lanes = q.to(dtype).unflatten(1, (groups, -1))
+    logits = (lanes @ k.to(dtype).mT * softmax_scale).masked_fill(hidden[:, :, None], -torch.inf)
+    out = logits.softmax(-1) @ v.to(dtype)
+    return out.flatten(1, 2), logits.logsumexp(-1).flatten(1, 2)

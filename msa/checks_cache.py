@@ -1,0 +1,115 @@
+"""The checks of a paged cache and of the pool behind it (R20), in the manner of `checks`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from msa import checks
+
+if TYPE_CHECKING:
+    from msa.ir import PagedKV
+
+PAGE_DIMS = {
+    "k_pages": "pages Bk Hkv D",
+    "v_pages": "pages Bk Hkv Dv",
+    "k_idx_pages": "pages Bk Di",
+}
+CACHE_DIMS = PAGE_DIMS | {"page_table": "B table", "lengths": "B"}
+TOKEN_DIMS = {"k": "n Hkv D", "v": "n Hkv Dv", "k_idx": "n Di"}
+
+
+def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
+    """Page shapes agree; every page that a sequence needs is in its table and in range.
+
+    `sizes` holds Bk and n, the number of queries per sequence; the sizes found are added.
+    """
+    for name, dims in CACHE_DIMS.items():
+        array = getattr(cache, name)
+        if name in PAGE_DIMS:
+            checks.check_array(f"cache.{name}", array)
+        elif "int" not in str(getattr(array, "dtype", None)):
+            raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
+        checks.check_shape(f"cache.{name}", array, dims, sizes)
+    table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
+    for s, length in enumerate(lengths.tolist()):
+        if length < 0 or 0 < length < sizes["n"]:
+            raise ValueError(
+                f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
+                f"in sequence {s}"
+            )
+        check_row(table[s], length, s, sizes)
+
+
+def check_row(row: Any, length: int, sequence: int, sizes: dict[str, int]) -> None:
+    """The entries of the table that one sequence needs; `sizes` holds Bk and pages."""
+    needed = -(-length // sizes["Bk"])
+    check_width(len(row), needed, length, sequence)
+    for b, page in enumerate(row[:needed].tolist()):
+        if not 0 <= page < sizes["pages"]:
+            raise ValueError(
+                f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {page} "
+                f"for block {b} of sequence {sequence}"
+            )
+
+
+def check_width(width: int, needed: int, length: int, sequence: int) -> None:
+    """A row of the table has an entry for each block."""
+    if needed > width:
+        raise ValueError(
+            f"cache.page_table must have {needed} entries for the {length} tokens of "
+            f"sequence {sequence}, got {width}"
+        )
+
+
+def check_sequence(sequence: Any, batch: int) -> None:
+    """One of the batch's sequences; no counting from the end."""
+    checks.check_count("sequence", sequence, 0)
+    if sequence >= batch:
+        raise ValueError(f"sequence must be 0 to {batch - 1}, got {sequence}")
+
+
+def check_pages(**pages: Any) -> None:
+    """The three page arrays of an empty pool."""
+    sizes: dict[str, int] = {}
+    for name, dims in PAGE_DIMS.items():
+        checks.check_array(name, pages[name])
+        checks.check_shape(name, pages[name], dims, sizes)
+    checks.check_same_dtype(k_pages=pages["k_pages"], v_pages=pages["v_pages"])
+    checks.check_same_place(**pages)
+
+
+def read_sequences(sequence: Any, batch: int) -> list[int]:
+    """One sequence, or several different ones, as plain integers."""
+    several = list(sequence) if isinstance(sequence, Sequence) else [sequence]
+    for place, s in enumerate(several):
+        check_sequence(s, batch)
+        if s in several[:place]:
+            raise ValueError(f"sequence must name each sequence once, got {s} twice")
+    return [int(s) for s in several]
+
+
+def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[str, Any]) -> int:
+    """New keys, values and index keys fit the pages; returns how many there are per sequence.
+
+    With a leading dim there is one entry of it for each of the sequences.
+    """
+    sizes = {"S": sequences}
+    for name, dims in PAGE_DIMS.items():
+        sizes |= dict(zip(dims.split()[2:], getattr(cache, name).shape[2:]))
+    for name, dims in TOKEN_DIMS.items():
+        pages = {f"cache.{name}_pages": getattr(cache, f"{name}_pages")}
+        checks.check_array(name, tokens[name])
+        checks.check_same_dtype(**pages, **{name: tokens[name]})
+        checks.check_same_place(**pages, **{name: tokens[name]})
+        checks.check_shape(name, tokens[name], f"S {dims}" if with_lead else dims, sizes)
+    return sizes["n"]
+
+
+def check_room(needed: int, free: int, new: int, sequences: list[int]) -> None:
+    """The pool is not full."""
+    if needed > free:
+        raise ValueError(
+            f"k_pages must have {needed} free pages for {new} more tokens in each of the "
+            f"sequences {sequences}, got {free}: free a sequence, or make a larger pool"
+        )
