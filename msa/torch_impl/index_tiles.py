@@ -35,10 +35,8 @@ def scored_tiles(
     dtype, on_cpu = working_dtype(q_idx, k_idx), q_idx.device.type == "cpu"
     keys, groups = k_idx.to(dtype), q_idx.shape[1]
     size = (512 if on_cpu else 4096) // groups
-    size = min(
-        size, sequences.total_q, MAXIMA // (groups * max(1, sequences.max_blocks(block_size)))
-    )
-    size = max(1, size)
+    most = MAXIMA // (groups * max(1, sequences.max_blocks(block_size)))
+    size = max(1, min(size, sequences.total_q, most))
     room = max(CPU_PRODUCTS if on_cpu else GPU_PRODUCTS, size * groups * block_size)
     room = min(room, size * groups * max(1, sequences.total_k))
     # One memory for all products: touching fresh memory costs as much as a product.
