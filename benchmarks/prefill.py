@@ -8,7 +8,6 @@ is timed; one that fails ends the run.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +59,7 @@ def run(options: PrefillOptions) -> int:
 
 def main() -> int:
     """The command without tyro."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="*", default=get_args(Part), choices=get_args(Part))
-    given = parser.parse_args()
+    given = report.arguments(__doc__, get_args(Part))
     return run(PrefillOptions(given.out, tuple(given.parts)))
 
 

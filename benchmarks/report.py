@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import sys
@@ -57,6 +58,14 @@ def write(path: Path, found: dict[str, Any]) -> None:
     """The results as JSON, in the folder made for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def arguments(doc: str | None, parts: tuple[str, ...]) -> argparse.Namespace:
+    """`out` and `parts` from the command line, where tyro is not installed."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
+    return parser.parse_args()
 
 
 def measure(

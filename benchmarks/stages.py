@@ -15,7 +15,7 @@ from benchmarks.dense import baselines
 from benchmarks.timing import ceilings, timed
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
-from msa.loop_order import WALK_ALL, WALK_PAIRS
+from msa.loop_order import limits
 from msa.triton_impl import select_fused
 from msa.triton_impl.attention import LoopOrder, attend_selection
 from msa.triton_impl.block_topk import select_rows
@@ -24,7 +24,7 @@ from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.tile_union import split_tiles
 from msa.triton_impl.tuning import CHUNK_EDGES
 
-LIMITS = int(WALK_ALL * CONFIG.top_k), int(WALK_PAIRS * CONFIG.top_k)
+LIMITS = limits(CONFIG.top_k)
 
 
 def layer(x: Inputs, chosen: Selection, kind: str | None = None) -> Callable[[], Any]:

@@ -7,7 +7,6 @@ is the same command where tyro is not installed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +77,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
 
 def main() -> int:
     """The command without tyro."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="*", default=get_args(Part), choices=get_args(Part))
-    given = parser.parse_args()
+    given = report.arguments(__doc__, get_args(Part))
     return run(TrainOptions(given.out, tuple(given.parts)))
 
 

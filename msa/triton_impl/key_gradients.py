@@ -27,7 +27,7 @@ from torch import Tensor
 
 from msa.triton_impl.item_sums import sum_items
 from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, block_table, is_exact, load_keys, pad
+from msa.triton_impl.tiles import LOG2E, block_table, heads_of, is_exact, load_keys, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -98,7 +98,7 @@ def key_gradients(
     (_, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group, positions = heads // groups, pad(edges.tile_size, 1)
     tile = tile or choose("keys", q.dtype, max(pad(dim), pad(dim_v)), block)
-    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
+    some = heads_of(group, positions, tile.rows)
     parts = [
         torch.empty((items, block, size), dtype=torch.float32, device=q.device)
         for size in (dim, dim_v)

@@ -26,6 +26,7 @@ from msa.triton_impl.tiles import (
     LOG2E,
     can_describe,
     describe,
+    heads_of,
     is_exact,
     load_keys,
     pad,
@@ -143,7 +144,7 @@ def query_gradients(
         return d_q, delta
     tile = tile or choose("queries", q.dtype, max(pad(dim), pad(dim_v)), block)
     positions = pad(union.tile_size, 1)
-    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
+    some = heads_of(group, positions, tile.rows)
     tiles = tile_table(selection.sequences, union.tile_size, q.device)
     tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
     k_tiles, v_tiles = (describe(k, tile.keys), describe(v, tile.keys)) if tma else (k, v)

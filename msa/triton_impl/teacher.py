@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, block_table, is_exact, load_keys, pad
+from msa.triton_impl.tiles import LOG2E, block_table, heads_of, is_exact, load_keys, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -94,7 +94,7 @@ def teach(
     (n_q, heads, dim), groups, top_k = q.shape, k.shape[1], indices.shape[2]
     group, positions = heads // groups, pad(edges.tile_size, 1)
     tile = tile or choose("teacher", q.dtype, pad(dim), block)
-    some = max(min(pad(group, 1), tile.rows // positions), 16 // positions, 1)
+    some = heads_of(group, positions, tile.rows)
     teacher = torch.empty((n_q, groups, top_k, block), dtype=torch.float32, device=q.device)
     if items:
         teacher_kernel[items, block // tile.keys](

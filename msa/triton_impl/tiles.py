@@ -51,6 +51,15 @@ def positions_of(group: int) -> int:
     return max(1, min(16, 64 // pad(group, 1)))
 
 
+def heads_of(group: int, positions: int, rows: int) -> int:
+    """Heads of one program: with its query positions about `rows` rows, 16 at least.
+
+    >>> heads_of(16, 4, 64), heads_of(64, 1, 32), heads_of(3, 2, 64)
+    (16, 32, 8)
+    """
+    return max(min(pad(group, 1), rows // positions), 16 // positions, 1)
+
+
 def is_exact(tensor: Tensor) -> str:
     """The input precision of tl.dot: float32 operands stay float32."""
     return "ieee" if tensor.dtype == torch.float32 else "tf32"

@@ -36,6 +36,7 @@ from msa.triton_impl.tiles import (
     LOWEST,
     can_describe,
     describe,
+    heads_of,
     is_exact,
     load_keys,
     pad,
@@ -184,8 +185,7 @@ def walk(
     tiles = tile_table(sequences, tile_size, q.device)
     tile = tile or choose("union", q.dtype, max(pad(dim), pad(dim_v)), block_size)
     positions = pad(tile_size, 1)
-    some = min(pad(group, 1), max(1, tile.rows // positions))  # heads of one program
-    some = max(some, 16 // positions)
+    some = heads_of(group, positions, tile.rows)
     fold = partials is not None
     parts, lses, part_counts = (
         (partials.out, partials.lse, partials.counts) if fold else (into.out, into.lse, counts)
