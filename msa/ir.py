@@ -299,6 +299,9 @@ class PagedKV:
     k_idx_pages: Float[Array, "pages Bk Di"]
     page_table: Int[Array, "B table"]
     lengths: Int[Array, " B"]
+    k_scales: Float[Array, "pages Hkv"] | None = None
+    v_scales: Float[Array, "pages Hkv"] | None = None
+    k_idx_scales: Float[Array, " pages"] | None = None
 
     def flat(
         self, sequence: int

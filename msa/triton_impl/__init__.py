@@ -7,8 +7,8 @@ of what the fast form changes. Integer-valued results are equal to the spec's bi
 from msa.triton_impl.alignment import align_index
 from msa.triton_impl.attention import attend, attend_selection
 from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.decode import decode_step
 from msa.triton_impl.index_scores import score_blocks
-from msa.triton_impl.later import decode_step
 from msa.triton_impl.partials import attend_chunks
 from msa.triton_impl.reverse_index import reverse_selection
 from msa.triton_impl.schedule import schedule_chunks

@@ -25,6 +25,8 @@ class TileConfig:
     """Depth of the software pipeline of the loads."""
     descriptors: bool = False
     """Keys come by the bulk copy engine (TMA) where their layout allows it."""
+    programs: int = 132
+    """Programs that share the work where there is a choice."""
     registers: int | None = None
     """Upper bound of registers per thread, to fit more programs on a multiprocessor."""
 
@@ -69,6 +71,14 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=3),
         (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=3),
     },
+    "pages": {
+        (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=3, programs=2**20),
+        (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=3, programs=2**20),
+    },
+    "paged": {
+        (2, 128): TileConfig(rows=16, keys=128, warps=4, stages=2, programs=132),
+        (2, 64): TileConfig(rows=16, keys=128, warps=4, stages=2, programs=132),
+    },
 }
 DEFAULTS = {
     "select": TileConfig(rows=64, keys=64),
@@ -79,6 +89,8 @@ DEFAULTS = {
     "sums": TileConfig(rows=32, keys=64, stages=1),
     "teacher": TileConfig(rows=32, keys=64, stages=1),
     "judge": TileConfig(rows=32, keys=32, stages=1),
+    "pages": TileConfig(rows=32, keys=32, stages=1),
+    "paged": TileConfig(rows=16, keys=32, stages=1),
 }
 
 

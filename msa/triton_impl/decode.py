@@ -1,0 +1,61 @@
+"""Decoding: few new queries of each sequence over a paged cache (R2), in two launches or three.
+
+    scores = score_pages(q_idx, cache)                     # every block that is not forced
+    out, lse, ids = attend_pages(q, cache, scores)         # select, then attend to what was selected
+
+No shape depends on a length, and nothing is read back to the host, so that both can be captured in
+a CUDA graph; `decode_step` reads the lengths only to say whose selection is whose.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import Output, PagedKV, Selection, Sequences
+from msa.triton_impl.page_attention import attend_pages, head_tile
+from msa.triton_impl.page_scores import score_pages
+from msa.triton_impl.tiles import require_kernels
+
+
+@torch.no_grad()
+def decode_step(
+    q: Float[Tensor, "B n Hq D"],
+    q_idx: Float[Tensor, "B n Hkv Di"],
+    cache: PagedKV,
+    config: MSAConfig,
+) -> Output:
+    """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
+
+    Not recorded by autograd. While a CUDA graph is captured the selection is None, for whose it
+    will be is known only when the graph is replayed.
+
+    Returns:
+        out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
+        length 0; the selection of the live sequences, packed.
+    """
+    require_kernels(config.block_size, q=q, q_idx=q_idx)
+    q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
+    n, arrivals = q.shape[1], counters(q, q_idx.shape[2])
+    scores = score_pages(q_idx, cache, config, arrivals)
+    out, lse, ids = attend_pages(q, cache, config, scores, arrivals)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return Output(out, lse)
+    lengths = cache.lengths.tolist()
+    live = [s for s, length in enumerate(lengths) if length]
+    sequences = Sequences(
+        tuple(n * s for s in range(len(live) + 1)),
+        tuple(accumulate((lengths[s] for s in live), initial=0)),
+    )
+    return Output(out, lse, Selection(ids[live].flatten(0, 1), sequences, config.block_size))
+
+
+def counters(q: Float[Tensor, "B n Hq D"], groups: int) -> Int[Tensor, "B programs"]:
+    """How many programs have arrived, for each row and each tile of its heads."""
+    batch, n, heads, _ = q.shape
+    tiles = -(-(heads // groups) // head_tile(heads // groups))
+    return torch.empty((batch, n * groups * tiles), dtype=torch.int32, device=q.device)

@@ -1,0 +1,137 @@
+"""Decoding, first kernel: how well each block of a paged cache fits each new query (R4, R5).
+
+    for each sequence, each block b before the recent ones:
+        K = page_table[b]'s index keys, times their scale if they are in 8 bits
+        for each new query and group:
+            score[b] = max over tokens of index_scale * K @ q_idx
+
+What the fast form changes:
+ 1. Memory decides: a token's index key is read once and serves all queries and groups. Keys are the
+    tall operand of the product, queries times groups its few columns.
+ 2. Forced blocks are never scored (see `selection`), so no block is partial and no token masked.
+ 3. The keys of a sequence are cut among programs by their blocks; each writes scores of its own, so
+    there is nothing to merge: the next kernel selects from whole rows, and a split changes no bit.
+ 4. Numbers of 8 bits are widened to the queries' dtype, which is exact, and a page's scale is put
+    on its maximum: a power of two changes no order.
+ 5. Lengths are read on the device, and the grid is that of the widest sequence the table has room
+    for: a captured launch stays right while the sequences grow.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import PagedKV
+from msa.triton_impl.early import early_launch, wait_for_others
+from msa.triton_impl.tiles import can_describe, describe, is_exact, pad
+from msa.triton_impl.tuning import TileConfig, choose
+
+
+PARTS = True
+
+
+@triton.jit
+def three_parts(b_q):
+    """Rows as sums of three e4m3 tensors, and what to multiply the sums by, a power of two [BM].
+
+    A row is stretched until its largest number is 224 to 448; bfloat16 has 8 significant bits and
+    each part 4, so that only what is below 2^-17 of the largest is lost.
+    """
+    b_x = b_q.to(tl.float32)
+    b_bits = tl.max(tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), 0.0), 1).to(tl.int32, bitcast=True)
+    b_power = 8 + 127 - (b_bits >> 23) - ((b_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    b_power = tl.minimum(b_power, 126)
+    b_x *= ((b_power + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+    b_high = b_x.to(tl.float8e4nv)
+    b_x -= b_high.to(tl.float32)
+    b_middle = b_x.to(tl.float8e4nv)
+    b_low = (b_x - b_middle.to(tl.float32)).to(tl.float8e4nv)
+    return b_high, b_middle, b_low, ((127 - b_power) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, n_arrivals,
+                       width, stride_qb, stride_qn, stride_qr, stride_kp, stride_kt,
+                       stride_table, N: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
+                       BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+                       SINK: tl.constexpr, LOCAL: tl.constexpr, EIGHT: tl.constexpr,
+                       PARTS: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Every n-th block of one sequence, for BM rows of (query, group)."""
+    i_p, i_s, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_others(EARLY)
+    if (i_p == 0) & (i_m == 0):  # nobody has arrived yet in the next kernel
+        o_a = i_s * n_arrivals + tl.arange(0, A)
+        tl.store(arrivals + o_a, tl.zeros_like(o_a), mask=tl.arange(0, A) < n_arrivals)
+    stop = (tl.load(lengths + i_s) - 1) // BK - LOCAL + 1  # blocks from here on are forced
+    if SINK + i_p < stop:
+        o_m = i_m * BM + tl.arange(0, BM)  # row: query, then group
+        m_m = o_m < N * HKV
+        o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
+        p_q = q + i_s.to(tl.int64) * stride_qb + (o_m // HKV) * stride_qn + (o_m % HKV) * stride_qr
+        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :],
+                      other=0.0)  # fmt: skip
+        if PARTS:
+            b_high, b_middle, b_low, b_shrink = three_parts(b_q)
+        p_table = table + i_s.to(tl.int64) * stride_table
+        p_score = scores + (i_s.to(tl.int64) * (N * HKV) + o_m) * width
+        STEPS: tl.constexpr = BK // BN  # products per block
+        for i_b in range(SINK + i_p, stop, tl.num_programs(0)):
+            page = tl.load(p_table + i_b).to(tl.int64)
+            b_max = tl.full([BM], float("-inf"), tl.float32)
+            for i in tl.static_range(STEPS):
+                if TMA:
+                    b_k = k.load([(page * BK + i * BN).to(tl.int32), 0])  # [BN, BD]
+                else:
+                    p_k = k + page * stride_kp + (i * BN + o_n)[:, None] * stride_kt + o_d[None, :]
+                    b_k = tl.load(p_k, mask=(o_d < DIM)[None, :], other=0.0)
+                if PARTS:
+                    b_s = tl.dot(b_k, tl.trans(b_low))  # the smallest first
+                    b_s = tl.dot(b_k, tl.trans(b_middle), b_s)
+                    b_s = tl.dot(b_k, tl.trans(b_high), b_s)
+                else:
+                    b_s = tl.dot(b_k.to(b_q.dtype), tl.trans(b_q), input_precision=PRECISION)
+                b_max = tl.maximum(b_max, tl.max(b_s, 0))
+            if PARTS:
+                b_max *= b_shrink
+            if EIGHT:
+                b_max *= tl.load(k_scales + page)
+            tl.store(p_score + i_b, b_max * scale, mask=m_m)
+
+
+def score_pages(
+    q_idx: Float[Tensor, "B n Hkv Di"],
+    cache: PagedKV,
+    config: MSAConfig,
+    arrivals: Int[Tensor, "B programs"],
+    tile: TileConfig | None = None,
+) -> Float[Tensor, "B n Hkv width"]:
+    """The score of each block that is not forced; other places hold anything, up to a power of two.
+
+    Args:
+        arrivals: counters of the next kernel, set to 0 here.
+    """
+    (batch, n, groups, dim), pages = q_idx.shape, cache.k_idx_pages
+    block, columns = pages.shape[1], cache.page_table.shape[1]
+    width = pad(columns, 32)
+    scores = torch.empty((batch, n, groups, width), dtype=torch.float32, device=q_idx.device)
+    tile = tile or choose("pages", q_idx.dtype, pad(dim), block)
+    rows = min(pad(n * groups), tile.rows)
+    programs = max(1, min(columns, tile.programs // max(batch, 1)))
+    eight = cache.k_idx_scales is not None
+    tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
+    tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
+    page_scores_kernel[programs, batch, triton.cdiv(n * groups, rows)](
+        q_idx, describe(tokens, tile.keys) if tma else pages, cache.k_idx_scales if eight else pages, cache.page_table, cache.lengths,
+        scores, arrivals, config.index_scale_for(dim), arrivals.shape[1], width,
+        *q_idx.stride()[:3], *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups,
+        DIM=dim, BD=pad(dim), BM=rows, BK=block, BN=tile.keys, SINK=config.sink_blocks,
+        LOCAL=config.local_blocks, EIGHT=eight, PARTS=eight and PARTS and q_idx.itemsize == 2,
+        TMA=tma, A=pad(arrivals.shape[1], 1),
+        PRECISION=is_exact(q_idx), **early_launch(q_idx.device), **tile.launch(),
+    )  # fmt: skip
+    return scores
