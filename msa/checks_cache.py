@@ -33,12 +33,7 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
         elif "int" not in str(getattr(array, "dtype", None)):
             raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
         checks.check_shape(f"cache.{name}", array, dims, sizes)
-    for name, dims in SCALE_DIMS.items():
-        check_scales(cache, name)
-        scales = getattr(cache, f"{name}_scales")
-        if scales is not None:
-            checks.check_array(f"cache.{name}_scales", scales, ("float32",))
-            checks.check_shape(f"cache.{name}_scales", scales, dims, sizes)
+    check_scales(cache, sizes)
     table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:
@@ -49,19 +44,30 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
         check_row(table[s], length, s, sizes)
 
 
-def check_scales(cache: PagedKV, name: str) -> None:
-    """8-bit pages come with scales, and scales with 8-bit pages."""
+def check_scaled(cache: PagedKV, name: str) -> None:
+    """8-bit pages come with scales."""
     pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
     if checks.is_eight_bits(pages) and scales is None:
         raise ValueError(
             f"cache.{name}_scales must be given where cache.{name}_pages has dtype {pages.dtype}, "
             "got None"
         )
-    if scales is not None and not checks.is_eight_bits(pages):
-        raise ValueError(
-            f"cache.{name}_scales must be None where cache.{name}_pages has dtype {pages.dtype}, "
-            f"got {checks.kind(scales)}"
-        )
+
+
+def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
+    """8-bit pages come with scales, and scales with 8-bit pages."""
+    for name, dims in SCALE_DIMS.items():
+        check_scaled(cache, name)
+        pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+        if scales is None:
+            continue
+        if not checks.is_eight_bits(pages):
+            raise ValueError(
+                f"cache.{name}_scales must be None where cache.{name}_pages has dtype "
+                f"{pages.dtype}, got {checks.kind(scales)}"
+            )
+        checks.check_array(f"cache.{name}_scales", scales, ("float32",))
+        checks.check_shape(f"cache.{name}_scales", scales, dims, sizes)
 
 
 def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
@@ -76,11 +82,10 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
     checks.check_same_dtype(**({"q": q} | main if wide else main))
     if not checks.is_eight_bits(k_idx):
         checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": k_idx})
-    scales = {f"cache.{name}_scales": getattr(cache, f"{name}_scales") for name in SCALE_DIMS}
-    whole = {f"cache.{name}": getattr(cache, name) for name in CACHE_DIMS} | {
-        name: array for name, array in scales.items() if array is not None
-    }
-    checks.check_same_place(q=q, q_idx=q_idx, **whole)
+    names = (*CACHE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS))
+    parts = {f"cache.{name}": getattr(cache, name) for name in names}
+    parts = {name: array for name, array in parts.items() if array is not None}
+    checks.check_same_place(q=q, q_idx=q_idx, **parts)
 
 
 def check_row(row: Any, length: int, sequence: int, sizes: dict[str, int]) -> None:

@@ -341,12 +341,15 @@ class PagedKV:
         From pages of 8 bits they come in float32, exactly; give them q's dtype for `attention`.
 
         Raises:
-            TypeError, ValueError: no such sequence, or a table without its pages (R20).
+            TypeError, ValueError: no such sequence, a table without its pages, pages of 8 bits
+                without scales (R20).
 
         >>> cache.flat(0)[0].ravel()
         array([4., 5., 0.])
         """
         checks_cache.check_sequence(sequence, len(self.lengths))
+        for name in ("k", "v", "k_idx"):
+            checks_cache.check_scaled(self, name)
         length, (total, block) = int(self.lengths[sequence]), self.k_pages.shape[:2]
         row = checks.to_numpy(self.page_table[sequence])
         checks_cache.check_row(row, length, sequence, {"Bk": block, "pages": total})
