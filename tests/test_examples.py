@@ -59,7 +59,7 @@ def written_without_a_cache(loop, options):
 
 @pytest.mark.parametrize("chunk", [1000, 64, 1])
 def test_what_it_writes_is_what_the_model_writes_without_a_cache(loop, chunk):
-    options = loop.Options("torch", prompt_tokens=700, new_tokens=12, chunk=chunk)
+    options = loop.Options("torch", prompt_tokens=600, new_tokens=8, chunk=chunk)
     text = loop.main(options)
     assert len(set(text)) > 2
     assert text == written_without_a_cache(loop, options)
