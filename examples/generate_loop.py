@@ -121,7 +121,8 @@ def main(options: Options) -> bytes:
         raise SystemExit("generate_loop: --prompt-tokens, --new-tokens, --chunk: at least 1 each")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = Model(options, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    prompt, written = read_prompt(options.prompt_tokens).to(device), []
+    prompt = read_prompt(options.prompt_tokens).to(device)
+    written: list[Tensor] = []
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[rate]}")) as progress:
         bar = progress.add_task("prefill", total=len(prompt), rate="")
         for tokens in prompt.split(options.chunk):

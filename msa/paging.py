@@ -26,8 +26,8 @@ class PagePool:
     ever moved; a page comes back into the pool when its sequence is freed.
 
     Pages of torch.float8_e4m3fn, those of k and v or those of index keys or all of them, get scales
-    from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the memory of
-    float16, and half the time to read it. `cache_quality` says what it costs.
+    from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the bytes of
+    float16 to hold and to read. `cache_quality` says what it costs.
 
     Args:
         k_pages, v_pages, k_idx_pages: [pages, Bk, Hkv, D], [pages, Bk, Hkv, Dv], [pages, Bk, Di].
@@ -88,7 +88,8 @@ class PagePool:
 
         For callers whose own code on the device writes these tokens and raises `cache.lengths`, as
         a captured CUDA graph does: the table is ready for them, and `lengths`, the host's book,
-        counts them already. `append` is this and the writing. Scales are the writer's, too.
+        counts them already. `append` is this and the writing; called next, it goes on behind them.
+        Where pages have scales, these are the writer's, too (`msa.eight_bits` has the rule).
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -103,7 +104,7 @@ class PagePool:
         >>> pool.reserve(0, 3)
         >>> pool.lengths, pool.free_pages, pool.cache.page_table[0].tolist(), pool.cache.lengths
         ([3], 1, [0, 1, -1], array([0], dtype=int32))
-        >>> k_pages[0] = 5.0  # two tokens: the work of the caller
+        >>> k_pages[0] = 5.0  # two of the three: the work of the caller
         >>> pool.cache.lengths[0] += 2
         >>> pool.cache.flat(0)[0].ravel()
         array([5., 5.])
