@@ -86,8 +86,7 @@ class Layer:
 class Model:
     """Bytes in, the most likely next byte out; the embedding is the output head, too.
 
-    Only what the layers add is asked for the next byte: with random weights the byte itself, which
-    runs through the residual stream, would always win.
+    It sees only what the layers add: with random weights the byte itself would always win.
     """
 
     def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
