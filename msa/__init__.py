@@ -23,11 +23,13 @@ from msa.ir import (
 )
 from msa.paging import PagePool
 from msa.pipeline import Trace
+from msa.quality import CacheQuality, cache_quality
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BlockScores",
+    "CacheQuality",
     "MSAConfig",
     "Output",
     "PagePool",
@@ -42,6 +44,7 @@ __all__ = [
     "align_index",
     "attention",
     "available_backends",
+    "cache_quality",
     "decode",
     "lower",
     "select",

@@ -197,6 +197,12 @@ def decode(
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
     layout; the Selection covers the live sequences, packed. Nothing is recorded for gradients.
 
+    Where the pages have scales (see `PagedKV`) the numbers that they stand for are what is meant:
+    the result is that of R4-R12 on page * scale, for queries of any dtype, which are not rounded.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+
     >>> import numpy as np, msa
     >>> pages = np.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two tokens
     >>> cache = msa.PagedKV(pages, pages, pages[..., 0],
@@ -214,12 +220,7 @@ def decode(
     checks_cache.check_cache(cache, sizes)
     checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    pages = {f"cache.{name}": getattr(cache, name) for name in checks_cache.CACHE_DIMS}
-    checks.check_same_dtype(
-        q=q, **{name: pages[name] for name in ("cache.k_pages", "cache.v_pages")}
-    )
-    checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": cache.k_idx_pages})
-    checks.check_same_place(q=q, q_idx=q_idx, **pages)
+    checks_cache.check_queries(cache, q, q_idx)
     name = resolve(backend, q)
     module, carrier = load_backend(name), Carrier(name, q)
     if name == "triton":

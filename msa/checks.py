@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "reference", "torch", "triton")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 KERNEL_DTYPES = FLOAT_DTYPES[:3]
+EIGHT_BITS = "float8_e4m3fn"
+"""The dtype of pages that have scales (torch only); their tokens come in KERNEL_DTYPES."""
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
 OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "loop_order": (("auto", "kv_outer", "union"), "has one order"),
@@ -317,6 +319,12 @@ def check_type(name: str, value: Any, wanted: type) -> None:
         raise TypeError(f"{name} must be a msa.{wanted.__name__}, got {kind(value)}")
 
 
+def check_torch(name: str, array: Any) -> None:
+    """A torch tensor: what 8-bit floats need."""
+    if not is_torch(array):
+        raise TypeError(f"{name} must be a torch.Tensor, got {kind(array)}")
+
+
 def check_no_gradient(name: str, array: Any) -> None:
     """The reference computes no gradients, so it must not be asked for one unawares."""
     if array.requires_grad:
@@ -330,6 +338,11 @@ def check_no_gradient(name: str, array: Any) -> None:
 def is_torch(array: Any) -> bool:
     """Whether the array is a torch tensor, found out without importing torch."""
     return type(array).__module__.partition(".")[0] == "torch"
+
+
+def is_eight_bits(array: Any) -> bool:
+    """Whether the numbers are 8-bit floats, which mean nothing without a scale."""
+    return dtype_name(array) == EIGHT_BITS
 
 
 def dtype_name(array: Any) -> str:

@@ -16,7 +16,9 @@ PAGE_DIMS = {
     "k_idx_pages": "pages Bk Di",
 }
 CACHE_DIMS = PAGE_DIMS | {"page_table": "B table", "lengths": "B"}
+SCALE_DIMS = {"k": "pages Hkv", "v": "pages Hkv", "k_idx": "pages"}
 TOKEN_DIMS = {"k": "n Hkv D", "v": "n Hkv Dv", "k_idx": "n Di"}
+PAGE_DTYPES = (*checks.FLOAT_DTYPES, checks.EIGHT_BITS)
 
 
 def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
@@ -27,10 +29,11 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
     for name, dims in CACHE_DIMS.items():
         array = getattr(cache, name)
         if name in PAGE_DIMS:
-            checks.check_array(f"cache.{name}", array)
+            checks.check_array(f"cache.{name}", array, PAGE_DTYPES)
         elif "int" not in str(getattr(array, "dtype", None)):
             raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
         checks.check_shape(f"cache.{name}", array, dims, sizes)
+    check_scales(cache, sizes)
     table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:
@@ -39,6 +42,50 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
                 f"in sequence {s}"
             )
         check_row(table[s], length, s, sizes)
+
+
+def check_scaled(cache: PagedKV, name: str) -> None:
+    """8-bit pages come with scales."""
+    pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+    if checks.is_eight_bits(pages) and scales is None:
+        raise ValueError(
+            f"cache.{name}_scales must be given where cache.{name}_pages has dtype {pages.dtype}, "
+            "got None"
+        )
+
+
+def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
+    """8-bit pages come with scales, and scales with 8-bit pages."""
+    for name, dims in SCALE_DIMS.items():
+        check_scaled(cache, name)
+        pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+        if scales is None:
+            continue
+        if not checks.is_eight_bits(pages):
+            raise ValueError(
+                f"cache.{name}_scales must be None where cache.{name}_pages has dtype "
+                f"{pages.dtype}, got {checks.kind(scales)}"
+            )
+        checks.check_array(f"cache.{name}_scales", scales, ("float32",))
+        checks.check_shape(f"cache.{name}_scales", scales, dims, sizes)
+
+
+def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
+    """Queries have the dtype of what they meet, or any where that is of 8 bits; one place for all.
+
+    Keys and values have 8 bits together or not at all.
+    """
+    pages = {f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS}
+    k, v, k_idx = pages.values()
+    main = {"cache.k_pages": k, "cache.v_pages": v}
+    wide = not (checks.is_eight_bits(k) or checks.is_eight_bits(v))
+    checks.check_same_dtype(**({"q": q} | main if wide else main))
+    if not checks.is_eight_bits(k_idx):
+        checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": k_idx})
+    names = (*CACHE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS))
+    parts = {f"cache.{name}": getattr(cache, name) for name in names}
+    parts = {name: array for name, array in parts.items() if array is not None}
+    checks.check_same_place(q=q, q_idx=q_idx, **parts)
 
 
 def check_row(row: Any, length: int, sequence: int, sizes: dict[str, int]) -> None:
@@ -73,7 +120,7 @@ def check_pages(**pages: Any) -> None:
     """The three page arrays of an empty pool."""
     sizes: dict[str, int] = {}
     for name, dims in PAGE_DIMS.items():
-        checks.check_array(name, pages[name])
+        checks.check_array(name, pages[name], PAGE_DTYPES)
         checks.check_shape(name, pages[name], dims, sizes)
     checks.check_same_dtype(k_pages=pages["k_pages"], v_pages=pages["v_pages"])
     checks.check_same_place(**pages)
@@ -92,17 +139,22 @@ def read_sequences(sequence: Any, batch: int) -> list[int]:
 def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[str, Any]) -> int:
     """New keys, values and index keys fit the pages; returns how many there are per sequence.
 
-    With a leading dim there is one entry of it for each of the sequences.
+    With a leading dim there is one entry of it for each of the sequences. Pages of 8 bits take
+    tokens of any KERNEL_DTYPES, those of k and v alike.
     """
     sizes = {"S": sequences}
     for name, dims in PAGE_DIMS.items():
         sizes |= dict(zip(dims.split()[2:], getattr(cache, name).shape[2:]))
     for name, dims in TOKEN_DIMS.items():
         pages = {f"cache.{name}_pages": getattr(cache, f"{name}_pages")}
-        checks.check_array(name, tokens[name])
-        checks.check_same_dtype(**pages, **{name: tokens[name]})
+        if getattr(cache, f"{name}_scales") is None:
+            checks.check_array(name, tokens[name])
+            checks.check_same_dtype(**pages, **{name: tokens[name]})
+        else:
+            checks.check_array(name, tokens[name], checks.KERNEL_DTYPES)
         checks.check_same_place(**pages, **{name: tokens[name]})
         checks.check_shape(name, tokens[name], f"S {dims}" if with_lead else dims, sizes)
+    checks.check_same_dtype(k=tokens["k"], v=tokens["v"])
     return sizes["n"]
 
 

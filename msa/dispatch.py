@@ -116,8 +116,8 @@ def map_arrays(thing: Any, change: Callable[[Array], Array]) -> Any:
 def _to_numpy(array: Array) -> Any:
     if not checks.is_torch(array):
         return array
-    if checks.dtype_name(array) == "bfloat16":  # NumPy has none; float32 holds each value exactly
-        array = array.float()
+    if checks.dtype_name(array) in ("bfloat16", checks.EIGHT_BITS):
+        array = array.float()  # NumPy has neither; float32 holds each value exactly
     return array.detach().cpu().numpy()
 
 

@@ -168,6 +168,7 @@ class Backend(Protocol):
         """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
         A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
-        The returned selection covers the live sequences, packed.
+        The returned selection covers the live sequences, packed. Where pages have scales, what
+        counts is number * scale (R12).
         """
         ...

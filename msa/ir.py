@@ -23,9 +23,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from jaxtyping import Float, Int
+import numpy as np
+from jaxtyping import Float, Float32, Int
 
 from msa import checks, checks_cache
 
@@ -289,6 +290,10 @@ class PagedKV:
     Entries of the table beyond a sequence's last block are not read. A `PagePool` makes one and
     fills it.
 
+    Pages of torch.float8_e4m3fn have scales, one for each page and head (for index keys, each
+    page): a stored number stands for itself times the scale, in float32. k and v have 8 bits
+    together or not at all, index keys independently of them.
+
     >>> pages = np.arange(6.0).reshape(3, 2, 1, 1)  # three pages of two tokens
     >>> table, lengths = np.array([[2, 0], [-1, -1]]), np.array([3, 0])
     >>> cache = PagedKV(pages, pages, pages[..., 0], table, lengths)
@@ -299,28 +304,58 @@ class PagedKV:
     k_idx_pages: Float[Array, "pages Bk Di"]
     page_table: Int[Array, "B table"]
     lengths: Int[Array, " B"]
-    k_scales: Float[Array, "pages Hkv"] | None = None
-    v_scales: Float[Array, "pages Hkv"] | None = None
-    k_idx_scales: Float[Array, " pages"] | None = None
+    k_scales: Float32[Array, "pages Hkv"] | None = None
+    v_scales: Float32[Array, "pages Hkv"] | None = None
+    k_idx_scales: Float32[Array, " pages"] | None = None
+
+    def read(self, name: Literal["k", "v", "k_idx"], where: Any) -> Float[Array, "*where dim"]:
+        """What stands at an index into the pages of that name: times its scale, if there is one.
+
+        The index leaves the last dim whole: page ids, or page ids and offsets, or these and heads.
+        Nothing else is read. With scales the answer is float32.
+
+        >>> import torch
+        >>> small = torch.tensor([[1.5, 2.0], [7.0, 0.0]])[..., None].to(torch.float8_e4m3fn)
+        >>> wide, scales = small.float()[..., None], torch.tensor([4.0, 0.5])
+        >>> cache_8 = PagedKV(wide, wide, small, table, lengths, k_idx_scales=scales)
+        >>> cache_8.read("k_idx", (torch.tensor([1, 0]), torch.tensor([0, 1]))).flatten()
+        tensor([3.5000, 8.0000])
+        """
+        pages, scales = getattr(self, f"{name}_pages"), getattr(self, f"{name}_scales")
+        if scales is None:
+            return pages[where]
+        scales = scales.reshape(len(scales), 1, *scales.shape[1:], 1)  # beside each token of a page
+        every = (*pages.shape[:-1], 1)
+        if not checks.is_torch(pages):
+            return pages[where] * np.broadcast_to(scales, every)[where]
+        import torch
+
+        bits = pages.view(torch.uint8)  # not every release indexes 8-bit floats on a GPU
+        return bits[where].view(pages.dtype).float() * scales.expand(every)[where]
 
     def flat(
         self, sequence: int
     ) -> tuple[Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"], Float[Array, "Tk Di"]]:
         """k, v and k_idx of one sequence, copied out: what `attention` takes for chunked prefill.
 
+        From pages of 8 bits they come in float32, exactly; give them q's dtype for `attention`.
+
         Raises:
-            TypeError, ValueError: no such sequence, or a table without its pages (R20).
+            TypeError, ValueError: no such sequence, a table without its pages, pages of 8 bits
+                without scales (R20).
 
         >>> cache.flat(0)[0].ravel()
         array([4., 5., 0.])
         """
         checks_cache.check_sequence(sequence, len(self.lengths))
+        for name in ("k", "v", "k_idx"):
+            checks_cache.check_scaled(self, name)
         length, (total, block) = int(self.lengths[sequence]), self.k_pages.shape[:2]
         row = checks.to_numpy(self.page_table[sequence])
         checks_cache.check_row(row, length, sequence, {"Bk": block, "pages": total})
         own = self.page_table[sequence, : -(-length // block)]
         k, v, k_idx = (
-            pages[own].reshape(-1, *pages.shape[2:])[:length]
-            for pages in (self.k_pages, self.v_pages, self.k_idx_pages)
+            numbers.reshape(-1, *numbers.shape[2:])[:length]
+            for numbers in (self.read(name, own) for name in ("k", "v", "k_idx"))
         )
         return k, v, k_idx

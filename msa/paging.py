@@ -1,6 +1,6 @@
 """A pool of pages, given out to sequences as they grow (R2): what serving needs beside `decode`.
 
-Two classes, because two clocks tick here. `PagedKV` is a view, five arrays and nothing else: it is
+Two classes, because two clocks tick here. `PagedKV` is a view, arrays and nothing else: it is
 what `decode` takes, and what a CUDA graph can be captured over, for its arrays stay where they are
 while tables and lengths change inside them. `PagePool` is the book-keeping on the host: which page
 is whose, and which are free. It never has to read anything back from the device.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from msa import checks, checks_cache
+from msa import checks, checks_cache, eight_bits
 from msa.ir import Array, PagedKV
 
 
@@ -24,6 +24,10 @@ class PagePool:
     device; the pool writes into them, and nowhere but in the pages of the sequence that grows.
     A page holds one block, so the block size is that of the pages. Nothing that was written is
     ever moved; a page comes back into the pool when its sequence is freed.
+
+    Pages of torch.float8_e4m3fn, those of k and v or those of index keys or all of them, get scales
+    from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the bytes of
+    float16 to hold and to read. `cache_quality` says what it costs.
 
     Args:
         k_pages, v_pages, k_idx_pages: [pages, Bk, Hkv, D], [pages, Bk, Hkv, Dv], [pages, Bk, Di].
@@ -66,7 +70,8 @@ class PagePool:
         self._lengths = np.zeros(batch, np.int32)
         self._free = list(range(len(k_pages)))[::-1]
         table, lengths = (_beside(k_pages, x.copy()) for x in (self._table, self._lengths))
-        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths)
+        scales = (_scales(pages) for pages in (k_pages, v_pages, k_idx_pages))
+        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales)
 
     @property
     def lengths(self) -> list[int]:
@@ -77,6 +82,35 @@ class PagePool:
     def free_pages(self) -> int:
         """How many pages are nobody's."""
         return len(self._free)
+
+    def reserve(self, sequence: int | Sequence[int], n: int) -> None:
+        """Give one sequence, or each of several, the pages of n more tokens. All of it or nothing.
+
+        For callers whose own code on the device writes these tokens and raises `cache.lengths`, as
+        a captured CUDA graph does: the table is ready for them, and `lengths`, the host's book,
+        counts them already. `append` is this and the writing; called next, it goes on behind them.
+        Where pages have scales, these are the writer's, too (`msa.eight_bits` has the rule).
+
+        Args:
+            sequence: which one, 0 to batch - 1, or a list of different ones.
+            n: new tokens of each, at least 0.
+
+        Raises:
+            TypeError, ValueError: no such sequence, n below 0, a table that is too short, a pool
+                without enough free pages (R20).
+
+        >>> k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))  # three pages of two tokens
+        >>> pool = PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=1)
+        >>> pool.reserve(0, 3)
+        >>> pool.lengths, pool.free_pages, pool.cache.page_table[0].tolist(), pool.cache.lengths
+        ([3], 1, [0, 1, -1], array([0], dtype=int32))
+        >>> k_pages[0] = 5.0  # two of the three: the work of the caller
+        >>> pool.cache.lengths[0] += 2
+        >>> pool.cache.flat(0)[0].ravel()
+        array([5., 5.])
+        """
+        checks.check_count("n", n, 0)
+        self._reserve(checks_cache.read_sequences(sequence, len(self._lengths)), int(n))
 
     def append(
         self,
@@ -92,7 +126,7 @@ class PagePool:
         Args:
             sequence: which one, 0 to batch - 1, or a list of S different ones.
             k, v, k_idx: [n, Hkv, D], [n, Hkv, Dv], [n, Di] in the dtype of the pages; for a list
-                of sequences [S, n, ...].
+                of sequences [S, n, ...]. For pages of 8 bits in float16, bfloat16 or float32.
 
         Raises:
             TypeError, ValueError: no such sequence, tokens that do not fit the pages, a table
@@ -102,25 +136,11 @@ class PagePool:
         ids = np.array(known, np.int64)
         new = {"k": k, "v": v, "k_idx": k_idx}
         n = checks_cache.check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
-        block = self.cache.k_pages.shape[1]
         before = self._lengths[ids]
-        after = before.astype(np.int64) + n
-        have, want = -(-before // block), -(-after // block)
-        for s, length, needed in zip(known, after.tolist(), want.tolist()):
-            checks_cache.check_width(self._table.shape[1], needed, length, s)
-        checks_cache.check_room(int((want - have).sum()), self.free_pages, n, known)
-
-        spans = zip(known, have.tolist(), want.tolist())
-        entries = [(s, b) for s, start, stop in spans for b in range(start, stop)]
-        self._enter(entries, [self._free.pop() for _ in entries])
-        positions = before[:, None] + np.arange(n)
-        page = self._table[ids[:, None], positions // block].astype(np.int64)
-        where = tuple(_beside(k, x.ravel()) for x in (page, positions % block))
-        for name, tokens in new.items():
-            pages = getattr(self.cache, f"{name}_pages")
-            tokens = tokens.detach() if checks.is_torch(tokens) else tokens
-            pages[where] = tokens.reshape(-1, *pages.shape[2:])
-        self._lengths[ids] = after
+        self._reserve(known, n)
+        positions, block = before[:, None] + np.arange(n), self.cache.k_pages.shape[1]
+        page = self._table[ids[:, None], positions // block].astype(np.int64).ravel()
+        self._write(new, page, (positions % block).ravel())
         self.cache.lengths[_beside(k, ids)] = _beside(k, self._lengths[ids])
 
     def free(self, sequence: int) -> None:
@@ -135,6 +155,37 @@ class PagePool:
         self.cache.lengths[sequence] = self._lengths[sequence] = 0
         self._enter([(sequence, b) for b in range(len(owned))], [NO_PAGE] * len(owned))
         self._free += owned[::-1]
+
+    def _reserve(self, sequences: list[int], n: int) -> None:
+        """Pages for n more tokens each, in the table; the host's lengths count them."""
+        block, ids = self.cache.k_pages.shape[1], np.array(sequences, np.int64)
+        before = self._lengths[ids]
+        after = before.astype(np.int64) + n
+        have, want = -(-before // block), -(-after // block)
+        for s, length, needed in zip(sequences, after.tolist(), want.tolist()):
+            checks_cache.check_width(self._table.shape[1], needed, length, s)
+        checks_cache.check_room(int((want - have).sum()), self.free_pages, n, sequences)
+
+        spans = zip(sequences, have.tolist(), want.tolist())
+        entries = [(s, b) for s, start, stop in spans for b in range(start, stop)]
+        self._enter(entries, [self._free.pop() for _ in entries])
+        self._lengths[ids] = after
+
+    def _write(self, new: dict[str, Array], page: np.ndarray, offset: np.ndarray) -> None:
+        """Tokens into pages of their own dtype, or of 8 bits (`eight_bits`)."""
+        cache = self.cache
+        where = tuple(_beside(cache.k_pages, x) for x in (page, offset))
+        places = None
+        for name, tokens in new.items():
+            pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+            tokens = tokens.reshape(-1, *pages.shape[2:])
+            if scales is None:
+                pages[where] = tokens.detach() if checks.is_torch(tokens) else tokens
+                continue
+            if places is None:
+                known = vars(eight_bits.Places.of(page, offset)).values()
+                places = eight_bits.Places(*(_beside(pages, x) for x in known))
+            eight_bits.write_tokens(pages, scales, tokens, places)
 
     def _enter(self, entries: list[tuple[int, int]], pages: list[int]) -> None:
         """Write pages into the table, on the host and beside the pages."""
@@ -151,10 +202,17 @@ NO_PAGE = -1
 """What the page table holds where a sequence has no block."""
 
 
-def _beside(like: Array, integers: np.ndarray) -> Array:
-    """Integers in the library, and on the device, of `like`."""
+def _scales(pages: Array) -> Array | None:
+    """Ones for each page, and head if there are any; for pages of 8 bits only."""
+    if not checks.is_eight_bits(pages):
+        return None
+    return _beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
+
+
+def _beside(like: Array, array: np.ndarray) -> Array:
+    """An array of the host in the library, and on the device, of `like`."""
     if not checks.is_torch(like):
-        return integers
+        return array
     import torch
 
-    return torch.from_numpy(integers).to(like.device)
+    return torch.from_numpy(array).to(like.device)

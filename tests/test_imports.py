@@ -18,17 +18,19 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "checks_cache": {"checks"},
     "config": {"checks"},
     "ir": {"checks", "checks_cache"},
-    "paging": {"checks", "checks_cache", "ir"},
+    "eight_bits": {"ir"},
+    "paging": {"checks", "checks_cache", "eight_bits", "ir"},
     "interface": {"config", "ir"},
     "pipeline": {"config", "interface", "ir"},
     "layout": {"checks", "ir"},
     "loop_order": set(),
     "dispatch": {"checks", "interface", "ir"},
     "api": {"checks", "checks_cache", "config", "dispatch", "ir", "layout", "pipeline"},
+    "quality": {"api", "checks", "config", "dispatch", "ir", "paging"},
     "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
     "explain_print": {"explain", "loop_order"},
     "cli": set(),
-    "__init__": {"api", "config", "dispatch", "ir", "paging", "pipeline"},
+    "__init__": {"api", "config", "dispatch", "ir", "paging", "pipeline", "quality"},
 }
 
 

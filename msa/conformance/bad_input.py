@@ -112,6 +112,10 @@ class Kit:
         pool.append(1, **self.tokens(3))
         pool.append(sequence, **(self.tokens(*lead) | changes))
 
+    def reserve(self, sequence: Any, n: Any) -> None:
+        """Reserve pages of an empty pool."""
+        self.pool().reserve(sequence, n)
+
     def lower(self, **changes: Any) -> Any:
         """msa.lower with some arguments replaced."""
         return msa.lower(**(self.arrays() | self.common | changes))

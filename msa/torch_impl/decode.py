@@ -74,7 +74,8 @@ def packed_index_keys(
     owner = owners(sequences.cu_seqlens_k, device)
     token = torch.arange(sequences.total_k, device=device)
     token = token - borders(sequences.cu_seqlens_k, device)[owner]
-    return cache.k_idx_pages[cache.page_table[slots[owner], token // block].long(), token % block]
+    page = cache.page_table[slots[owner], token // block].long()
+    return cache.read("k_idx", (page, token % block))
 
 
 def attend_pages(
@@ -108,8 +109,8 @@ def attend_pages(
     token = ids[..., None] * block + place
     hidden = ((ids < 0)[..., None] | (token > positions[:, None, None, None])).flatten(2)
     k, v = (
-        pages[page, place, group].flatten(2, 3).masked_fill(hidden[..., None], 0.0)
-        for pages in (cache.k_pages, cache.v_pages)
+        cache.read(name, (page, place, group)).flatten(2, 3).masked_fill(hidden[..., None], 0.0)
+        for name in ("k", "v")
     )
     dtype = working_dtype(q, k)
     lanes = q.to(dtype).unflatten(1, (groups, -1))

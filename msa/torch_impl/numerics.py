@@ -20,7 +20,7 @@ def working_dtype(left: Tensor, right: Tensor) -> torch.dtype:
     """
     if torch.float64 in (left.dtype, right.dtype):
         return torch.float64
-    if torch.float16 in (left.dtype, right.dtype) or not (left.numel() and right.numel()):
+    if left.dtype == right.dtype == torch.float16 or not (left.numel() and right.numel()):
         return torch.float32
     bound = largest(left) * largest(right) * left.shape[-1]
     return torch.float64 if bound > torch.finfo(torch.float32).max else torch.float32

@@ -1,0 +1,291 @@
+"""A pool of pages beside plain lists of tokens: what tests of the paged cache have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import msa
+
+BLOCK, BATCH, PAGES, WIDTH = 4, 3, 6, 3
+CONFIG = msa.MSAConfig(block_size=BLOCK, top_k=2)
+SHAPES = {"k": (2, 3), "v": (2, 2), "k_idx": (3,), "q": (4, 3), "q_idx": (2, 3)}
+CACHED = ("k", "v", "k_idx")
+E4M3 = torch.float8_e4m3fn
+LEAST_SCALE = 2.0**-126
+
+
+def backend_of(place):
+    return "torch" if place == "cuda" else place
+
+
+def drawn(seed, *lead):
+    """Integers so small that every score is exact, with many ties."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(-2, 3, (*lead, *dims)) * 1.0 for name, dims in SHAPES.items()}
+
+
+def put(arrays, place):
+    """To the library and the device under test."""
+    if place == "reference":
+        return arrays
+    device = "cuda" if place == "cuda" else "cpu"
+    return {name: torch.tensor(x, device=device) for name, x in arrays.items()}
+
+
+def read(array):
+    if not isinstance(array, torch.Tensor):
+        return array
+    return (array.double() if array.dtype == E4M3 else array).cpu().numpy()
+
+
+def make_pool(place, pages=PAGES, eight=(), **sizes):
+    """Pages full of NaN, those of the names in `eight` of 8 bits, with NaN for scales."""
+    empty = put({name: np.full((pages, BLOCK, *SHAPES[name]), np.nan) for name in CACHED}, place)
+    empty |= {name: empty[name].to(E4M3) for name in eight}
+    sizes = {"batch": BATCH, "pages_per_sequence": WIDTH} | sizes
+    pool = msa.PagePool(*empty.values(), **sizes)
+    for name, scales in scale_arrays(pool.cache).items():
+        assert (scales is not None) == (name in eight)
+        if scales is not None:
+            scales.fill_(torch.nan)
+    return pool
+
+
+def page_arrays(cache):
+    return {name: getattr(cache, f"{name}_pages") for name in CACHED}
+
+
+def scale_arrays(cache):
+    return {name: getattr(cache, f"{name}_scales") for name in CACHED}
+
+
+def attention(tokens, n):
+    """What the spec says of the last n of some tokens."""
+    queries = [tokens[name][len(tokens["k"]) - n :] for name in ("q", "q_idx")]
+    q, q_idx = queries
+    k, v, k_idx = (tokens[name] for name in CACHED)
+    return msa.attention(q, k, v, q_idx, k_idx, config=CONFIG, backend="reference")
+
+
+def close(found, want):
+    np.testing.assert_allclose(read(found), want, rtol=1e-6, atol=1e-12)
+
+
+# -- eight bits, by the letter of the rule ---------------------------------------------------------
+def to_e4m3(x):
+    """Four significant bits from 2^-6 on, below it steps of 2^-9; 448 at most; ties to even."""
+    x = np.clip(x, -448.0, 448.0)
+    step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, -6) - 3)
+    return np.rint(x / step) * step
+
+
+def scale_of(x):
+    """1 / the greatest power of two, at most 2^126, that takes no finite number beyond 448."""
+    largest, scale = np.max(np.abs(x), where=np.isfinite(x), initial=0.0), LEAST_SCALE
+    while largest / scale > 448.0:
+        scale *= 2.0
+    return scale
+
+
+def append_8(numbers, scales, new, block=BLOCK):
+    """Numbers that pages of 8 bits stand for [t, *heads, dim], their scales [pages, *heads], after
+    one append of `new`."""
+    before, numbers = len(numbers), np.concatenate([numbers, new])
+    old, pages = scales, -(-len(numbers) // block)
+    scales = np.full((pages, *new.shape[1:-1]), LEAST_SCALE)
+    scales[: len(old)] = old
+    for b in range(before // block, pages):
+        first, stop = b * block, min((b + 1) * block, len(numbers))
+        for head in np.ndindex(new.shape[1:-1]):
+            fresh = numbers[(slice(max(before, first), stop), *head)]
+            scale = scales[(b, *head)] = max(scales[(b, *head)], scale_of(fresh))
+            page = numbers[(slice(first, stop), *head)]
+            page[:] = to_e4m3(page / scale) * scale
+    return numbers, scales
+
+
+class Pool(RuleBasedStateMachine):
+    """A pool beside a plain list of tokens for each sequence.
+
+    Wherever the lists have no token the pages hold NaN: at first, and again when a page comes back.
+    The lists hold what the pages stand for; where these have 8 bits, their scales are listed too.
+    """
+
+    place, eight = "reference", ()
+
+    @initialize()
+    def start(self):
+        self.pool = make_pool(self.place, eight=self.eight)
+        self.lists, self.scales = [{} for _ in range(BATCH)], [{} for _ in range(BATCH)]
+        for s in range(BATCH):
+            self.forget(s)
+
+    def forget(self, s):
+        self.lists[s] = {name: np.zeros((0, *dims)) for name, dims in SHAPES.items()}
+        self.scales[s] = {name: np.zeros((0, *SHAPES[name][:-1])) for name in self.eight}
+
+    def length(self, s):
+        return len(self.lists[s]["k"])
+
+    def draw(self, seed, *lead):
+        """Integers; of any magnitude where they are to be rounded."""
+        rng, new = np.random.default_rng(seed), drawn(seed, *lead)
+        for name in self.eight:
+            powers = 2.0 ** rng.choice([-150, -9, -3, 0, 6], (*new[name].shape[:-1], 1))
+            new[name] = (rng.integers(-17, 18, new[name].shape) * powers).astype(np.float32)
+        return new
+
+    def add(self, sequence, n, seed, by_hand):
+        """Append to one sequence or to several; too much of it must be refused."""
+        ids = [sequence] if isinstance(sequence, int) else sequence
+        new = self.draw(seed, len(ids), n)
+        given = new if sequence is ids else {name: x[0] for name, x in new.items()}
+        blocks = [-(-(self.length(s) + n) // BLOCK) for s in ids]
+        more = sum(blocks) - sum(-(-self.length(s) // BLOCK) for s in ids)
+        arguments = [put(given, self.place)[name] for name in CACHED]
+
+        def write():
+            if by_hand:
+                self.pool.reserve(sequence, n)
+            else:
+                self.pool.append(sequence, *arguments)
+
+        if max(blocks, default=0) > WIDTH or more > self.pool.free_pages:
+            wanted = "page_table must have" if max(blocks) > WIDTH else "free pages"
+            with pytest.raises(ValueError, match=wanted):
+                write()
+            return
+        write()
+        for i, s in enumerate(ids):
+            for name, x in new.items():
+                if name in self.eight:
+                    old = self.lists[s][name], self.scales[s][name]
+                    self.lists[s][name], self.scales[s][name] = append_8(*old, x[i])
+                else:
+                    self.lists[s][name] = np.concatenate([self.lists[s][name], x[i]])
+            if by_hand:
+                self.write_by_hand(s, n)
+
+    def write_by_hand(self, s, n):
+        """As the code in a captured graph would: plain writes, no book-keeping."""
+        cache = self.pool.cache
+        assert int(cache.lengths[s]) == self.length(s) - n, "reserve must leave this to the writer"
+        cache.lengths[s] += n
+        first = (self.length(s) - n) // BLOCK * BLOCK  # older tokens may have to be rounded again
+        for name, array in page_arrays(cache).items():
+            contents = put({name: self.contents(name, s)}, self.place)[name]
+            for j in range(first, self.length(s)):
+                array[int(cache.page_table[s, j // BLOCK]), j % BLOCK] = contents[j]
+            for b in range(
+                first // BLOCK, -(-self.length(s) // BLOCK) if name in self.eight else 0
+            ):
+                scales = torch.tensor(self.scales[s][name][b])
+                scale_arrays(cache)[name][int(cache.page_table[s, b])] = scales
+
+    def contents(self, name, s):
+        """What stands in the pages: the numbers, or what times the scale is the numbers."""
+        numbers = self.lists[s][name]
+        if name not in self.eight:
+            return numbers
+        scales = self.scales[s][name].repeat(BLOCK, 0)[: len(numbers)]
+        return numbers / scales[..., None]
+
+    @rule(s=st.integers(0, BATCH - 1), n=st.integers(0, 3), seed=st.integers(0, 999),
+          by_hand=st.booleans())  # fmt: skip
+    def append_to_one(self, s, n, seed, by_hand):
+        self.add(s, n, seed, by_hand)
+
+    @rule(ids=st.permutations(range(BATCH)), count=st.integers(0, BATCH), n=st.integers(1, 3),
+          seed=st.integers(0, 999), by_hand=st.booleans())  # fmt: skip
+    def append_to_several(self, ids, count, n, seed, by_hand):
+        self.add(ids[:count], n, seed, by_hand)
+
+    @rule(s=st.integers(0, BATCH - 1))
+    def free(self, s):
+        own = self.own_pages(s)
+        self.pool.free(s)
+        self.forget(s)
+        scales = [x for x in scale_arrays(self.pool.cache).values() if x is not None]
+        for array in (*page_arrays(self.pool.cache).values(), *scales):
+            for page in own:
+                array[page] = np.nan
+
+    def own_pages(self, s):
+        return read(self.pool.cache.page_table)[s, : -(-self.length(s) // BLOCK)].tolist()
+
+    @precondition(lambda self: any(map(self.length, range(BATCH))))
+    @rule(n=st.integers(1, 3))
+    def decode(self, n):
+        n = min([n, *filter(None, map(self.length, range(BATCH)))])
+        self.check_decode(self.pool.cache, range(BATCH), n)
+
+    @rule(s=st.integers(0, BATCH - 1), n=st.integers(1, 3))
+    def decode_beside_poison(self, s, n):
+        """Everything that is not this sequence's is NaN, scales included."""
+        cache, own, poisoned = self.pool.cache, self.own_pages(s), {}
+        for kind, arrays in (("pages", page_arrays(cache)), ("scales", scale_arrays(cache))):
+            for name, array in arrays.items():
+                if array is not None:
+                    full_like = torch.full_like if isinstance(array, torch.Tensor) else np.full_like
+                    poisoned[f"{name}_{kind}"] = full_like(array, np.nan)
+                    for page in own:
+                        poisoned[f"{name}_{kind}"][page] = array[page]
+        lengths = cache.lengths * 0
+        lengths[s] = self.length(s)
+        lonely = replace(cache, **poisoned, lengths=lengths)
+        self.check_decode(lonely, [s], min(n, self.length(s) or n))
+
+    def check_decode(self, cache, ids, n):
+        ids = [s for s in ids if self.length(s)]
+        queries = {name: np.ones((BATCH, n, *SHAPES[name])) for name in ("q", "q_idx")}
+        for s in ids:
+            for name, x in queries.items():
+                x[s] = self.lists[s][name][-n:]
+        q, q_idx = put(queries, self.place).values()
+        output = msa.decode(q, q_idx, cache, config=CONFIG, backend=backend_of(self.place))
+        selected = read(output.selection.indices)
+        assert len(selected) == n * len(ids)
+        for i, s in enumerate(ids):
+            want = attention(self.lists[s], n)
+            close(output.out[s], want.out)
+            close(output.lse[s], want.lse)
+            np.testing.assert_array_equal(
+                selected[i * n : (i + 1) * n], want.selection.indices, strict=True
+            )
+        for s in set(range(BATCH)) - set(ids):
+            assert (read(output.out[s]) == 0).all() and (read(output.lse[s]) == -np.inf).all()
+
+    @invariant()
+    def memory_is_what_the_lists_say(self):
+        """To the byte: each token in its place, NaN in all the others, no page with two owners."""
+        cache = self.pool.cache
+        table, pages, scales = read(cache.page_table), page_arrays(cache), scale_arrays(cache)
+        want = {name: np.full(array.shape, np.nan) for name, array in pages.items()}
+        want_scales = {name: np.full(scales[name].shape, np.nan, np.float32) for name in self.eight}
+        owned = []
+        for s, tokens in enumerate(self.lists):
+            own = self.own_pages(s)
+            owned += own
+            assert (table[s, len(own) :] == -1).all()
+            for name, found in zip(CACHED, cache.flat(s)):
+                for j, number in enumerate(self.contents(name, s)):
+                    want[name][table[s, j // BLOCK], j % BLOCK] = number
+                dtype = np.float32 if name in self.eight else np.float64
+                flat = tokens[name].astype(dtype)
+                np.testing.assert_array_equal(read(found), flat, strict=True)
+            for name in self.eight:
+                want_scales[name][own] = self.scales[s][name]
+        for name, array in pages.items():
+            np.testing.assert_array_equal(read(array), want[name], strict=True)
+        for name, array in want_scales.items():
+            np.testing.assert_array_equal(read(scales[name]), array, strict=True)
+        assert len(set(owned)) == len(owned) and set(owned) <= set(range(PAGES))
+        assert self.pool.free_pages == PAGES - len(owned)
+        lengths = [self.length(s) for s in range(BATCH)]
+        assert self.pool.lengths == lengths == read(cache.lengths).tolist()
