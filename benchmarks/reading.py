@@ -25,6 +25,15 @@ def ms(row: Found, name: str) -> float:
     return found["ms"] if isinstance(found, dict) else math.nan
 
 
+def best_dense(row: Found) -> float:
+    """Microseconds of the quicker dense decode step.
+
+    >>> best_dense({"dense": {"cudnn": "RuntimeError: no", "flash": {"us": 109.0}}})
+    109.0
+    """
+    return min(found["us"] for found in row["dense"].values() if isinstance(found, dict))
+
+
 def at(row: Found, keep: float) -> Found:
     """The attention stage where neighbours agree to `keep`."""
     return next(stage for stage in row["attention"] if stage["keep"] == keep)

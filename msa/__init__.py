@@ -2,6 +2,7 @@
 
 from msa.api import (
     align_index,
+    append_tokens,
     attention,
     decode,
     lower,
@@ -42,6 +43,7 @@ __all__ = [
     "TileUnion",
     "Trace",
     "align_index",
+    "append_tokens",
     "attention",
     "available_backends",
     "cache_quality",

@@ -200,6 +200,10 @@ def decode(
     Where the pages have scales (see `PagedKV`) the numbers that they stand for are what is meant:
     the result is that of R4-R12 on page * scale, for queries of any dtype, which are not rounded.
 
+    The triton backend can be captured in a CUDA graph: no shape depends on a length, lengths and
+    tables are read on the device, so a graph stays right while the sequences grow. During capture
+    their contents are not checked (a `PagePool` keeps them legal) and the selection is None.
+
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
 
@@ -218,15 +222,52 @@ def decode(
     sizes: dict[str, int] = {"Bk": config.block_size}
     checks.check_shape("q", q, "B n Hq D", sizes)
     checks_cache.check_cache(cache, sizes)
+    name = resolve(backend, q)
+    if checks.is_captured(q):
+        checks.check_capturable(name)
+    else:
+        checks_cache.check_contents(cache, sizes)
     checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     checks_cache.check_queries(cache, q, q_idx)
-    name = resolve(backend, q)
     module, carrier = load_backend(name), Carrier(name, q)
     if name == "triton":
         checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
     q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
     return carrier.give(module.decode_step(q, q_idx, cache, config))
+
+
+def append_tokens(
+    cache: PagedKV,
+    k: Float[Array, "B n Hkv D"],
+    v: Float[Array, "B n Hkv Dv"],
+    k_idx: Float[Array, "B n Di"],
+) -> None:
+    """Write n more tokens of each sequence into a paged cache, by the device alone (R2).
+
+    What `PagePool.append` does from the host, for steps that a CUDA graph captures: the pages come
+    from `PagePool.reserve` beforehand, and the kernel finds them in the table, quantises where the
+    pages have 8 bits, and advances the lengths on the device. A sequence whose table has no pages
+    for n more tokens, such as an empty slot of the batch, stays as it is, and its tokens are not
+    looked at.
+
+    Args:
+        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place.
+        k, v, k_idx: in the dtype of the pages; for pages of 8 bits float16, bfloat16 or float32.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit the pages (R20).
+    """
+    checks.check_type("cache", cache, PagedKV)
+    sizes: dict[str, int] = {}
+    checks_cache.check_cache(cache, sizes)
+    checks_cache.check_tokens(cache, True, sizes["B"], {"k": k, "v": v, "k_idx": k_idx})
+    resolve("triton", cache.k_pages)
+    load_backend("triton")
+    from msa.triton_impl import append
+
+    checks.check_kernels(sizes["Bk"], k=k, v=v, k_idx=k_idx)
+    append.append_tokens(cache, k, v, k_idx)
 
 
 def lower(

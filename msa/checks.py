@@ -275,6 +275,23 @@ def check_triton_device(array: Any, interpreted: bool) -> None:
         )
 
 
+def is_captured(array: Any) -> bool:
+    """Whether what is done with this array now goes into a CUDA graph."""
+    if not is_torch(array) or not array.is_cuda:
+        return False
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
+
+
+def check_capturable(backend: str) -> None:
+    """Only kernels that read lengths on the device can be replayed while these grow."""
+    if backend != "triton":
+        raise ValueError(
+            f"backend must be 'triton' while a CUDA graph is captured, got {backend!r}"
+        )
+
+
 def check_kernels(block_size: int, **arrays: Any) -> None:
     """What the triton backend has kernels for."""
     if block_size not in KERNEL_BLOCK_SIZES:

@@ -22,10 +22,7 @@ PAGE_DTYPES = (*checks.FLOAT_DTYPES, checks.EIGHT_BITS)
 
 
 def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Page shapes agree; every page that a sequence needs is in its table and in range.
-
-    `sizes` holds Bk and n, the number of queries per sequence; the sizes found are added.
-    """
+    """Page shapes agree; the sizes found are added to `sizes`."""
     for name, dims in CACHE_DIMS.items():
         array = getattr(cache, name)
         if name in PAGE_DIMS:
@@ -34,6 +31,13 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
             raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
         checks.check_shape(f"cache.{name}", array, dims, sizes)
     check_scales(cache, sizes)
+
+
+def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
+    """Every page that a sequence needs is in its table and in range.
+
+    `sizes` holds Bk, pages and n, the number of queries per sequence.
+    """
     table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:

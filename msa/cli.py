@@ -19,6 +19,7 @@ commands:
   demo digits     attention as a classifier of real images: dense, MSA, window, random
   bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
   bench train     the same for a training step: forward, backward, alignment loss
+  bench decode    the same for a step of generation over a paged cache
   bench plots     the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command.
@@ -53,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
                 from benchmarks import train
 
                 return train.run(tyro.cli(train.TrainOptions, prog="msa bench train", args=rest))
+            case ["bench", "decode", *rest]:
+                from benchmarks import decode
+
+                return decode.run(
+                    tyro.cli(decode.DecodeOptions, prog="msa bench decode", args=rest)
+                )
             case ["bench", "plots", *rest]:
                 from benchmarks import plots
 

@@ -169,7 +169,6 @@ def triton_subjects() -> list[Subject]:
     domain = Domain(
         dtypes=("float32", "float16") if interpreted else ("float32", "float16", "bfloat16"),
         block_sizes=(16, 32) if interpreted else (16, 32, 64, 128, 256),
-        missing=frozenset({"decode_step"}),
         options=frozenset({"loop_order"}) if interpreted else OPTIONS,
         units=None if interpreted else HOPPER,
         cost=3 if interpreted else 6,

@@ -1,10 +1,10 @@
-"""Decoding: few new queries of each sequence over a paged cache (R2), in two launches or three.
+"""Decoding: few new queries of each sequence over a paged cache (R2), in two launches.
 
-    scores = score_pages(q_idx, cache)                     # every block that is not forced
-    out, lse, ids = attend_pages(q, cache, scores)         # select, then attend to what was selected
+    scores = score_pages(q_idx, cache)              # of every block that is not forced
+    out, lse, ids = attend_pages(q, cache, scores)  # select, attend to what was selected
 
-No shape depends on a length, and nothing is read back to the host, so that both can be captured in
-a CUDA graph; `decode_step` reads the lengths only to say whose selection is whose.
+No shape depends on a length, and nothing is read back to the host, so both can be captured in a
+CUDA graph; `decode_step` reads the lengths only to say whose selection is whose.
 """
 
 from __future__ import annotations

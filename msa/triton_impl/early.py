@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_others(EARLY: tl.constexpr):
-    """Until here a kernel may run beside the one before it: nothing read, nothing written."""
+    """Up to here a kernel may run beside the one before it, and must not read what that writes."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -27,15 +27,20 @@ def wait_for_others(EARLY: tl.constexpr):
 @lru_cache(maxsize=8)
 def early_launch(device: torch.device) -> dict[str, Any]:
     """The launch arguments of a kernel of the chain; says so once where it has to do without."""
-    if device.type != "cuda":
-        return {"EARLY": False}
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
+    if is_hopper(device):
+        return {"EARLY": True, "launch_pdl": True}
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
         warnings.warn(
             "programmatic dependent launch needs compute capability 9.0, got "
             f"{major}.{minor}: the kernels of a decode step start one after the other",
             RuntimeWarning,
             stacklevel=2,
         )
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
+@lru_cache(maxsize=8)
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.0 or later; the interpreter has none."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

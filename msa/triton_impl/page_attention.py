@@ -19,6 +19,8 @@ What the fast form changes:
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import triton
 import triton.language as tl
@@ -40,11 +42,11 @@ from msa.triton_impl.tiles import (
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
-PIECES = 64
-"""Pieces of a row of scores, if it is longer."""
 STEP = 64
-"""Rows of pieces that are held in registers at a time."""
-LOWEST_RANK, HIGHEST_RANK = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
+"""Blocks of each piece that are held in registers at a time."""
+WIDE = 2**12
+"""From so many blocks on a row of scores is worth fewer splits: each of them reads it whole."""
+HIGHEST_RANK = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -68,12 +70,19 @@ def best_of_scores(p_score, first, stop, PLACES: tl.constexpr, PP: tl.constexpr,
         these are taken off one by one; if there are more, bisection ends it.
     """
     o_p, o_l = tl.arange(0, PIECES), tl.arange(0, STEP)
-    b_best = tl.full([PIECES], LOWEST_RANK, tl.int64)
+    b_top = tl.full([PIECES], float("-inf"), tl.float32)
+    b_id = tl.full([PIECES], NO_BLOCK, tl.int32)  # the first block that has the maximum
     for i in range(0, LENGTH, STEP):
         o_b = (i + o_l)[:, None] * PIECES + o_p[None, :]
         m_b = (o_b >= first) & (o_b < stop)
-        b_x = ranked(tl.load(p_score + o_b), o_b, m_b)
-        b_best = tl.maximum(b_best, tl.max(b_x, 0))
+        b_x = tl.load(p_score + o_b)
+        b_x = tl.where(m_b & (b_x == b_x), b_x, float("-inf"))
+        b_max = tl.max(b_x, 0)
+        b_at = tl.min(tl.where(m_b & (b_x == b_max[None, :]), o_b, NO_BLOCK), 0)
+        m_new = (b_max > b_top) | (b_id == NO_BLOCK)
+        b_top, b_id = tl.where(m_new, b_max, b_top), tl.where(m_new, b_at, b_id)
+    m_p = b_id < NO_BLOCK
+    b_best = ranked(b_top, tl.where(m_p, b_id, o_p), m_p)
     b_above = tl.sum((b_best[None, :] > b_best[:, None]).to(tl.int32), 1)  # [PIECES]
     o_x = tl.arange(0, PP)
     b_piece = tl.sum(tl.where(b_above[None, :] == o_x[:, None], o_p[None, :], 0), 1)  # [PP]
@@ -220,9 +229,7 @@ def attend_pages(
     scores: Float[Tensor, "B n Hkv width"],
     arrivals: Int[Tensor, "B programs"],
     tile: TileConfig | None = None,
-) -> tuple[
-    Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"], Int[Tensor, "B n Hkv k"]
-]:
+) -> tuple[Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"], Int[Tensor, "B n Hkv k"]]:
     """out in q's dtype, lse float32, and the selected ids: 0, -inf and -1 for an empty slot."""
     (batch, n, heads, dim), (_, block, groups, dim_v) = q.shape, cache.v_pages.shape
     group, rows, width, device = heads // groups, batch * n * groups, scores.shape[-1], q.device
@@ -232,11 +239,11 @@ def attend_pages(
     tile = tile or choose("paged", q.dtype, max(pad(dim), pad(dim_v)), block)
     some, slots = head_tile(group), pad(config.top_k, 2)
     tiles = triton.cdiv(group, some)
-    splits = splits_of(rows * tiles, slots, tile.programs)
+    splits = splits_of(rows * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
     parts = torch.empty((rows * group, splits, dim_v), dtype=q.dtype, device=device)
     part_lses = torch.empty((rows * group, splits), dtype=torch.float32, device=device)
     places = config.top_k - config.forced_blocks
-    pieces = min(width, max(PIECES, pad(places)))
+    pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
         page_attend_kernel[rows, splits, tiles](
@@ -258,11 +265,10 @@ def head_tile(group: int) -> int:
     return min(pad(group), 64)
 
 
-def splits_of(programs: int, slots: int, wanted: int) -> int:
+def splits_of(programs: int, most: int, wanted: int) -> int:
     """How many programs share the selected blocks of a row, so that there are about `wanted`.
 
     >>> splits_of(4, 16, 132), splits_of(32, 16, 132), splits_of(500, 16, 132)
     (16, 4, 1)
     """
-    return min(slots, 1 << (max(wanted // max(programs, 1), 1).bit_length() - 1))
-
+    return min(most, 1 << (max(wanted // max(programs, 1), 1).bit_length() - 1))

@@ -6,15 +6,17 @@
             score[b] = max over tokens of index_scale * K @ q_idx
 
 What the fast form changes:
- 1. Memory decides: a token's index key is read once and serves all queries and groups. Keys are the
+ 1. Memory decides: an index key is read once and serves all new queries and groups. Keys are the
     tall operand of the product, queries times groups its few columns.
  2. Forced blocks are never scored (see `selection`), so no block is partial and no token masked.
- 3. The keys of a sequence are cut among programs by their blocks; each writes scores of its own, so
-    there is nothing to merge: the next kernel selects from whole rows, and a split changes no bit.
- 4. Numbers of 8 bits are widened to the queries' dtype, which is exact, and a page's scale is put
-    on its maximum: a power of two changes no order.
- 5. Lengths are read on the device, and the grid is that of the widest sequence the table has room
-    for: a captured launch stays right while the sequences grow.
+ 3. A program takes one block, or every n-th of them, and writes scores of its own, so there is
+    nothing to merge: the next kernel selects from whole rows, and no split changes a bit.
+ 4. Lengths are read on the device, and the grid is that of the longest sequence that the table has
+    room for: a captured launch stays right while the sequences grow.
+ 5. Keys of 8 bits meet queries that are sums of three e4m3 tensors, on the tensor cores, which is
+    quicker than widening the keys: that alone takes longer than to read them. Float32 queries, and
+    those on older devices, get widened keys. A page's scale is put on its maximum: a power of two
+    changes no order.
 """
 
 from __future__ import annotations
@@ -27,12 +29,9 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import PagedKV
-from msa.triton_impl.early import early_launch, wait_for_others
+from msa.triton_impl.early import early_launch, is_hopper, wait_for_others
 from msa.triton_impl.tiles import can_describe, describe, is_exact, pad
 from msa.triton_impl.tuning import TileConfig, choose
-
-
-PARTS = True
 
 
 @triton.jit
@@ -43,7 +42,9 @@ def three_parts(b_q):
     each part 4, so that only what is below 2^-17 of the largest is lost.
     """
     b_x = b_q.to(tl.float32)
-    b_bits = tl.max(tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), 0.0), 1).to(tl.int32, bitcast=True)
+    b_bits = tl.max(tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), 0.0), 1).to(
+        tl.int32, bitcast=True
+    )
     b_power = 8 + 127 - (b_bits >> 23) - ((b_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     b_power = tl.minimum(b_power, 126)
     b_x *= ((b_power + 127) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -60,7 +61,8 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
                        stride_table, N: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
                        BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
                        SINK: tl.constexpr, LOCAL: tl.constexpr, EIGHT: tl.constexpr,
-                       PARTS: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr, A: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       PARTS: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr,
+                       A: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Every n-th block of one sequence, for BM rows of (query, group)."""
     i_p, i_s, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_others(EARLY)
@@ -119,19 +121,21 @@ def score_pages(
     block, columns = pages.shape[1], cache.page_table.shape[1]
     width = pad(columns, 32)
     scores = torch.empty((batch, n, groups, width), dtype=torch.float32, device=q_idx.device)
-    tile = tile or choose("pages", q_idx.dtype, pad(dim), block)
+    wide = q_idx.dtype == torch.float32
+    tile = tile or choose("pages", q_idx.dtype if wide else pages.dtype, pad(dim), block)
     rows = min(pad(n * groups), tile.rows)
     programs = max(1, min(columns, tile.programs // max(batch, 1)))
     eight = cache.k_idx_scales is not None
+    parts = eight and not wide and is_hopper(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
     page_scores_kernel[programs, batch, triton.cdiv(n * groups, rows)](
-        q_idx, describe(tokens, tile.keys) if tma else pages, cache.k_idx_scales if eight else pages, cache.page_table, cache.lengths,
-        scores, arrivals, config.index_scale_for(dim), arrivals.shape[1], width,
-        *q_idx.stride()[:3], *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups,
-        DIM=dim, BD=pad(dim), BM=rows, BK=block, BN=tile.keys, SINK=config.sink_blocks,
-        LOCAL=config.local_blocks, EIGHT=eight, PARTS=eight and PARTS and q_idx.itemsize == 2,
-        TMA=tma, A=pad(arrivals.shape[1], 1),
-        PRECISION=is_exact(q_idx), **early_launch(q_idx.device), **tile.launch(),
+        q_idx, describe(tokens, tile.keys) if tma else pages,
+        cache.k_idx_scales if eight else pages, cache.page_table, cache.lengths, scores, arrivals,
+        config.index_scale_for(dim), arrivals.shape[1], width, *q_idx.stride()[:3],
+        *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim, BD=pad(dim),
+        BM=rows, BK=block, BN=tile.keys, SINK=config.sink_blocks, LOCAL=config.local_blocks,
+        EIGHT=eight, PARTS=parts, TMA=tma, A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
+        **early_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores

@@ -1,0 +1,88 @@
+"""`msa bench decode`: a step of generation on a GPU, first correct, then fast; results and table.
+
+    python -m benchmarks.decode [--out results.json] [--parts steps quality]
+
+is the same command where tyro is not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.reading import best_dense
+
+Part = Literal["steps", "quality"]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Check, then time decoding over paged caches of up to four million tokens on this GPU.
+
+    Takes about a minute on an H100.
+    """
+
+    out: Path | None = None
+    """Where to write the results, again after each part; None is
+    benchmarks/results/decode_DEVICE.json."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """What to measure: steps beside dense attention, what 8 bits lose."""
+
+
+def run(options: DecodeOptions) -> int:
+    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    if not report.has_device("msa bench decode"):
+        return 2
+    from benchmarks.checks import Wrong
+    from benchmarks.decode_stages import PARTS
+
+    measured = report.measure("decode", options.out, options.parts, PARTS, Wrong)
+    if measured is None:
+        return 1
+    found, out = measured
+    show(found)
+    print(f"Results: {out}")
+    return 0
+
+
+def show(found: dict[str, Any], console: Console | None = None) -> None:
+    """The results as tables."""
+    console = console or Console()
+    made = report.table(
+        "A decode step, µs: index, selection, attention", "batch x context", "form", "dense",
+        "step", "times", "layer", "scores", "error",
+    )  # fmt: skip
+    for row in found.get("steps", ()):
+        dense = best_dense(row)
+        for form in (name for name in row if name not in ("batch", "context", "dense")):
+            step = row[form]["step"]["us"]
+            made.add_row(
+                f"{row['batch']} x {row['context'] // 1024}K", form, f"{dense:.0f}", f"{step:.1f}",
+                f"{dense / step:.2f}", f"{row[form]['layer']['us']:.1f}",
+                f"{row[form]['scores']['us']:.1f}", f"{row[form]['error']:.4f}",
+            )  # fmt: skip
+        made.add_section()
+    console.print(made)
+    lost = report.table("8 bits", "tensors", "cache", "blocks", "scores", "output error")
+    for name, kinds in found.get("quality", {}).items():
+        for kind, loss in kinds.items():
+            lost.add_row(
+                name, kind, f"{loss['block_recall']:.2%}", f"{loss['score_recall']:.2%}",
+                f"{loss['output_error']:.4f}",
+            )  # fmt: skip
+    console.print(lost)
+
+
+def main() -> int:
+    """The command without tyro."""
+    given = report.arguments(__doc__, get_args(Part))
+    return run(DecodeOptions(given.out, tuple(given.parts)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
