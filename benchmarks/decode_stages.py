@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,16 +143,17 @@ def time_steps(caches: list[PagedKV], q: Tensor, q_idx: Tensor) -> dict[str, Any
     arrivals = decoding.counters(q, GROUPS)
     scores = [score_pages(q_idx, cache, CONFIG, arrivals) for cache in caches]
 
-    def step(cache: PagedKV) -> Callable[[], Any]:
-        return lambda: msa.decode(q, q_idx, cache, config=CONFIG, backend="triton")
-
     def attend(i: int) -> Any:
         arrivals.zero_()
         return attend_pages(q, caches[i], CONFIG, scores[i], arrivals)
 
-    steps = [step(cache) for cache in caches]
-    scoring = [lambda c=c: score_pages(q_idx, c, CONFIG, arrivals) for c in caches]
-    attending = [lambda i=i: attend(i) for i in range(len(caches))]
+    steps: list[Callable[[], Any]] = [
+        partial(msa.decode, q, q_idx, cache, config=CONFIG, backend="triton") for cache in caches
+    ]
+    scoring: list[Callable[[], Any]] = [
+        partial(score_pages, q_idx, cache, CONFIG, arrivals) for cache in caches
+    ]
+    attending: list[Callable[[], Any]] = [partial(attend, i) for i in range(len(caches))]
     return {
         "step": replays(steps),
         "layer": in_layers(steps),
@@ -174,12 +176,13 @@ def dense(q: Tensor, caches: list[PagedKV]) -> dict[str, Any]:
         ("flash", SDPBackend.FLASH_ATTENTION),
     ):
 
-        def call(k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+        def call(kv: list[Tensor], backend: SDPBackend) -> Tensor:
+            k, v = kv
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(rows, k, v)
 
         try:
-            found[name] = replays([lambda kv=kv: call(*kv) for kv in flat])
+            found[name] = replays([partial(call, kv, backend) for kv in flat])
         except RuntimeError as error:
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return found

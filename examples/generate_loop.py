@@ -65,12 +65,19 @@ class Layer:
             batch=1,
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [n, WIDTH] are the next n tokens: into the cache with their keys, then they attend."""
+    def __call__(self, x: Tensor, reserved: bool) -> Tensor:
+        """x [n, WIDTH] are the next n tokens: into the cache with their keys, then they attend.
+
+        reserved: the pool has entered pages for them already.
+        """
         h = rms_norm(x, (WIDTH,))
         q, k, v = ((h @ to).unflatten(1, (-1, DIM)) for to in (self.to_q, self.to_k, self.to_v))
         q_idx = (h @ self.to_q_idx).unflatten(1, (GROUPS, INDEX_DIM))
-        self.pool.append(0, k, v, h @ self.to_k_idx)
+        k_idx = h @ self.to_k_idx
+        if reserved:  # the device finds the pages, and writes the tokens and the new length
+            msa.append_tokens(self.pool.cache, k[None], v[None], k_idx[None])
+        else:
+            self.pool.append(0, k, v, k_idx)
         if len(x) == 1:
             # 3. Decoding reads the pages where they lie: all index keys, but few keys and values.
             batch = q[None], q_idx[None], self.pool.cache
@@ -92,19 +99,43 @@ class Model:
     def __init__(self, options: Options, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         self.embedding = torch.randn(BYTES, WIDTH).to(device, dtype)
+        self.capturable = device.type == "cuda" and options.backend != "torch"
         self.layers = [Layer(options, device, dtype) for _ in range(LAYERS)]
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor, reserved: bool = False) -> Tensor:
         """tokens [n] to the next one [1], which stays on the device."""
         x = embedded = self.embedding[tokens]
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, reserved)
         return ((x[-1:] - embedded[-1:]) @ self.embedding.T).argmax(-1)
 
 
-def step(model: Model, token: Tensor) -> Tensor:
-    """One token of decoding."""
-    return model(token)
+class Step:
+    """One token of decoding; on a GPU a CUDA graph of the whole model, captured on first use.
+
+    Lengths and tables are read on the device, so that one graph serves the growing sequence; only
+    its pages come from the host.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """token [1] to the next one."""
+        if not self.model.capturable:
+            return self.model(token)
+        for layer in self.model.layers:
+            layer.pool.reserve(0, 1)
+        if self.graph is None:
+            following = self.model(token, reserved=True)  # compiles the kernels, too
+            self.token, self.graph = token.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.following = self.model(self.token, reserved=True)
+            return following
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.following.clone()
 
 
 def read_prompt(length: int) -> Tensor:
@@ -128,9 +159,10 @@ def main(options: Options) -> bytes:
             token = model(tokens)
             show(progress, bar, len(tokens), token)
         bar = progress.add_task("decode", total=options.new_tokens, rate="")
+        step = Step(model)
         for _ in range(options.new_tokens):
             written.append(token)
-            token = step(model, token)
+            token = step(token)
             show(progress, bar, 1, token)
     text = bytes(torch.cat(written).tolist())
     print(f"wrote {text[:60]!r}")

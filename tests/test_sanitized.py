@@ -130,6 +130,45 @@ def test_kernels(name, kernels, case, launched):
     assert kernels - ({"scan_kernel"} if nothing_to_choose else set()) <= launched
 
 
+DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}
+
+
+@pytest.mark.parametrize("eight", [(), ("k_idx",), ("k", "v", "k_idx")] if CUDA else [()])
+@pytest.mark.parametrize(("dims", "block"), [((3, 20, 12, 9), 16), ((16, 128, 128, 128), 128)])
+def test_decoding(eight, dims, block, launched):
+    """Steps of one and of two tokens over the border of a page, an empty slot between two others.
+
+    The pages in use are the last ones, the table ends with the last block.
+    """
+    group, dim, dim_v, dim_i = dims
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    random = torch.Generator(TRITON.device).manual_seed(0)
+
+    def normal(*shape):
+        made = torch.randn(shape, generator=random, device=TRITON.device)
+        return made.to(dtype)
+
+    pages = {"k": normal(8, block, 2, dim), "v": normal(8, block, 2, dim_v),
+             "k_idx": normal(8, block, dim_i)}  # fmt: skip
+    pages |= {name: pages[name].to(torch.float8_e4m3fn) for name in eight}
+    pool = msa.PagePool(*pages.values(), batch=3, pages_per_sequence=4)
+    new = [normal(2, 3 * block + 5, *x.shape[2:]) for x in pages.values()]
+    pool.append([2, 0], *new)
+    for n in (1, 2, block - 8):
+        pool.reserve([2, 0], n)
+        msa.append_tokens(pool.cache, *(normal(3, n, *x.shape[2:]) for x in pages.values()))
+        n = min(n, 2)
+        q, q_idx = normal(3, n, 2 * group, dim), normal(3, n, 2, dim_i)
+        config = msa.MSAConfig(block, top_k=2)
+        found, want = (
+            msa.decode(q, q_idx, pool.cache, config=config, backend=b) for b in ("triton", "torch")
+        )
+        torch.testing.assert_close(found.lse, want.lse, rtol=0, atol=2e-3)
+        torch.testing.assert_close(found.out, want.out, rtol=0, atol=0.04)
+    assert pool.cache.lengths.tolist() == [4 * block, 0, 4 * block] == pool.lengths
+    assert launched >= DECODING
+
+
 def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
     """One program scans 80 blocks; the best come last before the cut, none after it."""
     monkeypatch.setattr(selection, "PROGRAMS", 1)
@@ -144,5 +183,5 @@ def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
 
 
 def test_no_kernel_is_left_out():
-    named = set().union(*CHECKS.values(), *SCORE_CHECKS.values())
+    named = set().union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
     assert named == set(KERNELS)

@@ -200,25 +200,25 @@ def test_appended_and_decoded_step_by_step():
 @pytest.mark.gpu
 @pytest.mark.parametrize("eight", EIGHT, ids=lambda names: ",".join(names) or "none")
 def test_one_graph_serves_growing_lengths(eight):
-    """Append and decode, captured once at 40 tokens, replayed to 80, over two pages' borders."""
+    """Append and decode, captured once at 48 tokens, replayed to 84, over three pages' borders."""
     config, n = msa.MSAConfig(BLOCK, top_k=2), 1
-    tokens = drawn(3, 3, 80)
+    tokens = drawn(3, 3, 84)
     pool = make_pool(4, 18, eight, pages_per_sequence=6)
     slots = [3, 0, 1]  # place 2 of the batch is empty
-    pool.append(slots, *(tokens[name][:, :40] for name in CACHED))
+    pool.append(slots, *(tokens[name][:, :48] for name in CACHED))
     still = {name: torch.zeros(4, n, *SHAPES[name], device=DEVICE) for name in SHAPES}
 
     def step():
         msa.append_tokens(pool.cache, *(still[name] for name in CACHED))
         return msa.decode(still["q"], still["q_idx"], pool.cache, config=config, backend="triton")
 
-    step()  # compiles; no sequence has a page for token 41 yet, so nothing is written
-    assert pool.cache.lengths.tolist() == [40, 40, 0, 40]
+    step()  # compiles; no sequence has a page for token 49 yet, so nothing is written
+    assert pool.cache.lengths.tolist() == [48, 48, 0, 48]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step()
     assert output.selection is None
-    for t in range(40, 80):
+    for t in range(48, 84):
         pool.reserve(slots, n)
         for name, x in still.items():
             x[slots] = tokens[name][:, t : t + n]
@@ -228,7 +228,7 @@ def test_one_graph_serves_growing_lengths(eight):
             want = spec({name: x[i, : t + n] for name, x in tokens.items()}, n, config)
             check(output, s, want)
         assert not output.out[2].any() and (output.lse[2] == -torch.inf).all()
-    assert pool.lengths == pool.cache.lengths.tolist() == [80, 80, 0, 80]
+    assert pool.lengths == pool.cache.lengths.tolist() == [84, 84, 0, 84]
 
 
 @pytest.mark.gpu

@@ -39,12 +39,13 @@ def three_parts(b_q):
     """Rows as sums of three e4m3 tensors, and what to multiply the sums by, a power of two [BM].
 
     A row is stretched until its largest number is 224 to 448; bfloat16 has 8 significant bits and
-    each part 4, so that only what is below 2^-17 of the largest is lost.
+    each part 4, so that only what is below 2^-17 of the largest is lost. As in `quantize`, NaN
+    stays NaN, infinities become large numbers, and neither has a say in the stretch.
     """
     b_x = b_q.to(tl.float32)
-    b_bits = tl.max(tl.where(tl.abs(b_x) < float("inf"), tl.abs(b_x), 0.0), 1).to(
-        tl.int32, bitcast=True
-    )
+    b_size = tl.abs(b_x)
+    b_size = tl.max(tl.where(b_size < float("inf"), b_size, 0.0), 1)  # NaN is not less
+    b_bits = b_size.to(tl.int32, bitcast=True)
     b_power = 8 + 127 - (b_bits >> 23) - ((b_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     b_power = tl.minimum(b_power, 126)
     b_x *= ((b_power + 127) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -133,9 +134,10 @@ def score_pages(
         q_idx, describe(tokens, tile.keys) if tma else pages,
         cache.k_idx_scales if eight else pages, cache.page_table, cache.lengths, scores, arrivals,
         config.index_scale_for(dim), arrivals.shape[1], width, *q_idx.stride()[:3],
-        *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim, BD=pad(dim),
-        BM=rows, BK=block, BN=tile.keys, SINK=config.sink_blocks, LOCAL=config.local_blocks,
-        EIGHT=eight, PARTS=parts, TMA=tma, A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
+        *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim,
+        BD=pad(dim, 32 if parts else 16), BM=rows, BK=block, BN=tile.keys,
+        SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
+        A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
         **early_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores
