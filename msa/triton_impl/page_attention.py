@@ -246,6 +246,7 @@ def attend_pages(
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
+        launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[rows, splits, tiles](
             q, cache.k_pages, cache.v_pages, cache.k_scales if eight else lse,
             cache.v_scales if eight else lse, cache.page_table, cache.lengths, scores, ids, parts,
@@ -255,7 +256,7 @@ def attend_pages(
             BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=config.top_k, P=slots,
             SINK=config.sink_blocks, LOCAL=config.local_blocks, PLACES=places, PP=pad(places, 1),
             PIECES=pieces, LENGTH=width // pieces, STEP=min(width // pieces, STEP), SPLITS=splits,
-            EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **tile.launch(),
+            EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **launch,
         )  # fmt: skip
     return out, lse, ids
 
