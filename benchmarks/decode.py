@@ -36,18 +36,7 @@ class DecodeOptions:
 
 def run(options: DecodeOptions) -> int:
     """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
-    if not report.has_device("msa bench decode"):
-        return 2
-    from benchmarks.checks import Wrong
-    from benchmarks.decode_stages import PARTS
-
-    measured = report.measure("decode", options.out, options.parts, PARTS, Wrong)
-    if measured is None:
-        return 1
-    found, out = measured
-    show(found)
-    print(f"Results: {out}")
-    return 0
+    return report.measure("decode", options, "benchmarks.decode_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:

@@ -38,23 +38,14 @@ class PrefillOptions:
 
 def run(options: PrefillOptions) -> int:
     """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
-    if not report.has_device("msa bench prefill"):
-        return 2
     from benchmarks import prefill_table
-    from benchmarks.checks import Wrong
-    from benchmarks.stages import PARTS
 
-    measured = report.measure("prefill", options.out, options.parts, PARTS, Wrong)
-    if measured is None:
-        return 1
-    found, out = measured
-    prefill_table.show(found)
-    print(f"Results: {out}")
-    if options.plots is not None:
+    code, out = report.measure("prefill", options, "benchmarks.stages", prefill_table.show)
+    if code == 0 and options.plots is not None:
         from benchmarks import plots
 
         return plots.run(plots.PlotsOptions(out, options.plots))
-    return 0
+    return code
 
 
 def main() -> int:

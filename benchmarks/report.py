@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +71,37 @@ def arguments(doc: str | None, parts: tuple[str, ...]) -> argparse.Namespace:
 
 def measure(
     benchmark: str,
-    out: Path | None,
-    names: Iterable[str],
-    parts: dict[str, Callable[[], Any]],
-    wrong: type[Exception],
-) -> tuple[dict[str, Any], Path] | None:
-    """Run parts by name and write the results after each; what was found, and where it lies.
+    options: Any,
+    stages: str,
+    show: Callable[[dict[str, Any]], None],
+) -> tuple[int, Path]:
+    """Run a benchmark's parts by name, write the results after each, then show them.
 
-    None, and a word on the error stream, if a part raises `wrong`.
+    Args:
+        options: with `out`, where to write (None: `results_path`), and `parts`, their names.
+        stages: the module that has the parts by name in PARTS; imported only where a GPU is.
+
+    Returns:
+        0, or 2 without a GPU, or 1 with a word on the error stream if a part is wrong; and where
+        the results are.
     """
+    if not has_device(f"msa bench {benchmark}"):
+        return 2, Path()
+    from benchmarks.checks import Wrong
+
+    parts = importlib.import_module(stages).PARTS
     found = machine()
-    out = out or results_path(benchmark, found)
+    out = options.out or results_path(benchmark, found)
     try:
-        for name in names:
+        for name in options.parts:
             found[name] = parts[name]()
             write(out, found)
-    except wrong as error:
+    except Wrong as error:
         print(f"msa bench {benchmark}: not timed, for it is wrong: {error}", file=sys.stderr)
-        return None
-    return found, out
+        return 1, out
+    show(found)
+    print(f"Results: {out}")
+    return 0, out
 
 
 def table(title: str, *columns: str) -> Table:

@@ -35,18 +35,7 @@ class TrainOptions:
 
 def run(options: TrainOptions) -> int:
     """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
-    if not report.has_device("msa bench train"):
-        return 2
-    from benchmarks.checks import Wrong
-    from benchmarks.train_stages import PARTS
-
-    measured = report.measure("train", options.out, options.parts, PARTS, Wrong)
-    if measured is None:
-        return 1
-    found, out = measured
-    show(found)
-    print(f"Results: {out}")
-    return 0
+    return report.measure("train", options, "benchmarks.train_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -332,6 +333,19 @@ class PagedKV:
 
         bits = pages.view(torch.uint8)  # not every release indexes 8-bit floats on a GPU
         return bits[where].view(pages.dtype).float() * scales.expand(every)[where]
+
+    def live(self, n: int) -> tuple[list[int], Sequences]:
+        """Which slots of the batch hold a sequence, and how the last n tokens of these lie packed.
+
+        Reads the lengths back from the device.
+
+        >>> cache.live(2)
+        ([0], Sequences(cu_seqlens_q=(0, 2), cu_seqlens_k=(0, 3)))
+        """
+        lengths = self.lengths.tolist()
+        slots = [s for s, length in enumerate(lengths) if length > 0]
+        cu_k = accumulate((lengths[s] for s in slots), initial=0)
+        return slots, Sequences(tuple(n * i for i in range(len(slots) + 1)), tuple(cu_k))
 
     def flat(
         self, sequence: int

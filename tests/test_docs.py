@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reading import best_dense
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -92,6 +94,16 @@ def test_measured_figures_are_those_of_the_results():
     ]
     assert len(gains) == 3
     assert ", ".join(gains) in README
+    decoding = json.loads((results / "decode_h100.json").read_text())
+    assert "H100" in decoding["device"]
+    gain = {
+        (row["batch"], row["context"], form): f"{best_dense(row) / row[form]['step']['us']:.1f}×"
+        for row in decoding["steps"]
+        for form in ("bf16", "fp8 index")
+    }
+    one, four = (gain[b, n, "bf16"] for b, n in ((1, 2**17), (4, 2**20)))
+    assert f"{one} at 128K, {gain[1, 2**20, 'bf16']} at 1M; {four} for four" in README
+    assert f"in 8 bits {gain[4, 2**20, 'fp8 index']}" in README
 
 
 def test_files_that_the_readme_names_exist():

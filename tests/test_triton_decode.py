@@ -112,10 +112,12 @@ def test_selection_from_rows_of_scores(kind, blocks, top_k, sink, local, seed):
 @pytest.mark.parametrize("programs", [1, 6, 40])
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_number_of_splits(programs, n, monkeypatch):
-    """One program for all the selected blocks of a row, some, one for each."""
-    tile = replace(tuning.DEFAULTS["paged"], programs=programs)
-    monkeypatch.setitem(tuning.DEFAULTS, "paged", tile)
-    monkeypatch.setattr(tuning, "TABLE", tuning.TABLE | {"paged": {}})
+    """One program for all the selected blocks of a row, some, one for each; of the blocks to be
+    scored, 40 programs take 60."""
+    for kernel in ("paged", "pages"):
+        tile = replace(tuning.DEFAULTS[kernel], programs=programs)
+        monkeypatch.setitem(tuning.DEFAULTS, kernel, tile)
+    monkeypatch.setattr(tuning, "TABLE", tuning.TABLE | {"paged": {}, "pages": {}})
     config, tokens = msa.MSAConfig(BLOCK, top_k=5), drawn(0, 2, 150)
     pool = make_pool(batch=3, pages=20)
     pool.append([2, 0], *(tokens[name] for name in CACHED))
@@ -193,6 +195,22 @@ def test_appended_and_decoded_step_by_step():
         output = msa.decode(q, q_idx, pool.cache, config=config, backend="triton")
         rows = slice(stop - last, stop)
         np.testing.assert_allclose(read(output.out[0]), whole.out[rows], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(read(output.selection.indices), whole.selection.indices[rows])
+
+
+@pytest.mark.parametrize("eight", [(), CACHED], ids=["wide", "8 bits"])
+def test_prefill_in_chunks_over_pages_is_prefill(eight):
+    """The kernels of the forward over `flat`, chunk by chunk: the rows of one prefill."""
+    config, tokens = msa.MSAConfig(BLOCK, top_k=2), drawn(2, 90)
+    whole, pool, stop = spec(tokens, 90, config), make_pool(1, 6, eight), 0
+    for n in (33, 1, 40, 16):
+        stop += n
+        new = {name: x[stop - n : stop] for name, x in tokens.items()}
+        pool.append(0, *(new[name] for name in CACHED))
+        k, v, k_idx = pool.cache.flat(0)
+        output = msa.attention(new["q"], k, v, new["q_idx"], k_idx, config=config, backend="triton")
+        rows = slice(stop - n, stop)
+        np.testing.assert_allclose(read(output.out), whole.out[rows], rtol=0, atol=1e-6)
         np.testing.assert_array_equal(read(output.selection.indices), whole.selection.indices[rows])
 
 

@@ -112,6 +112,10 @@ class Kit:
         pool.append(1, **self.tokens(3))
         pool.append(sequence, **(self.tokens(*lead) | changes))
 
+    def append_tokens(self, *lead: int, **changes: Any) -> None:
+        """msa.append_tokens to the cache of two sequences, with some tokens replaced."""
+        msa.append_tokens(self.cache(), **(self.tokens(*lead) | changes))
+
     def reserve(self, sequence: Any, n: Any) -> None:
         """Reserve pages of an empty pool."""
         self.pool().reserve(sequence, n)

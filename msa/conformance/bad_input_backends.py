@@ -80,6 +80,12 @@ def _on_kernels(call: Callable[[], Any]) -> Any:
         return call()
 
 
+def _off_kernels(call: Callable[[], Any]) -> Any:
+    """Without Triton's interpreter."""
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
+        return call()
+
+
 def kernels(
     name: str, error: type[Exception], says: tuple[str, ...], block_size: int = 16,
     dtype: str = "float32", **options: Any,
@@ -106,6 +112,20 @@ KERNEL_CASES = [
              lambda kit: _on_kernels(lambda: kit.sparse(backend="triton"))),
     BadInput("blocks of 4 for kernels in decode", ValueError, ("block_size", "got 4"),
              lambda kit: _on_kernels(lambda: kit.decode(backend="triton"))),
+    BadInput("blocks of 4 for append_tokens", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(2, 1))),
+    BadInput("append_tokens without the batch", ValueError, ("k", "[S, n, Hkv, D]", "[1, 2, 4]"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(1))),
+    BadInput("append_tokens for a batch of 3", ValueError,
+             ("k", "[2, any, 2, 4]", "got [3, 1, 2, 4]"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(3, 1))),
+    BadInput("append_tokens of another dtype", TypeError,
+             ("v", "dtype of cache.v_pages", "float16"),
+             lambda kit: _on_kernels(
+                 lambda: kit.append_tokens(2, 1, v=kit.array(2, 1, 2, 3, dtype="float16")))),
+    BadInput("append_tokens to arrays of the host", ValueError,
+             ("backend='triton'", "CUDA tensors"),
+             lambda kit: _off_kernels(lambda: kit.append_tokens(2, 1))),
 ]  # fmt: skip
 
 TORCH_CASES = [

@@ -5,8 +5,6 @@ Every index key of a sequence is scored, but of keys and values only the selecte
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,12 +40,7 @@ def decode_step(
     tensor([5.6667, 0.0000])
     """
     batch, n, heads, _ = q.shape
-    lengths = cache.lengths.tolist()
-    live = [s for s in range(batch) if lengths[s] > 0]
-    sequences = Sequences(
-        tuple(n * s for s in range(len(live) + 1)),
-        tuple(accumulate((lengths[s] for s in live), initial=0)),
-    )
+    live, sequences = cache.live(n)
     slots = torch.tensor(live, dtype=torch.int64, device=q.device)
     queries = q[slots].flatten(0, 1)
     k_idx = packed_index_keys(cache, slots, sequences)

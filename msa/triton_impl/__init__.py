@@ -5,6 +5,7 @@ of what the fast form changes. Integer-valued results are equal to the spec's bi
 """
 
 from msa.triton_impl.alignment import align_index
+from msa.triton_impl.append import append_tokens
 from msa.triton_impl.attention import attend, attend_selection
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.decode import decode_step
@@ -18,6 +19,7 @@ from msa.triton_impl.union_walk import attend_union
 
 __all__ = [
     "align_index",
+    "append_tokens",
     "attend",
     "attend_chunks",
     "attend_selection",

@@ -9,14 +9,12 @@ CUDA graph; `decode_step` reads the lengths only to say whose selection is whose
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.config import MSAConfig
-from msa.ir import Output, PagedKV, Selection, Sequences
+from msa.ir import Output, PagedKV, Selection
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
 from msa.triton_impl.tiles import require_kernels
@@ -45,12 +43,7 @@ def decode_step(
     out, lse, ids = attend_pages(q, cache, config, scores, arrivals)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return Output(out, lse)
-    lengths = cache.lengths.tolist()
-    live = [s for s, length in enumerate(lengths) if length]
-    sequences = Sequences(
-        tuple(n * s for s in range(len(live) + 1)),
-        tuple(accumulate((lengths[s] for s in live), initial=0)),
-    )
+    live, sequences = cache.live(n)
     return Output(out, lse, Selection(ids[live].flatten(0, 1), sequences, config.block_size))
 
 

@@ -1,0 +1,103 @@
+"""`msa bench decode`: refusal without a device, checks before times, its table and its figure."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from rich.console import Console
+
+import msa
+from benchmarks import cases, decode, decode_figure, decode_stages, plots, report
+from benchmarks.checks import Wrong
+from msa import cli
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "decode_h100.json"
+FOUND = json.loads(RESULTS.read_text())
+
+
+def test_without_a_device_the_command_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "decode", "--out", str(tmp_path / "results.json")]) == 2
+    assert capsys.readouterr().err.startswith("msa bench decode needs a CUDA device, ")
+
+
+def test_parts_of_the_options_are_those_of_the_stages():
+    assert get_args(decode.Part) == tuple(decode_stages.PARTS)
+
+
+def test_what_is_wrong_ends_the_run(monkeypatch, capsys, tmp_path):
+    def wrong():
+        raise Wrong("the selection differs")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report, "machine", lambda: {"device": "NVIDIA H100 80GB HBM3"})
+    monkeypatch.setitem(decode_stages.PARTS, "steps", wrong)
+    out = tmp_path / "results.json"
+    assert decode.run(decode.DecodeOptions(out, ("steps",))) == 1
+    assert "not timed, for it is wrong: the selection differs" in capsys.readouterr().err
+
+
+@pytest.fixture
+def step(monkeypatch):
+    """Three sequences of full blocks of integer tokens, small blocks; all on the CPU."""
+    for module in (cases, decode_stages):
+        monkeypatch.setattr(module, "CONFIG", msa.MSAConfig(16, top_k=4))
+    for name, size in (("HEADS", 4), ("GROUPS", 2), ("DIM", 8)):
+        monkeypatch.setattr(decode_stages, name, size)
+    random = torch.Generator().manual_seed(0)
+
+    def integers(*shape):
+        return torch.randint(-3, 4, shape, generator=random).float()
+
+    table = torch.randperm(75, generator=random).int().view(3, 25)
+    lengths = torch.tensor([304, 400, 384])
+    pages = integers(75, 16, 2, 8) / 4, integers(75, 16, 2, 8), integers(75, 16, 8)
+    cache = msa.PagedKV(*pages, table, lengths)
+    q, q_idx = integers(3, 1, 4, 8), integers(3, 1, 2, 8)
+    return cache, q, q_idx, msa.decode(q, q_idx, cache, config=decode_stages.CONFIG)
+
+
+def test_the_check_passes_what_is_right(step):
+    cache, q, q_idx, output = step
+    assert decode_stages.check(cache, q, q_idx, output) < 1e-4
+
+
+def test_the_check_sees_what_is_wrong(step):
+    cache, q, q_idx, output = step
+    with pytest.raises(Wrong, match="is off by"):
+        decode_stages.check(cache, q, q_idx, replace(output, lse=output.lse + 0.1))
+    ids = output.selection.indices.clone()
+    ids[2, 1, 0] += 1
+    other = replace(output, selection=replace(output.selection, indices=ids))
+    with pytest.raises(Wrong, match="selection of sequence 2"):
+        decode_stages.check(cache, q, q_idx, other)
+
+
+def test_the_table_shows_the_committed_results():
+    shown = io.StringIO()
+    decode.show(FOUND, Console(file=shown, width=140))
+    for row in FOUND["steps"]:
+        for form in decode_stages.FORMS:
+            assert f"{row[form]['step']['us']:.1f}" in shown.getvalue()
+    for kinds in FOUND["quality"].values():
+        assert f"{kinds['index']['block_recall']:.2%}" in shown.getvalue()
+
+
+def test_the_figure_is_that_of_the_committed_results(tmp_path):
+    (path,) = plots.draw(RESULTS, tmp_path)
+    assert path.name == "decode_h100.svg"
+    assert path.read_text() == (ROOT / "docs" / "decode_h100.svg").read_text()
+
+
+def test_marks_lie_below_what_was_measured():
+    for row in FOUND["steps"]:
+        for form in ("bf16", "fp8 index"):
+            floor = decode_figure.least_bytes(row["batch"], row["context"], form) / 3e12
+            assert 0.25 < floor * 1e6 / row[form]["layer"]["us"] < 1.0
