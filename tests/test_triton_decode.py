@@ -73,10 +73,12 @@ def hard_scores(kind, blocks, rng):
         case "not finite":
             odd = rng.choice([np.nan, np.inf, -np.inf, 1.0, -0.0, 0.0], shape)
             return np.where(rng.random(shape) < 0.7, odd, rng.standard_normal(shape))
+        case "nothing":  # equal all of them, by R4
+            return rng.choice([np.nan, -np.inf], shape)
     raise AssertionError(kind)
 
 
-KINDS = ["normal", "ties", "equal", "one piece", "not finite"]
+KINDS = ["normal", "ties", "equal", "one piece", "not finite", "nothing"]
 
 
 @settings(max_examples=40 if CUDA else 15)
@@ -85,7 +87,9 @@ KINDS = ["normal", "ties", "equal", "one piece", "not finite"]
     sink=st.integers(0, 2), local=st.integers(1, 2), seed=st.integers(0, 999),
 )  # fmt: skip
 @example(kind="one piece", blocks=1500, top_k=16, sink=0, local=1, seed=0)  # bisection
-@example(kind="not finite", blocks=5000, top_k=64, sink=1, local=2, seed=0)  # pieces in steps
+@example(kind="not finite", blocks=5000, top_k=64, sink=1, local=2, seed=0)
+@example(kind="ties", blocks=20_000, top_k=16, sink=0, local=1, seed=0)  # pieces in two steps
+@example(kind="nothing", blocks=3, top_k=2, sink=0, local=1, seed=2)
 @example(kind="ties", blocks=64, top_k=64, sink=0, local=1, seed=0)
 def test_selection_from_rows_of_scores(kind, blocks, top_k, sink, local, seed):
     """Bit for bit that of the spec; every split of a row finds its own share of it."""

@@ -116,7 +116,6 @@ def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
     b_lse = tl.load(part_lses + o_x[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :],
                     mask=m_x[:, None], other=0.0)  # fmt: skip
     b_top = tl.max(b_lse, 1)  # [R]
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
     p_x = parts + o_x[:, None] * (SPLITS * DIM_V) + o_dv[None, :]
     m_part = m_x[:, None] & (o_dv < DIM_V)[None, :]
