@@ -1,0 +1,3 @@
+"""Documents."""
+
+IMAGE_TOKEN, VOCABULARY = 256, 257
