@@ -116,7 +116,7 @@ def test_experts_are_the_sum_that_they_stand_for():
     ids, weights = experts.router(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(7))
     for t in range(7):
-        want = experts.shared(x[t])
+        want = experts.shared(x[t : t + 1])[0]
         for e, weight in zip(ids[t], weights[t]):
             gate, up = (experts.gate_up[e] @ x[t]).chunk(2)
             gate, up = gate.clamp(max=7), up.clamp(-7, 7)
@@ -207,7 +207,7 @@ def test_pictures_stand_where_their_tokens_stand():
         ({"mode": "warm"}, "mode must be sparse or dense, got 'warm'"),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_bad_input_is_named(change, message, as_users_run_it):
     text = words(30)
     text[[5, 20]] = IMAGE
     given = {"tokens": text, "images": cut(pixels(change.pop("n", 2)), TOWER)} | change
@@ -246,7 +246,7 @@ def test_patches_that_do_not_fit_the_grids_are_named():
         ({"tied_head": 1}, "tied_head must be True or False, got 1"),
     ],
 )  # fmt: skip
-def test_sizes_that_cannot_be_are_named(change, message):
+def test_sizes_that_cannot_be_are_named(change, message, as_users_run_it):
     with pytest.raises((TypeError, ValueError), match=message):
         replace(SMALL, **change)
 

@@ -126,10 +126,12 @@ class Attention(nn.Module):
             project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
         )
         q, k = call.turns(self.q_norm(q)), call.turns(self.k_norm(k))
-        q_idx, k_idx = (None, None) if self.index is None else self.index(x, call.turns)
+        q_idx, k_idx = (None, None)
+        if self.index is not None:
+            q_idx, k_idx = self.index(x, call.turns)
         if cache is not None:
             cache.append(call.slots, call.counts, k, v, k_idx)
-        if q_idx is None:
+        if q_idx is None or k_idx is None:
             if cache is not None:
                 k, v, _ = cache.packed(call.slots)
             out, kl = attend_densely(q, k, v, call.sequences, self._scale), None

@@ -11,8 +11,8 @@ from msa.model.config import ModelConfig
 
 
 def swiglu(
-    gate_up: Float[Tensor, "*lead 2*hidden"], alpha: float, limit: float
-) -> Float[Tensor, "*lead hidden"]:
+    gate_up: Float[Tensor, "*lead twice"], alpha: float, limit: float
+) -> Float[Tensor, "*lead twice//2"]:
     """gate * sigmoid(alpha * gate) * (up + 1); gate is cut off above limit, up at +- limit.
 
     >>> swiglu(torch.tensor([100.0, -100.0]), alpha=1.702, limit=7.0).round()
