@@ -131,12 +131,15 @@ class Attention(nn.Module):
             q_idx, k_idx = self.index(x, call.turns)
         if cache is not None:
             cache.append(call.slots, call.counts, k, v, k_idx)
+            q = q.to(cache.dtype)
         if q_idx is None or k_idx is None:
             if cache is not None:
                 k, v, _ = cache.packed(call.slots)
             out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
         else:
-            out, kl = self._attend(q, k, v, q_idx, k_idx, call, cache)
+            # msa decides by itself in which precision to compute
+            with torch.autocast(q.device.type, enabled=False):
+                out, kl = self._attend(q, k, v, q_idx, k_idx, call, cache)
         return self.out(out.flatten(1)), kl
 
     @property
@@ -154,12 +157,13 @@ class Attention(nn.Module):
         }
         if cache is not None and call.mode == "sparse" and set(call.counts) == {1}:
             output = msa.decode(
-                q[:, None], q_idx[:, None], cache.view(call.slots),
+                q[:, None], q_idx[:, None].to(cache.dtype), cache.view(call.slots),
                 config=self.config, backend=call.decode_backend,
             )  # fmt: skip
             return output.out[:, 0], None
         if cache is not None:
             k, v, k_idx = cache.packed(call.slots)
+            q_idx = q_idx.to(cache.dtype)
         if call.mode == "sparse":
             output = msa.attention(
                 q, k, v, q_idx, k_idx, **borders,

@@ -34,6 +34,7 @@ class LayerCache:
         )
         k_idx = torch.zeros(batch * each, block, index_dim, device=device, dtype=dtype)
         self.pool = PagePool(k, v, k_idx, batch=batch, pages_per_sequence=each)
+        self.dtype = dtype
         tail = config.mixed_tokens - 1
         self.tails = torch.zeros(batch, tail, config.width, device=device, dtype=dtype)
         """The inputs that the next tokens are mixed with; see `attention.Mixing`."""
@@ -48,7 +49,7 @@ class LayerCache:
     ) -> None:
         """Packed new tokens, `counts[i]` of them for sequence `slots[i]`."""
         k_idx = k.new_zeros(len(k), 1) if k_idx is None else k_idx
-        new = [x.to(self.pool.cache.k_pages.dtype) for x in (k, v, k_idx)]
+        new = [x.to(self.dtype) for x in (k, v, k_idx)]
         if len(set(counts)) == 1:
             k, v, k_idx = (x.unflatten(0, (len(slots), counts[0])) for x in new)
             self.pool.append(slots, k, v, k_idx)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from msa.ir import Sequences
     from msa.model.config import ModelConfig, VisionConfig
+    from msa.model.generate import Sampling
 
 KINDS = {"attention": ("dense", "msa"), "mlp": ("dense", "moe")}
 MODES = ("sparse", "dense")
@@ -194,6 +195,30 @@ def check_targets(targets: Tensor, tokens: Tensor) -> None:
             f"targets must have the shape of tokens = {list(tokens.shape)}, "
             f"got {list(targets.shape)}"
         )
+
+
+def check_generation(
+    prompts: Sequence[Tensor], new_tokens: Any, images: Sequence[Any] | None, chunk: Any
+) -> None:
+    """At least one prompt, none of them empty, pictures for all or for none."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            f"prompts must hold at least one text, of at least one token each, "
+            f"got lengths {[len(prompt) for prompt in prompts]}"
+        )
+    checks.check_count("new_tokens", new_tokens, 1)
+    checks.check_count("chunk", chunk, 1)
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(
+            f"images must have an entry for each of the {len(prompts)} prompts, got {len(images)}"
+        )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """A temperature of 0 or more, an integer as seed."""
+    checks.check_count("seed", sampling.seed, 0)
+    if sampling.temperature != 0:
+        checks.check_scale("temperature", sampling.temperature)
 
 
 # -- weights --------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ class Model(nn.Module):
         tokens: Int[Tensor, " T"],
         cu_seqlens: Sequence[int] | Tensor | None = None,
         *,
-        images: Pictures | None = None,
-        videos: Pictures | None = None,
+        images: Pictures | Tensor | None = None,
+        videos: Pictures | Tensor | None = None,
         cache: Cache | None = None,
         slots: Sequence[int] | None = None,
         mode: Mode = "sparse",
@@ -115,7 +115,8 @@ class Model(nn.Module):
         Args:
             tokens: of all sequences, behind one another.
             cu_seqlens: their borders (R1); None: one sequence.
-            images, videos: what stands in the places of image and video tokens, in their order.
+            images, videos: what stands in the places of image and video tokens, in their order:
+                pictures, or what the tower made of them.
             cache: what was read before, to which the new tokens are added.
             slots: where in the cache each sequence lies; None: 0, 1, 2, ...
             mode: "dense" lets MSA layers attend to everything.
@@ -142,8 +143,8 @@ class Model(nn.Module):
         targets: Int[Tensor, " T"],
         cu_seqlens: Sequence[int] | Tensor | None = None,
         *,
-        images: Pictures | None = None,
-        videos: Pictures | None = None,
+        images: Pictures | Tensor | None = None,
+        videos: Pictures | Tensor | None = None,
         weights: Float[Tensor, " T"] | None = None,
         mode: Mode = "sparse",
     ) -> Losses:
@@ -189,7 +190,7 @@ class Model(nn.Module):
         return Call(sequences, turns, own, mode, align, self.backend, self.decode_backend)
 
     def _embed(
-        self, tokens: Tensor, images: Pictures | None, videos: Pictures | None
+        self, tokens: Tensor, images: Pictures | Tensor | None, videos: Pictures | Tensor | None
     ) -> Float[Tensor, "T width"]:
         """Token embeddings, and in the places of picture tokens what the tower saw."""
         x = self.embed(tokens)
@@ -202,7 +203,8 @@ class Model(nn.Module):
             if token is None or self.vision is None:
                 continue
             (places,) = torch.where(tokens == token)
-            seen = x.new_zeros(0, config.width) if pictures is None else self.vision(pictures)
+            seen = x.new_zeros(0, config.width) if pictures is None else pictures
+            seen = self.vision(seen) if isinstance(seen, Pictures) else seen
             checks.check_places(name, len(places), len(seen))
             x = x.index_put((places,), seen.to(x.dtype))
         return x
