@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from msa.ir import Sequences
     from msa.model.config import ModelConfig, VisionConfig
     from msa.model.generate import Sampling
+    from msa.model.train import TrainOptions
 
 KINDS = {"attention": ("dense", "msa"), "mlp": ("dense", "moe")}
 MODES = ("sparse", "dense")
@@ -214,11 +216,65 @@ def check_generation(
         )
 
 
+def check_document(length: Any, records: Any, questions: Any, record: int, question: int) -> None:
+    """No more questions than records, and a byte of prose at least."""
+    for name, value in (("length", length), ("records", records), ("questions", questions)):
+        checks.check_count(name, value, 1)
+    if questions > records:
+        raise ValueError(f"questions must be at most records = {records}, got {questions}")
+    least = records * record + questions * question + 1
+    if length < least:
+        raise ValueError(
+            f"length must be at least {least} for {records} records and {questions} questions, "
+            f"got {length}"
+        )
+
+
 def check_sampling(sampling: Sampling) -> None:
     """A temperature of 0 or more, an integer as seed."""
     checks.check_count("seed", sampling.seed, 0)
     if sampling.temperature != 0:
         checks.check_scale("temperature", sampling.temperature)
+
+
+# -- training -------------------------------------------------------------------------------------
+def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
+    """A known preset, steps or minutes but not both, shares in range."""
+    if options.preset not in presets:
+        raise ValueError(f"preset must be {' or '.join(presets)}, got {options.preset!r}")
+    checks.check_count("seed", options.seed, 0)
+    if options.steps is not None:
+        checks.check_count("steps", options.steps, 1)
+    checks.check_scale("minutes", options.minutes)
+    if options.steps is not None and options.minutes is not None:
+        raise ValueError(f"minutes must be None where steps are given, got {options.minutes}")
+    for name, most in (("warm_up", 1.0), ("kl", math.inf)):
+        share = getattr(options, name)
+        if share is not None and not 0 <= share <= most:
+            raise ValueError(f"{name} must be from 0 to {most}, got {share}")
+
+
+def check_steps(wanted: int | None, planned: int) -> None:
+    """A run is as long as it was planned to be: its learning rates depend on that."""
+    if wanted is not None and wanted != planned:
+        raise ValueError(f"steps must be {planned}, as in the run that is continued, got {wanted}")
+
+
+def check_settings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
+    """A run goes on under the settings that it began with."""
+    differing = [name for name in own if found.get(name) != own[name]]
+    if differing:
+        raise ValueError(
+            f"{where} must be of a run with these settings, got another {', '.join(differing)}: "
+            f"give another folder"
+        )
+
+
+def read_vision(config: ModelConfig) -> VisionConfig:
+    """The tower's sizes, without which there are no pictures to be read."""
+    if config.vision is None:
+        raise ValueError("vision must be given in a model that reads documents, got None")
+    return config.vision
 
 
 # -- weights --------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Router(nn.Module):
         self, x: Float[Tensor, "T width"]
     ) -> tuple[Int[Tensor, "T chosen"], Float[Tensor, "T chosen"]]:
         """Expert ids, and weights that sum to 1, float32."""
-        scores = F.linear(x.to(self.weight.dtype), self.weight).float().sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # a choice should not hang on rounding
+            scores = F.linear(x.to(self.weight.dtype), self.weight).float().sigmoid()
         ids = (scores + self.bias).topk(self.chosen, dim=-1).indices
         weights = scores.gather(-1, ids)
         if self.training:

@@ -22,8 +22,9 @@ class Schedule:
     """Tokens of a document; each step draws one of these."""
     tokens: int
     """Tokens in a step: tokens // context documents."""
-    records: tuple[int, int]
-    """How many records a document of the shortest context hides, and how many it asks for."""
+    records: int
+    """How many records a document hides, and how many of them it asks for."""
+    questions: int
     rate: float
     """The highest learning rate."""
     warm_up: float = 0.3
@@ -41,7 +42,7 @@ class Schedule:
     """By how much a step may move a router's bias."""
     answers: float = 1.0
     """What all answers of a step weigh together, the prose being 1."""
-    validate_every: int = 100
+    test_every: int = 100
     save_every: int = 100
 
 
@@ -69,7 +70,7 @@ TINY = Preset(
             frames=1,
         ),
     ),
-    Schedule(steps=900, contexts=(512,), tokens=4096, records=(8, 4), rate=3e-3),
+    Schedule(steps=900, contexts=(512,), tokens=4096, records=8, questions=8, rate=3e-3),
     backend="torch", device="cpu", half=False,
 )  # fmt: skip
 
@@ -87,8 +88,8 @@ SMALL = Preset(
         ),
     ),
     Schedule(
-        steps=4000, contexts=(8192, 16384, 32768), tokens=65_536, records=(64, 32), rate=1e-3,
-        rising=200, validate_every=250, save_every=250,
+        steps=4000, contexts=(8192, 16384, 32768), tokens=65_536, records=64, questions=64,
+        rate=1e-3, rising=200, test_every=250, save_every=250,
     ),
     backend="triton", device="cuda", half=True,
 )  # fmt: skip
