@@ -70,6 +70,7 @@ class Mixing(nn.Module):
     """y[t] = x[t] + sum over i >= 1 of weight[i - 1] * x[t - i], within each sequence.
 
     Not part of the released model: it lets a small one find "what follows this key" in one layer.
+    Each channel and distance begins with a random weight, so that the order of tokens shows.
 
     >>> mixing = Mixing(width=1, tokens=2)
     >>> with torch.no_grad(): _ = mixing.weight.fill_(10.0)
@@ -80,7 +81,7 @@ class Mixing(nn.Module):
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(tokens - 1, width))
+        self.weight = nn.Parameter(0.5 * torch.randn(tokens - 1, width))
 
     def forward(
         self, x: Float[Tensor, "T width"], counts: list[int], tails: list[Tensor]

@@ -211,7 +211,7 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def _draw_weights(self) -> None:
-        """Normal weights, zero biases; norms and mixing start as they are made."""
+        """Normal weights, zero biases; norms, mixing and routers' biases stay as they were made."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=self.config.init_std)

@@ -22,9 +22,9 @@ class Schedule:
     """Tokens of a document; each step draws one of these."""
     tokens: int
     """Tokens in a step: tokens // context documents."""
-    records: int
-    """How many records a document hides, and how many of them it asks for."""
-    questions: int
+    record_every: int
+    """A document hides a record in so many tokens, and asks for all of them: a short one hides one
+    alone, and so teaches to read pictures before longer ones teach to look for the right one."""
     rate: float
     """The highest learning rate."""
     warm_up: float = 0.3
@@ -44,6 +44,10 @@ class Schedule:
     """What all answers of a step weigh together, the prose being 1."""
     test_every: int = 100
     save_every: int = 100
+
+    def records(self, length: int) -> int:
+        """How many a document of so many tokens hides."""
+        return max(1, length // self.record_every)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,10 @@ TINY = Preset(
             frames=1,
         ),
     ),
-    Schedule(steps=900, contexts=(512,), tokens=4096, records=8, questions=8, rate=3e-3),
+    Schedule(
+        steps=450, contexts=(64, 128, 256, 512), tokens=2048, record_every=64, rate=3e-3,
+        warm_up=0.4,
+    ),
     backend="torch", device="cpu", half=False,
 )  # fmt: skip
 
@@ -88,7 +95,7 @@ SMALL = Preset(
         ),
     ),
     Schedule(
-        steps=4000, contexts=(8192, 16384, 32768), tokens=65_536, records=64, questions=64,
+        steps=4000, contexts=(512, 2048, 8192, 16_384, 32_768), tokens=65_536, record_every=512,
         rate=1e-3, rising=200, test_every=250, save_every=250,
     ),
     backend="triton", device="cuda", half=True,

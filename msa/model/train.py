@@ -116,7 +116,8 @@ def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
 
     schedule, config = preset.schedule, preset.model.msa
     length = max(schedule.contexts)
-    documents = unseen_documents(length, schedule.records, schedule.questions, HELD_OUT)
+    records = schedule.records(length)
+    documents = unseen_documents(length, records, records, HELD_OUT)
     at_once = max(1, schedule.tokens // length)
     reading = read(model, documents, mode=mode, half=preset.half, at_once=at_once)
     return reading.summary(config.top_k * config.block_size)

@@ -56,8 +56,9 @@ class Trainer:
         """The documents of a step: the same ones whenever they are asked for."""
         schedule, rng = self.schedule, np.random.default_rng([self.seed, step])
         length = int(rng.choice(schedule.contexts))
+        records = schedule.records(length)
         documents = [
-            write_document(world("train"), length, schedule.records, schedule.questions, rng)
+            write_document(world("train"), length, records, records, rng)
             for _ in range(max(1, schedule.tokens // length))
         ]
         vision = checks.read_vision(self.preset.model)
@@ -165,7 +166,7 @@ def split_parameters(model: Model) -> dict[str, list[Tensor]]:
 def share_of_rate(schedule: Schedule, step: int) -> float:
     """A straight line up to 1, then a cosine down to the last rate.
 
-    >>> schedule = Schedule(steps=110, contexts=(64,), tokens=64, records=1, questions=1, rate=1.0,
+    >>> schedule = Schedule(steps=110, contexts=(64,), tokens=64, record_every=9, rate=1.0,
     ...                     rising=10, last_rate=0.1)
     >>> [round(share_of_rate(schedule, step), 2) for step in (0, 4, 9, 10, 60, 110)]
     [0.1, 0.5, 1.0, 1.0, 0.55, 0.1]
