@@ -193,6 +193,30 @@ def test_pictures_stand_where_their_tokens_stand():
     assert not torch.equal(logits[5], other[5])
 
 
+@torch.no_grad()
+def test_the_alignment_loss_of_the_last_token_counts_cached_keys():
+    model, text = make(), words(30)
+    cache = Cache(SMALL, batch=1, max_tokens=30)
+    model(text[:29], cache=cache)
+    last = model(text[29:], cache=cache, align=True)
+    torch.testing.assert_close(last.logits[0], model(text).logits[29], **CLOSE)
+    assert last.kl > 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([0], r"slots must name a different one for each of the 2 sequences, got \[0\]"),
+        ([1, 1], r"slots must name a different one for each of the 2 sequences, got \[1, 1\]"),
+        ([0, -1], "slots must be at least 0, got -1"),
+        ([0, 3], "slots must be from 0 to 2, got 3"),
+    ],
+)
+def test_slots_that_are_not_there_are_named(slots, message):
+    with pytest.raises(ValueError, match=message):
+        make()(words(6), [0, 2, 6], cache=Cache(SMALL, batch=3, max_tokens=9), slots=slots)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -204,6 +228,7 @@ def test_pictures_stand_where_their_tokens_stand():
         ({"tokens": torch.zeros(2, 2).long()}, r"tokens must have shape \[T\], got \[2, 2\]"),
         ({"tokens": torch.zeros(2)}, "tokens must hold integers, got torch.float32"),
         ({"cu_seqlens": [0, 7]}, "cu_seqlens must end with T = 30, got 7"),
+        ({"cu_seqlens": [0]}, "cu_seqlens must have at least two borders, got one"),
         ({"mode": "warm"}, "mode must be sparse or dense, got 'warm'"),
     ],
 )

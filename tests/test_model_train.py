@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import msa
 from msa import cli
 from msa.model import checkpoint, train
 from msa.model.evaluate import read, unseen_documents
@@ -181,6 +182,31 @@ def test_thirty_steps_lower_both_losses():
     assert sum(line["language"] for line in told[-5:]) / 5 < 3.6
     warm = [line["kl"] for line in told if line["mode"] == "dense"]
     assert sum(warm[-3:]) / 3 < 0.95 * warm[0]
+
+
+def test_kernels_take_the_same_steps():
+    """In Triton's interpreter where there is no GPU; dense and sparse steps, gradients included."""
+    told = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    schedule = replace(MICRO.schedule, steps=2, warm_up=0.5, contexts=(40,), tokens=40)
+    sizes = replace(MICRO.model, head_dim=16, index_dim=16, msa=msa.MSAConfig(16, 2))
+    for backend, place in (("torch", "cpu"), ("triton", device)):
+        preset = replace(MICRO, model=sizes, schedule=schedule, backend=backend, device=place)
+        trainer = Trainer(preset, 0)
+        told[backend] = [trainer.take_step() for _ in range(2)]
+    for one, other in zip(told["torch"], told["triton"]):
+        for name in ("language", "kl", "backbone_gradient", "index_gradient"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
+
+
+def test_half_precision_takes_nearly_the_same_steps():
+    told = {}
+    for half in (False, True):
+        trainer = Trainer(replace(MICRO, half=half), 0)
+        told[half] = [trainer.take_step() for _ in range(6)]
+    assert {line["mode"] for line in told[True]} == {"dense", "sparse"}
+    for one, other in zip(told[False], told[True]):
+        assert one["language"] != other["language"] == pytest.approx(one["language"], rel=0.02)
 
 
 def test_reading_measures_what_training_minimises():

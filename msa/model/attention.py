@@ -44,6 +44,11 @@ class Call:
         """New tokens of each sequence."""
         return [queries.stop - queries.start for queries, _ in self.sequences.spans()]
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether this is a step of decoding, which has no loss."""
+        return self.mode == "sparse" and not self.align and set(self.counts) == {1}
+
 
 class IndexBranch(nn.Module):
     """One index query per group and one index key, from a hidden state that gets no gradient."""
@@ -156,7 +161,7 @@ class Attention(nn.Module):
             "cu_seqlens_q": call.sequences.cu_seqlens_q,
             "cu_seqlens_k": call.sequences.cu_seqlens_k,
         }
-        if cache is not None and call.mode == "sparse" and set(call.counts) == {1}:
+        if cache is not None and call.one_by_one:
             output = msa.decode(
                 q[:, None], q_idx[:, None].to(cache.dtype), cache.view(call.slots),
                 config=self.config, backend=call.decode_backend,

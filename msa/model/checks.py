@@ -143,9 +143,24 @@ def check_tokens(tokens: Tensor, vocab_size: int) -> None:
 
 
 def check_total(sequences: Sequences, tokens: Tensor) -> None:
-    """The last border is the number of tokens."""
+    """At least one sequence; the last border is the number of tokens."""
+    if sequences.batch < 1:
+        raise ValueError("cu_seqlens must have at least two borders, got one")
     if sequences.total_q != len(tokens):
         raise ValueError(f"cu_seqlens must end with T = {len(tokens)}, got {sequences.total_q}")
+
+
+def check_slots(slots: Sequence[int], sequences: int, room: int) -> None:
+    """A place in the cache for each sequence, no two alike."""
+    if len(slots) != sequences or len(set(slots)) != sequences:
+        raise ValueError(
+            f"slots must name a different one for each of the {sequences} sequences, "
+            f"got {list(slots)}"
+        )
+    for slot in slots:
+        checks.check_count("slots", slot, 0)
+        if slot >= room:
+            raise ValueError(f"slots must be from 0 to {room - 1}, got {slot}")
 
 
 def check_mode(mode: Any) -> None:

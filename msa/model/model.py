@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -180,12 +181,12 @@ class Model(nn.Module):
         own = list(range(new.batch)) if slots is None else list(slots)
         before = [0] * new.batch
         if cache is not None:
+            checks.check_slots(own, new.batch, len(cache.lengths))
             before = [cache.lengths[slot] for slot in own]
-        borders_k = [0]
-        for past, (queries, _) in zip(before, new.spans()):
-            borders_k.append(borders_k[-1] + past + queries.stop - queries.start)
+        spans = [(past, past + qs.stop - qs.start) for past, (qs, _) in zip(before, new.spans())]
+        borders_k = accumulate((stop for _, stop in spans), initial=0)
         sequences = msa.Sequences(borders, tuple(borders_k))
-        positions = torch.tensor(sequences.positions(), device=tokens.device)
+        positions = torch.cat([torch.arange(*span, device=tokens.device) for span in spans])
         turns = text_turns(positions, self.config.rotary_dim, self.config.rope_theta)
         return Call(sequences, turns, own, mode, align, self.backend, self.decode_backend)
 

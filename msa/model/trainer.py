@@ -66,7 +66,8 @@ class Trainer:
 
     def losses(self, batch: Batch, mode: Mode) -> Losses:
         """In bfloat16 where the preset says so."""
-        with torch.autocast(self.preset.device, torch.bfloat16, enabled=self.preset.half):
+        kind = torch.device(self.preset.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.preset.half):
             return self.model.losses(
                 batch.tokens, batch.targets, batch.cu_seqlens, images=batch.images,
                 weights=batch.weights, mode=mode,
