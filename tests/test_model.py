@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from test_imports import imported, inside_msa
 
 import msa
 from msa.model import IGNORE, Cache, Model, ModelConfig, VisionConfig, cut
@@ -22,6 +24,17 @@ SMALL = ModelConfig(
     msa=msa.MSAConfig(block_size=4, top_k=3), vision=TOWER, image_token=IMAGE, mixed_tokens=3,
 )  # fmt: skip
 CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def test_the_model_knows_the_public_interface_and_only_the_command_line_knows_the_model():
+    package = Path(msa.__file__).parent
+    public = {"checks", "config", "dispatch", "ir", "model", *msa.__all__}
+    for path in package.rglob("*.py"):
+        known = inside_msa(imported(path))
+        if path.parent.name == "model":
+            assert known <= public, path
+        elif path.name != "cli.py":
+            assert "model" not in known, path
 
 
 def make(config=SMALL, **options):

@@ -80,8 +80,9 @@ class Mixing(nn.Module):
     >>> mixing = Mixing(width=1, tokens=2)
     >>> with torch.no_grad(): _ = mixing.weight.fill_(10.0)
     >>> x = torch.tensor([[1.0], [2.0], [3.0]])  # a sequence of two tokens, one of a single token
-    >>> mixing(x, [2, 1], [torch.zeros(1, 1)] * 2)[0].flatten()
-    tensor([ 1., 12.,  3.], grad_fn=<ViewBackward0>)
+    >>> mixed, last = mixing(x, [2, 1], torch.zeros(2, 1, 1))
+    >>> mixed.flatten().tolist(), last.flatten().tolist()
+    ([1.0, 12.0, 3.0], [2.0, 3.0])
     """
 
     def __init__(self, width: int, tokens: int) -> None:
@@ -89,19 +90,19 @@ class Mixing(nn.Module):
         self.weight = nn.Parameter(0.5 * torch.randn(tokens - 1, width))
 
     def forward(
-        self, x: Float[Tensor, "T width"], counts: list[int], tails: list[Tensor]
-    ) -> tuple[Float[Tensor, "T width"], list[Tensor]]:
-        """`tails` are what came before each sequence's new tokens; also returns those to come."""
-        reach = len(self.weight)
-        long = [torch.cat([tail.to(x.dtype), part]) for tail, part in zip(tails, x.split(counts))]
-        packed = torch.cat(long)
-        rows = torch.cat(
-            [torch.arange(len(part) - reach) + start for part, start in zip(long, _starts(long))]
-        ).to(x.device)
-        mixed = packed[rows + reach]
+        self, x: Float[Tensor, "T width"], counts: list[int], before: Float[Tensor, "S reach width"]
+    ) -> tuple[Float[Tensor, "T width"], Float[Tensor, "S reach width"]]:
+        """`before` are the tokens before each sequence's new ones; also gives the last of them."""
+        if len(set(counts)) > 1:
+            parts = zip(x.split(counts), before)
+            mixed, last = zip(*(self(own, [len(own)], old[None]) for own, old in parts))
+            return torch.cat(mixed), torch.cat(last)
+        n, reach = counts[0], len(self.weight)
+        long = torch.cat([before.to(x.dtype), x.unflatten(0, (len(counts), n))], dim=1)
+        mixed = long[:, reach:]
         for i, weight in enumerate(self.weight, start=1):
-            mixed = mixed + weight.to(x.dtype) * packed[rows + reach - i]
-        return mixed, [part[len(part) - reach :] for part in long]
+            mixed = mixed + weight.to(x.dtype) * long[:, reach - i : reach - i + n]
+        return mixed.flatten(0, 1), long[:, n:]
 
 
 class Attention(nn.Module):
@@ -187,11 +188,9 @@ class Attention(nn.Module):
     def _mix(self, mixing: Mixing, x: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
         counts = call.counts
         if cache is None:
-            nothing = x.new_zeros(len(mixing.weight), x.shape[1])
-            return mixing(x, counts, [nothing] * len(counts))[0]
-        x, tails = mixing(x, counts, [cache.tails[slot] for slot in call.slots])
-        for slot, tail in zip(call.slots, tails):
-            cache.tails[slot] = tail.detach()
+            return mixing(x, counts, x.new_zeros(len(counts), len(mixing.weight), x.shape[1]))[0]
+        x, last = mixing(x, counts, cache.tails[call.slots])
+        cache.tails[call.slots] = last.detach().to(cache.dtype)
         return x
 
 
@@ -225,11 +224,3 @@ def attend_densely(
         q, k, v, attn_mask=mask, is_causal=n_q == n_k, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _starts(parts: list[Tensor]) -> list[int]:
-    """Where each part begins when they lie behind one another."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part))
-    return starts[:-1]

@@ -2,8 +2,8 @@
 
 The classes of transformers are not imported: a configuration is read by its attributes, weights by
 their names. What a configuration asks for and this model does not have is refused by name.
-Written against transformers 5.23; releases 5.17 to 5.20 turn pictures by (frame, row) and forget
-the column, and up to 5.22 patches of different images attend to one another.
+Written against transformers 5.23; release 5.17 turns pictures by (frame, row) and forgets the
+column, and up to 5.22.0 patches of different images attend to one another.
 """
 
 from __future__ import annotations

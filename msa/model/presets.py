@@ -95,8 +95,8 @@ SMALL = Preset(
         ),
     ),
     Schedule(
-        steps=4000, contexts=(512, 2048, 8192, 16_384, 32_768), tokens=65_536, record_every=512,
-        rate=1e-3, rising=200, test_every=250, save_every=250,
+        steps=4000, contexts=(128, 512, 2048, 8192, 16_384, 32_768), tokens=65_536,
+        record_every=128, rate=1e-3, rising=200, test_every=250, save_every=250,
     ),
     backend="triton", device="cuda", half=True,
 )  # fmt: skip
