@@ -180,6 +180,20 @@ def test_the_alignment_loss_reaches_the_index_alone():
             assert found == reached, (mode, part, found ^ reached)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_the_alignment_loss_is_the_mean_over_msa_layers(mode):
+    model, seen = make(), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, found: seen.append(found[1]))
+    kl = model(words(40), mode=mode, align=True).kl
+    assert seen[0] is None
+    assert seen[1] > 0
+    assert seen[1] != seen[2]
+    torch.testing.assert_close(kl, (seen[1] + seen[2]) / 2)
+    assert make(replace(SMALL, attention=("dense",) * 3))(words(40), align=True).kl is None
+
+
 def test_losses_count_what_they_are_told_to():
     model, text = make(), words(20)
     targets = torch.full_like(text, IGNORE)

@@ -180,7 +180,7 @@ class Attention(nn.Module):
         out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
         if call.align:
             kl = msa.align_index(
-                q.detach(), k.detach(), q_idx, k_idx, **borders,
+                q, k, q_idx, k_idx, **borders,
                 config=self.config, backend=call.backend,
             )  # fmt: skip
         return out, kl
