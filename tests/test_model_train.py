@@ -99,6 +99,10 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_too(tmp_path, whole, file,
 
 
 def test_the_seed_decides(tmp_path, whole):
+    (one, same, two) = (Trainer(MICRO, seed).batch(0) for seed in (0, 0, 1))
+    assert torch.equal(one.tokens, same.tokens)
+    assert one.tokens.tolist() != two.tokens.tolist()
+    assert one.tokens.tolist() != Trainer(MICRO, 0).batch(1).tokens.tolist()
     other = train.train(TrainOptions(out=tmp_path, seed=1))
     assert all(a["language"] != b["language"] for a, b in zip(metrics(other), metrics(whole)))
 
@@ -148,6 +152,7 @@ def test_a_plan_leaves_nothing_behind(tmp_path):
     longer = planned.schedule.steps
     planned.plan(40.0)
     assert 2 * longer < planned.schedule.steps < 8 * longer
+    assert all(router.load.sum() == 0 for router in planned.model.routers())
     planned.schedule = plain.schedule
     one, other = plain.take_step(), planned.take_step()
     assert one | {"seconds": 0} == other | {"seconds": 0}
