@@ -122,10 +122,10 @@ def test_a_cache_changes_nothing(mode):
 
 def test_experts_are_the_sum_that_they_stand_for():
     torch.manual_seed(0)
-    experts = Experts(SMALL)
+    experts = Experts(SMALL).double()
     for weight in experts.parameters():
         torch.nn.init.normal_(weight)
-    x = torch.randn(7, SMALL.width)
+    x = torch.randn(7, SMALL.width, dtype=torch.float64)
     ids, weights = experts.router(x)
     torch.testing.assert_close(weights.sum(-1), torch.ones(7))
     found = experts(x)
