@@ -17,6 +17,7 @@ commands:
   explain         a 12-token example through every form of the lowering
   verify          the equivalence proofs, rules R1-R20, on this machine's backends
   demo digits     attention as a classifier of real images: dense, MSA, window, random
+  train           a small multimodal MiniMax-M3 learns to find pictures in long documents
   bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
   bench train     the same for a training step: forward, backward, alignment loss
   bench decode    the same for a step of generation over a paged cache
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.demo import digits
 
                 return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
+            case ["train", *rest]:
+                from msa.model import train
+
+                return train.run(tyro.cli(train.TrainOptions, prog="msa train", args=rest))
             case ["bench", "prefill", *rest]:
                 from benchmarks import prefill
 

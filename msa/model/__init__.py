@@ -1,0 +1,18 @@
+"""A small MiniMax-M3 in plain PyTorch: text, pictures, experts, sparse attention. Needs torch."""
+
+from msa.model.cache import Cache
+from msa.model.config import ModelConfig, VisionConfig
+from msa.model.model import IGNORE, Losses, Model, ModelOutput
+from msa.model.vision import Pictures, cut
+
+__all__ = [
+    "IGNORE",
+    "Cache",
+    "Losses",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "Pictures",
+    "VisionConfig",
+    "cut",
+]

@@ -1,0 +1,226 @@
+"""An attention layer, dense or MSA: projections, per-head norms, RoPE, and one call of msa.
+
+Tokens travel packed (R1): x is [T, width], all sequences behind one another, and T counts new
+tokens only. What was read before lies in a `LayerCache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import msa
+from msa.dispatch import BackendName
+from msa.model.cache import LayerCache
+from msa.model.config import ModelConfig
+from msa.model.norm_rope import RMSNorm, Turns
+
+Mode = Literal["sparse", "dense"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one forward pass have to know."""
+
+    sequences: msa.Sequences
+    """New tokens are the queries, old and new ones the keys (R2)."""
+    turns: Turns
+    slots: list[int]
+    """Where in the cache each sequence lies."""
+    mode: Mode
+    """How MSA layers attend; with align, "dense" is the index warm-up."""
+    align: bool
+    """Whether to compute the loss of the index branch (R17)."""
+    backend: BackendName
+    decode_backend: BackendName
+
+    @property
+    def counts(self) -> list[int]:
+        """New tokens of each sequence."""
+        return [queries.stop - queries.start for queries, _ in self.sequences.spans()]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether this is a step of decoding, which has no loss."""
+        return self.mode == "sparse" and not self.align and set(self.counts) == {1}
+
+
+class IndexBranch(nn.Module):
+    """One index query per group and one index key, from a hidden state that gets no gradient."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dim = config.index_dim
+        self.q = nn.Linear(config.width, config.groups * config.index_dim, bias=False)
+        self.k = nn.Linear(config.width, config.index_dim, bias=False)
+        self.q_norm = RMSNorm(config.index_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.index_dim, config.norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "T width"], turns: Turns
+    ) -> tuple[Float[Tensor, "T Hkv Di"], Float[Tensor, "T Di"]]:
+        """q_idx and k_idx."""
+        x = x.detach()  # eq. 11: the backbone must not learn to please the index
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, self.dim)))
+        k = self.k_norm(self.k(x).unflatten(-1, (1, self.dim)))
+        return turns(q), turns(k)[:, 0]
+
+
+class Mixing(nn.Module):
+    """y[t] = x[t] + sum over i >= 1 of weight[i - 1] * x[t - i], within each sequence.
+
+    Not part of the released model: it lets a small one find "what follows this key" in one layer.
+    Each channel and distance begins with a random weight, so that the order of tokens shows.
+
+    >>> mixing = Mixing(width=1, tokens=2)
+    >>> with torch.no_grad(): _ = mixing.weight.fill_(10.0)
+    >>> x = torch.tensor([[1.0], [2.0], [3.0]])  # a sequence of two tokens, one of a single token
+    >>> mixed, last = mixing(x, [2, 1], torch.zeros(2, 1, 1))
+    >>> mixed.flatten().tolist(), last.flatten().tolist()
+    ([1.0, 12.0, 3.0], [2.0, 3.0])
+    """
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.5 * torch.randn(tokens - 1, width))
+
+    def forward(
+        self, x: Float[Tensor, "T width"], counts: list[int], before: Float[Tensor, "S reach width"]
+    ) -> tuple[Float[Tensor, "T width"], Float[Tensor, "S reach width"]]:
+        """`before` are the tokens before each sequence's new ones; also gives the last of them."""
+        if len(set(counts)) > 1:
+            parts = zip(x.split(counts), before)
+            mixed, last = zip(*(self(own, [len(own)], old[None]) for own, old in parts))
+            return torch.cat(mixed), torch.cat(last)
+        n, reach = counts[0], len(self.weight)
+        long = torch.cat([before.to(x.dtype), x.unflatten(0, (len(counts), n))], dim=1)
+        mixed = long[:, reach:]
+        for i, weight in enumerate(self.weight, start=1):
+            mixed = mixed + weight.to(x.dtype) * long[:, reach - i : reach - i + n]
+        return mixed.flatten(0, 1), long[:, n:]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over all earlier tokens, or over the blocks that the index chose."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config.msa
+        self.head_dim = config.head_dim
+        heads, groups = config.heads * config.head_dim, config.groups * config.head_dim
+        self.q = nn.Linear(config.width, heads, bias=False)
+        self.k = nn.Linear(config.width, groups, bias=False)
+        self.v = nn.Linear(config.width, groups, bias=False)
+        self.out = nn.Linear(heads, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.index = IndexBranch(config) if config.attention[layer] == "msa" else None
+        mixed = config.mixed_tokens
+        self.mixing = Mixing(config.width, mixed) if mixed > 1 else None
+
+    def forward(
+        self, x: Float[Tensor, "T width"], call: Call, cache: LayerCache | None
+    ) -> tuple[Float[Tensor, "T width"], Float[Tensor, ""] | None]:
+        """The layer's answer, and with call.align the KL of its index, if it has one."""
+        if self.mixing is not None:
+            x = self._mix(self.mixing, x, call, cache)
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v)
+        )
+        q, k = call.turns(self.q_norm(q)), call.turns(self.k_norm(k))
+        q_idx, k_idx = (None, None)
+        if self.index is not None:
+            q_idx, k_idx = self.index(x, call.turns)
+        if cache is not None:
+            cache.append(call.slots, call.counts, k, v, k_idx)
+            q = q.to(cache.dtype)
+        if q_idx is None or k_idx is None:
+            if cache is not None:
+                k, v, _ = cache.packed(call.slots)
+            out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
+        else:
+            # msa decides by itself in which precision to compute
+            with torch.autocast(q.device.type, enabled=False):
+                out, kl = self._attend(q, k, v, q_idx, k_idx, call, cache)
+        return self.out(out.flatten(1)), kl
+
+    @property
+    def _scale(self) -> float:
+        return self.config.softmax_scale_for(self.head_dim)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, k_idx: Tensor,
+        call: Call, cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """MSA; in mode "dense" its teacher: attention over everything, and the warm-up loss."""
+        borders = {
+            "cu_seqlens_q": call.sequences.cu_seqlens_q,
+            "cu_seqlens_k": call.sequences.cu_seqlens_k,
+        }
+        if cache is not None and call.one_by_one:
+            output = msa.decode(
+                q[:, None], q_idx[:, None].to(cache.dtype), cache.view(call.slots),
+                config=self.config, backend=call.decode_backend,
+            )  # fmt: skip
+            return output.out[:, 0], None
+        if cache is not None:
+            k, v, k_idx = cache.packed(call.slots)
+            q_idx = q_idx.to(cache.dtype)
+        if call.mode == "sparse":
+            output = msa.attention(
+                q, k, v, q_idx, k_idx, **borders,
+                config=self.config, align=call.align, backend=call.backend,
+            )  # fmt: skip
+            return output.out, output.kl
+        out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
+        if call.align:
+            kl = msa.align_index(
+                q, k, q_idx, k_idx, **borders,
+                config=self.config, backend=call.backend,
+            )  # fmt: skip
+        return out, kl
+
+    def _mix(self, mixing: Mixing, x: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
+        counts = call.counts
+        if cache is None:
+            return mixing(x, counts, x.new_zeros(len(counts), len(mixing.weight), x.shape[1]))[0]
+        x, last = mixing(x, counts, cache.tails[call.slots])
+        cache.tails[call.slots] = last.detach().to(cache.dtype)
+        return x
+
+
+def attend_densely(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv D"],
+    sequences: msa.Sequences,
+    scale: float,
+) -> Float[Tensor, "Tq Hq D"]:
+    """Causal attention within each sequence, the queries being its last tokens, by PyTorch's SDPA.
+
+    >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    >>> attend_densely(torch.zeros(1, 1, 1), x, x, msa.Sequences.one(1, 3), 1.0).flatten()
+    tensor([2.])
+    """
+    spans = list(sequences.spans())
+    sizes = {(qs.stop - qs.start, ks.stop - ks.start) for qs, ks in spans}
+    if len(sizes) > 1:
+        parts = [
+            attend_densely(q[qs], k[ks], v[ks], msa.Sequences.one(len(q[qs]), len(k[ks])), scale)
+            for qs, ks in spans
+        ]
+        return torch.cat(parts)
+    ((n_q, n_k),) = sizes
+    q, k, v = (x.unflatten(0, (len(spans), -1)).transpose(1, 2) for x in (q, k, v))
+    mask = None
+    if 1 < n_q < n_k:
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=n_q == n_k, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(0, 1)

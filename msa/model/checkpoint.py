@@ -1,0 +1,91 @@
+"""A model on disk: `model.safetensors` for the weights, `config.json` beside it for the sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from msa.dispatch import BackendName
+from msa.model import checks
+from msa.model.config import ModelConfig
+from msa.model.model import Model
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save(model: Model, folder: Path | str) -> None:
+    """Write both files; each is whole or as it was before, also if the power fails.
+
+    >>> import tempfile
+    >>> from msa.model.presets import PRESETS
+    >>> model = Model(PRESETS["tiny"].model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, folder)
+    ...     same = load(folder)
+    >>> same.config == model.config, bool((same.embed.weight == model.embed.weight).all())
+    (True, True)
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach().contiguous() for name, weight in model.state_dict().items()}
+    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
+    write(folder / CONFIG, lambda path: path.write_text(text))
+    write(folder / WEIGHTS, lambda path: save_file(weights, path))
+
+
+def load(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    backend: BackendName = "auto",
+    decode_backend: BackendName | None = None,
+) -> Model:
+    """The model that `save` wrote, in evaluation mode.
+
+    Raises:
+        ValueError: a file that is not there, cut short or of another kind; weights that are
+            missing, not known or of another shape, each by its name.
+    """
+    folder = Path(folder)
+    model = Model(read_config(folder), backend=backend, decode_backend=decode_backend)
+    weights = read_weights(folder / WEIGHTS)
+    checks.check_weights(str(folder / WEIGHTS), model.state_dict(), weights)
+    model.load_state_dict(weights)
+    return model.to(device).eval()
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The sizes beside the weights."""
+    path = folder / CONFIG
+    try:
+        values: Any = json.loads(path.read_text())
+        return ModelConfig.from_dict(values)
+    except FileNotFoundError:
+        raise ValueError(f"{path} must be the configuration of a model, got no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be the configuration of a model: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} must be a safetensors file, got no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a file under another name, then give it its own: nobody ever sees half of it."""
+    part = path.with_name(path.name + ".part")
+    fill(part)
+    os.replace(part, path)

@@ -1,0 +1,317 @@
+"""The checks of a model's configuration, inputs and files, in the manner of `msa.checks` (R20)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from msa import checks
+from msa.config import MSAConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from msa.ir import Sequences
+    from msa.model.config import ModelConfig, VisionConfig
+    from msa.model.generate import Sampling
+    from msa.model.train import TrainOptions
+
+KINDS = {"attention": ("dense", "msa"), "mlp": ("dense", "moe")}
+MODES = ("sparse", "dense")
+
+
+# -- configurations -------------------------------------------------------------------------------
+def check_vision_config(config: VisionConfig) -> None:
+    """Sizes of at least 1; heads that share the width out and have a number to turn per axis."""
+    for name in ("width", "layers", "heads", "mlp_width", "projector_width", "channels"):
+        checks.check_count(f"vision.{name}", getattr(config, name), 1)
+    for name in ("patch", "frames", "merge"):
+        checks.check_count(f"vision.{name}", getattr(config, name), 1)
+    if config.width % config.heads:
+        raise ValueError(
+            f"vision.width must be a multiple of vision.heads = {config.heads}, got {config.width}"
+        )
+    if config.head_dim < 6:
+        raise ValueError(
+            f"vision.width must be at least 6 per head, a pair for each of three axes, "
+            f"got {config.head_dim}"
+        )
+    _check_positive("vision.rope_theta", config.rope_theta)
+    _check_positive("vision.norm_eps", config.norm_eps)
+
+
+def check_model_config(config: ModelConfig) -> None:
+    """Sizes of at least 1, one kind of attention and of MLP per layer, token ids in range."""
+    for name, known in KINDS.items():
+        kinds = getattr(config, name)
+        if not isinstance(kinds, tuple) or not kinds or any(kind not in known for kind in kinds):
+            raise ValueError(f"{name} must be a tuple of {' or '.join(known)}, got {kinds!r}")
+    if len(config.mlp) != len(config.attention):
+        raise ValueError(
+            f"mlp must have an entry for each of the {len(config.attention)} layers that "
+            f"attention has, got {len(config.mlp)}"
+        )
+    for name in (
+        "vocab_size", "width", "heads", "groups", "head_dim", "index_dim", "mlp_width", "experts",
+        "experts_per_token", "expert_width", "shared_width", "mixed_tokens",
+    ):  # fmt: skip
+        checks.check_count(name, getattr(config, name), 1)
+    if config.heads % config.groups:
+        raise ValueError(
+            f"heads must be a multiple of groups = {config.groups}, got {config.heads}"
+        )
+    checks.check_count("rotary_dim", config.rotary_dim, 2)
+    least = min(config.head_dim, config.index_dim if "msa" in config.attention else config.head_dim)
+    if config.rotary_dim % 2 or config.rotary_dim > least:
+        raise ValueError(
+            f"rotary_dim must be even and at most {least}, the smaller of head_dim and index_dim, "
+            f"got {config.rotary_dim}"
+        )
+    if config.experts_per_token > config.experts:
+        raise ValueError(
+            f"experts_per_token must be at most experts = {config.experts}, "
+            f"got {config.experts_per_token}"
+        )
+    for name in (
+        "rope_theta",
+        "routed_scale",
+        "swiglu_alpha",
+        "swiglu_limit",
+        "norm_eps",
+        "init_std",
+    ):
+        _check_positive(name, getattr(config, name))
+    checks.check_type("msa", config.msa, MSAConfig)
+    checks.check_flag("tied_head", config.tied_head)
+    for name in ("image_token", "video_token"):
+        token = getattr(config, name)
+        if token is not None:
+            checks.check_count(name, token, 0)
+            if config.vision is None:
+                raise ValueError(f"{name} must be None in a model without vision, got {token}")
+            if token >= config.vocab_size:
+                raise ValueError(
+                    f"{name} must be below vocab_size = {config.vocab_size}, got {token}"
+                )
+    if config.vision is not None and config.image_token is None:
+        raise ValueError("image_token must be given in a model with vision, got None")
+    if config.image_token is not None and config.image_token == config.video_token:
+        raise ValueError(f"video_token must differ from image_token, got {config.video_token}")
+
+
+def read_fields(name: str, values: Any, cls: type) -> dict[str, Any]:
+    """A mapping with every field that `cls` asks for, and none that it does not know."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{name} must be a dict, got {checks.kind(values)}")
+    known = {f.name for f in fields(cls)}
+    wanted = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+    if values.keys() - known or wanted - values.keys():
+        raise ValueError(
+            f"{name} must have the fields of {cls.__name__}, "
+            f"got{_differences(wanted - values.keys(), values.keys() - known)}"
+        )
+    return values
+
+
+def read_kinds(name: str, kinds: Any) -> tuple[str, ...]:
+    """JSON knows lists only."""
+    if not isinstance(kinds, (list, tuple)):
+        raise TypeError(f"{name} must be a list, got {checks.kind(kinds)}")
+    return tuple(kinds)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if value is None:
+        raise TypeError(f"{name} must be a number, got None")
+    checks.check_scale(name, value)
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+def check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Packed token ids."""
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens must have shape [T], got {list(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex():
+        raise TypeError(f"tokens must hold integers, got {tokens.dtype}")
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(
+            f"tokens must be from 0 to {vocab_size - 1}, got {int(tokens.min())} to "
+            f"{int(tokens.max())}"
+        )
+
+
+def check_total(sequences: Sequences, tokens: Tensor) -> None:
+    """At least one sequence; the last border is the number of tokens."""
+    if sequences.batch < 1:
+        raise ValueError("cu_seqlens must have at least two borders, got one")
+    if sequences.total_q != len(tokens):
+        raise ValueError(f"cu_seqlens must end with T = {len(tokens)}, got {sequences.total_q}")
+
+
+def check_slots(slots: Sequence[int], sequences: int, room: int) -> None:
+    """A place in the cache for each sequence, no two alike."""
+    if len(slots) != sequences or len(set(slots)) != sequences:
+        raise ValueError(
+            f"slots must name a different one for each of the {sequences} sequences, "
+            f"got {list(slots)}"
+        )
+    for slot in slots:
+        checks.check_count("slots", slot, 0)
+        if slot >= room:
+            raise ValueError(f"slots must be from 0 to {room - 1}, got {slot}")
+
+
+def check_mode(mode: Any) -> None:
+    """How MSA layers attend."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be {' or '.join(MODES)}, got {mode!r}")
+
+
+def check_images(
+    name: str, patches: Tensor, grids: Sequence[tuple[int, int, int]], config: VisionConfig
+) -> None:
+    """As many patches as the grids say, each of the tower's size; sides that can be merged."""
+    for grid in grids:
+        if len(grid) != 3 or min(grid) < 1 or grid[1] % config.merge or grid[2] % config.merge:
+            raise ValueError(
+                f"{name}.grids must hold (frames, rows, columns), rows and columns being multiples "
+                f"of merge = {config.merge}, got {tuple(grid)}"
+            )
+    wanted = [sum(t * h * w for t, h, w in grids), config.patch_values]
+    if list(patches.shape) != wanted:
+        raise ValueError(
+            f"{name}.patches must have shape [patches, values] = {wanted}, "
+            f"got {list(patches.shape)}"
+        )
+
+
+def check_pictures(name: str, pictures: Any, token: int | None) -> None:
+    """Pictures only where a token stands for them."""
+    if pictures is not None and token is None:
+        raise ValueError(
+            f"{name}s must be None in a model whose config has no {name}_token, "
+            f"got {checks.kind(pictures)}"
+        )
+
+
+def check_places(name: str, places: int, tokens: int) -> None:
+    """One place in the text for every token of the pictures."""
+    if places != tokens:
+        raise ValueError(
+            f"tokens must have {tokens} {name} tokens, one for each token of the pictures, "
+            f"got {places}"
+        )
+
+
+def check_targets(targets: Tensor, tokens: Tensor) -> None:
+    """One target per token."""
+    if targets.shape != tokens.shape:
+        raise ValueError(
+            f"targets must have the shape of tokens = {list(tokens.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+
+
+def check_generation(
+    prompts: Sequence[Tensor], new_tokens: Any, images: Sequence[Any] | None, chunk: Any
+) -> None:
+    """At least one prompt, none of them empty, pictures for all or for none."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            f"prompts must hold at least one text, of at least one token each, "
+            f"got lengths {[len(prompt) for prompt in prompts]}"
+        )
+    checks.check_count("new_tokens", new_tokens, 1)
+    checks.check_count("chunk", chunk, 1)
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(
+            f"images must have an entry for each of the {len(prompts)} prompts, got {len(images)}"
+        )
+
+
+def check_document(length: Any, records: Any, questions: Any, record: int, question: int) -> None:
+    """No more questions than records, and a byte of prose at least."""
+    for name, value in (("length", length), ("records", records), ("questions", questions)):
+        checks.check_count(name, value, 1)
+    if questions > records:
+        raise ValueError(f"questions must be at most records = {records}, got {questions}")
+    least = records * record + questions * question + 1
+    if length < least:
+        raise ValueError(
+            f"length must be at least {least} for {records} records and {questions} questions, "
+            f"got {length}"
+        )
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """A temperature of 0 or more, an integer as seed."""
+    checks.check_count("seed", sampling.seed, 0)
+    if sampling.temperature != 0:
+        checks.check_scale("temperature", sampling.temperature)
+
+
+# -- training -------------------------------------------------------------------------------------
+def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
+    """A known preset, steps or minutes but not both, shares in range."""
+    if options.preset not in presets:
+        raise ValueError(f"preset must be {' or '.join(presets)}, got {options.preset!r}")
+    checks.check_count("seed", options.seed, 0)
+    if options.steps is not None:
+        checks.check_count("steps", options.steps, 1)
+    checks.check_scale("minutes", options.minutes)
+    if options.steps is not None and options.minutes is not None:
+        raise ValueError(f"minutes must be None where steps are given, got {options.minutes}")
+    for name, most in (("warm_up", 1.0), ("kl", math.inf)):
+        share = getattr(options, name)
+        if share is not None and not 0 <= share <= most:
+            raise ValueError(f"{name} must be from 0 to {most}, got {share}")
+
+
+def check_steps(wanted: int | None, planned: int) -> None:
+    """A run is as long as it was planned to be: its learning rates depend on that."""
+    if wanted is not None and wanted != planned:
+        raise ValueError(f"steps must be {planned}, as in the run that is continued, got {wanted}")
+
+
+def check_settings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
+    """A run goes on under the settings that it began with."""
+    differing = [name for name in own if found.get(name) != own[name]]
+    if differing:
+        raise ValueError(
+            f"{where} must be of a run with these settings, got another {', '.join(differing)}: "
+            f"give another folder"
+        )
+
+
+def read_vision(config: ModelConfig) -> VisionConfig:
+    """The tower's sizes, without which there are no pictures to be read."""
+    if config.vision is None:
+        raise ValueError("vision must be given in a model that reads documents, got None")
+    return config.vision
+
+
+# -- weights --------------------------------------------------------------------------------------
+def check_weights(where: str, wanted: dict[str, Any], got: dict[str, Any]) -> None:
+    """The same names, and the same shape under each; `where` says whose weights they are."""
+    missing, unexpected = wanted.keys() - got.keys(), got.keys() - wanted.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{where} must have the model's weights, got{_differences(missing, unexpected)}"
+        )
+    for name, weight in wanted.items():
+        if list(weight.shape) != list(got[name].shape):
+            raise ValueError(
+                f"{where} must have {name} of shape {list(weight.shape)}, "
+                f"got {list(got[name].shape)}"
+            )
+
+
+def _differences(missing: Iterable[str], unexpected: Iterable[str]) -> str:
+    parts = [
+        f" {what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if names[8:] else ''}"
+        for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)))
+        if names
+    ]
+    return ";".join(parts)

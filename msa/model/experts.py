@@ -1,0 +1,112 @@
+"""SwiGLU-OAI, the dense MLP made of it, and a mixture of experts chosen by a sigmoid router."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from msa.model.config import ModelConfig
+
+
+def swiglu(
+    gate_up: Float[Tensor, "*lead twice"], alpha: float, limit: float
+) -> Float[Tensor, "*lead twice//2"]:
+    """gate * sigmoid(alpha * gate) * (up + 1); gate is cut off above limit, up at +- limit.
+
+    >>> swiglu(torch.tensor([100.0, -100.0]), alpha=1.702, limit=7.0).round()
+    tensor([-42.])
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+class MLP(nn.Module):
+    """down(swiglu(gate_up(x))): the MLP of a dense layer, and the shared expert."""
+
+    def __init__(self, config: ModelConfig, hidden: int) -> None:
+        super().__init__()
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.gate_up = nn.Linear(config.width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, config.width, bias=False)
+
+    def forward(self, x: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
+        """Every token by itself."""
+        return self.down(swiglu(self.gate_up(x), self.alpha, self.limit))
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and how much each of them counts.
+
+    The score of an expert is sigmoid(<weight, x>), by itself and not against the others. A bias
+    that plays no other part is added for the choice alone: `balance` raises it for experts that had
+    less than their share, lowers it for the others, so no auxiliary loss has to pull at the model.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.chosen = config.experts_per_token
+        self.weight = nn.Parameter(torch.zeros(config.experts, config.width))
+        self.register_buffer("bias", torch.zeros(config.experts))
+        self.register_buffer("load", torch.zeros(config.experts), persistent=False)
+
+    def forward(
+        self, x: Float[Tensor, "T width"]
+    ) -> tuple[Int[Tensor, "T chosen"], Float[Tensor, "T chosen"]]:
+        """Expert ids, and weights that sum to 1, float32."""
+        with torch.autocast(x.device.type, enabled=False):  # a choice should not hang on rounding
+            scores = F.linear(x.to(self.weight.dtype), self.weight).float().sigmoid()
+        ids = (scores + self.bias).topk(self.chosen, dim=-1).indices
+        weights = scores.gather(-1, ids)
+        if self.training:
+            self.load += torch.bincount(ids.flatten(), minlength=len(self.bias))
+        return ids, weights / weights.sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> None:
+        """Move each bias by `rate` against its expert's load since the last call, and forget it.
+
+        >>> from msa.model.presets import PRESETS
+        >>> router = Router(PRESETS["tiny"].model)
+        >>> _ = router.load.copy_(torch.tensor([9.0, 1.0, 5.0, 5.0]))
+        >>> router.balance(0.5)
+        >>> router.bias
+        tensor([-0.5000,  0.5000,  0.0000,  0.0000])
+        """
+        self.bias += rate * (self.load.mean() - self.load).sign()
+        self.load.zero_()
+
+
+class Experts(nn.Module):
+    """The shared expert plus the weighted sum of those the router chose."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
+        self.scale = config.routed_scale
+        self.router = Router(config)
+        hidden, width = config.expert_width, config.width
+        self.gate_up = nn.Parameter(torch.zeros(config.experts, 2 * hidden, width))
+        self.down = nn.Parameter(torch.zeros(config.experts, width, hidden))
+        self.shared = MLP(config, config.shared_width)
+
+    def forward(self, x: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
+        """Tokens are sorted by expert, so that each expert sees its own as one slice."""
+        ids, weights = self.router(x)
+        order = ids.flatten().argsort(stable=True)
+        sorted_x = x.repeat_interleave(ids.shape[1], 0)[order]
+        counts = torch.bincount(ids.flatten(), minlength=len(self.gate_up)).tolist()
+        answers = torch.cat(
+            [
+                F.linear(swiglu(F.linear(own, gate_up), self.alpha, self.limit), down)
+                for own, gate_up, down in zip(sorted_x.split(counts), self.gate_up, self.down)
+            ]
+        )
+        answers = answers[order.argsort()].unflatten(0, ids.shape)
+        routed = (weights.to(answers.dtype)[..., None] * answers).sum(1)
+        return self.scale * routed + self.shared(x)

@@ -1,0 +1,104 @@
+"""Sizes and schedules that were chosen beforehand: what `msa train --preset` knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from msa.config import MSAConfig
+from msa.dispatch import BackendName
+from msa.model.config import ModelConfig, VisionConfig
+from msa.model.records import IMAGE_TOKEN, VOCABULARY
+
+PresetName = Literal["tiny", "small"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and on what a model is trained; the same numbers give the same losses."""
+
+    steps: int
+    contexts: tuple[int, ...]
+    """Tokens of a document; each step draws one of these."""
+    tokens: int
+    """Tokens in a step: tokens // context documents."""
+    record_every: int
+    """A document hides a record in so many tokens, and asks for all of them: a short one hides one
+    alone, and so teaches to read pictures before longer ones teach to look for the right one."""
+    rate: float
+    """The highest learning rate."""
+    warm_up: float = 0.3
+    """The share of all steps in which attention is dense and the index only watches (R17)."""
+    rising: int = 50
+    """Steps until the learning rate is at its highest; from there on a cosine."""
+    last_rate: float = 0.05
+    """The last learning rate, as a share of the highest."""
+    decay: float = 0.05
+    clip: float = 1.0
+    """The longest gradient that is taken as it is."""
+    kl: float = 1.0
+    """How much the loss of the index branches counts."""
+    balance: float = 0.01
+    """By how much a step may move a router's bias."""
+    answers: float = 1.0
+    """What all answers of a step weigh together, the prose being 1."""
+    test_every: int = 100
+    save_every: int = 100
+
+    def records(self, length: int) -> int:
+        """How many a document of so many tokens hides."""
+        return max(1, length // self.record_every)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, its schedule, and where it is meant to run."""
+
+    model: ModelConfig
+    schedule: Schedule
+    backend: BackendName
+    device: str
+    half: bool
+    """Whether products are computed in bfloat16; weights are float32 in any case."""
+
+
+TINY = Preset(
+    ModelConfig(
+        vocab_size=VOCABULARY, width=128, attention=("msa",) * 3, mlp=("dense", "moe", "moe"),
+        heads=4, groups=2, head_dim=32, rotary_dim=16, index_dim=32, mlp_width=256,
+        experts=4, experts_per_token=2, expert_width=128, shared_width=128,
+        msa=MSAConfig(block_size=16, top_k=5), rope_theta=10_000.0, init_std=0.05,
+        mixed_tokens=4, image_token=IMAGE_TOKEN,
+        vision=VisionConfig(
+            width=48, layers=1, heads=4, mlp_width=96, projector_width=96, channels=1, patch=4,
+            frames=1,
+        ),
+    ),
+    Schedule(
+        steps=450, contexts=(64, 128, 256, 512), tokens=2048, record_every=64, rate=3e-3,
+        warm_up=0.4,
+    ),
+    backend="torch", device="cpu", half=False,
+)  # fmt: skip
+
+SMALL = Preset(
+    ModelConfig(
+        vocab_size=VOCABULARY, width=512, attention=("msa",) * 4,
+        mlp=("dense", "moe", "moe", "moe"),
+        heads=32, groups=2, head_dim=128, rotary_dim=64, index_dim=128, mlp_width=2048,
+        experts=8, experts_per_token=2, expert_width=512, shared_width=512,
+        msa=MSAConfig(block_size=128, top_k=16), init_std=0.03,
+        mixed_tokens=4, image_token=IMAGE_TOKEN,
+        vision=VisionConfig(
+            width=64, layers=2, heads=4, mlp_width=128, projector_width=256, channels=1, patch=4,
+            frames=1,
+        ),
+    ),
+    Schedule(
+        steps=4000, contexts=(128, 512, 2048, 8192, 16_384, 32_768), tokens=65_536,
+        record_every=128, rate=1e-3, rising=200, test_every=250, save_every=250,
+    ),
+    backend="triton", device="cuda", half=True,
+)  # fmt: skip
+
+PRESETS: dict[PresetName, Preset] = {"tiny": TINY, "small": SMALL}

@@ -1,0 +1,181 @@
+"""`msa train`: the paper's schedule on documents with hidden records, resumable to the bit.
+
+    python -m msa.model.train --preset small --minutes 8 --out DIR
+
+is the same command where tyro is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from msa.dispatch import BackendName
+from msa.model import checks
+from msa.model.presets import PRESETS, Preset, PresetName
+
+METRICS = "metrics.jsonl"
+HELD_OUT = 16
+"""Documents of each test."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model to read documents and to find the pictures that they hide.
+
+    Writes model.safetensors, config.json, metrics.jsonl (one line per step) and state.pt, from
+    which the same command goes on after an interruption.
+    """
+
+    preset: PresetName = "tiny"
+    """tiny: two CPU cores, under five minutes. small: a GPU."""
+    out: Path = Path("trained")
+    """Where to write; a run that lies there is continued."""
+    seed: int = 0
+    """Of weights and documents."""
+    steps: int | None = None
+    """How many; None: those of the preset."""
+    minutes: float | None = None
+    """Instead of steps: as many as fit, judged by timing the first batches."""
+    warm_up: float | None = None
+    """The share of steps with dense attention, in which the index only watches; 1 trains the dense
+    twin. None: that of the preset."""
+    kl: float | None = None
+    """How much the loss of the index branches counts. None: as in the preset."""
+    device: str | None = None
+    """cpu or cuda; None: that of the preset."""
+    backend: BackendName | None = None
+    """Who computes MSA layers; None: that of the preset."""
+
+
+def run(options: TrainOptions) -> int:
+    """Train with a progress bar, then say what came of it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    columns = "{task.completed}/{task.total} {task.fields[told]}"
+    bar = Progress(
+        TextColumn("Training"), BarColumn(), TextColumn(columns), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=None, told="")
+
+        def watch(line: dict[str, Any]) -> None:
+            told = f"{line['mode']} loss {line['language']:.3f} kl {line['kl']:.3f}"
+            bar.update(task, completed=line["step"] + 1, total=line["steps"], told=told)
+            if "test" in line:
+                console.print(f"step {line['step'] + 1:6,} {describe(line['test'])}")
+
+        folder = train(options, watch)
+    console.print(f"The model lies in {folder}.")
+    return 0
+
+
+def train(options: TrainOptions, watch: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Train to the end; `watch` sees each line of the metrics. Returns the folder.
+
+    Raises:
+        TypeError, ValueError: options that do not go together, or a folder of another run.
+    """
+    from msa.model.trainer import STATE, Trainer
+
+    preset, folder = read_preset(options), options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(preset, options.seed)
+    if (folder / STATE).exists():
+        trainer.resume(folder)
+        checks.check_steps(options.steps, trainer.schedule.steps)
+    elif options.minutes is not None:
+        trainer.plan(60 * options.minutes)
+    schedule = trainer.schedule
+    with metrics_until(folder / METRICS, trainer.step).open("a") as file:
+        while trainer.step < schedule.steps:
+            line = trainer.take_step()
+            last = trainer.step == schedule.steps
+            if last or trainer.step % schedule.test_every == 0:
+                line["test"] = test(trainer.model, preset, line["mode"])
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if last or trainer.step % schedule.save_every == 0:
+                trainer.save(folder)
+            if watch is not None:
+                watch(line)
+    return folder
+
+
+def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
+    """Unseen documents of the longest context."""
+    from msa.model.evaluate import read, unseen_documents
+
+    schedule, config = preset.schedule, preset.model.msa
+    length = max(schedule.contexts)
+    records = schedule.records(length)
+    documents = unseen_documents(length, records, records, HELD_OUT)
+    at_once = max(1, schedule.tokens // length)
+    reading = read(model, documents, mode=mode, half=preset.half, at_once=at_once)
+    return reading.summary(config.top_k * config.block_size)
+
+
+def read_preset(options: TrainOptions) -> Preset:
+    """The preset, but for what the options say otherwise."""
+    checks.check_training(options, tuple(PRESETS))
+    preset = PRESETS[options.preset]
+    told = {name: getattr(options, name) for name in ("steps", "warm_up", "kl")}
+    schedule = {name: value for name, value in told.items() if value is not None}
+    return replace(
+        preset,
+        schedule=replace(preset.schedule, **schedule),
+        device=options.device or preset.device,
+        backend=options.backend or preset.backend,
+    )
+
+
+def metrics_until(path: Path, step: int) -> Path:
+    """Cut off the lines of steps that will be taken again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+    path.write_text("".join(kept))
+    return path
+
+
+def describe(test: dict[str, float | None]) -> str:
+    """One line for people."""
+    shares = ", ".join(
+        f"{name} {'-' if test[name] is None else format(test[name], '.1%')}"
+        for name in ("answers", "near", "far")
+    )
+    return f"unseen: prose {test['prose']:.3f} nats, {shares}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command without tyro."""
+    parser = argparse.ArgumentParser(prog="python -m msa.model.train", description=__doc__)
+    kinds = {
+        "out": Path,
+        "seed": int,
+        "steps": int,
+        "minutes": float,
+        "warm_up": float,
+        "kl": float,
+    }
+    for field in fields(TrainOptions):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", default=field.default,
+            type=kinds.get(field.name, str),
+        )  # fmt: skip
+    try:
+        return run(TrainOptions(**vars(parser.parse_args(arguments))))
+    except ValueError as error:
+        print(f"msa: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""One training run as an object: what a step does, and what of it is kept on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from msa.model import checkpoint, checks
+from msa.model.attention import Mode
+from msa.model.model import Losses, Model
+from msa.model.presets import Preset, Schedule
+from msa.model.records import Batch, pack, world, write_document
+
+STATE = "state.pt"
+
+
+class Trainer:
+    """A model on its way through the schedule.
+
+    The documents of a step follow from the seed and the number of the step, the rest from what
+    `save` writes: so a run that was cut off goes on with the losses that it would have had.
+    """
+
+    def __init__(self, preset: Preset, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.preset, self.seed, self.schedule = preset, seed, preset.schedule
+        model = Model(preset.model, backend=preset.backend, decode_backend="torch")
+        self.model = model.to(preset.device).train()
+        self.parts = split_parameters(self.model)
+        matrices = [w for w in self.model.parameters() if w.ndim >= 2]
+        vectors = [w for w in self.model.parameters() if w.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": preset.schedule.decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+        )
+        self.step = 0
+
+    @property
+    def mode(self) -> Mode:
+        """Dense during the warm-up of the index, then sparse."""
+        warm = self.step < self.schedule.warm_up * self.schedule.steps
+        return "dense" if warm else "sparse"
+
+    def batch(self, step: int) -> Batch:
+        """The documents of a step: the same ones whenever they are asked for."""
+        schedule, rng = self.schedule, np.random.default_rng([self.seed, step])
+        length = int(rng.choice(schedule.contexts))
+        records = schedule.records(length)
+        documents = [
+            write_document(world("train"), length, records, records, rng)
+            for _ in range(max(1, schedule.tokens // length))
+        ]
+        vision = checks.read_vision(self.preset.model)
+        return pack(documents, vision, schedule.answers, self.preset.device)
+
+    def losses(self, batch: Batch, mode: Mode) -> Losses:
+        """In bfloat16 where the preset says so."""
+        kind = torch.device(self.preset.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.preset.half):
+            return self.model.losses(
+                batch.tokens, batch.targets, batch.cu_seqlens, images=batch.images,
+                weights=batch.weights, mode=mode,
+            )  # fmt: skip
+
+    def take_step(self) -> dict[str, Any]:
+        """One step, and what there is to tell of it."""
+        started, schedule, mode = time.perf_counter(), self.schedule, self.mode
+        rate = schedule.rate * share_of_rate(schedule, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batch = self.batch(self.step)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(batch, mode)
+        (losses.language + schedule.kl * losses.kl).backward()
+        norms = {
+            f"{name}_gradient": float(nn.utils.clip_grad_norm_(part, schedule.clip))
+            for name, part in self.parts.items()
+        }
+        self.optimizer.step()
+        for router in self.model.routers():
+            router.balance(schedule.balance)
+        told = {"step": self.step, "steps": schedule.steps, "mode": mode}
+        told |= {"context": batch.cu_seqlens[1], "rate": rate}
+        told |= {"language": losses.language.item(), "kl": losses.kl.item(), **norms}
+        self.step += 1
+        return told | {"seconds": time.perf_counter() - started}
+
+    def plan(self, seconds: float) -> None:
+        """Set the number of steps to what fits, judged by the first batch of each context.
+
+        Nothing is learned from it, and nothing is left of it.
+        """
+        spent = {"dense": 0.0, "sparse": 0.0}
+        batches = {self.batch(step).cu_seqlens[1]: step for step in range(50)}
+        for step in batches.values():
+            batch = self.batch(step)
+            for mode in ("dense", "sparse"):
+                for repeat in range(3):
+                    started = time.perf_counter()
+                    losses = self.losses(batch, mode)
+                    (losses.language + losses.kl).backward()
+                    losses.kl.item()
+                    if repeat:  # the first time kernels are compiled
+                        spent[mode] += (time.perf_counter() - started) / 2 / len(batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        for router in self.model.routers():
+            router.load.zero_()
+        warm = self.schedule.warm_up
+        each = warm * spent["dense"] + (1 - warm) * spent["sparse"]
+        self.schedule = replace(self.schedule, steps=max(1, int(PLANNED * seconds / each)))
+
+    def save(self, folder: Path) -> None:
+        """The model as others load it, and all that is needed to go on."""
+        state = {
+            "settings": self.settings, "steps": self.schedule.steps, "step": self.step,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+        checkpoint.save(self.model, folder)
+        checkpoint.write(folder / STATE, lambda path: torch.save(state, path))
+
+    def resume(self, folder: Path) -> None:
+        """Go on where `save` was last called.
+
+        Raises:
+            ValueError: a state that was saved under other settings.
+        """
+        state = torch.load(folder / STATE, map_location=self.preset.device, weights_only=True)
+        checks.check_settings(
+            str(folder / STATE), json.loads(state["settings"]), json.loads(self.settings)
+        )
+        self.schedule = replace(self.schedule, steps=state["steps"])
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def settings(self) -> str:
+        """What must not change between two parts of a run. The number of steps may be a plan's."""
+        preset = replace(self.preset, schedule=replace(self.preset.schedule, steps=1), device="any")
+        return json.dumps(asdict(preset) | {"seed": self.seed})
+
+
+PLANNED = 0.85
+"""The share of the time that is planned for: the rest is for optimizer, tests and saving."""
+
+
+def split_parameters(model: Model) -> dict[str, list[Tensor]]:
+    """The index branches and everything else. They share no loss, so each is clipped by itself."""
+    parts: dict[str, list[Tensor]] = {"backbone": [], "index": []}
+    for name, weight in model.named_parameters():
+        parts["index" if ".index." in name else "backbone"].append(weight)
+    return parts
+
+
+def share_of_rate(schedule: Schedule, step: int) -> float:
+    """A straight line up to 1, then a cosine down to the last rate.
+
+    >>> schedule = Schedule(steps=110, contexts=(64,), tokens=64, record_every=9, rate=1.0,
+    ...                     rising=10, last_rate=0.1)
+    >>> [round(share_of_rate(schedule, step), 2) for step in (0, 4, 9, 10, 60, 110)]
+    [0.1, 0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    if step < schedule.rising:
+        return (step + 1) / schedule.rising
+    fallen = (step - schedule.rising) / max(1, schedule.steps - schedule.rising)
+    return schedule.last_rate + (1 - schedule.last_rate) * (1 + math.cos(math.pi * fallen)) / 2

@@ -1,0 +1,113 @@
+"""Files that come back as they were, and words for those that do not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from msa.model import Model
+from msa.model.checkpoint import CONFIG, WEIGHTS, load, save
+from msa.model.presets import PRESETS
+
+TINY = PRESETS["tiny"].model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = Model(TINY, backend="torch")
+    model.routers()[0].bias.add_(torch.randn(TINY.experts))
+    save(model, tmp_path)
+    return model, tmp_path
+
+
+@torch.no_grad()
+def test_a_model_comes_back_whole(saved):
+    model, folder = saved
+    other = load(folder, backend="torch")
+    assert other.config == TINY
+    assert not other.training
+    assert other.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+    text = torch.arange(90)
+    assert torch.equal(model.eval()(text).logits, other(text).logits)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_missing_and_unexpected_weights_are_named(saved):
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    gone = weights.pop("layers.1.attention.index.q.weight")
+    save_file(weights | {"sink": gone}, folder / WEIGHTS)
+    with pytest.raises(
+        ValueError,
+        match=r"model\.safetensors must have the model's weights, got missing: "
+        r"layers\.1\.attention\.index\.q\.weight; unexpected: sink",
+    ):
+        load(folder)
+    weights["layers.1.attention.index.q.weight"] = gone[1:]
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"index\.q\.weight of shape \[64, 128\], got \[63, 128\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_truncated_file_is_no_model(saved, kept):
+    _, folder = saved
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a whole safetensors file: "):
+        load(folder)
+
+
+def test_foreign_and_absent_files_are_no_model(saved):
+    _, folder = saved
+    torch.save({"weight": torch.ones(3)}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
+        load(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="must be a safetensors file, got no such file"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "config.json must be the configuration of a model: Expecting value"),
+        ("[1]", "config must be a dict, got list"),
+        ('{"architectures": ["X"]}', r"missing: attention, .* 6 more; unexpected: architectures"),
+        (
+            json.dumps(TINY.to_dict() | {"heads": 3}),
+            "heads must be a multiple of groups = 2, got 3",
+        ),
+        (json.dumps(TINY.to_dict() | {"attention": "msa"}), "attention must be a list, got str"),
+    ],
+)
+def test_a_foreign_configuration_is_no_model(saved, text, message, as_users_run_it):
+    _, folder = saved
+    (folder / CONFIG).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(
+        ValueError, match=r"config\.json must be the configuration of a model, got no"
+    ):
+        load(folder)
+
+
+def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
+    model, folder = saved
+    before = (folder / WEIGHTS).read_bytes()
+
+    def cut_short(weights, path):
+        path.write_bytes(before[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msa.model.checkpoint.save_file", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, folder)
+    assert (folder / WEIGHTS).read_bytes() == before

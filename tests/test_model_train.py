@@ -1,0 +1,257 @@
+"""Training: the paper's schedule, the same losses however often it is cut off; and it learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import msa
+from msa import cli
+from msa.model import checkpoint, train
+from msa.model.evaluate import read, unseen_documents
+from msa.model.presets import PRESETS, TINY
+from msa.model.records import pack
+from msa.model.train import METRICS, TrainOptions
+from msa.model.trainer import STATE, Trainer, split_parameters
+
+MICRO = replace(
+    TINY,
+    model=replace(
+        TINY.model, width=32, attention=("msa",) * 2, mlp=("dense", "moe"), head_dim=8,
+        rotary_dim=4, index_dim=8, mlp_width=32, expert_width=16, shared_width=16,
+    ),
+    schedule=replace(
+        TINY.schedule, steps=8, contexts=(32, 64), tokens=128, warm_up=0.3, rising=2,
+        test_every=4, save_every=3,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch):
+    monkeypatch.setattr(train, "HELD_OUT", 2)
+    monkeypatch.setitem(PRESETS, "tiny", MICRO)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "HELD_OUT", 2)
+        patch.setitem(PRESETS, "tiny", MICRO)
+        return train.train(TrainOptions(out=tmp_path_factory.mktemp("whole")))
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+class Killed(Exception):
+    pass
+
+
+def same_run(folder, whole):
+    assert metrics(folder) == metrics(whole)
+    weights = load_file(whole / checkpoint.WEIGHTS)
+    for name, weight in load_file(folder / checkpoint.WEIGHTS).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("killed_at", [0, 2, 4, 5, 7])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, killed_at):
+    def watch(line):
+        if line["step"] == killed_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.train(TrainOptions(out=tmp_path), watch)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 5, "lang')  # it was just writing
+    steps = []
+    train.train(TrainOptions(out=tmp_path), lambda line: steps.append(line["step"]))
+    saved = killed_at // 3 * 3 if killed_at < 7 else 8
+    assert steps == list(range(saved if killed_at != 2 and killed_at != 5 else killed_at + 1, 8))
+    same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("file", [STATE, checkpoint.WEIGHTS])
+def test_a_run_that_was_killed_while_it_saved_goes_on_too(tmp_path, whole, file, monkeypatch):
+    write, calls = checkpoint.write, []
+
+    def die_in_the_second(path, fill):
+        if path.name == file:
+            calls.append(path)
+            if len(calls) == 2:
+                path.with_name(path.name + ".part").write_bytes(b"half")
+                raise Killed
+        write(path, fill)
+
+    monkeypatch.setattr(checkpoint, "write", die_in_the_second)
+    with pytest.raises(Killed):
+        train.train(TrainOptions(out=tmp_path))
+    train.train(TrainOptions(out=tmp_path))
+    same_run(tmp_path, whole)
+
+
+def test_the_seed_decides(tmp_path, whole):
+    (one, same, two) = (Trainer(MICRO, seed).batch(0) for seed in (0, 0, 1))
+    assert torch.equal(one.tokens, same.tokens)
+    assert one.tokens.tolist() != two.tokens.tolist()
+    assert one.tokens.tolist() != Trainer(MICRO, 0).batch(1).tokens.tolist()
+    other = train.train(TrainOptions(out=tmp_path, seed=1))
+    assert all(a["language"] != b["language"] for a, b in zip(metrics(other), metrics(whole)))
+
+
+def test_the_index_watches_first(whole):
+    """30% of 8 steps, rounded up, with dense attention."""
+    lines = metrics(whole)
+    assert [line["mode"] for line in lines] == ["dense"] * 3 + ["sparse"] * 5
+    assert [line["step"] for line in lines if "test" in line] == [3, 7]
+    assert {line["context"] for line in lines} == {32, 64}
+    rates = [line["rate"] for line in lines]
+    assert rates[0] == pytest.approx(rates[1] / 2)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+def test_a_folder_of_another_run_is_refused(whole):
+    for options, message in (
+        ({"seed": 1}, "must be of a run with these settings, got another seed"),
+        ({"kl": 0.5}, "got another schedule"),
+        ({"backend": "reference"}, "got another backend"),
+        ({"steps": 9}, "steps must be 8, as in the run that is continued, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.train(TrainOptions(out=whole, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"minutes": 0.0}, "minutes must be finite and positive, got 0.0"),
+        ({"minutes": 1.0, "steps": 2}, r"minutes must be None where steps are given, got 1\.0"),
+        ({"warm_up": 1.5}, r"warm_up must be from 0 to 1\.0, got 1\.5"),
+        ({"kl": -1.0}, r"kl must be from 0 to inf, got -1\.0"),
+        ({"preset": "huge"}, "preset must be tiny or small, got 'huge'"),
+    ],
+)
+def test_bad_options_are_named(options, message, tmp_path, as_users_run_it):
+    with pytest.raises(ValueError, match=message):
+        train.train(TrainOptions(out=tmp_path, **options))
+
+
+def test_a_plan_leaves_nothing_behind(tmp_path):
+    plain, planned = (Trainer(MICRO, 0) for _ in range(2))
+    planned.plan(10.0)
+    assert planned.schedule.steps > 1
+    longer = planned.schedule.steps
+    planned.plan(40.0)
+    assert 2 * longer < planned.schedule.steps < 8 * longer
+    assert all(router.load.sum() == 0 for router in planned.model.routers())
+    planned.schedule = plain.schedule
+    one, other = plain.take_step(), planned.take_step()
+    assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_both_parts_are_clipped_each_by_itself():
+    trainer = Trainer(replace(MICRO, schedule=replace(MICRO.schedule, clip=1e-3)), 0)
+    parts = split_parameters(trainer.model)
+    assert sum(map(len, parts.values())) == len(list(trainer.model.parameters()))
+    assert len(parts["index"]) == 8
+    told = trainer.take_step()
+    for name, weights in parts.items():
+        assert told[f"{name}_gradient"] > 1e-3
+        norm = torch.stack([w.grad.norm() for w in weights]).norm()
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_routers_are_balanced_at_every_step():
+    trainer = Trainer(MICRO, 0)
+    (router,) = trainer.model.routers()
+    trainer.take_step()
+    assert router.bias.abs().max() == pytest.approx(MICRO.schedule.balance)
+    assert router.load.sum() == 0
+
+
+def test_thirty_steps_lower_both_losses():
+    schedule = replace(TINY.schedule, steps=30, contexts=(64, 128), tokens=512, rising=5)
+    trainer = Trainer(replace(TINY, schedule=schedule), 0)
+    told = [trainer.take_step() for _ in range(30)]
+    assert {line["mode"] for line in told} == {"dense", "sparse"}
+    assert told[0]["language"] > 5
+    assert sum(line["language"] for line in told[-5:]) / 5 < 3.6
+    warm = [line["kl"] for line in told if line["mode"] == "dense"]
+    assert sum(warm[-3:]) / 3 < 0.95 * warm[0]
+
+
+def test_kernels_take_the_same_steps():
+    """In Triton's interpreter where there is no GPU; dense and sparse steps, gradients included."""
+    told = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    schedule = replace(MICRO.schedule, steps=2, warm_up=0.5, contexts=(40,), tokens=40)
+    sizes = replace(MICRO.model, head_dim=16, index_dim=16, msa=msa.MSAConfig(16, 2))
+    for backend, place in (("torch", "cpu"), ("triton", device)):
+        preset = replace(MICRO, model=sizes, schedule=schedule, backend=backend, device=place)
+        trainer = Trainer(preset, 0)
+        told[backend] = [trainer.take_step() for _ in range(2)]
+    for one, other in zip(told["torch"], told["triton"]):
+        for name in ("language", "kl", "backbone_gradient", "index_gradient"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
+
+
+def test_half_precision_takes_nearly_the_same_steps():
+    told = {}
+    for half in (False, True):
+        trainer = Trainer(replace(MICRO, half=half), 0)
+        told[half] = [trainer.take_step() for _ in range(6)]
+    assert {line["mode"] for line in told[True]} == {"dense", "sparse"}
+    for one, other in zip(told[False], told[True]):
+        assert one["language"] != other["language"] == pytest.approx(one["language"], rel=0.02)
+
+
+def test_reading_measures_what_training_minimises():
+    model = Trainer(MICRO, 0).model
+    documents = unseen_documents(64, 2, 2, 3)
+    batch = pack(documents, MICRO.model.vision, answers=0.0)
+    reading = read(model, documents)
+    wanted = model.eval().losses(
+        batch.tokens, batch.targets, batch.cu_seqlens, images=batch.images, weights=batch.weights
+    )
+    assert reading.prose == pytest.approx(wanted.language.item(), rel=1e-5)
+    alone = read(model, documents, at_once=1)
+    assert torch.equal(alone.right, reading.right)
+    assert alone.prose == pytest.approx(reading.prose, rel=1e-5)
+    asked = [q.distance for document in documents for q in document.questions]
+    assert reading.distances.tolist() == asked
+
+
+@torch.no_grad()
+def test_a_right_answer_counts_as_one():
+    """A model that says "7" whatever it is asked is right where 7 is the digit."""
+    model = Trainer(MICRO, 0).model
+    model.norm.weight.fill_(-1.0)  # its last hidden state is 0, and so are all logits
+    model.head = torch.nn.Linear(32, 257)
+    model.head.weight.zero_()
+    model.head.bias.zero_()[ord("7")] = 1.0
+    documents = unseen_documents(200, 8, 8, 6)
+    sevens = [q.digit == 7 for document in documents for q in document.questions]
+    assert 0 < sum(sevens) < len(sevens)
+    assert read(model, documents).right.tolist() == sevens
+
+
+@pytest.mark.parametrize("command", [["train"], []], ids=["msa train", "python -m"])
+def test_the_command_trains(command, tmp_path, capsys):
+    """With tyro and without it."""
+    main = cli.main if command else train.main
+    words = [*command, "--steps", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "step      1 unseen: prose" in capsys.readouterr().out
+    assert metrics(tmp_path / "out")[0]["mode"] == "sparse"
+    assert checkpoint.load(tmp_path / "out").config == MICRO.model
+    assert main([*words, "--minutes", "1"]) == 2
+    assert "msa: minutes must be None where steps are given" in capsys.readouterr().err
