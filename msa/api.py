@@ -2,6 +2,7 @@
 
 Layouts: packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched [B, T, H, D].
 Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is of the same kind.
+Their dtypes are taken as they are: autocast has no say inside.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ def attention(
     options = {"loop_order": loop_order, "index_dtype": index_dtype}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
     q, k, v, q_idx, k_idx = call.arrays
-    output = call.module.attend(
-        q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
-    )
+    with call.carrier.exactly():
+        output = call.module.attend(
+            q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
+        )
     return call.give_output(output)
 
 
@@ -102,7 +104,9 @@ def select(
     arrays, options = {"q_idx": q_idx, "k_idx": k_idx}, {"index_dtype": index_dtype}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
     q_idx, k_idx = call.arrays
-    return call.give(call.module.select_fused(q_idx, k_idx, call.sequences, config, **call.options))
+    with call.carrier.exactly():
+        selection = call.module.select_fused(q_idx, k_idx, call.sequences, config, **call.options)
+    return call.give(selection)
 
 
 def sparse_attention(
@@ -135,7 +139,8 @@ def sparse_attention(
     call = _Call(arrays, backend, config, selection=selection, options=options)
     scale = config.softmax_scale_for(q.shape[-1])
     q, k, v = call.arrays
-    output = call.module.attend_selection(q, k, v, call.selection, scale, **call.options)
+    with call.carrier.exactly():
+        output = call.module.attend_selection(q, k, v, call.selection, scale, **call.options)
     return call.give_output(replace(output, selection=call.selection))
 
 
@@ -181,7 +186,9 @@ def align_index(
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
     q, k, q_idx, k_idx, *known = call.arrays
     args = (q, k, q_idx, k_idx, call.selection, call.sequences, config, *known)
-    return call.give(call.module.align_index(*args))
+    with call.carrier.exactly():
+        loss = call.module.align_index(*args)
+    return call.give(loss)
 
 
 def decode(
@@ -234,7 +241,9 @@ def decode(
     if name == "triton":
         checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
     q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
-    return carrier.give(module.decode_step(q, q_idx, cache, config))
+    with carrier.exactly():
+        output = module.decode_step(q, q_idx, cache, config)
+    return carrier.give(output)
 
 
 def append_tokens(
@@ -303,9 +312,10 @@ def lower(
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
     q, k, v, q_idx, k_idx = call.arrays
-    trace = pipeline.lower(
-        call.module, q, k, v, q_idx, k_idx, call.sequences, config, chunk_size, tile_size
-    )
+    with call.carrier.exactly():
+        trace = pipeline.lower(
+            call.module, q, k, v, q_idx, k_idx, call.sequences, config, chunk_size, tile_size
+        )
     return call.give(trace)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -81,6 +82,14 @@ class Carrier:
     name: str
     model: Array
     """The argument whose kind, dtype and device the answer has."""
+
+    def exactly(self) -> AbstractContextManager[Any]:
+        """A context in which dtypes are what the arguments say, whatever autocast would like."""
+        if not checks.is_torch(self.model):
+            return nullcontext()
+        import torch
+
+        return torch.autocast(self.model.device.type, enabled=False)
 
     def take(self, **things: Any) -> list[Any]:
         """Arrays and forms as the backend wants them: NumPy for reference, else torch."""

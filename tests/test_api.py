@@ -174,3 +174,21 @@ def test_a_selection_brings_its_own_block_size_to_the_loss(backend, rng):
     chosen = msa.select(q_idx, k_idx, config=config, backend=backend)
     wanted = msa.align_index(q, k, q_idx, k_idx, chosen, config=config, backend=backend)
     assert msa.align_index(q, k, q_idx, k_idx, chosen, backend=backend) == wanted
+
+
+def test_autocast_changes_nothing(rng):
+    """Also not on the way back."""
+    made, found = arrays(rng, 9), []
+    for on in (False, True):
+        given = {n: torch.tensor(x, requires_grad=True) for n, x in made.items()}
+        q, k, v, q_idx, k_idx = given.values()
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            output = msa.attention(**given, config=CONFIG, align=True)
+            sparse = msa.sparse_attention(q, k, v, msa.select(q_idx, k_idx, config=CONFIG))
+            warm = msa.align_index(q, k, q_idx, k_idx, config=CONFIG)
+            trace = msa.lower(**{n: x.detach() for n, x in given.items()}, config=CONFIG)
+        (output.out.sum() + sparse.out.sum() + output.kl + warm).backward()
+        grads = (x.grad for x in given.values())
+        found.append([output.out, sparse.out, output.kl, warm, trace.union_output.out, *grads])
+    for plain, cast in zip(*found):
+        assert torch.equal(plain, cast)
