@@ -98,6 +98,12 @@ def test_only_the_command_line_knows_the_extras(name):
             assert name not in inside_msa(imported(path)), path
 
 
+def test_operators_know_the_functions_and_what_these_are_checked_by():
+    known = {"api", "checks", "config", "dispatch", "ir", "layout", "ops"}
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert inside_msa(imported(path)) <= known, path
+
+
 def test_conformance_knows_the_public_interface_alone():
     """It must be able to judge any backend, so it knows none but through load_backend."""
     libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
