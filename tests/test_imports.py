@@ -104,6 +104,14 @@ def test_operators_know_the_functions_and_what_these_are_checked_by():
         assert inside_msa(imported(path)) <= known, path
 
 
+@pytest.mark.parametrize("name", ["layouts", "page_layouts", "arrays", "messages"])
+def test_layouts_need_no_library(name):
+    path = PACKAGE / "integrations" / f"{name}.py"
+    roots = {n.split(".")[0] for n in imported(path, everywhere=False)} - sys.stdlib_module_names
+    assert roots <= {"__future__", "jaxtyping", "msa", "numpy"}
+    assert inside_msa(imported(path)) <= {"checks", "integrations", "ir"}
+
+
 def test_conformance_knows_the_public_interface_alone():
     """It must be able to judge any backend, so it knows none but through load_backend."""
     libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
