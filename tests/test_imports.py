@@ -91,7 +91,7 @@ def test_backends_are_imported_in_one_place(library):
     )
 
 
-@pytest.mark.parametrize("name", ["conformance", "demo"])
+@pytest.mark.parametrize("name", ["conformance", "demo", "integrations"])
 def test_only_the_command_line_knows_the_extras(name):
     for path in PACKAGE.rglob("*.py"):
         if path.name != "cli.py" and path.parent.name != name:
@@ -110,6 +110,12 @@ def test_layouts_need_no_library(name):
     roots = {n.split(".")[0] for n in imported(path, everywhere=False)} - sys.stdlib_module_names
     assert roots <= {"__future__", "jaxtyping", "msa", "numpy"}
     assert inside_msa(imported(path)) <= {"checks", "integrations", "ir"}
+
+
+def test_integrations_know_the_public_interface_and_the_operators():
+    known = {"checks", "config", "dispatch", "integrations", "ir", "ops"}
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        assert inside_msa(imported(path)) <= known, path
 
 
 def test_conformance_knows_the_public_interface_alone():

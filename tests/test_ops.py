@@ -158,6 +158,21 @@ def test_dtypes(dtype):
     assert (out.dtype, lse.dtype, kl.dtype) == (dtype, wide, wide)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_narrow_inputs(dtype):
+    """Within a few roundings of out, which the operator keeps in q's dtype."""
+    tensors = make(dtype, grad=True)
+    mine = msa.ops.attention(*tensors, *BORDERS, config=CONFIG).out
+    theirs = msa.attention(
+        *tensors, cu_seqlens_q=BORDERS[0], cu_seqlens_k=BORDERS[1], config=CONFIG
+    ).out
+    weight, bound = torch.randn(mine.shape), 4 * torch.finfo(dtype).eps
+    for a, b in zip(*(torch.autograd.grad((x.float() * weight).sum(), tensors[:3])
+                      for x in (mine, theirs)), strict=True):  # fmt: skip
+        assert a.dtype == dtype
+        assert (a.float() - b.float()).abs().max() <= bound * b.float().abs().max()
+
+
 # -- bad input (R20) ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("break_it", "message"),

@@ -81,3 +81,91 @@ def check_whole_pages(name: str, bad: Array) -> None:
             f"{name} must give each block of a sequence one page of slots, aligned and in order, "
             f"got another slot at row {row}, token {token}"
         )
+
+
+# -- transformers ---------------------------------------------------------------------------------
+def check_right_padding(ones: np.ndarray, lengths: list[int]) -> None:
+    """Ones, then zeros."""
+    for row, length in enumerate(lengths):
+        if not ones[row, :length].all():
+            first = int(np.argmin(ones[row, :length]))
+            raise ValueError(
+                "attention_mask must be ones and then zeros in each row, got a zero before a one "
+                f"at row {row}, token {first}: blocks are counted from a row's first token, so "
+                "padding before or between tokens would shift them. Pad on the right "
+                "(tokenizer.padding_side = 'right'); to generate from prompts of several lengths, "
+                "give generate() one length at a time"
+            )
+
+
+def check_positions(row: int, found: np.ndarray, wanted: np.ndarray) -> None:
+    """Positions count the tokens of each sequence from 0, cached ones included."""
+    bad = np.flatnonzero(found != wanted)
+    if len(bad):
+        raise ValueError(
+            "position_ids must count up from 0, from the number of cached tokens, or from 0 again "
+            f"where a packed sequence starts, got {int(found[bad[0]])} in place of "
+            f"{int(wanted[bad[0]])} at row {row}, token {int(bad[0])}"
+        )
+
+
+def check_mask_form(mask: Any) -> None:
+    """None, or one number per token."""
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        got = list(mask.shape) if hasattr(mask, "shape") else checks.kind(mask)
+        raise ValueError(
+            f"attention_mask must be None or have shape [B, T] for attn_implementation='msa', "
+            f"got {got}: MSA is causal, and masks of other forms mean something else"
+        )
+
+
+def check_mask_length(mask: Any, seen: int) -> None:
+    """A number for each token seen, cached ones included."""
+    if mask.shape[1] < seen:
+        raise ValueError(
+            f"attention_mask must have shape [B, {seen}], cached tokens included, "
+            f"got {list(mask.shape)}"
+        )
+
+
+def check_plain_attention(dropout: float, options: dict[str, Any]) -> None:
+    """Softmax attention and nothing on top of it."""
+    if dropout:
+        raise ValueError(
+            f"attention_dropout must be 0 for attn_implementation='msa', got {dropout}"
+        )
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{name} must be None for attn_implementation='msa', got {options[name]!r}"
+            )
+
+
+def check_not_packed(packs: bool) -> None:
+    """transformers' own indexer takes each row for one sequence."""
+    if packs:
+        raise ValueError(
+            "position_ids must not start again within a row for attn_implementation='msa' alone, "
+            "got packed sequences, whose blocks transformers' indexer mixes: call "
+            "msa.integrations.transformers.enable(model)"
+        )
+
+
+def check_index_heads(index_heads: int, kv_heads: int) -> None:
+    """Each index head serves whole groups."""
+    if kv_heads % index_heads:
+        raise ValueError(
+            f"index_n_heads must divide num_key_value_heads = {kv_heads}, got {index_heads}"
+        )
+
+
+def check_has_layers(count: int, wanted: str, model: Any) -> None:
+    """Something to do."""
+    if not count:
+        raise TypeError(f"model must have {wanted}, got {checks.kind(model)} without any")
+
+
+def check_implementation(name: Any, known: tuple[str, ...]) -> None:
+    """One of ours."""
+    if name not in known:
+        raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")

@@ -114,10 +114,15 @@ def selection_gradients(
     borders: Borders, block_size: int, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients for q, k and v; `saved` is q, k, v, out, lse (R18)."""
+    name, (*inputs, out, lse) = backend_of(d_out), saved
+    if name == "torch":  # which works in the precision of out, and keeps it before it is rounded
+        out = out.to(lse.dtype)
     sequences = Sequences(*(tuple(border) for border in borders))
     selection = Selection(indices, sequences, block_size)
-    kept = Kept(saved, selection=selection, scale=softmax_scale, softmax_scale=softmax_scale)
-    backward = autograd_function(backend_of(d_out), "attention", "SelectedAttention").backward
+    kept = Kept(
+        (*inputs, out, lse), selection=selection, scale=softmax_scale, softmax_scale=softmax_scale
+    )
+    backward = autograd_function(name, "attention", "SelectedAttention").backward
     d_q, d_k, d_v = (x.contiguous() for x in backward(kept, d_out, d_lse)[:3])
     return d_q, d_k, d_v
 
