@@ -173,6 +173,17 @@ def test_gradients_of_narrow_inputs(dtype):
         assert (a.float() - b.float()).abs().max() <= bound * b.float().abs().max()
 
 
+def test_two_losses_may_go_back_one_after_the_other():
+    """What selects has no part in the graph of out (R18)."""
+    tensors = make(grad=True)
+    given = [*tensors[:3], *(x.square() for x in tensors[3:])]  # whose graph keeps something
+    output = msa.ops.attention(*given, *BORDERS, config=CONFIG, align=True)
+    output.out.sum().backward()
+    assert tensors[3].grad is None
+    output.kl.backward()
+    assert tensors[3].grad.any()
+
+
 # -- bad input (R20) ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("break_it", "message"),

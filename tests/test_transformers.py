@@ -134,6 +134,14 @@ def test_logits_in_chunks(config, n, data):
             close(torch.cat(parts, 1), model(ids).logits)
 
 
+@pytest.mark.parametrize("way", ["msa", "enabled"])
+def test_index_heads_that_serve_several_groups(way):
+    model, ids = make(text_config("dm", num_key_value_heads=4)), words(1, 60)
+    assert (model.config.index_n_heads, model.config.num_key_value_heads) == (2, 4)
+    with torch.no_grad():
+        close(in_the_way(model, way)(ids).logits, model(ids).logits)
+
+
 def test_a_padded_batch_in_chunks():
     model, ids = make(), words(3, 30)
     mask = (torch.arange(30) < torch.tensor([[30], [12], [21]])).long()

@@ -169,3 +169,44 @@ def check_implementation(name: Any, known: tuple[str, ...]) -> None:
     """One of ours."""
     if name not in known:
         raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
+
+
+# -- conversion -----------------------------------------------------------------------------------
+def check_chosen_layers(chosen: list[int], known: list[int]) -> None:
+    """Numbers of layers, one at least, each once."""
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
+        raise ValueError(f"layers must name some of {known}, each once, got {chosen}")
+
+
+def check_no_window(attention: Any) -> None:
+    """Attention to everything before."""
+    window = getattr(attention, "sliding_window", None)
+    if type(attention).__name__ == "MistralAttention":
+        window = attention.config.sliding_window
+    if window is not None:
+        raise ValueError(
+            f"model.config.sliding_window must be None, got {window} in layer "
+            f"{attention.layer_idx}: MSA takes the place of full attention"
+        )
+
+
+def check_index_dim(dim: int) -> None:
+    """Rotary embedding turns pairs."""
+    if dim < 2 or dim % 2:
+        raise ValueError(f"index_dim must be even and at least 2, got {dim}")
+
+
+def check_cache_layer(layer: Any) -> None:
+    """A cache that can keep index keys."""
+    if not hasattr(layer, "update_index"):
+        raise TypeError(
+            "past_key_values must have dynamic or static layers, which can keep index keys, "
+            f"got {checks.kind(layer)}"
+        )
+
+
+def check_phase(phase: Any) -> None:
+    """What a converted layer can do."""
+    known = ("sparse", "train", "warm_up", "measure")
+    if phase not in known:
+        raise ValueError(f"phase must be one of {', '.join(known)}, got {phase!r}")

@@ -23,8 +23,9 @@ torch.Size([1, 20, 50])
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.integrations import layouts, messages
 from msa.integrations.plan import Plan, plan_for
-from msa.ir import Sequences
+from msa.ir import Output, Sequences
 
 BACKENDS: dict[str, BackendName] = {
     "msa": "auto",
@@ -92,7 +93,8 @@ def enable(model: M, implementation: str = "msa") -> M:
     return model
 
 
-class IndexBranch(NamedTuple):
+@dataclass(frozen=True)
+class IndexBranch:
     """What an indexer hands to the attention in place of blocks: what they are selected by."""
 
     q_idx: Tensor
@@ -100,6 +102,27 @@ class IndexBranch(NamedTuple):
     k_idx: Tensor
     """[B, n_k or longer, Di]."""
     config: MSAConfig
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName
+    ) -> Tensor:
+        """Select and attend: packed q, k, v to packed out."""
+        return self.run(q, k, v, plan, scale, backend).out
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName,
+        align: bool = False,
+    ) -> ops.Attended | Output:  # fmt: skip
+        """MSA in one call; with align=True also the loss that trains the index (R17)."""
+        q_idx, k_idx = plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
+        config = replace(self.config, softmax_scale=scale)
+        cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
+        if backend == "auto":
+            return ops.attention(q, k, v, q_idx, k_idx, cu_q, cu_k, config, align)
+        return msa.attention(
+            q, k, v, q_idx, k_idx, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, config=config,
+            align=align, backend=backend,
+        )  # fmt: skip
 
 
 class Indexer(MiniMaxM3VLIndexer):
@@ -190,30 +213,14 @@ def attention_forward(
     if block_indices is None:
         out = attend_densely(q, k, v, plan, scale)
     elif isinstance(block_indices, IndexBranch):
-        out = attend(q, k, v, block_indices, plan, scale, backend)
+        out = block_indices.attend(q, k, v, plan, scale, backend)
     else:
         block_size: int = getattr(module, "indexer").block_size  # noqa: B009
         out = attend_blocks(q, k, v, block_indices, block_size, plan, scale, backend)
     return plan.unpack(out), None
 
 
-# -- the three kinds of layers, on packed tensors -------------------------------------------------
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, index: IndexBranch, plan: Plan, scale: float,
-    backend: BackendName,
-) -> Tensor:  # fmt: skip
-    """Select and attend in one call."""
-    q_idx, k_idx = plan.pack_queries(index.q_idx), plan.pack_keys(index.k_idx)
-    borders = plan.cu_seqlens_q, plan.cu_seqlens_k
-    config = MSAConfig(**vars(index.config) | {"softmax_scale": scale})
-    if backend == "auto":
-        return ops.attention(q, k, v, q_idx, k_idx, *borders, config).out
-    return msa.attention(
-        q, k, v, q_idx, k_idx, cu_seqlens_q=borders[0], cu_seqlens_k=borders[1], config=config,
-        backend=backend,
-    ).out  # fmt: skip
-
-
+# -- the other kinds of layers, on packed tensors --------------------------------------------------
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, plan: Plan,
     scale: float, backend: BackendName,

@@ -69,8 +69,9 @@ def attention(
     q, k, v, q_idx, k_idx = _cast(q, k, v, q_idx, k_idx)
     lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
     q, k, v, q_idx, k_idx = (_pack(x, q.dim() - 3) for x in (q, k, v, q_idx, k_idx))
+    fixed = q_idx.detach(), k_idx.detach()  # selection has no gradient, so no part in out's graph
     out, lse, indices = operators.attention(
-        q, k, v, q_idx, k_idx, *borders, config.block_size, config.top_k, config.sink_blocks,
+        q, k, v, *fixed, *borders, config.block_size, config.top_k, config.sink_blocks,
         config.local_blocks, config.softmax_scale, config.index_scale,
     )  # fmt: skip
     kl = _loss((q, k, q_idx, k_idx), indices, lse.detach(), borders, config) if align else None
