@@ -17,6 +17,7 @@ commands:
   explain         a 12-token example through every form of the lowering
   verify          the equivalence proofs, rules R1-R20, on this machine's backends
   demo digits     attention as a classifier of real images: dense, MSA, window, random
+  convert         a Hugging Face model gains an index branch: --warmup trains it, recall judges it
   bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
   bench train     the same for a training step: forward, backward, alignment loss
   bench plots     the figures of a results file, without a GPU
@@ -44,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.demo import digits
 
                 return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
+            case ["convert", *rest]:
+                from msa.integrations import convert_run
+
+                options = tyro.cli(convert_run.ConvertOptions, prog="msa convert", args=rest)
+                return convert_run.run(options)
             case ["bench", "prefill", *rest]:
                 from benchmarks import prefill
 

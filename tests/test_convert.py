@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +17,17 @@ if sys.version_info < (3, 11):
     pytest.skip("transformers 5.23 needs Python 3.11", allow_module_level=True)
 
 import transformers
+from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
 import msa
 from msa.integrations import convert as c
+from msa.integrations import convert_run
+from msa.integrations.index_file import load_index, save_index
 from msa.integrations.recall import CHUNK, measure
 
 BOUND = 1e-4
+ROOT = Path(__file__).parent.parent
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
@@ -225,6 +233,53 @@ def test_recall_where_there_is_no_choice():
     new = converted(make(), ALL)
     recall = c.measure_recall(new, words(1, 40))
     assert {(r.blocks, r.score, r.queries) for r in recall.values()} == {(1.0, 1.0, 0)}
+
+
+# -- the command and its file ---------------------------------------------------------------------
+def test_the_command(tmp_path):
+    make("Qwen2", vocab_size=256).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_bytes(bytes(words(400).tolist()))
+    done = subprocess.run(
+        [sys.executable, "-m", "msa.cli", "convert", "--model", "model", "--text", "text",
+         "--tokens", "bytes",
+         "--warmup", "12", "--length", "96", "--block-size", "8", "--top-k", "2",
+         "--learning-rate", "0.01", "--layers", "0", "2", "--save", "index"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"KL ([\d.]+), mean of 2 layers", done.stdout)]
+    assert losses[-1] < losses[0]
+    rows = re.findall(r"^ +(\d) +[\d.]+% +[\d.]+% +[\d.]+% +[\d.]+% *$", done.stdout, re.M)
+    assert rows == ["0", "2"]
+    fresh = make("Qwen2", vocab_size=256)
+    loaded = load_index(copy.deepcopy(fresh), tmp_path / "index").eval()
+    assert sorted(c.indexes(loaded)) == [0, 2]
+    ids = words(1, 60)
+    assert not torch.equal(loaded(ids).logits, fresh(ids).logits)
+    again = load_index(copy.deepcopy(fresh), tmp_path / "index").eval()
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    save_index(converted(make()), tmp_path / "index")
+    with pytest.raises(ValueError, match=r"index must hold q_proj.weight of layer 1 in shape"):
+        load_index(make(hidden_size=64), tmp_path / "index")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"path must be a file written by save_index, got .*other"):
+        load_index(make(), tmp_path / "other")
+    with pytest.raises(TypeError, match="model must have converted layers"):
+        save_index(make(), tmp_path / "none")
+
+
+def test_texts_that_are_too_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make().save_pretrained("model")
+    (tmp_path / "text").write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match=r"tokens must be 'model' .* got 'bytes' for one of 61"):
+        convert_run.run(convert_run.ConvertOptions("model", tmp_path / "text", "bytes"))
+    make(vocab_size=256).save_pretrained("model")
+    with pytest.raises(ValueError, match=r"text must have at least 12 tokens: .* got 10"):
+        convert_run.run(convert_run.ConvertOptions("model", tmp_path / "text", "bytes", 1, 6))
 
 
 # -- what is refused ------------------------------------------------------------------------------

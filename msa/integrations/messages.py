@@ -210,3 +210,37 @@ def check_phase(phase: Any) -> None:
     known = ("sparse", "train", "warm_up", "measure")
     if phase not in known:
         raise ValueError(f"phase must be one of {', '.join(known)}, got {phase!r}")
+
+
+def check_index_file(path: Any, made: dict[str, Any]) -> None:
+    """Written by save_index."""
+    if not {"config", "layers", "index_dim"} <= made.keys():
+        raise ValueError(f"path must be a file written by save_index, got {path}")
+
+
+def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
+    """Of the sizes that this model needs."""
+    for name, weight in found.items():
+        if weight.shape != own[name].shape:
+            raise ValueError(
+                f"{path} must hold {name} of layer {layer} in shape {list(own[name].shape)}, "
+                f"got {list(weight.shape)}"
+            )
+
+
+def check_text(tokens: int, needed: int) -> None:
+    """Enough to read."""
+    if tokens < needed:
+        raise ValueError(
+            f"text must have at least {needed} tokens: one piece of --length for each step, and "
+            f"one to be measured on, got {tokens}"
+        )
+
+
+def check_bytes(vocab_size: int) -> None:
+    """A token for each byte."""
+    if vocab_size < 256:
+        raise ValueError(
+            f"tokens must be 'model' where the vocabulary has not the 256 bytes, got 'bytes' for "
+            f"one of {vocab_size}"
+        )
