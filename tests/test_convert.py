@@ -19,6 +19,7 @@ if sys.version_info < (3, 11):
 import transformers
 from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 import msa
 from msa.integrations import convert as c
@@ -110,6 +111,9 @@ def test_chunks():
                 for a, b in pairwise((0, 20, 21, 50))
             ]
             close(torch.cat(parts, 1), wanted)
+    assert [type(cache.layers[1]).__name__ for cache in caches] == [
+        "MiniMaxM3VLSparseCacheLayer", "MiniMaxM3VLSparseStaticCacheLayer"
+    ]  # fmt: skip
 
 
 def test_packed_sequences_and_the_way_back():
@@ -120,7 +124,9 @@ def test_packed_sequences_and_the_way_back():
         parts = [sparse(part).logits for part in ids.split(lengths, 1)]
         close(sparse(ids, position_ids=positions, use_cache=False).logits, torch.cat(parts, 1))
         sparse.set_attn_implementation("eager")
-        assert torch.equal(sparse(ids).logits, model(ids).logits)
+        cache = DynamicCache()
+        assert torch.equal(sparse(ids, past_key_values=cache).logits, model(ids).logits)
+        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
 
 
 def test_rotary_frequencies_of_narrower_heads():
@@ -168,6 +174,23 @@ def test_the_loss_of_warm_up_is_that_of_dense_attention(way):
     close(new(ids).logits, model(ids).logits)
     c.index_loss(new).backward()
     assert all((p.grad is not None) == (".indexer." in n) for n, p in new.named_parameters())
+
+
+@pytest.mark.parametrize("phase", ["warm_up", "train"])
+@pytest.mark.parametrize("way", ["msa", "msa_torch"])
+def test_the_teacher_has_the_scale_of_the_model(way, phase):
+    """A model that looks everywhere alike is no news to an index that does so too."""
+    new, ids, losses = converted(make(), implementation=way), words(1, 40), []
+    c.set_phase(new, phase)
+    for index in c.indexes(new).values():
+        torch.nn.init.zeros_(index.q_proj.weight)
+    for scale in (0.25, 1e-9):
+        for layer in new.model.layers:
+            layer.self_attn.scaling = scale
+        new(ids)
+        losses.append(c.index_loss(new).item())
+    assert losses[0] > 1e-3
+    assert abs(losses[1]) < 1e-6
 
 
 @pytest.mark.parametrize("way", ["msa", "msa_torch"])
