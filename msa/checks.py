@@ -330,6 +330,14 @@ def check_flag(name: str, value: Any) -> None:
         )
 
 
+def check_with_gradient(with_gradient: bool) -> None:
+    """The operator of the alignment loss found the gradient that is now asked for."""
+    if not with_gradient:
+        raise ValueError(
+            "with_gradient must be True where q_idx or k_idx requires a gradient, got False"
+        )
+
+
 def check_type(name: str, value: Any, wanted: type) -> None:
     """One of this package's own classes."""
     if not isinstance(value, wanted):

@@ -18,6 +18,7 @@ commands:
   verify          the equivalence proofs, rules R1-R20, on this machine's backends
   demo digits     attention as a classifier of real images: dense, MSA, window, random
   train           a small multimodal MiniMax-M3 learns to find pictures in long documents
+  convert         a Hugging Face model gains an index branch: --warmup trains it, recall judges it
   bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
   bench train     the same for a training step: forward, backward, alignment loss
   bench decode    the same for a step of generation over a paged cache
@@ -50,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.model import train
 
                 return train.run(tyro.cli(train.TrainOptions, prog="msa train", args=rest))
+            case ["convert", *rest]:
+                from msa.integrations import convert_run
+
+                options = tyro.cli(convert_run.ConvertOptions, prog="msa convert", args=rest)
+                return convert_run.run(options)
             case ["bench", "prefill", *rest]:
                 from benchmarks import prefill
 

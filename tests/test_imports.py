@@ -91,11 +91,31 @@ def test_backends_are_imported_in_one_place(library):
     )
 
 
-@pytest.mark.parametrize("name", ["conformance", "demo"])
+@pytest.mark.parametrize("name", ["conformance", "demo", "integrations"])
 def test_only_the_command_line_knows_the_extras(name):
     for path in PACKAGE.rglob("*.py"):
         if path.name != "cli.py" and path.parent.name != name:
             assert name not in inside_msa(imported(path)), path
+
+
+def test_operators_know_the_functions_and_what_these_are_checked_by():
+    known = {"api", "checks", "config", "dispatch", "ir", "layout", "ops"}
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert inside_msa(imported(path)) <= known, path
+
+
+@pytest.mark.parametrize("name", ["layouts", "page_layouts", "arrays", "messages"])
+def test_layouts_need_no_library(name):
+    path = PACKAGE / "integrations" / f"{name}.py"
+    roots = {n.split(".")[0] for n in imported(path, everywhere=False)} - sys.stdlib_module_names
+    assert roots <= {"__future__", "jaxtyping", "msa", "numpy"}
+    assert inside_msa(imported(path)) <= {"checks", "integrations", "ir"}
+
+
+def test_integrations_know_the_public_interface_and_the_operators():
+    known = {"checks", "config", "dispatch", "integrations", "ir", "ops"}
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        assert inside_msa(imported(path)) <= known, path
 
 
 def test_conformance_knows_the_public_interface_alone():

@@ -1,0 +1,306 @@
+"""Hugging Face decoders with grouped-query attention, turned into MSA.
+
+    convert(model)          index projections beside the attention of some layers; weights untouched
+    warm_up(model, ids)     trains the projections alone, by the KL of dense attention (R17)
+    set_phase(model, ...)   what these layers do: "sparse", or one of the phases of training
+    index_loss(model)       the loss of the last forward pass, to be added to the model's own
+    measure_recall(...)     how many of the best blocks each layer finds
+
+Llama, Mistral, Qwen2 and Qwen3, by the class of their attention. With k >= all blocks the logits
+are those of the model before (R11). The projections follow MiniMax-M3's: linear, RMS norm, rotary;
+they read a detached hidden state (eq. 11). `model.set_attn_implementation("sdpa")` goes back.
+
+>>> import transformers
+>>> from msa.integrations.convert import convert, index_loss, measure_recall, warm_up
+>>> config = transformers.LlamaConfig(
+...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+...     num_attention_heads=4, num_key_value_heads=2)
+>>> ids, model = torch.arange(40)[None], transformers.LlamaForCausalLM(config)
+>>> dense = model(ids).logits
+>>> model = convert(model, MSAConfig(block_size=4, top_k=10), layers=[1])  # all ten blocks
+>>> bool(((model(ids).logits - dense).abs() < 1e-5).all())
+True
+>>> [sorted(loss) for loss in warm_up(model, [ids, ids])]  # two steps, one layer
+[[1], [1]]
+>>> measure_recall(model, ids)[1].blocks
+1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
+    MiniMaxM3VLSparseCacheLayer,
+    MiniMaxM3VLSparseStaticCacheLayer,
+    apply_rotary_pos_emb,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+import msa
+from msa import ops
+from msa.config import MSAConfig
+from msa.dispatch import BackendName
+from msa.integrations import messages
+from msa.integrations.plan import Plan
+from msa.integrations.recall import Recall, measure
+from msa.integrations.transformers import BACKENDS, IndexBranch, attend_densely, register
+from msa.ir import Selection, Sequences
+
+KINDS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+Phase = Literal["sparse", "train", "warm_up", "measure"]
+M = TypeVar("M", bound=nn.Module)
+
+
+class IndexProjections(nn.Module):
+    """The index branch of one layer, and what it last found out."""
+
+    def __init__(self, attention: nn.Module, config: MSAConfig, dim: int) -> None:
+        super().__init__()
+        text: Any = attention.config
+        like = next(attention.parameters())
+        options = {"dtype": like.dtype, "device": like.device}
+        groups = text.num_key_value_heads
+        self.config, self.groups = config, groups
+        self.q_proj = nn.Linear(text.hidden_size, groups * dim, bias=False, **options)
+        self.k_proj = nn.Linear(text.hidden_size, dim, bias=False, **options)
+        self.q_norm, self.k_norm = (nn.RMSNorm(dim, eps=1e-6, **options) for _ in range(2))
+        self.phase: Phase = "sparse"
+        self.kl: Tensor | None = None
+        self.recall: Recall | None = None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden [B, T, width] to q_idx [B, T, Hkv, Di] and k_idx [B, T, 1, Di]."""
+        hidden = hidden.detach().to(self.q_proj.weight.dtype)
+        q_idx = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.groups, -1)))
+        k_idx = self.k_norm(self.k_proj(hidden)[:, :, None])
+        cos, sin = (narrow(x, q_idx.shape[-1]) for x in (cos, sin))
+        q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
+        return q_idx, k_idx
+
+
+def narrow(x: Tensor, dim: int) -> Tensor:
+    """Cosines or sines [B, T, R] for heads of dim: evenly spaced frequencies, each for two places.
+
+    >>> narrow(torch.tensor([[[1, 2, 3, 4, 1, 2, 3, 4]]]), 4)
+    tensor([[[1, 3, 1, 3]]])
+    """
+    if x.shape[-1] <= dim:
+        return x
+    half = x[..., : x.shape[-1] // 2]
+    places = torch.arange(dim // 2, device=x.device) * half.shape[-1] // (dim // 2)
+    return torch.cat([half[..., places]] * 2, -1)
+
+
+@dataclass(frozen=True)
+class TrainedBranch(IndexBranch):
+    """What a converted layer's attention is given; what it does depends on the phase."""
+
+    index: IndexProjections
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName
+    ) -> Tensor:
+        """Sparse or dense attention, and beside it what the phase asks for."""
+        index, args = self.index, (q, k, v, plan, scale, backend)
+        match index.phase:
+            case "sparse":
+                return self.run(*args).out
+            case "train":
+                output = self.run(*args, align=True)
+                index.kl = output.kl
+                return output.out
+            case "warm_up":
+                index.kl = self.dense_loss(q, k, plan, scale, backend)
+            case "measure":
+                selection = self.select(plan, backend)
+                index.recall = measure(q, k, selection, scale)
+        return attend_densely(q, k, v, plan, scale)
+
+    def select(self, plan: Plan, backend: BackendName) -> Selection:
+        """What "sparse" would attend to."""
+        tensors = plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
+        cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
+        if backend == "auto":
+            ids = ops.select_blocks(*tensors, cu_q, cu_k, self.config)
+            return Selection(ids, Sequences(cu_q, cu_k), self.config.block_size)
+        return msa.select(
+            *tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, config=self.config, backend=backend
+        )
+
+    def dense_loss(
+        self, q: Tensor, k: Tensor, plan: Plan, scale: float, backend: BackendName
+    ) -> Tensor:
+        """The warm-up form of R17: over all visible tokens."""
+        tensors = q, k, plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
+        config = replace(self.config, softmax_scale=scale)
+        cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
+        if backend == "auto":
+            return ops.align_index(*tensors, None, cu_q, cu_k, config=config)
+        return msa.align_index(
+            *tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, config=config, backend=backend
+        )
+
+
+# -- conversion -----------------------------------------------------------------------------------
+def convert(
+    model: M,
+    config: MSAConfig = MSAConfig(),
+    layers: Sequence[int] | None = None,
+    index_dim: int | None = None,
+    implementation: str = "msa",
+) -> M:
+    """Give some layers an index branch, and all the attention of this project; returns the model.
+
+    Args:
+        config: block size, blocks kept; a softmax_scale is the model's own business.
+        layers: which ones; None: all but the first, which looks at bytes rather than meaning.
+        index_dim: Di, even; None: the model's head size.
+        implementation: "msa", "msa_torch" or "msa_reference", as in `transformers.register`.
+
+    The projections are new parameters, `...self_attn.indexer.*`, random by torch's generator. They
+    choose little better than chance until they are trained.
+
+    Raises:
+        TypeError: no attention of a known class.
+        ValueError: no such layer, sliding windows, an odd index_dim.
+    """
+    register()
+    messages.check_implementation(implementation, tuple(BACKENDS))
+    found = {m.layer_idx: m for m in model.modules() if isinstance(m, KINDS)}
+    messages.check_has_layers(len(found), f"{', '.join(k.__name__ for k in KINDS)} layers", model)
+    chosen = sorted(found)[1:] if layers is None else list(layers)
+    messages.check_chosen_layers(chosen, sorted(found))
+    for attention in found.values():
+        messages.check_no_window(attention)
+    for layer in chosen:
+        attention = found[layer]
+        dim = attention.head_dim if index_dim is None else index_dim
+        messages.check_index_dim(dim)
+        attention.indexer = IndexProjections(attention, config, dim)
+        attention.register_forward_pre_hook(hand_over, with_kwargs=True)
+    for attention in found.values():
+        attention.config._attn_implementation = implementation
+    return model
+
+
+def hand_over(
+    attention: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a converted layer's forward: run its index branch, for the attention function."""
+    if attention.config._attn_implementation not in BACKENDS:
+        return None
+    index: IndexProjections = attention.indexer
+    q_idx, k_idx = index(options["hidden_states"], *options["position_embeddings"])
+    k_idx = k_idx.transpose(1, 2)
+    cache = options.get("past_key_values")
+    if cache is not None:
+        k_idx = cache_layer(cache, attention.layer_idx).update_index(k_idx)
+    branch = TrainedBranch(q_idx, k_idx[:, 0], index.config, index)
+    return args, options | {"block_indices": branch}
+
+
+def cache_layer(cache: Any, layer: int) -> Any:
+    """The cache of one layer, made one that keeps index keys as well: MiniMax-M3's."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    kept: Any = cache.layers[layer]
+    kind = type(kept)
+    if kind is DynamicLayer:
+        kept.__class__, kept.idx_keys = MiniMaxM3VLSparseCacheLayer, None
+    elif kind is StaticLayer:
+        kept.__class__, kept.idx_keys = MiniMaxM3VLSparseStaticCacheLayer, None
+        kept.idx_cumulative_length = torch.tensor([0], dtype=torch.int64)
+    messages.check_cache_layer(kept)
+    return kept
+
+
+# -- training -------------------------------------------------------------------------------------
+def indexes(model: nn.Module) -> dict[int, IndexProjections]:
+    """The index branch of each converted layer, by the layer's number."""
+    layers = (m for m in model.modules() if isinstance(m, KINDS))
+    found = ((layer.layer_idx, getattr(layer, "indexer", None)) for layer in layers)
+    return {number: index for number, index in found if isinstance(index, IndexProjections)}
+
+
+def set_phase(model: nn.Module, phase: Phase) -> None:
+    """What converted layers do from now on.
+
+    "sparse" selects and attends; "train" the same and finds the loss of what it selected;
+    "warm_up" attends densely and finds the loss over all tokens; "measure" attends densely and
+    compares what it would select with the best there is.
+
+    Raises:
+        TypeError, ValueError: a model that is not converted, an unknown phase.
+    """
+    messages.check_phase(phase)
+    found = indexes(model)
+    messages.check_has_layers(len(found), "converted layers (msa.integrations.convert)", model)
+    for index in found.values():
+        index.phase, index.kl, index.recall = phase, None, None
+
+
+def index_losses(model: nn.Module) -> dict[int, Tensor]:
+    """The loss of each converted layer in the last forward pass of "train" or "warm_up"."""
+    return {layer: index.kl for layer, index in indexes(model).items() if index.kl is not None}
+
+
+def index_loss(model: nn.Module) -> Tensor:
+    """Their mean, to be added to the model's own loss; gradients reach the projections alone.
+
+    Raises:
+        TypeError: no forward pass in "train" or "warm_up" before.
+    """
+    losses = index_losses(model)
+    messages.check_has_layers(len(losses), "had a forward pass in phase train or warm_up", model)
+    return torch.stack(list(losses.values())).mean()
+
+
+def warm_up(
+    model: nn.Module, batches: Iterable[Tensor], learning_rate: float = 1e-3
+) -> Iterator[dict[int, float]]:
+    """Train the index projections alone, a step for each batch of ids [B, T]: yields the losses.
+
+    Attention is dense meanwhile, so the model computes what it did before the conversion; nothing
+    else of it moves. Afterwards it is in phase "sparse".
+    """
+    kept = {p: p.requires_grad for p in model.parameters()}
+    own = [p for index in indexes(model).values() for p in index.parameters()]
+    set_phase(model, "warm_up")
+    optimizer = torch.optim.AdamW(own, learning_rate, weight_decay=0.0)
+    try:
+        for p in kept:
+            p.requires_grad_(False)
+        for p in own:
+            p.requires_grad_(True)
+        for ids in batches:
+            optimizer.zero_grad()
+            model(ids, use_cache=False)
+            index_loss(model).backward()
+            optimizer.step()
+            yield {layer: loss.item() for layer, loss in index_losses(model).items()}
+    finally:
+        for p, wanted in kept.items():
+            p.requires_grad_(wanted)
+        set_phase(model, "sparse")
+
+
+@torch.no_grad()
+def measure_recall(model: nn.Module, ids: Tensor) -> dict[int, Recall]:
+    """For each converted layer how many of the best blocks it finds in ids [B, T].
+
+    Attention is dense meanwhile; afterwards the model is in the phase "sparse".
+    """
+    set_phase(model, "measure")
+    model(ids, use_cache=False)
+    found = {layer: index.recall for layer, index in indexes(model).items()}
+    set_phase(model, "sparse")
+    return {layer: recall for layer, recall in found.items() if recall is not None}

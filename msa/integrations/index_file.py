@@ -1,0 +1,75 @@
+"""The index branch of a converted model in a file of its own: the model's files stay as they are.
+
+>>> import tempfile, torch, transformers
+>>> from msa import MSAConfig
+>>> from msa.integrations.convert import convert
+>>> sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+>>> config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+>>> model = transformers.LlamaForCausalLM(config)
+>>> weights = {name: w.clone() for name, w in model.state_dict().items()}
+>>> ids, converted = torch.arange(40)[None], convert(model, MSAConfig(block_size=4, top_k=3))
+>>> with tempfile.NamedTemporaryFile() as file:
+...     save_index(converted, file.name)
+...     fresh = transformers.LlamaForCausalLM(config)
+...     _ = fresh.load_state_dict(weights)
+...     loaded = load_index(fresh, file.name)
+>>> bool((loaded(ids).logits == converted(ids).logits).all())
+True
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from msa.config import MSAConfig
+from msa.integrations import messages
+from msa.integrations.convert import convert, indexes
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_index(model: nn.Module, path: str | Path) -> None:
+    """Write the projections of all converted layers, and what they were made with.
+
+    Raises:
+        TypeError: a model that is not converted.
+    """
+    found = indexes(model)
+    messages.check_has_layers(len(found), "converted layers (msa.integrations.convert)", model)
+    first = next(iter(found.values()))
+    made = {
+        "config": asdict(first.config),
+        "layers": sorted(found),
+        "index_dim": first.k_proj.out_features,
+    }
+    weights = {
+        f"{layer}.{name}": weight.detach().contiguous()
+        for layer, index in found.items()
+        for name, weight in index.state_dict().items()
+    }
+    save_file(weights, path, {"msa": json.dumps(made)})
+
+
+def load_index(model: M, path: str | Path, implementation: str = "msa") -> M:
+    """Convert a model as the one was that the file was written from; returns the model.
+
+    Raises:
+        ValueError: no file of `save_index`, or one of a model of other sizes.
+    """
+    with safe_open(path, "pt") as file:
+        made: dict[str, Any] = json.loads((file.metadata() or {}).get("msa", "{}"))
+        messages.check_index_file(path, made)
+        config, layers = MSAConfig(**made["config"]), made["layers"]
+        model = convert(model, config, layers, made["index_dim"], implementation)
+        for layer, index in indexes(model).items():
+            weights = {name: file.get_tensor(f"{layer}.{name}") for name in index.state_dict()}
+            messages.check_index_weights(path, layer, index.state_dict(), weights)
+            index.load_state_dict(weights)
+    return model

@@ -1,0 +1,255 @@
+"""Hugging Face's MiniMax-M3 on these kernels: by a name alone, or without any dense score or mask.
+
+    register()      attn_implementation="msa": transformers selects, with its indexer's scores of
+                    every query and key, and the attention over the selected blocks is this one's.
+                    "msa_torch" and "msa_reference" are the same on a backend that is named.
+    enable(model)   also selects here: nothing of size [heads, T, T] or [T, blocks] is ever built.
+
+Both do prefill, generate() with dynamic and static caches, right padding and gradients; packed
+sequences (position_ids that start again) need enable(). What cannot be done raises and says what to
+do. Layers without an indexer run on torch's own causal attention.
+
+>>> import transformers
+>>> from msa.integrations.transformers import enable
+>>> config = transformers.MiniMaxM3VLTextConfig(
+...     vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=1, head_dim=8,
+...     num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+...     shared_intermediate_size=8, layer_types=["minimax_m3_sparse"], index_n_heads=1,
+...     index_head_dim=8, index_block_size=4, index_topk_blocks=2, bos_token_id=1, eos_token_id=2)
+>>> model = enable(transformers.MiniMaxM3VLForCausalLM(config))
+>>> model(torch.arange(20)[None]).logits.shape
+torch.Size([1, 20, 50])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
+    MiniMaxM3VLAttention,
+    MiniMaxM3VLIndexer,
+    apply_rotary_pos_emb,
+)
+
+import msa
+from msa import ops
+from msa.config import MSAConfig
+from msa.dispatch import BackendName
+from msa.integrations import layouts, messages
+from msa.integrations.plan import Plan, plan_for
+from msa.ir import Output, Sequences
+
+BACKENDS: dict[str, BackendName] = {
+    "msa": "auto",
+    "msa_torch": "torch",
+    "msa_reference": "reference",
+}
+M = TypeVar("M", bound=nn.Module)
+
+
+def register() -> None:
+    """Make attn_implementation="msa", "msa_torch" and "msa_reference" known to transformers.
+
+    >>> register()
+    >>> "msa" in AttentionInterface().valid_keys()
+    True
+    """
+    for name, backend in BACKENDS.items():
+        AttentionInterface.register(name, partial(attention_forward, backend))
+        AttentionMaskInterface.register(name, seen_tokens)
+
+
+def enable(model: M, implementation: str = "msa") -> M:
+    """Let every MiniMax-M3 attention in the model select and attend here; returns the model.
+
+    Weights and their names stay. `model.set_attn_implementation("eager")` goes back, also to
+    transformers' own selection.
+
+    Raises:
+        TypeError: no MiniMax-M3 attention in the model.
+        ValueError: an unknown implementation, index heads that fit no groups.
+    """
+    register()
+    messages.check_implementation(implementation, tuple(BACKENDS))
+    found = [m for m in model.modules() if isinstance(m, MiniMaxM3VLAttention)]
+    messages.check_has_layers(len(found), "MiniMaxM3VLAttention layers", model)
+    for attention in found:
+        attention.config._attn_implementation = implementation
+        indexer = attention.indexer
+        if isinstance(indexer, MiniMaxM3VLIndexer):
+            heads = attention.config.num_key_value_heads
+            messages.check_index_heads(indexer.num_heads, heads)
+            config_of(indexer)  # or the error that says what is out of range
+            indexer.__class__ = Indexer
+    return model
+
+
+@dataclass(frozen=True)
+class IndexBranch:
+    """What an indexer hands to the attention in place of blocks: what they are selected by."""
+
+    q_idx: Tensor
+    """[B, T, Hkv, Di]."""
+    k_idx: Tensor
+    """[B, n_k or longer, Di]."""
+    config: MSAConfig
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName
+    ) -> Tensor:
+        """Select and attend: packed q, k, v to packed out."""
+        return self.run(q, k, v, plan, scale, backend).out
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName,
+        align: bool = False,
+    ) -> ops.Attended | Output:  # fmt: skip
+        """MSA in one call; with align=True also the loss that trains the index (R17)."""
+        q_idx, k_idx = plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
+        config = replace(self.config, softmax_scale=scale)
+        cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
+        if backend == "auto":
+            return ops.attention(q, k, v, q_idx, k_idx, cu_q, cu_k, config, align)
+        return msa.attention(
+            q, k, v, q_idx, k_idx, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, config=config,
+            align=align, backend=backend,
+        )  # fmt: skip
+
+
+class Indexer(MiniMaxM3VLIndexer):
+    """transformers' indexer up to its scores, which nobody needs to see."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        position_ids: Tensor,
+    ) -> Any:
+        """Project, normalise, rotate, remember; with another implementation also score."""
+        if self.config._attn_implementation not in BACKENDS:
+            return super().forward(
+                hidden_states, position_embeddings, past_key_values, position_ids
+            )
+        lead = hidden_states.shape[:2]
+        q_idx = self.q_norm(self.q_proj(hidden_states).view(*lead, -1, self.head_dim))
+        k_idx = self.k_norm(self.k_proj(hidden_states).view(*lead, 1, self.head_dim))
+        cos, sin = (x[..., : self.head_dim] for x in position_embeddings)
+        q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
+        k_idx = k_idx.transpose(1, 2)
+        if past_key_values is not None:
+            k_idx = past_key_values.layers[self.layer_idx].update_index(k_idx)
+        groups = self.config.num_key_value_heads // self.num_heads
+        return IndexBranch(q_idx.repeat_interleave(groups, 2), k_idx[:, 0], config_of(self))
+
+
+def config_of(indexer: MiniMaxM3VLIndexer) -> MSAConfig:
+    """What transformers' sizes mean here; its scores are not scaled."""
+    sizes = indexer.block_size, indexer.topk_blocks
+    return MSAConfig(*sizes, local_blocks=indexer.local_blocks, index_scale=1.0)
+
+
+# -- what transformers calls ----------------------------------------------------------------------
+def seen_tokens(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    attention_mask: Tensor | None = None,
+    device: Any = None,
+    **_: Any,
+) -> Tensor | None:
+    """The mask as the layers get it: bool [B, tokens seen], or None if that is all there are."""
+    messages.check_mask_form(attention_mask)
+    seen = int(q_offset) + q_length
+    if attention_mask is None:
+        return None if seen == kv_length else torch.ones(batch_size, seen, device=device).bool()
+    messages.check_mask_length(attention_mask, seen)
+    mask = attention_mask[:, :seen].bool()
+    return None if seen == kv_length and bool(mask.all()) else mask
+
+
+def attention_forward(
+    backend: BackendName,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    block_indices: Tensor | IndexBranch | None = None,
+    position_ids: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers asks for it: query [B, Hq, T, D] to out [B, T, Hq, Dv].
+
+    Raises:
+        ValueError: left padding, masks of other forms, dropout, sliding windows: see `messages`.
+    """
+    if not getattr(module, "is_causal", True):  # a vision tower under the same name
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **options
+        )
+    messages.check_plain_attention(dropout, options)
+    messages.check_mask_form(attention_mask)
+    batch, _, n_q, dim = query.shape
+    if position_ids is None:
+        n_k = key.shape[2] if attention_mask is None else attention_mask.shape[1]
+        position_ids = torch.arange(n_k - n_q, n_k, device=query.device)
+    plan = plan_for(position_ids, attention_mask, batch, key.shape[2])
+    q = plan.pack_queries(query.transpose(1, 2))
+    k, v = (plan.pack_keys(x.transpose(1, 2)) for x in (key, value))
+    scale = dim**-0.5 if scaling is None else scaling
+    if block_indices is None:
+        out = attend_densely(q, k, v, plan, scale)
+    elif isinstance(block_indices, IndexBranch):
+        out = block_indices.attend(q, k, v, plan, scale, backend)
+    else:
+        block_size: int = getattr(module, "indexer").block_size  # noqa: B009
+        out = attend_blocks(q, k, v, block_indices, block_size, plan, scale, backend)
+    return plan.unpack(out), None
+
+
+# -- the other kinds of layers, on packed tensors --------------------------------------------------
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, plan: Plan,
+    scale: float, backend: BackendName,
+) -> Tensor:  # fmt: skip
+    """Attend to the blocks that transformers' indexer chose, checked (R8)."""
+    messages.check_not_packed(plan.packs)
+    messages.check_index_heads(block_indices.shape[1], k.shape[1])
+    ids = plan.pack_queries(block_indices.transpose(1, 2))
+    ids = ids.repeat_interleave(k.shape[1] // ids.shape[1], 1)
+    sequences = Sequences(plan.cu_seqlens_q, plan.cu_seqlens_k)
+    selection = layouts.canonical(ids, sequences, block_size)
+    if backend == "auto":
+        return ops.sparse_attention(
+            q, k, v, selection.indices, plan.cu_seqlens_q, plan.cu_seqlens_k,
+            block_size=block_size, softmax_scale=scale,
+        )[0]  # fmt: skip
+    return msa.sparse_attention(q, k, v, selection, softmax_scale=scale, backend=backend).out
+
+
+def attend_densely(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Causal attention, sequence by sequence (R2)."""
+    outs = []
+    for queries, keys in Sequences(plan.cu_seqlens_q, plan.cu_seqlens_k).spans():
+        one = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))
+        n_q, n_k = queries.stop - queries.start, keys.stop - keys.start
+        whole, last = n_q == n_k, n_q == 1
+        mask = None if whole or last else causal_lower_right(n_q, n_k)
+        out = scaled_dot_product_attention(
+            *one, attn_mask=mask, is_causal=whole and not last, scale=scale, enable_gqa=True
+        )
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)

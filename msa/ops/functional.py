@@ -1,0 +1,220 @@
+"""The functions of `msa.ops`: layouts of `msa.attention`, tensors in and out, one operator each.
+
+Tensors are packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched
+[B, T, H, D]. cu_seqlens are integers (a tensor is read, which waits for its device, and under
+`torch.compile` cannot be). Where autocast is on, tensors are cast as for a matrix product.
+
+>>> import torch, msa, msa.ops
+>>> q, q_idx, k_idx = torch.randn(100, 4, 16), torch.randn(100, 2, 8), torch.randn(100, 8)
+>>> k, v = torch.randn(100, 2, 16), torch.randn(100, 2, 16, requires_grad=True)
+>>> config = msa.MSAConfig(block_size=16, top_k=3)
+>>> compiled = torch.compile(msa.ops.attention, fullgraph=True, backend="aot_eager")
+>>> out, lse, indices, kl = compiled(q, k, v, q_idx, k_idx, config=config)
+>>> out.shape, lse.shape, indices.shape, kl
+(torch.Size([100, 4, 16]), torch.Size([100, 4]), torch.Size([100, 2, 3]), None)
+>>> bool((out == msa.attention(q, k, v, q_idx, k_idx, config=config).out).all())
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import PagedKV
+from msa.ops import operators
+
+Borders = Sequence[int] | Tensor | None
+
+
+class Attended(NamedTuple):
+    """What `attention` gives."""
+
+    out: Tensor
+    """[*q, Hq, Dv] in q's layout and dtype (that of autocast, where it is on)."""
+    lse: Tensor
+    """[*q, Hq], natural logarithm; float32, or float64 for float64 inputs (R10)."""
+    indices: Tensor
+    """int32 [Tq, Hkv, k], packed, canonical (R8)."""
+    kl: Tensor | None
+    """The alignment loss, where it was asked for (R17)."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_idx: Tensor,
+    k_idx: Tensor,
+    cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None,
+    config: MSAConfig = MSAConfig(),
+    align: bool = False,
+) -> Attended:
+    """MSA (R4-R12), differentiable in q, k and v; with align=True its loss in q_idx and k_idx.
+
+    Args:
+        q, k, v, q_idx, k_idx: as in `msa.attention`.
+        cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers (R1).
+        config: block size, blocks kept, forced blocks, scales.
+        align: also give kl (R17).
+
+    Raises:
+        TypeError, ValueError: when it runs, naming the argument (R20).
+    """
+    q, k, v, q_idx, k_idx = _cast(q, k, v, q_idx, k_idx)
+    lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, q_idx, k_idx = (_pack(x, q.dim() - 3) for x in (q, k, v, q_idx, k_idx))
+    fixed = q_idx.detach(), k_idx.detach()  # selection has no gradient, so no part in out's graph
+    out, lse, indices = operators.attention(
+        q, k, v, *fixed, *borders, config.block_size, config.top_k, config.sink_blocks,
+        config.local_blocks, config.softmax_scale, config.index_scale,
+    )  # fmt: skip
+    kl = _loss((q, k, q_idx, k_idx), indices, lse.detach(), borders, config) if align else None
+    return Attended(out.unflatten(0, lead), lse.unflatten(0, lead), indices, kl)
+
+
+def select_blocks(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None,
+    config: MSAConfig = MSAConfig(),
+) -> Tensor:
+    """The blocks that each query and group would read: int32 [Tq, Hkv, k], packed (R4-R8).
+
+    >>> q_idx, k_idx = torch.ones(6, 1, 1), torch.tensor([[0.0], [9], [1], [2], [3], [4]])
+    >>> select_blocks(q_idx, k_idx, config=msa.MSAConfig(block_size=2, top_k=2))[5]
+    tensor([[0, 2]], dtype=torch.int32)
+    """
+    q_idx, k_idx = _cast(q_idx, k_idx)
+    borders, batched = _borders(q_idx, k_idx, cu_seqlens_q, cu_seqlens_k), q_idx.dim() - 3
+    return operators.select_blocks(
+        _pack(q_idx, batched), _pack(k_idx, batched), *borders, config.block_size, config.top_k,
+        config.sink_blocks, config.local_blocks, config.index_scale,
+    )  # fmt: skip
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None,
+    *,
+    block_size: int = 128,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over blocks of your own choice: out and lse in q's layout (R9-R12).
+
+    The indices, int32 [Tq, Hkv, k], are validated when it runs (R8), unless a CUDA graph is being
+    captured: this reads them.
+
+    >>> x = torch.arange(4.0).view(4, 1, 1)
+    >>> own = torch.tensor([0, 0, 1, 1], dtype=torch.int32).view(4, 1, 1)
+    >>> sparse_attention(torch.zeros(4, 1, 1), x, x, own, block_size=2)[0].flatten()
+    tensor([0.0000, 0.5000, 2.0000, 2.5000])
+    """
+    q, k, v = _cast(q, k, v)
+    lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
+    q, k, v = (_pack(x, q.dim() - 3) for x in (q, k, v))
+    out, lse = operators.sparse_attention(q, k, v, indices, *borders, block_size, softmax_scale)
+    return out.unflatten(0, lead), lse.unflatten(0, lead)
+
+
+def align_index(
+    q: Tensor,
+    k: Tensor,
+    q_idx: Tensor,
+    k_idx: Tensor,
+    indices: Tensor | None = None,
+    cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None,
+    *,
+    lse: Tensor | None = None,
+    config: MSAConfig = MSAConfig(),
+) -> Tensor:
+    """KL(main branch || index branch), a scalar; its gradient reaches q_idx and k_idx (R17).
+
+    indices=None is the warm-up form, over all visible tokens. lse, where it is known, is that of
+    an attention over the same tokens.
+
+    >>> x = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    >>> round(align_index(x, x, x, 0 * x[:, 0]).item(), 4)
+    0.4744
+    """
+    q, k, q_idx, k_idx = _cast(q, k, q_idx, k_idx)
+    borders, batched = _borders(q, k, cu_seqlens_q, cu_seqlens_k), q.dim() - 3
+    packed = tuple(_pack(x, batched) for x in (q, k, q_idx, k_idx))
+    known = None if lse is None else _pack(lse.detach(), batched)
+    return _loss(packed, indices, known, borders, config)
+
+
+@torch.no_grad()
+def decode(
+    q: Tensor, q_idx: Tensor, cache: PagedKV, config: MSAConfig = MSAConfig()
+) -> tuple[Tensor, Tensor]:
+    """MSA for the last n tokens of each sequence of a paged cache: out and lse (R2).
+
+    Arguments and rules as in `msa.decode`; nothing is recorded for gradients. The selection, whose
+    shape depends on how many sequences live, is not given.
+
+    >>> pages = torch.arange(8.0).view(4, 2, 1, 1)  # four pages of two tokens
+    >>> table, lengths = torch.tensor([[3, 0], [2, 0]]), torch.tensor([3, 0])
+    >>> cache = msa.PagedKV(pages, pages, pages[..., 0], table, lengths)
+    >>> zero = torch.zeros(2, 1, 1, 1)  # tokens 6, 7 and 0 lie in pages 3 and 0
+    >>> decode(zero, zero, cache, msa.MSAConfig(block_size=2, top_k=2))[0].flatten()
+    tensor([4.3333, 0.0000])
+    """
+    return operators.decode(
+        q, q_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages, cache.page_table, cache.lengths,
+        config.top_k, config.sink_blocks, config.local_blocks, config.softmax_scale,
+        config.index_scale, cache.k_scales, cache.v_scales, cache.k_idx_scales,
+    )  # fmt: skip
+
+
+def _loss(
+    tensors: tuple[Tensor, ...],
+    indices: Tensor | None,
+    lse: Tensor | None,
+    borders: tuple[list[int], ...],
+    config: MSAConfig,
+) -> Tensor:
+    q, k, q_idx, k_idx = tensors
+    with_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
+    return operators.align_index(
+        q.detach(), k.detach(), q_idx, k_idx, indices, lse, *borders, config.block_size,
+        with_gradient, config.softmax_scale, config.index_scale,
+    )[0]  # fmt: skip
+
+
+def _pack(x: Tensor, batched: int) -> Tensor:
+    return x.flatten(0, 1) if batched else x
+
+
+def _borders(q: Tensor, k: Tensor, given_q: Borders, given_k: Borders) -> tuple[list[int], ...]:
+    """Those given; else one sequence, or those of the batch. k may be k_idx, with a dim less."""
+    batched = q.dim() == 4
+    return _read(given_q, q.shape, batched), _read(given_k, k.shape, batched)
+
+
+def _read(given: Borders, shape: torch.Size, batched: bool) -> list[int]:
+    if given is not None:
+        return given.tolist() if isinstance(given, Tensor) else list(given)
+    if not batched:
+        return [0, shape[0]]
+    return [shape[1] * b for b in range(shape[0] + 1)]
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """To autocast's dtype, where autocast is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in tensors)

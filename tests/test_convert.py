@@ -1,0 +1,330 @@
+"""Decoders with grouped-query attention, turned into MSA: what stays, what is trained."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+if sys.version_info < (3, 11):
+    pytest.skip("transformers 5.23 needs Python 3.11", allow_module_level=True)
+
+import transformers
+from safetensors.torch import save_file
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+import msa
+from msa.integrations import convert as c
+from msa.integrations import convert_run
+from msa.integrations.index_file import load_index, save_index
+from msa.integrations.recall import CHUNK, measure
+
+BOUND = 1e-4
+ROOT = Path(__file__).parent.parent
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {}, "Qwen2": {}, "Qwen3": {}, "Mistral": {"sliding_window": None}
+}  # fmt: skip
+CONFIG = msa.MSAConfig(block_size=8, top_k=2)
+ALL = msa.MSAConfig(block_size=8, top_k=8)  # more than any text here has
+WAYS = "msa", "msa_torch", "msa_reference"
+
+
+def make(family="Llama", **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family] | options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def converted(model, config=CONFIG, **options):
+    torch.manual_seed(1)
+    return c.convert(copy.deepcopy(model), config, **options).eval()
+
+
+def words(*shape, seed=1):
+    return torch.randint(3, 60, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found, wanted):
+    assert found.shape == wanted.shape
+    assert (found - wanted).abs().max().item() <= BOUND
+
+
+# -- conversion -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_all_blocks_give_the_logits_of_before(family, way):
+    """R11, with right padding too; and with fewer blocks something else."""
+    model, ids = make(family), words(2, 60)
+    mask = (torch.arange(60) < torch.tensor([[60], [33]])).long()
+    options = {"layers": [0, 2], "implementation": way, "index_dim": 6}
+    new, sparse = converted(model, ALL, **options), converted(model, **options)
+    with torch.no_grad():
+        wanted, found, other = (
+            m(ids, attention_mask=mask).logits[mask.bool()] for m in (model, new, sparse)
+        )
+    close(found, wanted)
+    assert (other - wanted).abs().max() > 0.1
+    for name, weight in model.state_dict().items():
+        assert torch.equal(new.state_dict()[name], weight), name
+    added = new.state_dict().keys() - model.state_dict().keys()
+    assert {name.split(".self_attn.")[0] for name in added} == {"model.layers.0", "model.layers.2"}
+    assert all(".self_attn.indexer." in name for name in added)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_every_cache(family):
+    """Sparse: a cache changes nothing. All blocks: what the model wrote before."""
+    model, ids = make(family), words(2, 29)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    whole = converted(model, ALL)
+    assert torch.equal(whole.generate(ids, **options), model.generate(ids, **options))
+    sparse = converted(model)
+    wanted = sparse.generate(ids, **options, use_cache=False)
+    assert not torch.equal(wanted, model.generate(ids, **options))
+    for extra in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(sparse.generate(ids, **options, **extra), wanted), extra
+
+
+def test_chunks():
+    sparse, ids = converted(make()), words(1, 50)
+    caches = DynamicCache(), StaticCache(config=sparse.config, max_cache_len=60)
+    with torch.no_grad():
+        wanted = sparse(ids).logits
+        for cache in caches:
+            parts = [
+                sparse(ids[:, a:b], past_key_values=cache, use_cache=True).logits
+                for a, b in pairwise((0, 20, 21, 50))
+            ]
+            close(torch.cat(parts, 1), wanted)
+    assert [type(cache.layers[1]).__name__ for cache in caches] == [
+        "MiniMaxM3VLSparseCacheLayer", "MiniMaxM3VLSparseStaticCacheLayer"
+    ]  # fmt: skip
+
+
+def test_packed_sequences_and_the_way_back():
+    model, lengths = make(), (20, 31)
+    sparse, ids = converted(model), words(1, 51)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad():
+        parts = [sparse(part).logits for part in ids.split(lengths, 1)]
+        close(sparse(ids, position_ids=positions, use_cache=False).logits, torch.cat(parts, 1))
+        sparse.set_attn_implementation("eager")
+        cache = DynamicCache()
+        assert torch.equal(sparse(ids, past_key_values=cache).logits, model(ids).logits)
+        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+
+
+def test_rotary_frequencies_of_narrower_heads():
+    """A score must depend on the distance alone: pairs turn together."""
+    index = converted(make(), index_dim=6).model.layers[1].self_attn.indexer
+    rotary = make().model.rotary_emb
+    hidden = words(1, 1, 32).float()
+    scores = []
+    for start in (0, 5, 31):
+        cos, sin = rotary(hidden, torch.tensor([[start, start + 7]]))
+        q_idx, k_idx = index(hidden.expand(1, 2, 32), cos, sin)
+        scores.append((q_idx[0, 1] * k_idx[0, 0]).sum(-1))
+    torch.testing.assert_close(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], scores[2])
+    cos, sin = rotary(hidden, torch.tensor([[0, 8]]))
+    q_idx, k_idx = index(hidden.expand(1, 2, 32), cos, sin)
+    assert not torch.allclose(scores[0], (q_idx[0, 1] * k_idx[0, 0]).sum(-1))
+
+
+# -- training -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", FAMILIES)
+def test_warm_up_trains_the_projections_alone(family):
+    new = converted(make(family))
+    before = copy.deepcopy(new.state_dict())
+    ids = words(2, 48)
+    recalls = [c.measure_recall(new, ids)]
+    losses = [sum(loss.values()) for loss in c.warm_up(new, [ids] * 40, learning_rate=1e-2)]
+    recalls.append(c.measure_recall(new, ids))
+    assert losses[-1] < 0.7 * losses[0]
+    assert sorted(recalls[0]) == [1, 2]
+    first, last = (sum(r.score for r in recall.values()) for recall in recalls)
+    assert last > first
+    for name, weight in new.state_dict().items():
+        assert torch.equal(weight, before[name]) != (".indexer." in name), name
+    assert all(p.requires_grad for p in new.parameters())
+    assert {index.phase for index in c.indexes(new).values()} == {"sparse"}
+
+
+@pytest.mark.parametrize("way", ["msa", "msa_torch"])
+def test_the_loss_of_warm_up_is_that_of_dense_attention(way):
+    """While it warms up the model is what it was, and so is its gradient."""
+    model, ids = make(), words(1, 40)
+    new = converted(model, implementation=way)
+    c.set_phase(new, "warm_up")
+    close(new(ids).logits, model(ids).logits)
+    c.index_loss(new).backward()
+    assert all((p.grad is not None) == (".indexer." in n) for n, p in new.named_parameters())
+
+
+@pytest.mark.parametrize("phase", ["warm_up", "train"])
+@pytest.mark.parametrize("way", ["msa", "msa_torch"])
+def test_the_teacher_has_the_scale_of_the_model(way, phase):
+    """A model that looks everywhere alike is no news to an index that does so too."""
+    new, ids, losses = converted(make(), implementation=way), words(1, 40), []
+    c.set_phase(new, phase)
+    for index in c.indexes(new).values():
+        torch.nn.init.zeros_(index.q_proj.weight)
+    for scale in (0.25, 1e-9):
+        for layer in new.model.layers:
+            layer.self_attn.scaling = scale
+        new(ids)
+        losses.append(c.index_loss(new).item())
+    assert losses[0] > 1e-3
+    assert abs(losses[1]) < 1e-6
+
+
+@pytest.mark.parametrize("way", ["msa", "msa_torch"])
+def test_sparse_continuation(way):
+    """The model's own loss reaches everything but the projections, theirs reaches them alone."""
+    new, ids = converted(make(), implementation=way).train(), words(2, 40)
+    c.set_phase(new, "train")
+    loss = new(ids, labels=ids, use_cache=False).loss
+    kl = c.index_loss(new)
+    names, parameters = zip(*new.named_parameters())
+    for part, own in ((loss, False), (kl, True)):
+        grads = torch.autograd.grad(part, parameters, allow_unused=True)
+        for name, grad in zip(names, grads):
+            assert (grad is not None) == ((".indexer." in name) == own), name
+    c.set_phase(new, "sparse")
+    again = new(ids, labels=ids, use_cache=False).loss
+    assert torch.equal(loss, again)
+    assert not c.index_losses(new)
+
+
+# -- recall ---------------------------------------------------------------------------------------
+def test_recall_of_the_best_and_of_chance():
+    """Against the plain formula, over several chunks of queries and two sequences."""
+    torch.manual_seed(0)
+    borders = (0, 30, 30 + CHUNK + 9), (0, 50, 50 + CHUNK + 9)
+    sequences, n_q, n_k = msa.Sequences(*borders), borders[0][-1], borders[1][-1]
+    q, k = torch.randn(n_q, 4, 8), torch.randn(n_k, 2, 8)
+    q_idx, k_idx = torch.randn(n_q, 2, 4), torch.randn(n_k, 4)
+    config = msa.MSAConfig(block_size=8, top_k=3)
+    names = {"cu_seqlens_q": borders[0], "cu_seqlens_k": borders[1], "config": config}
+    selection = msa.select(q_idx, k_idx, **names)
+    found, score, total, hits, wanted = [], 0.0, 0.0, 0, 0
+    best = selection.indices.clone()
+    for queries, keys in sequences.spans():
+        n, m = queries.stop - queries.start, keys.stop - keys.start
+        for i in range(n):
+            p = m - n + i
+            for r in range(2):
+                logits = q[queries][i, 2 * r : 2 * r + 2] @ k[keys][: p + 1, r].T * 0.5
+                mean = logits.double().softmax(-1).mean(0)
+                mass = [float(part.sum()) for part in mean.split(8)]
+                own = len(mass) - 1
+                if len(mass) <= 3:
+                    continue
+                others = sorted(range(own), key=lambda b: -mass[b])[:2]
+                best[queries][i, r] = torch.tensor(sorted([*others, own]))
+                chosen = selection.indices[queries][i, r].tolist()
+                hits, wanted = hits + len(set(chosen) & set(others)), wanted + 2
+                score += sum(mass[b] for b in chosen)
+                total += sum(mass[b] for b in (*others, own))
+                found.append(p)
+    recall = measure(q, k, selection, 0.5)
+    assert recall.queries == len(found)
+    assert recall.blocks == pytest.approx(hits / wanted)
+    assert recall.score == pytest.approx(score / total)
+    assert recall.blocks < 0.9
+    oracle = measure(q, k, msa.Selection(best, sequences, 8), 0.5)
+    assert oracle.blocks == 1.0
+    assert oracle.score == pytest.approx(1.0)
+
+
+def test_recall_where_there_is_no_choice():
+    new = converted(make(), ALL)
+    recall = c.measure_recall(new, words(1, 40))
+    assert {(r.blocks, r.score, r.queries) for r in recall.values()} == {(1.0, 1.0, 0)}
+
+
+# -- the command and its file ---------------------------------------------------------------------
+def test_the_command(tmp_path):
+    make("Qwen2", vocab_size=256).save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_bytes(bytes(words(400).tolist()))
+    done = subprocess.run(
+        [sys.executable, "-m", "msa.cli", "convert", "--model", "model", "--text", "text",
+         "--tokens", "bytes",
+         "--warmup", "12", "--length", "96", "--block-size", "8", "--top-k", "2",
+         "--learning-rate", "0.01", "--layers", "0", "2", "--save", "index"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [float(x) for x in re.findall(r"KL ([\d.]+), mean of 2 layers", done.stdout)]
+    assert losses[-1] < losses[0]
+    rows = re.findall(r"^ +(\d) +[\d.]+% +[\d.]+% +[\d.]+% +[\d.]+% *$", done.stdout, re.M)
+    assert rows == ["0", "2"]
+    fresh = make("Qwen2", vocab_size=256)
+    loaded = load_index(copy.deepcopy(fresh), tmp_path / "index").eval()
+    assert sorted(c.indexes(loaded)) == [0, 2]
+    ids = words(1, 60)
+    assert not torch.equal(loaded(ids).logits, fresh(ids).logits)
+    again = load_index(copy.deepcopy(fresh), tmp_path / "index").eval()
+    assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    save_index(converted(make()), tmp_path / "index")
+    with pytest.raises(ValueError, match=r"index must hold q_proj.weight of layer 1 in shape"):
+        load_index(make(hidden_size=64), tmp_path / "index")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"path must be a file written by save_index, got .*other"):
+        load_index(make(), tmp_path / "other")
+    with pytest.raises(TypeError, match="model must have converted layers"):
+        save_index(make(), tmp_path / "none")
+
+
+def test_texts_that_are_too_short(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make().save_pretrained("model")
+    (tmp_path / "text").write_bytes(b"0123456789")
+    with pytest.raises(ValueError, match=r"tokens must be 'model' .* got 'bytes' for one of 61"):
+        convert_run.run(convert_run.ConvertOptions("model", tmp_path / "text", "bytes"))
+    make(vocab_size=256).save_pretrained("model")
+    with pytest.raises(ValueError, match=r"text must have at least 12 tokens: .* got 10"):
+        convert_run.run(convert_run.ConvertOptions("model", tmp_path / "text", "bytes", 1, 6))
+
+
+# -- what is refused ------------------------------------------------------------------------------
+def test_refused():
+    with pytest.raises(TypeError, match=r"model must have LlamaAttention, .* got torch.nn"):
+        c.convert(torch.nn.Linear(2, 2))
+    for layers in ([], [3], [1, 1]):
+        with pytest.raises(ValueError, match=r"layers must name some of \[0, 1, 2\], each once"):
+            c.convert(make(), layers=layers)
+    with pytest.raises(ValueError, match="index_dim must be even and at least 2, got 5"):
+        c.convert(make(), index_dim=5)
+    with pytest.raises(ValueError, match=r"model.config.sliding_window must be None, got 4096"):
+        c.convert(make("Mistral", sliding_window=4096))
+    with pytest.raises(ValueError, match="implementation must be one of msa"):
+        c.convert(make(), implementation="eager")
+    new = converted(make())
+    with pytest.raises(ValueError, match="phase must be one of sparse, train, warm_up, measure"):
+        c.set_phase(new, "dense")
+    with pytest.raises(TypeError, match="model must have converted layers"):
+        c.set_phase(make(), "sparse")
+    with pytest.raises(TypeError, match="had a forward pass in phase train or warm_up"):
+        c.index_loss(new)
+    cache = transformers.DynamicCache(config=make("Mistral", sliding_window=16).config)
+    with pytest.raises(TypeError, match=r"past_key_values must have dynamic or static layers, .*S"):
+        new(words(1, 9), past_key_values=cache)
