@@ -171,20 +171,3 @@ def show(name: str, draw: Any, caption: str, alt: str) -> str:
     with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
         figure = draw(found)
         return inline(figure, f"{name}-{draw.__name__}", caption, alt) + age(name)
-
-
-def learning_figure(history: list[tuple[int, float, float]], border: int) -> str:
-    """KL and block recall against steps; the warm-up ends at `border`."""
-    steps, losses, recalls = zip(*history)
-    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.6))
-        left.plot(steps, losses, color=BLUE)
-        left.set_title("KL", loc="left", fontweight="bold", fontsize=10)
-        right.plot(steps, recalls, color=GREEN)
-        right.set_title("block recall", loc="left", fontweight="bold", fontsize=10)
-        right.set_ylim(0, 1)
-        for axis in (left, right):
-            axis.axvline(border, color=MUTED, lw=0.8, ls=(0, (4, 3)))
-            axis.set_xlabel("step")
-        caption = "Drawn from the run above. Dashed: the end of the warm-up."
-        return inline(figure, "learning", caption, "the loss falls and the recall rises")
