@@ -74,7 +74,7 @@ def crossing_figure() -> str:
         axis.legend(frameon=False)
         caption = f"They cross at {found['crossing_tokens']:,.0f} tokens (dashed)."
         alt = "two lines that cross, the sparse one flatter"
-        return inline(figure, "crossing", caption, alt) + age("crossing_cpu", "msa/torch_impl")
+        return inline(figure, "crossing", caption, alt) + age("crossing_cpu")
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -21,7 +21,15 @@ from benchmarks.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = "msa/triton_impl"
+SHARED = ("tiles", "tuning")
+KERNELS = {
+    "prefill": ("union_walk", "partials", "combine", "selection", "block_topk", "quantize",
+                "tile_union", "reverse_index", "schedule", *SHARED),
+    "train": ("key_gradients", "query_gradients", "item_sums", "tile_edges", "alignment", "student",
+              "teacher", "softmax_sums", "union_walk", *SHARED),
+    "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
+}  # fmt: skip
+"""The files of `msa/triton_impl` whose speed each kind of results speaks of."""
 
 NUMBER = (int, float)
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
@@ -105,17 +113,23 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
-def last_change(path: str) -> str:
-    """When a path was last committed, ISO 8601; empty where the history is not at hand."""
-    command = ["git", "log", "-1", "--format=%cI", "--", path]
+def last_change(*paths: str) -> str:
+    """When one of the paths was last committed, ISO 8601; empty where the history is not at hand."""
+    command = ["git", "log", "-1", "--format=%cI", "--", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def age(name: str, code: str = KERNELS) -> str:
+def code_of(name: str) -> list[str]:
+    """The files whose speed a results file speaks of."""
+    kernels = KERNELS.get(name.partition("_")[0])
+    return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
+
+
+def age(name: str) -> str:
     """One paragraph: where a result comes from, and whether its kernels have changed since."""
     path = RESULTS / f"{name}.json"
-    measured, changed = last_change(str(path)), last_change(code)
+    measured, changed = last_change(str(path)), last_change(*code_of(name))
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     versions = found.get("versions", found)
     words = (
@@ -126,7 +140,7 @@ def age(name: str, code: str = KERNELS) -> str:
         return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"<code>{code}</code> has changed since, on {changed[:10]}: "
+            f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
         "these numbers are those of the older kernels."
         )
         return f'<p class="age old">{words} {note}</p>'
@@ -171,3 +185,24 @@ def show(name: str, draw: Any, caption: str, alt: str) -> str:
     with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
         figure = draw(found)
         return inline(figure, f"{name}-{draw.__name__}", caption, alt) + age(name)
+
+
+def outline(schema: Any, depth: int = 0) -> str:
+    """A schema as indented lines.
+
+    >>> print(outline({"n": int, "rows": [{"ms": NUMBER}]}))
+    n: int
+    rows: list of
+      ms: int or float
+    """
+    lines: list[str] = []
+    for name, inner in schema.items():
+        if isinstance(inner, dict | list):
+            entries = inner[0] if isinstance(inner, list) else inner
+            lines.append(f"{'  ' * depth}{name}:{' list of' if isinstance(inner, list) else ''}")
+            lines.append(outline(entries, depth + 1))
+        else:
+            kinds = inner if isinstance(inner, tuple) else (inner,)
+            names = " or ".join("object" if kind is dict else kind.__name__ for kind in kinds)
+            lines.append(f"{'  ' * depth}{name}: {names}")
+    return "\n".join(lines)
