@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint sanitize install bench bench-crossing clean
+.PHONY: demo test lint docs docs-serve docs-look sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo digits --backend torch --plot digits.png
 
@@ -13,6 +13,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+
+# The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
+# fails fails the build (`--quiet` would hide it).
+SITE := TRITON_INTERPRET=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+docs: install
+	$(SITE) build --strict
+
+docs-serve: install
+	$(SITE) serve
+
+# Needs Debian's chromium: every page of the built site, as readers on a desk and on a phone see it.
+docs-look: docs
+	$(BIN)/python -m docs.hooks.look
 
 # On a GPU: every kernel on awkward shapes, first as it is (which compiles it), then with each of its
 # accesses checked. Without PyTorch's cache each tensor is an allocation, whose end is known.
@@ -37,4 +50,4 @@ bench-crossing: install
 	touch $@
 
 clean:
-	rm -rf .venv digits.png
+	rm -rf .venv site digits.png

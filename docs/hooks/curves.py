@@ -1,0 +1,112 @@
+"""Curves and tables of the chapters, from measured results and from runs on the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib import pyplot
+
+from benchmarks.figures import BLUE, GREEN, INK, MUTED, SKY, STYLE
+from docs.hooks.measured import age, inline, read
+
+
+def learning_figure(history: list[tuple[int, float, float]], border: int) -> str:
+    """KL and block recall against steps; the warm-up ends at `border`."""
+    steps, losses, recalls = zip(*history)
+    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.6))
+        left.plot(steps, losses, color=BLUE)
+        left.set_title("KL", loc="left", fontweight="bold", fontsize=10)
+        right.plot(steps, recalls, color=GREEN)
+        right.set_title("block recall", loc="left", fontweight="bold", fontsize=10)
+        right.set_ylim(0, 1)
+        for axis in (left, right):
+            axis.axvline(border, color=MUTED, lw=0.8, ls=(0, (4, 3)))
+            axis.set_xlabel("step")
+        caption = "Drawn from the run above. Dashed: the end of the warm-up."
+        return inline(figure, "learning", caption, "the loss falls and the recall rises")
+
+
+def decode_figure() -> str:
+    """Microseconds of one decoding step, dense and sparse, for each batch and context."""
+    found = read("decode_h100")
+    rows = [
+        (f"{s['batch']} × {s['context'] // 1024}K", min(d["us"] for d in s["dense"].values()), s)
+        for s in found["steps"]
+    ]
+    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
+        figure, axis = pyplot.subplots(figsize=(8, 3.2))
+        places = range(len(rows))
+        kinds = (
+            ("dense", INK, [dense for _, dense, _ in rows]),
+            ("MSA", BLUE, [s["bf16"]["step"]["us"] for *_, s in rows]),
+            ("MSA, index in 8 bits", SKY, [s["fp8 index"]["step"]["us"] for *_, s in rows]),
+            ("MSA, all in 8 bits", GREEN, [s["fp8 all"]["step"]["us"] for *_, s in rows]),
+        )
+        for n, (name, color, heights) in enumerate(kinds):
+            axis.bar([x + 0.2 * n - 0.3 for x in places], heights, 0.18, color=color, label=name)
+        axis.set_yscale("log")
+        axis.set_xticks(list(places), [name for name, *_ in rows])
+        axis.set_xlabel("sequences × tokens in the cache of each")
+        axis.set_title("Microseconds of one step, one layer", loc="left", fontweight="bold")
+        axis.legend(frameon=False, fontsize=8, ncols=2)
+        axis.grid(axis="x", visible=False)
+        caption = "One new token per sequence. Dense: the faster of the two kernels that were timed."
+        alt = "bars of four kinds for each cache size, the dense ones highest"
+        return inline(figure, "decode", caption, alt) + age("decode_h100")
+
+
+def crossing_figure() -> str:
+    """Seconds against tokens on a CPU."""
+    found = read("crossing_cpu")
+    lengths = [int(n) for n in found["seconds"]]
+    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
+        figure, axis = pyplot.subplots(figsize=(8, 3.2))
+        for name, color, words in (("dense", INK, "dense, PyTorch SDPA"), ("msa", BLUE, "MSA")):
+            times = [t[name]["median"] for t in found["seconds"].values()]
+            axis.plot(lengths, times, "o-", color=color, label=words)
+        axis.axvline(found["crossing_tokens"], color=MUTED, lw=0.8, ls=(0, (4, 3)))
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+        axis.set_xlabel("tokens")
+        axis.set_title("Seconds of one layer on two CPU cores", loc="left", fontweight="bold")
+        axis.legend(frameon=False)
+        caption = f"They cross at {found['crossing_tokens']:,.0f} tokens (dashed)."
+        alt = "two lines that cross, the sparse one flatter"
+        return inline(figure, "crossing", caption, alt) + age("crossing_cpu")
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def selection_table() -> str:
+    """Selection by length, and the stand-alone top-k against torch's."""
+    found = read("prefill_h100")
+    by_length = [
+        (f"{row['n']:,}", f"{row['select']['bf16']['ms']:.3f}", f"{row['select']['bf16']['tflops']:.0f}",
+         f"{row['select']['fp8_e4m3']['ms']:.3f}", f"{row['select']['fp8_e4m3']['tflops']:.0f}")
+        for row in found["lengths"]
+    ]  # fmt: skip
+    topk = [
+        (f"{t['rows']:,}", f"{t['blocks']:,}", t["k"], f"{t['torch']['ms']:.2f}", f"{t['ours']['ms']:.2f}")
+        for t in found["topk"]
+    ]  # fmt: skip
+    scan = table(("tokens", "bf16, ms", "TFLOP/s", "fp8, ms", "TFLOP/s"), by_length)
+    rows = table(("rows", "scores each", "k", "torch.topk, ms", "here, ms"), topk)
+    return f"{scan}\n\nThe top-k alone, over scores that were written out:\n\n{rows}\n\n{age('prefill_h100')}"
+
+
+def training_table() -> str:
+    """A training step by length, against the dense one."""
+    found = read("train_h100")
+    rows = [
+        (f"{row['n']:,}", f"{row['dense']['ms']:.1f}", f"{sparse['step']['ms']:.1f}",
+         f"{row['dense']['ms'] / sparse['step']['ms']:.1f}×", f"{sparse['keep']:g}")
+        for row in found["steps"] for sparse in row["sparse"]
+    ]  # fmt: skip
+    columns = ("tokens", "dense step, ms", "MSA step, ms", "gain", "ρ")
+    return f"{table(columns, rows)}\n\n{age('train_h100')}"

@@ -1,0 +1,266 @@
+"""Diagrams that belong to chapters: drawn by hand, in units of the page."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from docs.hooks.svg import Drawing
+
+
+def cost_figure() -> str:
+    """Keys read by each query: dense attention's triangle and the bounded strip of MSA."""
+    drawing, n, size = Drawing(560, 236), 24, 8
+    for side, (x0, title) in enumerate(((20, "dense: every key so far"), (300, "MSA: at most k blocks"))):
+        drawing.text(x0, 14, title, "d-ink d-bold", 12.5)
+        rng = np.random.default_rng(3)
+        for i in range(n):
+            own = i // 3
+            remote = set(rng.permutation(own)[:2].tolist())
+            for j in range(i + 1):
+                b = j // 3
+                if side == 0:
+                    style = "d-remote"
+                else:
+                    style = "d-own" if b == own else "d-remote" if b in remote else "d-faint"
+                drawing.rect(x0 + j * (size + 1), 24 + i * (size + 0.3), size, size - 0.6, style, r=1)
+    return drawing.figure(
+        "Rows are queries, columns keys. The triangle grows with the square of the text, the strip "
+        "with its length. Grey keys are scored by the small index branch, but never read.",
+        "a filled triangle beside one of which only three blocks in each row are filled",
+    )
+
+
+def heads_figure() -> str:
+    """Eight query heads in two groups that share key and value heads."""
+    drawing = Drawing(560, 190)
+    for r, style in enumerate(("d-remote", "d-own")):
+        x0 = 20 + r * 275
+        for h in range(4):
+            drawing.rect(x0 + h * 62, 20, 54, 34, style, r=5)
+            drawing.text(x0 + h * 62 + 27, 42, f"q{r * 4 + h}", "d-on d-bold", 13, "middle")
+            drawing.line((x0 + h * 62 + 27, 56), (x0 + 120 + (h - 1.5) * 8, 108), arrow=True)
+        drawing.rect(x0 + 60, 112, 120, 34, style, opacity=0.75, r=5)
+        drawing.text(x0 + 120, 134, f"k{r}, v{r}", "d-on d-bold", 13, "middle")
+        drawing.text(x0 + 120, 170, f"group {r}: G = 4 heads read one cache", "d-muted", 11.5, "middle")
+    return drawing.figure(
+        "Hq = 8 query heads, Hkv = 2 key/value heads. A cache holds 2 heads in place of 8.",
+        "four query heads point to one key and value head, twice",
+    )
+
+
+def branches_figure() -> str:
+    """The two branches of one layer, and which way the gradients go."""
+    drawing = Drawing(600, 230)
+    drawing.rect(10, 95, 92, 40, "d-faint", r=6)
+    drawing.text(56, 119, "hidden state", "d-ink", 12.5, "middle")
+    boxes = (
+        (170, 26, "q_idx, k_idx", "d-own"), (310, 26, "block scores", "d-own"),
+        (450, 26, "top-k blocks", "d-own"), (170, 160, "q, k, v", "d-remote"),
+        (310, 160, "softmax", "d-remote"), (450, 160, "output", "d-remote"),
+    )  # fmt: skip
+    for x, y, words, style in boxes:
+        drawing.rect(x, y, 116, 40, style, r=6)
+        drawing.text(x + 58, y + 25, words, "d-on d-bold", 12.5, "middle")
+    for y in (46, 180):
+        drawing.line((288, y), (306, y), arrow=True)
+        drawing.line((428, y), (446, y), arrow=True)
+    drawing.line((102, 108), (166, 50), style="d-dashed")
+    drawing.text(100, 68, "detached", "d-muted", 11, "middle")
+    drawing.line((102, 122), (166, 176), arrow=True)
+    drawing.line((508, 68), (508, 112), (368, 112), (368, 156), arrow=True)
+    drawing.text(512, 126, "which blocks to read", "d-muted", 11, "middle")
+    drawing.line((340, 158), (340, 70), style="d-dashed", arrow=True)
+    drawing.text(334, 126, "KL teaches", "d-muted", 11, "end")
+    return drawing.figure(
+        "Two branches share a layer. The index branch (orange) decides what the main branch (blue) "
+        "reads. Only the KL loss sends gradient into the index branch; it stops at the hidden state.",
+        "index branch above, main branch below; arrows show selection down and teaching up",
+    )
+
+
+def rules_figure() -> str:
+    """The twenty rules, by what they speak of."""
+    families = (
+        ("sequences", "d-muted", (1, 2, 3)), ("index branch", "d-own", (4, 5, 6, 7, 8)),
+        ("main branch", "d-remote", (9, 10, 11, 12)), ("lowering", "d-green", (13, 14, 15, 16)),
+        ("training", "d-red", (17, 18)), ("behaviour", "d-muted", (19, 20)),
+    )  # fmt: skip
+    drawing, x = Drawing(700, 78), 4.0
+    for name, style, rules in families:
+        drawing.text(x, 18, name, "d-ink d-bold", 11.5)
+        for n in rules:
+            drawing.rect(x, 28, 30, 30, style, r=5)
+            drawing.text(x + 15, 48, f"R{n}", "d-on d-bold", 11, "middle")
+            x += 32
+        x += max(10.0, 6.6 * len(name) - 32 * len(rules) + 10)
+    return drawing.figure("Twenty rules, in six families.", "twenty boxes named R1 to R20")
+
+
+def pipeline_figure() -> str:
+    """The forms and the arrows between them."""
+    drawing = Drawing(720, 176)
+    boxes = {
+        "q_idx, k_idx": (4, 58, "d-muted"), "BlockScores": (124, 58, "d-own"),
+        "Selection": (244, 58, "d-own"), "ReverseIndex": (364, 14, "d-green"),
+        "Schedule": (484, 14, "d-green"), "Partials": (604, 14, "d-green"),
+        "TileUnion": (364, 102, "d-red"), "Output": (604, 102, "d-remote"),
+    }  # fmt: skip
+    for name, (x, y, style) in boxes.items():
+        drawing.rect(x, y, 100, 40, style, r=7)
+        drawing.text(x + 50, y + 25, name, "d-on d-bold", 12, "middle")
+    for x, y in ((104, 78), (224, 78), (464, 34), (584, 34)):
+        drawing.line((x + 1, y), (x + 18, y), arrow=True)
+    drawing.line((344, 70), (352, 70), (352, 34), (362, 34), arrow=True)
+    drawing.line((344, 88), (352, 88), (352, 122), (362, 122), arrow=True)
+    drawing.line((654, 56), (654, 100), arrow=True)
+    drawing.line((464, 122), (602, 122), arrow=True)
+    drawing.text(533, 115, "attend_union", "d-muted", 10.5, "middle")
+    drawing.text(662, 82, "combine", "d-muted", 10.5)
+    drawing.text(364, 166, "above: KV-outer, block by block; below: the union walk", "d-muted", 10.5)
+    return drawing.figure(
+        "Forms are boxes, steps are arrows. Both loop orders end in the same output.",
+        "boxes from index vectors to block scores, selection, and two ways to the output",
+    )
+
+
+def memory_figure() -> str:
+    """Bars for the memory of scores: by a mask, by a gather, by a gather in tiles."""
+    n, heads, picked = 32_768, 64, 16 * 128
+    bars = (
+        ("a mask: scores of all pairs", heads * n * n, "d-red"),
+        ("a gather: scores of selected pairs", heads * n * picked, "d-remote"),
+        ("a gather, 512 queries at a time", heads * 512 * picked, "d-green"),
+    )
+    drawing = Drawing(640, 132)
+    for i, (name, numbers, style) in enumerate(bars):
+        gib, y = numbers * 4 / 2**30, 8 + 42 * i
+        drawing.text(0, y + 12, name, "d-ink", 12)
+        drawing.rect(0, y + 18, max(2.0, gib / 256 * 540), 14, style, r=2)
+        drawing.text(max(2.0, gib / 256 * 540) + 8, y + 30, f"{gib:.3g} GiB", "d-muted", 11.5)
+    return drawing.figure(
+        "32K tokens, 64 heads, float32. The last bar does not grow with the text.",
+        "three bars, each a sixteenth or less of the one before",
+    )
+
+
+def tile_figure() -> str:
+    """A tile of queries times heads, its union of blocks and the bits of its rows."""
+    drawing = Drawing(690, 252)
+    drawing.text(0, 14, "one tile: 8 queries × 16 heads = 128 rows", "d-ink d-bold", 12.5)
+    wants = ((0, 2, 4), (0, 2, 4), (0, 3, 4), (0, 3, 4), (1, 3, 4), (1, 3, 4), (1, 3, 4), (2, 3, 4))
+    for i, wanted in enumerate(wants):
+        y = 30 + i * 25
+        for line in range(4):
+            drawing.rect(0, y + line * 5.2, 110, 4.4, "d-quiet", r=1)
+        drawing.text(118, y + 15, f"query {i}", "d-muted", 10.5)
+        for b in range(5):
+            x = 190 + b * 88
+            if b in wanted:
+                drawing.rect(x, y, 80, 20, "d-own" if b == 4 else "d-remote", r=3)
+            else:
+                drawing.rect(x, y, 80, 20, "d-dashed", r=3)
+    for b in range(5):
+        words = "own block" if b == 4 else f"block {(3, 8, 9, 17)[b]}"
+        drawing.text(230 + b * 88, 14, words, "d-ink", 11.5, "middle")
+    drawing.line((190, 242), (622, 242), arrow=True)
+    drawing.text(632, 246, "walk", "d-muted", 11)
+    return drawing.figure(
+        "The program walks from left to right. At each block all 128 rows are multiplied, for the "
+        "tensor cores work on whole tiles; dashed rows get weight 0. Here 24 of 40 pieces are useful.",
+        "rows of queries against five blocks, filled where a query selected the block",
+    )
+
+
+def threshold_figure() -> str:
+    """A threshold that rises as candidates fill a buffer, over random scores."""
+    rng, drawing = np.random.default_rng(5), Drawing(660, 208)
+    scores, places, room = rng.standard_normal(210), 6, 18
+    bar, held, last = -9.0, [], 0
+    for b, score in enumerate(scores):
+        x, y = 4 + b * 3.1, 100 - score * 30
+        if score > bar:
+            held.append(float(score))
+        drawing.rect(x, y, 4, 4, "d-own" if score > bar else "d-quiet", r=2)
+        if len(held) == room or b == len(scores) - 1:
+            level = 100 - max(bar, -2.9) * 30
+            drawing.line((4 + last * 3.1, level), (x, level), style="d-rule")
+            held = sorted(held)[-places:]
+            bar, last = held[0], b
+    drawing.text(4, 202, "blocks, in the order in which they are scored", "d-muted", 11)
+    drawing.text(656, 14, "threshold", "d-ink", 11, "end")
+    return drawing.figure(
+        "Orange scores beat the threshold and enter the buffer; grey ones are dropped at once. When "
+        "the buffer is full it is cut back to the best, and the threshold rises.",
+        "points, fewer and fewer of which lie above a line that rises in steps",
+    )
+
+
+def backward_figure() -> str:
+    """The same edges, collected for queries and for blocks."""
+    drawing = Drawing(640, 196)
+    edges = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 2), (3, 1), (3, 2))
+    for side, title in enumerate(("dQ: each query collects", "dK, dV: each block collects")):
+        x0 = 10 + side * 330
+        drawing.text(x0, 14, title, "d-ink d-bold", 12.5)
+        for i, b in edges:
+            start, stop = (x0 + 222, 54 + b * 50), (x0 + 72, 46 + i * 38)
+            if side == 1:
+                start, stop = stop, start
+            drawing.line(start, stop, arrow=True)
+        for i in range(4):
+            drawing.rect(x0, 32 + i * 38, 70, 28, "d-own", r=5)
+            drawing.text(x0 + 35, 51 + i * 38, f"query {i}", "d-on d-bold", 11.5, "middle")
+        for b in range(3):
+            drawing.rect(x0 + 224, 38 + b * 50, 70, 32, "d-remote", r=5)
+            drawing.text(x0 + 259, 59 + b * 50, f"block {b}", "d-on d-bold", 11.5, "middle")
+    return drawing.figure(
+        "The same seven edges. On the left each query's arrows are few and bounded by k; on the "
+        "right a popular block may have thousands.",
+        "arrows from blocks to queries, and from queries to blocks",
+    )
+
+
+def pages_figure() -> str:
+    """Two sequences whose blocks lie in pages in any order."""
+    drawing = Drawing(620, 150)
+    owner = {0: (1, 1), 1: (0, 0), 2: (1, 0), 4: (1, 2), 5: (0, 1)}
+    for s, blocks in ((0, 2), (1, 3)):
+        drawing.text(0, 34 + s * 80, f"sequence {s}", "d-ink", 12)
+        for b in range(blocks):
+            drawing.rect(86 + b * 52, 16 + s * 80, 46, 28, "d-own" if s else "d-remote", r=4)
+            drawing.text(109 + b * 52, 35 + s * 80, f"b{b}", "d-on d-bold", 12, "middle")
+    for page in range(6):
+        x = 290 + page * 54
+        s, b = owner.get(page, (None, None))
+        style = "d-dashed" if s is None else "d-own" if s else "d-remote"
+        drawing.rect(x, 56, 48, 30, style, r=4)
+        words = "free" if s is None else f"s{s} b{b}"
+        drawing.text(x + 24, 76, words, "d-muted" if s is None else "d-on d-bold", 11, "middle")
+        drawing.text(x + 24, 104, f"page {page}", "d-muted", 10, "middle")
+    return drawing.figure(
+        "Left: what a sequence thinks it has. Right: where its blocks lie. The table in between is "
+        "all that a kernel needs.",
+        "blocks of two sequences, and six pages that hold them in mixed order",
+    )
+
+
+def testing_figure() -> str:
+    """Draw, check, shrink: the loop of a property test."""
+    drawing = Drawing(660, 132)
+    boxes = (
+        (4, "draw a case", "shapes, ties, NaN", "d-own"), (176, "run the backend", "and the spec", "d-remote"),
+        (348, "does the rule hold?", "yes: draw the next", "d-green"), (520, "shrink it", "while it still fails", "d-red"),
+    )  # fmt: skip
+    for x, words, more, style in boxes:
+        drawing.rect(x, 34, 132, 58, style, r=8)
+        drawing.text(x + 66, 60, words, "d-on d-bold", 12.5, "middle")
+        drawing.text(x + 66, 78, more, "d-on", 10.5, "middle")
+    for x in (136, 308, 480):
+        drawing.line((x + 2, 63), (x + 36, 63), arrow=True)
+    drawing.line((414, 32), (414, 12), (70, 12), (70, 32), arrow=True)
+    drawing.text(498, 54, "no", "d-muted", 11, "middle")
+    drawing.line((586, 94), (586, 118), (242, 118), (242, 94), arrow=True)
+    return drawing.figure(
+        "A property test. What comes out at the end is the smallest input that breaks the rule.",
+        "four boxes in a loop: draw, run, check, shrink",
+    )

@@ -1,0 +1,208 @@
+"""Measured figures: read from `benchmarks/results`, checked against a schema, dated, drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from benchmarks.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY, STYLE
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SHARED = ("tiles", "tuning")
+KERNELS = {
+    "prefill": ("union_walk", "partials", "combine", "selection", "block_topk", "quantize",
+                "tile_union", "reverse_index", "schedule", *SHARED),
+    "train": ("key_gradients", "query_gradients", "item_sums", "tile_edges", "alignment", "student",
+              "teacher", "softmax_sums", "union_walk", *SHARED),
+    "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
+}  # fmt: skip
+"""The files of `msa/triton_impl` whose speed each kind of results speaks of."""
+
+NUMBER = (int, float)
+TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
+MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
+MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
+STEP = {"step": MICROS, "scores": MICROS}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "prefill": {
+        **MACHINE,
+        "ceilings": {"copy_tbps": NUMBER, "bf16_tflops": NUMBER, "fp8_tflops": NUMBER},
+        "lengths": [{
+            "n": int, "cudnn": TIME, "select": {"bf16": TIME, "fp8_e4m3": TIME},
+            "attention": [{"keep": NUMBER, "mean_union_of_4": NUMBER, "whole": TIME,
+                           "whole_fp8": TIME, "auto": TIME, "kv_outer": TIME, "union": TIME}],
+        }],
+        "topk": [{"rows": int, "blocks": int, "k": int, "torch": TIME, "ours": TIME}],
+        "million": {"chunks": [{"prefix": int, "cudnn": TIME}], "whole_keep_0.95": dict},
+    },
+    "train": {
+        **MACHINE,
+        "steps": [{"n": int, "dense": TIME, "sparse": [{"keep": NUMBER, "step": TIME}]}],
+        "warm_up": {"n": int, "dense": TIME, "both": TIME},
+    },
+    "decode": {
+        **MACHINE,
+        "steps": [{"batch": int, "context": int, "dense": dict, "bf16": STEP, "fp8 index": STEP,
+                   "fp8 all": STEP}],
+        "quality": dict,
+    },
+    "crossing": {
+        "device": str, "cores": int, "date": str, "case": dict, "crossing_tokens": NUMBER,
+        "seconds": dict,
+    },
+}  # fmt: skip
+"""What each kind of results file must hold: more may stand beside it, less may not."""
+
+
+class BadResults(Exception):
+    """A results file is not of the form that its figures need."""
+
+
+def check(found: Any, schema: Any, where: str) -> None:
+    """Compare results with a schema; `where` names the place in messages.
+
+    Raises:
+        BadResults: naming the first place that differs, what was wanted and what came.
+
+    >>> check({"n": 4}, {"n": int}, "results")
+    >>> check({"rows": [{"n": "4"}]}, {"rows": [{"n": int}]}, "results")
+    Traceback (most recent call last):
+    ...
+    docs.hooks.measured.BadResults: results.rows[0].n must be int, got '4'
+    """
+    if isinstance(schema, dict):
+        if not isinstance(found, dict):
+            raise BadResults(f"{where} must be an object, got {found!r:.40}")
+        for name, inner in schema.items():
+            if name not in found:
+                raise BadResults(f"{where} must have {name!r}, got {sorted(found)}")
+            check(found[name], inner, f"{where}.{name}")
+    elif isinstance(schema, list):
+        if not isinstance(found, list) or not found:
+            raise BadResults(f"{where} must be a list with entries, got {found!r:.40}")
+        for i, entry in enumerate(found):
+            check(entry, schema[0], f"{where}[{i}]")
+    elif not isinstance(found, schema) or isinstance(found, bool):
+        kinds = schema if isinstance(schema, tuple) else (schema,)
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise BadResults(f"{where} must be {names}, got {found!r:.40}")
+
+
+def read(name: str) -> dict[str, Any]:
+    """A results file such as "prefill_h100", checked.
+
+    Raises:
+        BadResults: if it is not of its form.
+        FileNotFoundError: if there is none.
+    """
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    check(found, SCHEMAS[name.partition("_")[0]], name)
+    return found
+
+
+def last_change(*paths: str) -> str:
+    """When one of the paths was last committed, ISO 8601; empty where the history is not at hand."""
+    command = ["git", "log", "-1", "--format=%cI", "--", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def code_of(name: str) -> list[str]:
+    """The files whose speed a results file speaks of."""
+    kernels = KERNELS.get(name.partition("_")[0])
+    return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
+
+
+def age(name: str) -> str:
+    """One paragraph: where a result comes from, and whether its kernels have changed since."""
+    path = RESULTS / f"{name}.json"
+    measured, changed = last_change(str(path)), last_change(*code_of(name))
+    found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    versions = found.get("versions", found)
+    words = (
+        f"Drawn in the build from <code>benchmarks/results/{name}.json</code> (sha256 {digest}…): "
+        f"{escape(found['device'])}, torch {escape(versions['torch'])}, {found['date'][:10]}."
+    )
+    if not measured or not changed:
+        return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
+    if as_utc(measured) < as_utc(changed):
+        note = (
+            f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
+        "these numbers are those of the older kernels."
+        )
+        return f'<p class="age old">{words} {note}</p>'
+    return f'<p class="age">{words}</p>'
+
+
+def as_utc(moment: str) -> Any:
+    """A point in time that can be compared."""
+    from datetime import datetime
+
+    return datetime.fromisoformat(moment)
+
+
+COLORS = {
+    INK: "ink", MUTED: "muted", QUIET: "muted", GRID: "faint", BLUE: "remote", SKY: "sky",
+    ORANGE: "red", GREEN: "green", "#ffffff": "paper", "#000000": "ink",
+}  # fmt: skip
+
+
+def inline(figure: Figure, name: str, caption: str, alt: str) -> str:
+    """A matplotlib figure as HTML whose colours are those of the theme."""
+    file = io.StringIO()
+    with pyplot.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+    pyplot.close(figure)
+    drawing = file.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
+    drawing = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", drawing)
+    drawing = re.sub(r"<svg [^>]*?viewBox", f'<svg role="img" aria-label="{escape(alt)}" viewBox',
+                     drawing, count=1, flags=re.S)  # fmt: skip
+    drawing = drawing.replace("font-family: 'DejaVu Sans'", "font-family: system-ui, sans-serif")
+    for color, variable in COLORS.items():
+        drawing = drawing.replace(color, f"var(--{variable})")
+    drawing = re.sub(r"\n\s*", " ", drawing)
+    return f'<figure class="drawn wide">{drawing}<figcaption>{caption}</figcaption></figure>'
+
+
+def show(name: str, draw: Any, caption: str, alt: str) -> str:
+    """The figure that `draw(results)` makes, and where its numbers come from."""
+    found = read(name)
+    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
+        figure = draw(found)
+        return inline(figure, f"{name}-{draw.__name__}", caption, alt) + age(name)
+
+
+def outline(schema: Any, depth: int = 0) -> str:
+    """A schema as indented lines.
+
+    >>> print(outline({"n": int, "rows": [{"ms": NUMBER}]}))
+    n: int
+    rows: list of
+      ms: int or float
+    """
+    lines: list[str] = []
+    for name, inner in schema.items():
+        if isinstance(inner, dict | list):
+            entries = inner[0] if isinstance(inner, list) else inner
+            lines.append(f"{'  ' * depth}{name}:{' list of' if isinstance(inner, list) else ''}")
+            lines.append(outline(entries, depth + 1))
+        else:
+            kinds = inner if isinstance(inner, tuple) else (inner,)
+            names = " or ".join("object" if kind is dict else kind.__name__ for kind in kinds)
+            lines.append(f"{'  ' * depth}{name}: {names}")
+    return "\n".join(lines)
