@@ -19,6 +19,8 @@ from msa.model.config import ModelConfig
 from msa.model.model import Model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TRAINED = Path(__file__).parent / "trained"
+"""The models that come with the package, each in a folder that `msa train` wrote."""
 
 
 def save(model: Model, folder: Path | str) -> None:
@@ -60,6 +62,21 @@ def load(
     checks.check_weights(str(folder / WEIGHTS), model.state_dict(), weights)
     model.load_state_dict(weights)
     return model.to(device).eval()
+
+
+def load_trained(
+    name: str = "tiny", *, device: torch.device | str = "cpu", backend: BackendName = "auto"
+) -> Model:
+    """A model that comes with the package, trained by `msa train --preset name`.
+
+    Raises:
+        ValueError: a name that is none of theirs.
+
+    >>> load_trained("tiny").config.layers
+    3
+    """
+    checks.check_trained(name, sorted(path.name for path in TRAINED.iterdir()))
+    return load(TRAINED / name, device=device, backend=backend)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -293,6 +293,12 @@ def read_vision(config: ModelConfig) -> VisionConfig:
 
 
 # -- weights --------------------------------------------------------------------------------------
+def check_trained(name: str, known: list[str]) -> None:
+    """A model that comes with the package."""
+    if name not in known:
+        raise ValueError(f"name must be {' or '.join(known)}, got {name!r}")
+
+
 def check_weights(where: str, wanted: dict[str, Any], got: dict[str, Any]) -> None:
     """The same names, and the same shape under each; `where` says whose weights they are."""
     missing, unexpected = wanted.keys() - got.keys(), got.keys() - wanted.keys()
