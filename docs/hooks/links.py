@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from functools import lru_cache
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -33,7 +33,7 @@ class Page(HTMLParser):
                 self.links.append(value)
 
 
-@lru_cache(maxsize=None)
+@cache
 def page(path: Path) -> Page:
     """A page, read once."""
     return Page(path)
@@ -55,9 +55,12 @@ def faults(site: Path) -> list[str]:
                 target /= "index.html"
             if not target.exists():
                 found.append(f"{name}: {link} leads nowhere")
-            elif parts.fragment and target.suffix == ".html":
-                if unquote(parts.fragment) not in page(target).names | {"__skip"}:
-                    found.append(f"{name}: {link} has no such place")
+            elif (
+                parts.fragment
+                and target.suffix == ".html"
+                and unquote(parts.fragment) not in page(target).names | {"__skip"}
+            ):
+                found.append(f"{name}: {link} has no such place")
         found += [f"{name}: an output says False" for text in here.outputs if "False" in text]
     return found
 
