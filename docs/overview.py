@@ -1,4 +1,7 @@
-"""Draws docs/overview.svg, the picture in the README, from a real selection made by the spec."""
+"""Draws docs/overview.svg, the picture in the README, from a real selection made by the spec.
+
+python -m docs.overview
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import msa
+from docs.hooks.overview import smooth
 from msa.reference import mask_of
 from msa.reference.index_scores import score_tokens
 from msa.reference.softmax import head_logits, masked_softmax
@@ -19,16 +23,10 @@ TOKENS, BLOCK, TOP_K, QUERY = 160, 8, 4, 155
 INK, QUIET, REMOTE, OWN = "#22252b", "#d5d8dd", "#0072b2", "#e69f00"
 
 
-def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Features that change slowly along the tokens, as those of text do."""
-    noise = rng.standard_normal((TOKENS + 4, *shape))
-    return sum(noise[i : i + TOKENS] for i in range(5)) / 5**0.5
-
-
 def main() -> None:
     """Compute one small MSA call and draw what it did."""
     rng = np.random.default_rng(11)
-    features = smooth(rng, 1, 8)
+    features = smooth(rng, TOKENS, 1, 8)
     k_idx = features[:, 0]
     q_idx = features + 0.3 * rng.standard_normal(features.shape)
     config = msa.MSAConfig(block_size=BLOCK, top_k=TOP_K)

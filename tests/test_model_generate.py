@@ -5,22 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import test_model
 import torch
+from test_model import IMAGE, TOWER
 
-import msa
-from msa.model import Model, ModelConfig, Pictures, VisionConfig, cut
+from msa.model import Model, Pictures, cut
 from msa.model.generate import Sampling, generate, stream
 
-IMAGE = 40
-TOWER = VisionConfig(
-    width=24, layers=1, heads=2, mlp_width=32, projector_width=20, channels=1, patch=2, frames=1
-)
-SMALL = ModelConfig(
-    vocab_size=41, width=24, attention=("dense", "msa", "msa"), mlp=("dense", "moe", "moe"),
-    heads=4, groups=2, head_dim=8, rotary_dim=4, index_dim=6, mlp_width=32, experts=4,
-    experts_per_token=2, expert_width=16, shared_width=16, rope_theta=1e4, init_std=0.5,
-    msa=msa.MSAConfig(block_size=4, top_k=3), vision=TOWER, image_token=IMAGE, mixed_tokens=3,
-)  # fmt: skip
+SMALL = replace(test_model.SMALL, init_std=0.5)
 NEW = 7
 
 

@@ -14,16 +14,16 @@ TOKENS, BLOCK, TOP_K, QUERY = 120, 8, 4, 115
 BAR, HEIGHT, WHOLE = 3.9, 92, 2.2
 
 
-def smooth(rng: np.random.Generator, *shape: int) -> np.ndarray:
+def smooth(rng: np.random.Generator, tokens: int, *shape: int) -> np.ndarray:
     """Features that change slowly along the tokens, as those of text do."""
-    noise = rng.standard_normal((TOKENS + 4, *shape))
-    return sum(noise[i : i + TOKENS] for i in range(5)) / 5**0.5
+    noise = rng.standard_normal((tokens + 4, *shape))
+    return sum(noise[i : i + tokens] for i in range(5)) / 5**0.5
 
 
 def overview_figure(caption: str) -> str:
     """A small MSA call by the spec, and what it did."""
     rng = np.random.default_rng(11)
-    features = smooth(rng, 1, 8)
+    features = smooth(rng, TOKENS, 1, 8)
     q_idx = features + 0.3 * rng.standard_normal(features.shape)
     config = msa.MSAConfig(block_size=BLOCK, top_k=TOP_K)
     selection = msa.select(q_idx, features[:, 0], config=config)

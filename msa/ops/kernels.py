@@ -101,7 +101,7 @@ def attend_selection(
     arrays = {"q": q, "k": k, "v": v}
     name, sequences = read(arrays, borders, config.block_size)
     selection = Selection(indices.contiguous(), sequences, config.block_size)
-    if validate and not is_capturing(q):
+    if validate and not checks.is_captured(q):
         checks.check_selection_for(selection, arrays)
     scale = config.softmax_scale_for(q.shape[-1])
     forward = autograd_function(name, "attention", "SelectedAttention").forward
@@ -138,7 +138,7 @@ def align(
     selection = None
     if indices is not None:
         selection = Selection(indices.contiguous(), sequences, config.block_size)
-        if not is_capturing(indices):
+        if not checks.is_captured(indices):
             checks.check_selection_for(selection, tensors)
     function, kept = autograd_function(name, "alignment", "Alignment"), Kept()
     args = (*tensors.values(), lse, selection, sequences, config, with_gradient)
@@ -150,23 +150,9 @@ def align(
     return loss, d_q_idx.contiguous(), d_k_idx.contiguous()
 
 
-@in_given_dtypes
 def decode_step(
     q: Tensor, q_idx: Tensor, cache: PagedKV, config: MSAConfig
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse of the last tokens of each cached sequence (R2).
-
-    While a CUDA graph is captured tables and lengths cannot be read and are not checked: the call
-    before, which every capture needs to warm up, has done it.
-    """
-    name = backend_of(q)
-    if is_capturing(q):
-        output = load_backend(name).decode_step(q, q_idx, cache, config)
-    else:
-        output = decode(q, q_idx, cache, config=config, backend=name)
+    """Out and lse of the last tokens of each cached sequence (R2)."""
+    output = decode(q, q_idx, cache, config=config, backend=backend_of(q))
     return output.out.contiguous(), output.lse.contiguous()
-
-
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, so that nothing may be read back to the host."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
