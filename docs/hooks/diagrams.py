@@ -257,7 +257,7 @@ def testing_figure() -> str:
     drawing = Drawing(660, 132)
     boxes = (
         (4, "draw a case", "shapes, ties, NaN", "d-own"), (176, "run the backend", "and the spec", "d-remote"),
-        (348, "does the rule hold?", "yes: draw the next", "d-green"), (520, "shrink it", "while it still fails", "d-red"),
+        (348, "rule holds?", "yes: draw the next", "d-green"), (520, "shrink it", "while it still fails", "d-red"),
     )  # fmt: skip
     for x, words, more, style in boxes:
         drawing.rect(x, 34, 132, 58, style, r=8)
