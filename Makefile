@@ -16,7 +16,7 @@ lint: install
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
-SITE := TRITON_INTERPRET=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+SITE := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 docs: install
 	$(SITE) build --strict
 	$(BIN)/python -m docs.hooks.links

@@ -153,11 +153,11 @@ def memory_figure() -> str:
 
 def tile_figure() -> str:
     """A tile of queries times heads, its union of blocks and the bits of its rows."""
-    drawing = Drawing(690, 252)
+    drawing = Drawing(690, 270)
     drawing.text(0, 14, "one tile: 8 queries × 16 heads = 128 rows", "d-ink d-bold", 12.5)
     wants = ((0, 2, 4), (0, 2, 4), (0, 3, 4), (0, 3, 4), (1, 3, 4), (1, 3, 4), (1, 3, 4), (2, 3, 4))
     for i, wanted in enumerate(wants):
-        y = 30 + i * 25
+        y = 48 + i * 25
         for line in range(4):
             drawing.rect(0, y + line * 5.2, 110, 4.4, "d-quiet", r=1)
         drawing.text(118, y + 15, f"query {i}", "d-muted", 10.5)
@@ -169,9 +169,9 @@ def tile_figure() -> str:
                 drawing.rect(x, y, 80, 20, "d-dashed", r=3)
     for b in range(5):
         words = "own block" if b == 4 else f"block {(3, 8, 9, 17)[b]}"
-        drawing.text(230 + b * 88, 14, words, "d-ink", 11.5, "middle")
-    drawing.line((190, 242), (622, 242), arrow=True)
-    drawing.text(632, 246, "walk", "d-muted", 11)
+        drawing.text(230 + b * 88, 38, words, "d-ink", 11.5, "middle")
+    drawing.line((190, 260), (622, 260), arrow=True)
+    drawing.text(632, 264, "walk", "d-muted", 11)
     return drawing.figure(
         "The program walks from left to right. At each block all 128 rows are multiplied, for the "
         "tensor cores work on whole tiles; dashed rows get weight 0. Here 24 of 40 pieces are useful.",
@@ -257,7 +257,7 @@ def testing_figure() -> str:
     drawing = Drawing(660, 132)
     boxes = (
         (4, "draw a case", "shapes, ties, NaN", "d-own"), (176, "run the backend", "and the spec", "d-remote"),
-        (348, "does the rule hold?", "yes: draw the next", "d-green"), (520, "shrink it", "while it still fails", "d-red"),
+        (348, "rule holds?", "yes: draw the next", "d-green"), (520, "shrink it", "while it still fails", "d-red"),
     )  # fmt: skip
     for x, words, more, style in boxes:
         drawing.rect(x, 34, 132, 58, style, r=8)

@@ -13,13 +13,8 @@ EXAMPLE = re.compile(r"^( *)>>> .*(?:\n(?! *$).*)*", re.M)
 def fence(text: str) -> str:
     """Put a fence around every paragraph that begins with `>>>`.
 
-    >>> print(fence("Words.\\n\\n>>> 1 + 1\\n2"))
-    Words.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> fence("Words.\\n\\n>>> 1 + 1\\n2").splitlines()
+    ['Words.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     return EXAMPLE.sub(lambda m: f"{m[1]}```pycon\n{m[0]}\n{m[1]}```", text)
 

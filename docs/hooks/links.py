@@ -12,6 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+OUTPUT = r'</pre></div>\s*<div class="language-text highlight">.*?</div>'
+"""What was printed stands right behind the code that printed it."""
+SAYS_FALSE = r"(?<!got )\bFalse\b"
+"""A counterexample may say that it got False; nothing else may."""
+
 
 class Page(HTMLParser):
     """Names and links of one page, and what its code printed."""
@@ -21,7 +26,7 @@ class Page(HTMLParser):
         self.names: set[str] = set()
         self.links: list[str] = []
         text = path.read_text()
-        self.outputs = re.findall(r'<div class="[^"]*\bresult\b.*?</div>', text, re.S)
+        self.outputs = re.findall(OUTPUT, text, re.S)
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -61,7 +66,9 @@ def faults(site: Path) -> list[str]:
                 and unquote(parts.fragment) not in page(target).names | {"__skip"}
             ):
                 found.append(f"{name}: {link} has no such place")
-        found += [f"{name}: an output says False" for text in here.outputs if "False" in text]
+        found += [
+            f"{name}: an output says False" for text in here.outputs if re.search(SAYS_FALSE, text)
+        ]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from html import escape
 from pathlib import Path
@@ -84,7 +85,7 @@ def pseudocode(path: str) -> str:
     words = ast.get_docstring(ast.parse((ROOT / path).read_text()))
     if not words:
         raise LookupError(f"{path} has no docstring")
-    return inspect.cleandoc(words)
+    return re.sub(r"(?m)^(?= 1\. )", "\n", inspect.cleandoc(words))  # a list wants a gap
 
 
 def listing(folder: str) -> str:

@@ -1,0 +1,143 @@
+"""The site's pages and what their code calls. `make docs` runs the pages themselves."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+
+from docs.hooks import bugs, census, curves, diagrams, links, measured, pictures, sources
+from msa import reference
+
+DOCS = Path(__file__).parents[1] / "docs"
+CHAPTERS = sorted((DOCS / "chapters").glob("*.md"))
+ARROWS = sorted((DOCS / "lowering").glob("[0-9]*.md"))
+PAGES = [p for p in sorted(DOCS.rglob("*.md")) if "hooks" not in p.parts]
+EXECUTED = '```python exec="1"'
+HOOKS = sorted(p.stem for p in (DOCS / "hooks").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_a_chapter_has_all_its_parts(path):
+    text = path.read_text()
+    order = [
+        text.index(part)
+        for part in ('class="question"', "## What breaks if", "## Exercises", "## Takeaways")
+    ]
+    assert order == sorted(order)
+    assert "figure" in text or "measured.show" in text
+    assert "sources.links(" in text[order[-1] :]
+    questions = re.split(r"^\?\?\? question ", text, flags=re.M)[1:]
+    assert len(questions) >= 3
+    for question in questions:
+        assert EXECUTED in question.partition("\n## ")[0], question[:60]
+
+
+@pytest.mark.parametrize("path", ARROWS, ids=lambda p: p.stem)
+def test_an_arrow_says_before_after_property_and_cost(path):
+    text = path.read_text()
+    for part in ("**Before**", "**After**", "**Property**", "**Cost**", EXECUTED, "sources.links("):
+        assert part in text, part
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(DOCS)))
+def test_all_python_of_a_page_is_executed(path):
+    if path.name in ("model.md", "integrations.md"):
+        pytest.fail("not a page of code") if EXECUTED in path.read_text() else None
+        return
+    for line in re.findall(r"^ *```py.*$", path.read_text(), re.M):
+        assert line.strip().startswith(EXECUTED), line
+
+
+def test_every_page_is_in_the_navigation_once():
+    def leaves(entry):
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry
+        return [leaf for value in values for leaf in leaves(value)]
+
+    text = (DOCS.parent / "mkdocs.yml").read_text()
+    named = leaves(yaml.safe_load(text)["nav"])
+    assert sorted(named) == sorted(str(p.relative_to(DOCS)) for p in PAGES)
+
+
+def test_there_are_forty_exercises_and_ten_bugs():
+    found = re.search(r"(\d+) exercises with answers, and (\d+) planted bugs", census.counts())
+    assert found and int(found[1]) >= 40 and int(found[2]) >= 10
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_examples_in_the_hooks(name):
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
+    assert doctest.testmod(importlib.import_module(f"docs.hooks.{name}"), optionflags=flags)[0] == 0
+
+
+def test_results_of_a_wrong_form_are_refused():
+    for name in ("prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu"):
+        found = measured.read(name)
+        for part in measured.SCHEMAS[name.partition("_")[0]]:
+            rest = {key: value for key, value in found.items() if key != part}
+            with pytest.raises(measured.BadResults, match=part):
+                measured.check(rest, measured.SCHEMAS[name.partition("_")[0]], name)
+
+
+@pytest.mark.parametrize(
+    ("measured_at", "changed_at", "old"),
+    [
+        ("2026-11-23T06:00:00+00:00", "2026-11-23T09:00:00+00:00", True),
+        ("2026-11-23T09:00:00+00:00", "2026-11-23T06:00:00+00:00", False),
+        ("2026-11-23T09:00:00+02:00", "2026-11-23T08:00:00+00:00", True),
+    ],
+)
+def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
+    moments = iter((measured_at, changed_at))
+    with mock.patch("docs.hooks.measured.last_change", lambda *paths: next(moments)):
+        assert ("changed since" in measured.age("prefill_h100")) == old
+    with mock.patch("docs.hooks.measured.last_change", lambda *paths: ""):
+        assert "age is not known" in measured.age("prefill_h100")
+
+
+def test_the_files_that_results_speak_of_exist():
+    for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu"):
+        assert all((DOCS.parent / path).exists() for path in measured.code_of(name))
+
+
+def test_drawings_take_their_colours_from_the_theme():
+    drawn = [curves.decode_figure(), curves.crossing_figure(), diagrams.cost_figure()]
+    drawn += [pictures.step_figure(n, "") for n in (2, 3, 4, 5, 7)]
+    for drawing in drawn:
+        assert not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{3,6}", drawing)
+    assert "var(--remote)" in drawn[0] and "d-remote" in drawn[3]
+
+
+def test_links_to_lines_lead_to_the_definition():
+    first, last = sources.lines_of("msa/reference/selection.py", "choose_row")
+    lines = (DOCS.parent / "msa/reference/selection.py").read_text().splitlines()
+    assert lines[first - 1].startswith("def choose_row") and lines[last - 1].startswith(
+        "    return"
+    )
+    assert f"#selection-{first}" in sources.link("msa/reference/selection.py", "choose_row")
+    with pytest.raises(LookupError, match="has no nothing"):
+        sources.lines_of("msa/reference/selection.py", "nothing")
+
+
+def test_a_planted_bug_that_is_not_found_fails_the_page():
+    with pytest.raises(bugs.NotFound, match="select_blocks"):
+        bugs.hunt("r7_ties_go_to_the_lower_id", 5, select_blocks=reference.select_blocks)
+
+
+def test_dead_links_and_false_outputs_are_found(tmp_path):
+    (tmp_path / "a.html").write_text('<p id="here"></p><a href="b.html#there">b</a>')
+    (tmp_path / "b.html").write_text('<a href="a.html#here">a</a><a href="c.html">c</a>')
+    printed = '<div><pre>code</pre></div>\n<div class="language-text highlight">equal: False</div>'
+    (tmp_path / "d.html").write_text(printed)
+    assert links.faults(tmp_path) == [
+        "a.html: b.html#there has no such place",
+        "b.html: c.html leads nowhere",
+        "d.html: an output says False",
+    ]
