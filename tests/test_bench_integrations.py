@@ -124,3 +124,12 @@ def test_functions_and_operators_of_the_first_part_are_the_same(monkeypatch):
 
     with pytest.raises(Wrong, match="mixed, operator: result 2 is off by"):
         stages.in_four_ways("mixed", stages.attention, wrong, tensors, others)
+
+    def stale(operator, tensors):
+        results = operator(*tensors)
+        return lambda: results, tuple(t.clone() for t in tensors)
+
+    monkeypatch.setattr(stages, "capture", stale)
+    with pytest.raises(Wrong, match="attention, captured: result 0 is off by"):
+        stages.in_four_ways("attention", stages.attention, stages.attention_operator,
+                            tensors, others)  # fmt: skip
