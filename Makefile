@@ -19,6 +19,7 @@ lint: install
 SITE := TRITON_INTERPRET=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 docs: install
 	$(SITE) build --strict
+	$(BIN)/python -m docs.hooks.links
 
 docs-serve: install
 	$(SITE) serve

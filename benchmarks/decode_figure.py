@@ -19,8 +19,8 @@ BANDWIDTH = 3e12
 def least_bytes(batch: int, context: int, form: str) -> int:
     """What a step cannot but read: all index keys, and the selected keys and values.
 
-    >>> least_bytes(1, 2**20, "bf16") / BANDWIDTH * 1e6  # microseconds
-    90.8766...
+    >>> round(least_bytes(1, 2**20, "bf16") / BANDWIDTH * 1e6, 1)  # microseconds
+    90.9
     """
     index = batch * context * DIM * (1 if form == "fp8 index" else 2)
     return index + batch * GROUPS * CONFIG.top_k * CONFIG.block_size * DIM * 2 * 2

@@ -51,7 +51,9 @@ def decode_figure() -> str:
         axis.set_title("Microseconds of one step, one layer", loc="left", fontweight="bold")
         axis.legend(frameon=False, fontsize=8, ncols=2)
         axis.grid(axis="x", visible=False)
-        caption = "One new token per sequence. Dense: the faster of the two kernels that were timed."
+        caption = (
+            "One new token per sequence. Dense: the faster of the two kernels that were timed."
+        )
         alt = "bars of four kinds for each cache size, the dense ones highest"
         return inline(figure, "decode", caption, alt) + age("decode_h100")
 

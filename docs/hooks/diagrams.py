@@ -10,7 +10,9 @@ from docs.hooks.svg import Drawing
 def cost_figure() -> str:
     """Keys read by each query: dense attention's triangle and the bounded strip of MSA."""
     drawing, n, size = Drawing(560, 236), 24, 8
-    for side, (x0, title) in enumerate(((20, "dense: every key so far"), (300, "MSA: at most k blocks"))):
+    for side, (x0, title) in enumerate(
+        ((20, "dense: every key so far"), (300, "MSA: at most k blocks"))
+    ):
         drawing.text(x0, 14, title, "d-ink d-bold", 12.5)
         rng = np.random.default_rng(3)
         for i in range(n):
@@ -22,7 +24,9 @@ def cost_figure() -> str:
                     style = "d-remote"
                 else:
                     style = "d-own" if b == own else "d-remote" if b in remote else "d-faint"
-                drawing.rect(x0 + j * (size + 1), 24 + i * (size + 0.3), size, size - 0.6, style, r=1)
+                drawing.rect(
+                    x0 + j * (size + 1), 24 + i * (size + 0.3), size, size - 0.6, style, r=1
+                )
     return drawing.figure(
         "Rows are queries, columns keys. The triangle grows with the square of the text, the strip "
         "with its length. Grey keys are scored by the small index branch, but never read.",
@@ -41,7 +45,9 @@ def heads_figure() -> str:
             drawing.line((x0 + h * 62 + 27, 56), (x0 + 120 + (h - 1.5) * 8, 108), arrow=True)
         drawing.rect(x0 + 60, 112, 120, 34, style, opacity=0.75, r=5)
         drawing.text(x0 + 120, 134, f"k{r}, v{r}", "d-on d-bold", 13, "middle")
-        drawing.text(x0 + 120, 170, f"group {r}: G = 4 heads read one cache", "d-muted", 11.5, "middle")
+        drawing.text(
+            x0 + 120, 170, f"group {r}: G = 4 heads read one cache", "d-muted", 11.5, "middle"
+        )
     return drawing.figure(
         "Hq = 8 query heads, Hkv = 2 key/value heads. A cache holds 2 heads in place of 8.",
         "four query heads point to one key and value head, twice",
@@ -116,7 +122,9 @@ def pipeline_figure() -> str:
     drawing.line((464, 122), (602, 122), arrow=True)
     drawing.text(533, 115, "attend_union", "d-muted", 10.5, "middle")
     drawing.text(662, 82, "combine", "d-muted", 10.5)
-    drawing.text(364, 166, "above: KV-outer, block by block; below: the union walk", "d-muted", 10.5)
+    drawing.text(
+        364, 166, "above: KV-outer, block by block; below: the union walk", "d-muted", 10.5
+    )
     return drawing.figure(
         "Forms are boxes, steps are arrows. Both loop orders end in the same output.",
         "boxes from index vectors to block scores, selection, and two ways to the output",

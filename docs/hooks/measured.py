@@ -141,7 +141,7 @@ def age(name: str) -> str:
     if as_utc(measured) < as_utc(changed):
         note = (
             f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
-        "these numbers are those of the older kernels."
+            "these numbers are those of the older kernels."
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'

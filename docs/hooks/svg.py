@@ -38,7 +38,9 @@ class Drawing:
             f'text-anchor="{anchor}">{escape(str(words))}</text>'
         )
 
-    def line(self, *points: tuple[float, float], style: str = "d-line", arrow: bool = False) -> None:
+    def line(
+        self, *points: tuple[float, float], style: str = "d-line", arrow: bool = False
+    ) -> None:
         """A line through points, with a head at its end if it is an arrow."""
         path = " L".join(f"{x:.4g} {y:.4g}" for x, y in points)
         self.parts.append(f'<path d="M{path}" class="{style}"/>')
