@@ -14,15 +14,16 @@ usage: msa COMMAND [options]
 MiniMax Sparse Attention from math to metal.
 
 commands:
-  explain         a 12-token example through every form of the lowering
-  verify          the equivalence proofs, rules R1-R20, on this machine's backends
-  demo digits     attention as a classifier of real images: dense, MSA, window, random
-  train           a small multimodal MiniMax-M3 learns to find pictures in long documents
-  convert         a Hugging Face model gains an index branch: --warmup trains it, recall judges it
-  bench prefill   correctness, then speed on a GPU: selection, attention, dense baselines
-  bench train     the same for a training step: forward, backward, alignment loss
-  bench decode    the same for a step of generation over a paged cache
-  bench plots     the figures of a results file, without a GPU
+  explain             a 12-token example through every form of the lowering
+  verify              the equivalence proofs, rules R1-R20, on this machine's backends
+  demo digits         attention as a classifier of real images: dense, MSA, window, random
+  train               a small multimodal MiniMax-M3 learns to find pictures in long documents
+  convert             a Hugging Face model gains an index branch, which --warmup trains
+  bench prefill       correctness, then speed on a GPU: selection, attention, dense baselines
+  bench train         the same for a training step: forward, backward, alignment loss
+  bench decode        the same for a step of generation over a paged cache
+  bench integrations  torch operators, and Hugging Face's MiniMax-M3 on four attentions
+  bench plots         the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command.
 """
@@ -71,6 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
                 return decode.run(
                     tyro.cli(decode.DecodeOptions, prog="msa bench decode", args=rest)
                 )
+            case ["bench", "integrations", *rest]:
+                from benchmarks import integrations
+
+                options = tyro.cli(
+                    integrations.IntegrationsOptions, prog="msa bench integrations", args=rest
+                )
+                return integrations.run(options)
             case ["bench", "plots", *rest]:
                 from benchmarks import plots
 

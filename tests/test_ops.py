@@ -200,6 +200,20 @@ def test_bad_tensors(break_it, message):
         msa.ops.attention(*tensors, *BORDERS, config=CONFIG)
 
 
+def test_what_attention_selects_is_not_read_back(monkeypatch):
+    """Validation of others' indices waits for the device; its own need none."""
+
+    def validate(*_):
+        raise AssertionError("validated")
+
+    monkeypatch.setattr(kernels.checks, "check_selection_for", validate)
+    q, k, v, q_idx, k_idx = make(grad=True)
+    output = msa.ops.attention(q, k, v, q_idx, k_idx, *BORDERS, config=CONFIG, align=True)
+    (output.out.sum() + output.kl).backward()
+    with pytest.raises(AssertionError, match="validated"):
+        msa.ops.align_index(q, k, q_idx, k_idx, output.indices, *BORDERS, config=CONFIG)
+
+
 def test_bad_numbers():
     q, k, v, q_idx, k_idx = make()
     with pytest.raises(ValueError, match="cu_seqlens_q must end with Tq = 30, got 29"):

@@ -74,7 +74,10 @@ def attention(
         q, k, v, *fixed, *borders, config.block_size, config.top_k, config.sink_blocks,
         config.local_blocks, config.softmax_scale, config.index_scale,
     )  # fmt: skip
-    kl = _loss((q, k, q_idx, k_idx), indices, lse.detach(), borders, config) if align else None
+    kl = None
+    if align:
+        tensors = q, k, q_idx, k_idx
+        kl = _loss(tensors, indices, lse.detach(), borders, config, validate=False)
     return Attended(out.unflatten(0, lead), lse.unflatten(0, lead), indices, kl)
 
 
@@ -152,7 +155,7 @@ def align_index(
     borders, batched = _borders(q, k, cu_seqlens_q, cu_seqlens_k), q.dim() - 3
     packed = tuple(_pack(x, batched) for x in (q, k, q_idx, k_idx))
     known = None if lse is None else _pack(lse.detach(), batched)
-    return _loss(packed, indices, known, borders, config)
+    return _loss(packed, indices, known, borders, config, validate=True)
 
 
 @torch.no_grad()
@@ -184,12 +187,13 @@ def _loss(
     lse: Tensor | None,
     borders: tuple[list[int], ...],
     config: MSAConfig,
+    validate: bool,
 ) -> Tensor:
     q, k, q_idx, k_idx = tensors
     with_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
     return operators.align_index(
         q.detach(), k.detach(), q_idx, k_idx, indices, lse, *borders, config.block_size,
-        with_gradient, config.softmax_scale, config.index_scale,
+        with_gradient, config.softmax_scale, config.index_scale, validate,
     )[0]  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def selection_gradients(
 @in_given_dtypes
 def align(
     tensors: dict[str, Tensor], indices: Tensor | None, lse: Tensor | None,
-    borders: Borders, config: MSAConfig, with_gradient: bool,
+    borders: Borders, config: MSAConfig, with_gradient: bool, validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and its gradients for q_idx and k_idx in the working precision, or empty (R17)."""
     arrays = tensors if lse is None else tensors | {"lse": lse}
@@ -138,7 +138,7 @@ def align(
     selection = None
     if indices is not None:
         selection = Selection(indices.contiguous(), sequences, config.block_size)
-        if not checks.is_captured(indices):
+        if validate and not checks.is_captured(indices):
             checks.check_selection_for(selection, tensors)
     function, kept = autograd_function(name, "alignment", "Alignment"), Kept()
     args = (*tensors.values(), lse, selection, sequences, config, with_gradient)

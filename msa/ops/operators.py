@@ -159,17 +159,17 @@ attention.register_autograd(_attention_gradients, setup_context=_keep_attention)
 def align_index(
     q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Tensor | None, lse: Tensor | None,
     cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], block_size: int, with_gradient: bool,
-    softmax_scale: float | None = None, index_scale: float | None = None,
+    softmax_scale: float | None = None, index_scale: float | None = None, validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and with_gradient what its gradient will be a multiple of, else empty (R17).
 
-    indices=None is the warm-up form.
+    indices=None is the warm-up form; others are validated (R8), unless they come from `attention`.
     """
     top_k = 1 if indices is None else indices.shape[-1]
     config = MSAConfig(block_size, top_k, softmax_scale=softmax_scale, index_scale=index_scale)
     tensors = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     borders = cu_seqlens_q, cu_seqlens_k
-    return kernels.align(tensors, indices, lse, borders, config, with_gradient)
+    return kernels.align(tensors, indices, lse, borders, config, with_gradient, validate)
 
 
 @align_index.register_fake
