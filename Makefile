@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint sanitize install bench bench-crossing clean
 demo: install
-	$(BIN)/msa demo digits --backend torch --plot digits.png
+	$(BIN)/msa demo --backend torch --html demo.html
 
 test: install
 	$(BIN)/python -m pytest
@@ -37,4 +37,4 @@ bench-crossing: install
 	touch $@
 
 clean:
-	rm -rf .venv digits.png
+	rm -rf .venv digits.png demo.html
