@@ -78,7 +78,7 @@ def run(options: DemoOptions) -> int:
         from msa.model import page
 
         options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(page.draw(shown))
+        options.html.write_text(page.draw(shown), encoding="utf-8")
         console.print(f"The blocks that were opened: [bold]{options.html}[/]")
     return 0
 
@@ -107,8 +107,12 @@ def compute(options: DemoOptions) -> Shown:
 
 def load_model(folder: Path | None, backend: BackendName, device: str) -> Model:
     """The one in the folder, or the shipped one."""
+    import torch
+
+    from msa.model import checks
     from msa.model.checkpoint import load, load_trained
 
+    checks.check_device(device, torch.cuda.is_available())
     if folder is None:
         return load_trained("tiny", device=device, backend=backend)
     return load(folder, device=device, backend=backend)

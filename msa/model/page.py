@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from msa.model.answers import Answer
 from msa.model.records import IMAGE_TOKEN
@@ -29,7 +29,7 @@ h2 { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; fon
 h2 .digit { width: 3rem; height: 3rem; } code { font-size: 1em; }
 .map { width: 100%; height: auto; display: block; }
 .map text { fill: var(--soft); font-size: 9px; }
-.closed { fill: var(--cell); } .open { fill: var(--open); } .own { fill: var(--soft); }
+.row { fill: var(--cell); } .open { fill: var(--open); } .own { fill: var(--soft); }
 .record { fill: none; stroke: var(--mark); stroke-width: 1.5; }
 .wrong { color: var(--mark); }
 .digit { width: 1.5em; height: 1.5em; vertical-align: middle; border: 1px solid var(--line); }
@@ -104,13 +104,15 @@ def draw_map(shown: Shown, i: int) -> str:
         for group in range(groups):
             y = top + (layer * groups + group) * (CELL + 2)
             parts.append(f'<text x="0" y="{y + CELL}">layer {layer + 1}, {group + 1}</text>')
-            for block in range(blocks):
-                kind = "closed"
-                if opened[layer, group, block]:
-                    kind = "own" if block == own else "open"
+            parts.append(
+                f'<rect class="row" x="{LEFT}" y="{y}" width="{blocks * CELL - 1}" '
+                f'height="{CELL}"/>'
+            )
+            for block in np.flatnonzero(opened[layer, group]).tolist():
+                kind = "own" if block == own else "open"
                 parts.append(
                     f'<rect class="{kind}" x="{LEFT + block * CELL}" y="{y}" width="{CELL - 1}" '
-                    f'height="{CELL}"><title>block {block}, {kind}</title></rect>'
+                    f'height="{CELL}"><title>block {block}</title></rect>'
                 )
     parts.append(
         f'<rect class="record" x="{LEFT + record * CELL - 1}" y="{top - 2}" width="{CELL + 1}" '
@@ -132,16 +134,29 @@ def draw_blocks(shown: Shown, i: int) -> str:
     for block in np.flatnonzero(opened.any((0, 1))).tolist():
         who = [f"{a + 1}.{b + 1}" for a, b in np.argwhere(opened[:, :, block]).tolist()]
         span = range(block * size, min((block + 1) * size, place + 1))
-        number = int((tokens[: span.start] == IMAGE_TOKEN).sum())
-        text: list[str] = []
-        for token in tokens[span.start : span.stop].tolist():
-            text.append(digit(number) if token == IMAGE_TOKEN else escape(chr(token)))
-            number += token == IMAGE_TOKEN
+        text = draw_text(
+            tokens[span.start : span.stop], int((tokens[: span.start] == IMAGE_TOKEN).sum())
+        )
         holds = " holds" if record in span else ""
         parts.append(
-            f'<div class="block{holds}"><code>{"".join(text)}</code>'
+            f'<div class="block{holds}"><code>{text}</code>'
             f"<small>block {block}; layer.group {', '.join(who)}</small></div>"
         )
+    return "".join(parts)
+
+
+def draw_text(tokens: Int[np.ndarray, " n"], number: int) -> str:
+    """Bytes as text, UTF-8 where it is whole, with pictures from this number on in their places.
+
+    >>> draw_text(np.array([*b"a<", IMAGE_TOKEN, *"’".encode()[:2]]), 4)
+    'a&lt;<svg class=digit  viewBox="0 0 8 8"><use href="#p4"/></svg>�'
+    """
+    parts: list[str] = []
+    for i, part in enumerate(np.split(tokens, np.flatnonzero(tokens == IMAGE_TOKEN))):
+        if i > 0:
+            parts.append(digit(number + i - 1))
+        prose = bytes(part[part != IMAGE_TOKEN].tolist())
+        parts.append(escape(prose.decode(errors="replace")))
     return "".join(parts)
 
 
