@@ -124,7 +124,7 @@ def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
         for a, q in zip(shown.sparse, shown.document.questions)
         if bool(a.opened[..., q.record // 16].any())
     ]
-    assert re.findall(r'<div class="block holds">.*?<small>block (\d+)', text) == held != []
+    assert re.findall(r'<div class="block holds">.*?<small>block (\d+)', text, re.S) == held != []
     assert not re.findall(r"https?:|<script|<link", text)
     assert "prefers-color-scheme: dark" in text
     page = Balanced()
