@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint docs docs-serve docs-look sanitize install bench bench-crossing clean
 demo: install
-	$(BIN)/msa demo digits --backend torch --plot digits.png
+	$(BIN)/msa demo --backend torch --html demo.html
 
 test: install
 	$(BIN)/python -m pytest
@@ -51,4 +51,4 @@ bench-crossing: install
 	touch $@
 
 clean:
-	rm -rf .venv site digits.png
+	rm -rf .venv site digits.png demo.html

@@ -16,6 +16,7 @@ MiniMax Sparse Attention from math to metal.
 commands:
   explain             a 12-token example through every form of the lowering
   verify              the equivalence proofs, rules R1-R20, on this machine's backends
+  demo                a trained model answers questions about pictures hidden in a long text
   demo digits         attention as a classifier of real images: dense, MSA, window, random
   train               a small multimodal MiniMax-M3 learns to find pictures in long documents
   convert             a Hugging Face model gains an index branch, which --warmup trains
@@ -48,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.demo import digits
 
                 return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
+            case ["demo", *rest]:
+                from msa.model import demo
+
+                return demo.run(tyro.cli(demo.DemoOptions, prog="msa demo", args=rest))
             case ["train", *rest]:
                 from msa.model import train
 

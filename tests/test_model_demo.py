@@ -1,16 +1,23 @@
-"""The model that comes with the package: it is what the documents say, and it answers."""
+"""The model that comes with the package answers, and `msa demo` shows what it read for that."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+import msa
+from msa import cli
 from msa.model.checkpoint import TRAINED, load_trained
+from msa.model.demo import DemoOptions, compute
 from msa.model.evaluate import read, unseen_documents
 from msa.model.presets import PRESETS
+from msa.model.records import world
 from msa.model.train import METRICS
 
 DOCS = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
@@ -40,3 +47,122 @@ def test_its_metrics_are_those_of_the_documents():
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="name must be tiny, got 'huge'"):
         load_trained("huge")
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return compute(DemoOptions(backend="torch", tokens=600, records=4, seed=3))
+
+
+def test_the_demo_asks_for_every_picture_of_an_unseen_document(shown):
+    document, test = shown.document, world("test")
+    assert len(document.tokens) == 600
+    for i, question in enumerate(document.questions):
+        pictures = [image.tobytes() for image in test.images]
+        assert test.labels[pictures.index(shown.picture(i).tobytes())] == question.digit
+        assert question.key in test.keys
+    assert shown.right(shown.sparse) >= 3
+    wrong = [replace(a, digit=(a.digit + 1) % 10) for a in shown.sparse]
+    assert shown.right(wrong) <= 4 - shown.right(shown.sparse)
+    assert (
+        shown.document.tokens.tolist()
+        != compute(
+            DemoOptions(backend="torch", tokens=600, records=4, seed=4)
+        ).document.tokens.tolist()
+    )
+
+
+def test_keys_and_blocks_are_those_of_the_selection(shown):
+    """Of one layer and group: its blocks are full, but for the own one (R3)."""
+    size = shown.block_size
+    for question, dense, sparse in zip(shown.document.questions, shown.dense, shown.sparse):
+        assert dense.opened is None
+        assert dense.keys == question.place + 1
+        assert sparse.opened.shape == (3, 2, -(-600 // size))
+        assert bool(sparse.opened[..., question.place // size].all())
+        assert not bool(sparse.opened[..., question.place // size + 1 :].any())
+        assert set(sparse.opened.sum(-1).flatten().tolist()) == {5}
+        assert sparse.keys == 4 * size + question.place % size + 1
+
+
+def test_watching_changes_nothing_and_shows_each_msa_layer():
+    model = load_trained("tiny", backend="torch")
+    text, seen = torch.arange(90), []
+    with torch.no_grad():
+        logits = model(text, watch=seen.append).logits
+        assert torch.equal(logits, model(text).logits)
+        assert len(seen) == 3
+        for layer in seen:
+            assert layer.selection.indices.shape == (90, 2, 5)
+            heads = msa.sparse_attention(
+                layer.q, layer.k, layer.k, layer.selection, softmax_scale=layer.softmax_scale
+            )
+            assert heads.out.shape == layer.q.shape
+        model(text, mode="dense", watch=seen.append)
+    assert len(seen) == 3
+
+
+def test_backends_open_the_same_blocks(shown):
+    other = compute(DemoOptions(backend="reference", tokens=600, records=4, seed=3))
+    for a, b in zip(shown.sparse, other.sparse):
+        assert a.digit == b.digit
+        assert torch.equal(a.opened, b.opened)
+
+
+def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
+    path = tmp_path / "deep" / "demo.html"
+    words = ["--backend", "torch", "--tokens", "600", "--records", "4", "--seed", "3"]
+    assert cli.main(["demo", *words, "--html", str(path)]) == 0
+    text, told = path.read_text(encoding="utf-8"), capsys.readouterr().out
+    opened = sum(int(a.opened.sum()) for a in shown.sparse)
+    assert len(re.findall(r'<rect class="(?:open|own)"', text)) == opened
+    assert len(re.findall(r'<rect class="own"', text)) == 4 * 6
+    read = [int(a.opened.any(0).any(0).sum()) for a in shown.sparse]
+    assert len(re.findall(r'<div class="block(?: holds)?">', text)) == sum(read)
+    held = [
+        str(q.record // 16)
+        for a, q in zip(shown.sparse, shown.document.questions)
+        if bool(a.opened[..., q.record // 16].any())
+    ]
+    assert re.findall(r'<div class="block holds">.*?<small>block (\d+)', text, re.S) == held != []
+    assert not re.findall(r"https?:|<script|<link", text)
+    assert "prefers-color-scheme: dark" in text
+    page = Balanced()
+    page.feed(text)
+    assert page.open == []
+    for question in shown.document.questions:
+        assert f"?{question.key.decode()}=" in told
+        assert f"?{question.key.decode()}=" in text
+    assert f"MSA for {shown.right(shown.sparse)}" in " ".join(told.split())
+
+
+class Balanced(HTMLParser):
+    """Every tag that is opened is closed, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "!doctype"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "40"], "length must be at least 97 for 8 records and 8 questions, got 40"),
+        (["--model", "nowhere"], "config.json must be the configuration of a model, got no such"),
+        (
+            ["--device", "cuda"],
+            "device must be cpu, for this machine has no CUDA device, got 'cuda'",
+        ),
+    ],
+)
+def test_what_cannot_be_shown_is_said(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["demo", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ tokens only. What was read before lies in a `LayerCache`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,20 @@ Mode = Literal["sparse", "dense"]
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What an MSA layer attended with, for those who watch it: heads after norms and RoPE."""
+
+    q: Float[Tensor, "Tq Hq D"]
+    k: Float[Tensor, "Tk Hkv D"]
+    softmax_scale: float
+    selection: msa.Selection
+
+
+Watch = Callable[[Seen], None]
+"""Called by each MSA layer in turn, in mode "sparse", though not in single steps of decoding."""
+
+
+@dataclass(frozen=True)
 class Call:
     """What all layers of one forward pass have to know."""
 
@@ -38,6 +53,7 @@ class Call:
     """Whether to compute the loss of the index branch (R17)."""
     backend: BackendName
     decode_backend: BackendName
+    watch: Watch | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -176,6 +192,8 @@ class Attention(nn.Module):
                 q, k, v, q_idx, k_idx, **borders,
                 config=self.config, align=call.align, backend=call.backend,
             )  # fmt: skip
+            if call.watch is not None and output.selection is not None:
+                call.watch(Seen(q, k, self._scale, output.selection))
             return output.out, output.kl
         out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
         if call.align:

@@ -299,6 +299,13 @@ def check_trained(name: str, known: list[str]) -> None:
         raise ValueError(f"name must be {' or '.join(known)}, got {name!r}")
 
 
+def check_device(device: str, has_cuda: bool) -> None:
+    """A device that is there."""
+    if device != "cpu" and not (device.startswith("cuda") and has_cuda):
+        known = "cpu or cuda" if has_cuda else "cpu, for this machine has no CUDA device"
+        raise ValueError(f"device must be {known}, got {device!r}")
+
+
 def check_weights(where: str, wanted: dict[str, Any], got: dict[str, Any]) -> None:
     """The same names, and the same shape under each; `where` says whose weights they are."""
     missing, unexpected = wanted.keys() - got.keys(), got.keys() - wanted.keys()

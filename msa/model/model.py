@@ -7,7 +7,7 @@ pictures ─ tower ┘ (in the places of image tokens)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -19,7 +19,7 @@ import msa
 from msa.checks import read_borders
 from msa.dispatch import BackendName
 from msa.model import checks
-from msa.model.attention import Attention, Call, Mode
+from msa.model.attention import Attention, Call, Mode, Watch
 from msa.model.cache import Cache, LayerCache
 from msa.model.config import ModelConfig
 from msa.model.experts import MLP, Experts, Router
@@ -110,6 +110,7 @@ class Model(nn.Module):
         slots: Sequence[int] | None = None,
         mode: Mode = "sparse",
         align: bool = False,
+        watch: Watch | None = None,
     ) -> ModelOutput:
         """Read packed tokens, new ones of each sequence.
 
@@ -122,6 +123,7 @@ class Model(nn.Module):
             slots: where in the cache each sequence lies; None: 0, 1, 2, ...
             mode: "dense" lets MSA layers attend to everything.
             align: also compute the KL of the index; in mode "dense" its warm-up form (R17).
+            watch: is shown what each MSA layer attended with, its selection among it.
 
         Raises:
             TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -129,6 +131,7 @@ class Model(nn.Module):
         checks.check_tokens(tokens, self.config.vocab_size)
         checks.check_mode(mode)
         call = self._read_call(tokens, cu_seqlens, cache, slots, mode, align)
+        call = call if watch is None else replace(call, watch=watch)
         x = self._embed(tokens, images, videos)
         kls: list[Tensor] = []
         for i, layer in enumerate(self.layers):

@@ -1,0 +1,189 @@
+"""The demo as one HTML file that needs nothing else: the blocks that were opened, and what is in
+them.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from msa.model.answers import Answer
+from msa.model.records import IMAGE_TOKEN
+
+if TYPE_CHECKING:
+    from msa.model.demo import Shown
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --ink: #1c2430; --soft: #5b6570; --line: #dfe3e8;
+  --cell: #eef1f4; --open: #0072b2; --mark: #b34700; --card: #f7f9fb; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14181d; --ink: #e8ecf0; --soft: #a0abb6;
+  --line: #333c46; --cell: #232a32; --open: #56b4e9; --mark: #ff9d5c; --card: #1b2128; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; } .soft { color: var(--soft); }
+section { border-top: 1px solid var(--line); padding: 1.2rem 0; }
+h2 { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; font-size: 1.1rem; }
+h2 .digit { width: 3rem; height: 3rem; } code { font-size: 1em; }
+.map { width: 100%; height: auto; display: block; }
+.map text { fill: var(--soft); font-size: 9px; }
+.row { fill: var(--cell); } .open { fill: var(--open); } .own { fill: var(--soft); }
+.record { fill: none; stroke: var(--mark); stroke-width: 1.5; }
+.wrong { color: var(--mark); }
+.digit { width: 1.5em; height: 1.5em; vertical-align: middle; border: 1px solid var(--line); }
+.digit rect { fill: currentColor; }
+.blocks { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: .6rem; }
+.block { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: .4rem .6rem; } .block.holds { border: 2px solid var(--mark); }
+.block code { white-space: pre-wrap; overflow-wrap: anywhere; }
+.block small { color: var(--soft); display: block; }
+"""
+CELL, LEFT, PICTURE = 7, 62, 14
+"""Of the map: pixels of a block, of the rows' names, of a picture above."""
+
+
+def draw(shown: Shown) -> str:
+    """The page."""
+    document = shown.document
+    asked = len(document.questions)
+    dense, sparse = shown.right(shown.dense), shown.right(shown.sparse)
+    keys = sum(a.keys for a in shown.sparse) / asked
+    sections = "".join(draw_question(shown, i) for i in range(asked))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What a sparse model reads</title><style>{STYLE}</style></head><body>
+<svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>
+{"".join(symbol(i, picture) for i, picture in enumerate(document.images))}</defs></svg>
+<h1>{asked} questions to a document of {len(document.tokens):,} tokens</h1>
+<p>Pictures of digits are hidden in prose, each behind a key of three letters. Dense attention reads
+everything and is right for <b>{dense} of {asked}</b>; MSA, the same weights, opens a few blocks of
+{shown.block_size} tokens, {keys:.0f} keys on average, and is right for <b>{sparse} of {asked}</b>.
+Prose, pictures and keys are none that the model was trained on.</p>
+<p class="soft">A column is a block, a row a group of heads in a layer. Blue: opened to answer.
+Grey: the question's own block, which is always read. Framed: the block with the picture asked for.
+Below each map: what the opened blocks hold.</p>
+{sections}
+<p class="soft">Method: MiniMax Sparse Attention, arXiv 2606.13392. Prose: the Python reference.
+Pictures: scikit-learn's digits (UCI, Optical Recognition of Handwritten Digits).</p>
+</body></html>
+"""
+
+
+def draw_question(shown: Shown, i: int) -> str:
+    """Answers, map and blocks of one question."""
+    question, dense, sparse = shown.document.questions[i], shown.dense[i], shown.sparse[i]
+    said = "".join(
+        f"<span class={'right' if a.digit == question.digit else 'wrong'}>{name}: {a.digit} "
+        f"{'✓' if a.digit == question.digit else '✗'} "
+        f"<span class=soft>({a.keys:,.0f} keys)</span></span>"
+        for name, a in (("dense", dense), ("MSA", sparse))
+    )
+    return (
+        f"<section><h2><code>?{escape(question.key.decode())}=</code>"
+        f"{digit(shown.picture_number(i))}<span>right: {question.digit}</span>{said}</h2>"
+        f"{draw_map(shown, i)}<div class=blocks>{draw_blocks(shown, i)}</div></section>\n"
+    )
+
+
+def draw_map(shown: Shown, i: int) -> str:
+    """Which blocks each group of each layer opened; the document's pictures above, in place."""
+    opened = opened_by(shown.sparse[i])
+    layers, groups, blocks = opened.shape
+    own, record = (place // shown.block_size for place in spots(shown, i))
+    top, width = PICTURE + 4, LEFT + blocks * CELL
+    height = top + layers * groups * (CELL + 2)
+    parts: list[str] = []
+    (places,) = np.nonzero(shown.document.tokens == IMAGE_TOKEN)
+    for number, place in enumerate(places.tolist()):
+        x = LEFT + place // shown.block_size * CELL + CELL / 2 - PICTURE / 2
+        parts.append(digit(number, f'x="{x}" y="0" width="{PICTURE}" height="{PICTURE}"'))
+    for layer in range(layers):
+        for group in range(groups):
+            y = top + (layer * groups + group) * (CELL + 2)
+            parts.append(f'<text x="0" y="{y + CELL}">layer {layer + 1}, {group + 1}</text>')
+            parts.append(
+                f'<rect class="row" x="{LEFT}" y="{y}" width="{blocks * CELL - 1}" '
+                f'height="{CELL}"/>'
+            )
+            for block in np.flatnonzero(opened[layer, group]).tolist():
+                kind = "own" if block == own else "open"
+                parts.append(
+                    f'<rect class="{kind}" x="{LEFT + block * CELL}" y="{y}" width="{CELL - 1}" '
+                    f'height="{CELL}"><title>block {block}</title></rect>'
+                )
+    parts.append(
+        f'<rect class="record" x="{LEFT + record * CELL - 1}" y="{top - 2}" width="{CELL + 1}" '
+        f'height="{height - top + 1}"/>'
+    )
+    label = f"Blocks that were opened for {shown.document.questions[i].key.decode()}"
+    return (
+        f'<svg class=map viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def draw_blocks(shown: Shown, i: int) -> str:
+    """The text and the pictures of each opened block, and who opened it."""
+    opened = opened_by(shown.sparse[i])
+    place, record = spots(shown, i)
+    size, tokens = shown.block_size, shown.document.tokens
+    parts: list[str] = []
+    for block in np.flatnonzero(opened.any((0, 1))).tolist():
+        who = [f"{a + 1}.{b + 1}" for a, b in np.argwhere(opened[:, :, block]).tolist()]
+        span = range(block * size, min((block + 1) * size, place + 1))
+        text = draw_text(
+            tokens[span.start : span.stop], int((tokens[: span.start] == IMAGE_TOKEN).sum())
+        )
+        holds = " holds" if record in span else ""
+        parts.append(
+            f'<div class="block{holds}"><code>{text}</code>'
+            f"<small>block {block}; layer.group {', '.join(who)}</small></div>"
+        )
+    return "".join(parts)
+
+
+def draw_text(tokens: Int[np.ndarray, " n"], number: int) -> str:
+    """Bytes as text, UTF-8 where it is whole, with pictures from this number on in their places.
+
+    >>> draw_text(np.array([*b"a<", IMAGE_TOKEN, *"’".encode()[:2]]), 4)
+    'a&lt;<svg class=digit  viewBox="0 0 8 8"><use href="#p4"/></svg>�'
+    """
+    parts: list[str] = []
+    for i, part in enumerate(np.split(tokens, np.flatnonzero(tokens == IMAGE_TOKEN))):
+        if i > 0:
+            parts.append(digit(number + i - 1))
+        prose = bytes(part[part != IMAGE_TOKEN].tolist())
+        parts.append(escape(prose.decode(errors="replace")))
+    return "".join(parts)
+
+
+def opened_by(answer: Answer) -> np.ndarray:
+    """[layers, groups, blocks] as an array."""
+    if answer.opened is None:
+        raise ValueError("shown.sparse must hold answers by MSA, got one by dense attention")
+    return answer.opened.numpy()
+
+
+def spots(shown: Shown, i: int) -> tuple[int, int]:
+    """The tokens at which a question is answered, and where its picture stands."""
+    question = shown.document.questions[i]
+    return question.place, question.record
+
+
+def symbol(number: int, picture: Float[np.ndarray, "8 8"]) -> str:
+    """A picture to be referred to: a square for each pixel that has ink."""
+    squares = "".join(
+        f'<rect x="{x}" y="{y}" width="1.02" height="1.02" opacity="{(1 + ink) / 2:.2f}"/>'
+        for y, row in enumerate(picture.tolist())
+        for x, ink in enumerate(row)
+        if ink > -1
+    )
+    return f'<symbol id="p{number}" viewBox="0 0 8 8">{squares}</symbol>'
+
+
+def digit(number: int, place: str = "") -> str:
+    """The picture, in a line of text or at a place of a drawing."""
+    return f'<svg class=digit {place} viewBox="0 0 8 8"><use href="#p{number}"/></svg>'
