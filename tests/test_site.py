@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -11,8 +12,20 @@ from unittest import mock
 import pytest
 import yaml
 
-from docs.hooks import bugs, census, curves, diagrams, links, measured, pictures, sources
+from docs.hooks import (
+    bugs,
+    census,
+    claims,
+    curves,
+    diagrams,
+    links,
+    little,
+    measured,
+    pictures,
+    sources,
+)
 from msa import reference
+from msa.model import evaluate
 
 DOCS = Path(__file__).parents[1] / "docs"
 CHAPTERS = sorted((DOCS / "chapters").glob("*.md"))
@@ -110,9 +123,49 @@ def test_the_files_that_results_speak_of_exist():
 def test_drawings_take_their_colours_from_the_theme():
     drawn = [curves.decode_figure(), curves.crossing_figure(), diagrams.cost_figure()]
     drawn += [pictures.step_figure(n, "") for n in (2, 3, 4, 5, 7)]
+    drawn += [
+        little.architecture_figure(),
+        little.training_figure(),
+        little.load_figure([[0.5, 0.5]]),
+    ]
     for drawing in drawn:
         assert not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{3,6}", drawing)
     assert "var(--remote)" in drawn[0] and "d-remote" in drawn[3]
+
+
+def findings(folder, **rows):
+    """A results file with a row for each command, and a run for each number of far answers."""
+    found = [
+        {"name": name, "command": command, "runs": [
+            {"seed": i, "answers": share, "near": None, "far": share, "prose": 2.0}
+            for i, share in enumerate(shares)]}
+        for name, (command, *shares) in rows.items()
+    ]  # fmt: skip
+    made = {"device": "none", "versions": {"torch": "2"}, "date": "2026-11-23", "rows": found}
+    (folder / "findings_tiny.json").write_text(json.dumps(made))
+
+
+def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
+    command = "msa train --preset tiny --kl 0 --steps 300"
+    with mock.patch("docs.hooks.measured.RESULTS", tmp_path):
+        assert claims.rows() == [] and "| not known |" in claims.table()
+        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2, 0.3))
+        far, near = claims.table().splitlines()[2:4]
+        assert far.endswith("| 25% (20–30%) | 85% (80–90%) | yes: lower |")
+        assert near.endswith("| not run | not run | not known |")
+        assert claims.commands().splitlines()[2].startswith(f"{command}    # quiet, 2 seeds")
+        assert "var(--remote)" in claims.figure() and "findings_tiny.json" in claims.figure()
+        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2, 0.85))
+        assert "| no: equal |" in claims.table().splitlines()[2]
+        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2))
+        assert "| not known |" in claims.table().splitlines()[2]
+
+
+def test_two_figures_of_one_page_keep_their_pictures_apart():
+    (document,) = evaluate.unseen_documents(100, records=2, questions=1, count=1)
+    drawn = little.document_figure(document)
+    ids, uses = (re.findall(rf'{place}"#?([\w-]+)"', drawn) for place in ("id=", "href="))
+    assert ids == uses == ["document-p0", "document-p1"]
 
 
 def test_links_to_lines_lead_to_the_definition():

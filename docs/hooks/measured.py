@@ -30,6 +30,8 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
+MODEL = ("model", "attention", "experts", "vision", "presets", "records", "trainer")
+"""The files of `msa/model` that decide what the findings are."""
 
 NUMBER = (int, float)
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
@@ -58,6 +60,11 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "steps": [{"batch": int, "context": int, "dense": dict, "bf16": STEP, "fp8 index": STEP,
                    "fp8 all": STEP}],
         "quality": dict,
+    },
+    "findings": {
+        "device": str, "versions": {"torch": str}, "date": str,
+        "rows": [{"name": str, "command": str, "runs": [{"seed": int, "answers": NUMBER,
+                  "prose": NUMBER}]}],
     },
     "crossing": {
         "device": str, "cores": int, "date": str, "case": dict, "crossing_tokens": NUMBER,
@@ -121,13 +128,15 @@ def last_change(*paths: str) -> str:
 
 
 def code_of(name: str) -> list[str]:
-    """The files whose speed a results file speaks of."""
-    kernels = KERNELS.get(name.partition("_")[0])
-    return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
+    """The files that a results file speaks of."""
+    kind = name.partition("_")[0]
+    if kind in KERNELS:
+        return [f"msa/triton_impl/{kernel}.py" for kernel in KERNELS[kind]]
+    return [f"msa/model/{part}.py" for part in MODEL] if kind == "findings" else ["msa/torch_impl"]
 
 
 def age(name: str) -> str:
-    """One paragraph: where a result comes from, and whether its kernels have changed since."""
+    """One paragraph: where a result comes from, and whether its code has changed since."""
     path = RESULTS / f"{name}.json"
     measured, changed = last_change(str(path)), last_change(*code_of(name))
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -140,8 +149,8 @@ def age(name: str) -> str:
         return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
-            "these numbers are those of the older kernels."
+            f"The code that was measured has changed since, {changed[:16].replace('T', ' ')}: "
+            "these numbers are those of the older one."
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'
