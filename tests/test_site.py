@@ -134,30 +134,30 @@ def test_drawings_take_their_colours_from_the_theme():
 
 
 def findings(folder, **rows):
-    """A results file with a row for each command, and a run for each number of far answers."""
-    found = [
-        {"name": name, "command": command, "runs": [
-            {"seed": i, "answers": share, "near": None, "far": share, "prose": 2.0}
-            for i, share in enumerate(shares)]}
-        for name, (command, *shares) in rows.items()
+    """A results file with a run for each row and each of its shares of far answers."""
+    other = dict.fromkeys(("kl", "block_recall", "score_recall", "steepest", "near"))
+    runs = [
+        {"row": row, "seed": seed, "command": f"msa train {row}", "steps": 9, "seconds": 1.0,
+         "prose": 2.0, "answers": far, "far": far, "budgets": [], "lengths": [], **other}
+        for row, shares in rows.items() for seed, far in enumerate(shares)
     ]  # fmt: skip
-    made = {"device": "none", "versions": {"torch": "2"}, "date": "2026-11-23", "rows": found}
-    (folder / "findings_tiny.json").write_text(json.dumps(made))
+    made = {"device": "none", "torch": "2", "python": "3", "date": "2026-11-23", "steps": 9}
+    text = json.dumps(made | {"documents": 1, "runs": runs})
+    (folder / "findings_tiny.json").write_text(text)
 
 
 def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
-    command = "msa train --preset tiny --kl 0 --steps 300"
     with mock.patch("docs.hooks.measured.RESULTS", tmp_path):
-        assert claims.rows() == [] and "| not known |" in claims.table()
-        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2, 0.3))
+        assert claims.rows() == {} and "| not known |" in claims.table()
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
         far, near = claims.table().splitlines()[2:4]
-        assert far.endswith("| 25% (20–30%) | 85% (80–90%) | yes: lower |")
-        assert near.endswith("| not run | not run | not known |")
-        assert claims.commands().splitlines()[2].startswith(f"{command}    # quiet, 2 seeds")
+        assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
+        assert near.endswith("| no-kl: not run | base: not run | not known |")
+        assert claims.commands().splitlines()[2] == "msa train no-kl    # no-kl, 2 seeds"
         assert "var(--remote)" in claims.figure() and "findings_tiny.json" in claims.figure()
-        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2, 0.85))
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.85)})
         assert "| no: equal |" in claims.table().splitlines()[2]
-        findings(tmp_path, base=("msa train", 0.8, 0.9), quiet=(command, 0.2))
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2,)})
         assert "| not known |" in claims.table().splitlines()[2]
 
 
