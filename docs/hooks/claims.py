@@ -108,14 +108,7 @@ def table() -> str:
     """The claims, each with what the small world says to it."""
     found = rows()
     lines = [(claim.words, claim.where, claim.measure, *verdict(claim, found)) for claim in CLAIMS]
-    columns = (
-        "the paper",
-        "appendix",
-        "measure",
-        "with it",
-        "beside",
-        "does the small world agree?",
-    )
+    columns = "the paper", "where", "measure", "row", "beside", "does the small world agree?"
     return markdown(columns, lines)
 
 
