@@ -30,8 +30,8 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
-MODEL = ("model", "attention", "experts", "vision", "presets", "records", "trainer")
-"""The files of `msa/model` that decide what the findings are."""
+MODEL = ("model", "attention", "experts", "vision", "trainer", "presets", "records")
+"""The files of `msa/model` that decide what a training finds."""
 
 NUMBER = (int, float)
 SHARE = (int, float, type(None))
@@ -131,15 +131,16 @@ def last_change(*paths: str) -> str:
 
 
 def code_of(name: str) -> list[str]:
-    """The files that a results file speaks of."""
+    """The files whose speed a results file speaks of."""
     kind = name.partition("_")[0]
-    if kind in KERNELS:
-        return [f"msa/triton_impl/{kernel}.py" for kernel in KERNELS[kind]]
-    return [f"msa/model/{part}.py" for part in MODEL] if kind == "findings" else ["msa/torch_impl"]
+    if kind == "findings":
+        return [f"msa/model/{part}.py" for part in MODEL]
+    kernels = KERNELS.get(kind)
+    return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
 
 def age(name: str) -> str:
-    """One paragraph: where a result comes from, and whether its code has changed since."""
+    """One paragraph: where a result comes from, and whether its kernels have changed since."""
     path = RESULTS / f"{name}.json"
     measured, changed = last_change(str(path)), last_change(*code_of(name))
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
@@ -152,8 +153,8 @@ def age(name: str) -> str:
         return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"The code that was measured has changed since, {changed[:16].replace('T', ' ')}: "
-            "these numbers are those of the older one."
+            f"Its code has changed since, {changed[:16].replace('T', ' ')}: "
+            "these numbers are those of the older code."
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'
