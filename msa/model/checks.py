@@ -85,6 +85,7 @@ def check_model_config(config: ModelConfig) -> None:
         _check_positive(name, getattr(config, name))
     checks.check_type("msa", config.msa, MSAConfig)
     checks.check_flag("tied_head", config.tied_head)
+    checks.check_flag("index_gradient", config.index_gradient)
     for name in ("image_token", "video_token"):
         token = getattr(config, name)
         if token is not None:
@@ -263,6 +264,13 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
     checks.check_scale("minutes", options.minutes)
     if options.steps is not None and options.minutes is not None:
         raise ValueError(f"minutes must be None where steps are given, got {options.minutes}")
+    if options.attention not in (None, "msa", "dense", "window"):
+        raise ValueError(f"attention must be msa, dense or window, got {options.attention!r}")
+    if options.attention == "window" and options.local_blocks is not None:
+        raise ValueError(
+            "local_blocks must be None where attention is window, which sets them, "
+            f"got {options.local_blocks}"
+        )
     for name, most in (("warm_up", 1.0), ("kl", math.inf)):
         share = getattr(options, name)
         if share is not None and not 0 <= share <= most:
