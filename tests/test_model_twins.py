@@ -11,8 +11,11 @@ from test_model import make, words
 from test_model_train import MICRO, metrics
 
 import msa
+from msa import cli
 from msa.model import checkpoint, plain, train
 from msa.model.attention import Mode, attend_densely
+from msa.model.convert import convert
+from msa.model.presets import PRESETS
 from msa.model.train import TrainOptions, read_preset
 from msa.model.trainer import Trainer
 
@@ -185,3 +188,70 @@ def test_a_run_begins_with_the_weights_and_sizes_of_a_folder(tmp_path):
         train.train(TrainOptions(out=tmp_path / "third", start=first, attention="dense"))
     with pytest.raises(ValueError, match=r"config\.json must be the configuration of a model"):
         train.train(TrainOptions(out=tmp_path / "third", start=tmp_path / "nowhere"))
+
+
+# -- conversion (MSA-CPT) -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense twin that was trained for two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "HELD_OUT", 2)
+        patch.setitem(PRESETS, "tiny", MICRO)
+        out = tmp_path_factory.mktemp("dense")
+        return train.train(TrainOptions(out=out, attention="dense", steps=2))
+
+
+def test_a_converted_model_is_the_dense_one_until_it_selects(dense, tmp_path, capsys):
+    """R11; weights as they were, and the index drawn by the seed."""
+    out = str(tmp_path / "out")
+    assert cli.main(["convert", str(dense), "--out", out, "--top-k", "6"]) == 0
+    assert f"lies in {out}" in capsys.readouterr().out
+    old, new = checkpoint.load(dense), checkpoint.load(out)
+    assert new.config == replace(
+        old.config, attention=("msa",) * 2, msa=msa.MSAConfig(block_size=16, top_k=6)
+    )
+    weights = old.state_dict()
+    fresh = {n for n, w in new.state_dict().items() if n not in weights}
+    assert all(torch.equal(w, new.state_dict()[n]) for n, w in weights.items())
+    assert len(fresh) == 8 and all(".index." in name for name in fresh)
+    text = words(96)
+    wanted = old(text).logits
+    torch.testing.assert_close(new(text).logits, wanted, rtol=0, atol=1e-5)
+    fewer = convert(old, msa.MSAConfig(block_size=16, top_k=2), seed=0)
+    assert (fewer(text).logits - wanted).abs().max() > 1e-3
+    drawn = fewer.layers[0].attention.index.q.weight
+    assert torch.equal(drawn, new.layers[0].attention.index.q.weight)
+    other = convert(old, fewer.config.msa, seed=1).layers[0].attention.index.q.weight
+    assert not torch.equal(drawn, other)
+
+
+def test_the_loss_of_a_converted_model_reaches_the_fresh_projections_alone(dense):
+    old = checkpoint.load(dense)
+    new = convert(old, old.config.msa)
+    for mode in ("dense", "sparse"):
+        new.zero_grad(set_to_none=True)
+        new(words(96), mode=mode, align=True).kl.backward()
+        reached = {n for n, w in new.named_parameters() if w.grad is not None and w.grad.any()}
+        assert reached == {n for n in new.state_dict() if n not in old.state_dict()}
+
+
+def test_a_converted_model_is_trained_on(dense, tmp_path):
+    """The warm-up first, then sparse; it begins with the dense twin's weights, at its loss."""
+    out = tmp_path / "out"
+    assert cli.main(["convert", str(dense), "--out", str(out)]) == 0
+    options = TrainOptions(out=tmp_path / "cpt", start=out, steps=3, warm_up=0.3)
+    train.train(options)
+    assert [line["mode"] for line in metrics(options.out)] == ["dense", "sparse", "sparse"]
+    first = Trainer(read_preset(TrainOptions(attention="dense")), 0, dense)
+    batch = first.batch(0)
+    wanted = first.losses(batch, "dense").language.item()
+    assert metrics(options.out)[0]["language"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_what_cannot_be_converted_is_named(dense, tmp_path, capsys):
+    model = make(MICRO.model)
+    with pytest.raises(ValueError, match="attention must have a dense layer to convert, got"):
+        convert(model, model.config.msa)
+    assert cli.main(["convert", str(tmp_path / "no"), "--out", str(tmp_path / "out")]) == 2
+    assert "msa: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -300,6 +300,12 @@ def read_vision(config: ModelConfig) -> VisionConfig:
     return config.vision
 
 
+def check_has_dense(config: ModelConfig) -> None:
+    """A layer that can be given an index."""
+    if "dense" not in config.attention:
+        raise ValueError(f"attention must have a dense layer to convert, got {config.attention}")
+
+
 # -- weights --------------------------------------------------------------------------------------
 def check_trained(name: str, known: list[str]) -> None:
     """A model that comes with the package."""

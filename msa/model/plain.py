@@ -36,3 +36,14 @@ def read(cls: type[Options], prog: str, arguments: list[str] | None = None) -> O
         parser.add_argument(f"--{field.name.replace('_', '-')}", **how)
     found = vars(parser.parse_args(arguments))
     return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in found.items()})
+
+
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the named options that were set.
+
+    >>> from msa.model.train import TrainOptions
+    >>> given(TrainOptions(steps=5), "steps", "kl")
+    {'steps': 5}
+    """
+    told = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in told.items() if value is not None}

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from msa.dispatch import BackendName
 from msa.model import checks, plain
 from msa.model.config import ModelConfig
+from msa.model.plain import given
 from msa.model.presets import PRESETS, Preset, PresetName
 
 METRICS = "metrics.jsonl"
@@ -175,12 +176,6 @@ def read_model(options: TrainOptions, model: ModelConfig) -> ModelConfig:
     if options.attention == "window":
         msa = replace(msa, local_blocks=msa.top_k - msa.sink_blocks)
     return replace(model, attention=kinds, msa=msa, index_gradient=options.index_gradient)
-
-
-def given(options: TrainOptions, *names: str) -> dict[str, Any]:
-    """Those of the options that were set."""
-    told = {name: getattr(options, name) for name in names}
-    return {name: value for name, value in told.items() if value is not None}
 
 
 def metrics_until(path: Path, step: int) -> Path:
