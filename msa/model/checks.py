@@ -11,10 +11,13 @@ from msa import checks
 from msa.config import MSAConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from msa.ir import Sequences
     from msa.model.config import ModelConfig, VisionConfig
+    from msa.model.findings import RunOptions
     from msa.model.generate import Sampling
     from msa.model.train import TrainOptions
 
@@ -304,6 +307,31 @@ def check_has_dense(config: ModelConfig) -> None:
     """A layer that can be given an index."""
     if "dense" not in config.attention:
         raise ValueError(f"attention must have a dense layer to convert, got {config.attention}")
+
+
+def check_findings(options: RunOptions, known: Iterable[str]) -> None:
+    """Rows that there are, seeds, and at least one of everything else."""
+    for row in options.rows:
+        if row not in known:
+            raise ValueError(f"rows must be of {', '.join(known)}, got {row!r}")
+    for seed in options.seeds:
+        checks.check_count("seeds", seed, 0)
+    for name in ("workers", "steps", "documents"):
+        checks.check_count(name, getattr(options, name), 1)
+    checks.check_scale("minutes", options.minutes)
+
+
+def check_same_findings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
+    """Runs of one file are told the same things."""
+    for name, value in own.items():
+        if found[name] != value:
+            raise ValueError(f"{where} must be of {name} {value}, got {found[name]}")
+
+
+def check_file(name: str, path: Path) -> None:
+    """A file that is there."""
+    if not path.is_file():
+        raise ValueError(f"{name} must be a file, got {path}")
 
 
 # -- weights --------------------------------------------------------------------------------------
