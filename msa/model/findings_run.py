@@ -56,7 +56,7 @@ class Job:
 
     @property
     def cost(self) -> float:
-        """About how long it takes: a sparse step is twice a dense one, longer documents 200 more."""
+        """About how long it takes: a sparse step is two dense ones, longer documents are 200."""
         plans = [row.options(self.options.steps, self.seed, Path()) for row in self.rows]
         schedules = [read_preset(plan).schedule for plan in plans]
         longer = sum(200 for row in self.rows if row.name in dict(LINES))
