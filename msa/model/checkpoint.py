@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -23,8 +24,10 @@ TRAINED = Path(__file__).parent / "trained"
 """The models that come with the package, each in a folder that `msa train` wrote."""
 
 
-def save(model: Model, folder: Path | str) -> None:
+def save(model: Model, folder: Path | str, half: bool = False) -> None:
     """Write both files; each is whole or as it was before, also if the power fails.
+
+    With half, weights are rounded to bfloat16: as a model that computes in it reads them anyway.
 
     >>> import tempfile
     >>> from msa.model.presets import PRESETS
@@ -38,6 +41,8 @@ def save(model: Model, folder: Path | str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().contiguous() for name, weight in model.state_dict().items()}
+    if half:
+        weights = {n: w.bfloat16() if w.is_floating_point() else w for n, w in weights.items()}
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     write(folder / CONFIG, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: save_file(weights, path))
@@ -48,7 +53,6 @@ def load(
     *,
     device: torch.device | str = "cpu",
     backend: BackendName = "auto",
-    decode_backend: BackendName | None = None,
 ) -> Model:
     """The model that `save` wrote, in evaluation mode.
 
@@ -57,10 +61,8 @@ def load(
             missing, not known or of another shape, each by its name.
     """
     folder = Path(folder)
-    model = Model(read_config(folder), backend=backend, decode_backend=decode_backend)
-    weights = read_weights(folder / WEIGHTS)
-    checks.check_weights(str(folder / WEIGHTS), model.state_dict(), weights)
-    model.load_state_dict(weights)
+    model = Model(read_config(folder), backend=backend)
+    load_weights(model, folder)
     return model.to(device).eval()
 
 
@@ -89,6 +91,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path} must be the configuration of a model, got no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must be the configuration of a model: {error}") from error
+
+
+def load_weights(model: Model, folder: Path) -> str:
+    """Give a model the weights that lie there; returns the SHA-256 of their file."""
+    path = folder / WEIGHTS
+    weights = read_weights(path)
+    checks.check_weights(str(path), model.state_dict(), weights)
+    model.load_state_dict(weights)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
