@@ -15,6 +15,7 @@ from matplotlib import pyplot
 from benchmarks.figures import BLUE, INK, MUTED, STYLE
 from docs.hooks import measured
 from docs.hooks.curves import table as markdown
+from msa.model.findings import ROWS
 
 NAME, PRESET = "findings_tiny", "base"
 Relation = Literal["lower", "equal", "higher"]
@@ -39,7 +40,8 @@ class Claim:
 
 CLAIMS = (
     Claim("Without the KL the index does not find what is far", "B.2", "no-kl", "far", ("lower",)),
-    Claim("…while what is near is read as well", "B.2", "no-kl", "near", ("equal",)),
+    Claim("…while what is near is found as well", "B.2", "no-kl", "near", ("equal",)),
+    Claim("…and prose, whose help is near, is read as well", "B.2", "no-kl", "prose", ("equal",)),
     Claim("Without the stop-gradient the KL costs language", "B.3", "gradient", "prose", ("higher",)),
     Claim("…also where it weighs ten times as much", "B.3", "gradient-10", "prose", ("higher",), "kl-10"),
     Claim("Without a warm-up of the index less is found", "B.4", "no-warm-up", "answers", ("lower",)),
@@ -56,12 +58,10 @@ CLAIMS = (
 
 
 def rows() -> dict[str, list[Run]]:
-    """The runs of each row; nothing while there is no file."""
-    found: dict[str, list[Run]] = {}
-    if (measured.RESULTS / f"{NAME}.json").exists():
-        for run in measured.read(NAME)["runs"]:
-            found.setdefault(run["row"], []).append(run)
-    return found
+    """The runs of each row that was run, in the order in which `msa findings` shows them."""
+    runs = measured.read(NAME)["runs"]
+    found = {row: [run for run in runs if run["row"] == row] for row in ROWS}
+    return {row: own for row, own in found.items() if own}
 
 
 def values(runs: list[Run], measure: str) -> list[float]:
@@ -113,24 +113,22 @@ def table() -> str:
 
 
 def commands() -> str:
-    """The command of each row's first run, and how many seeds it was run with."""
-    lines = [f"{runs[0]['command']}    # {row}, {len(runs)} seeds" for row, runs in rows().items()]
-    return "```console\n" + "\n".join(lines) + "\n```" if lines else ""
+    """Each row by its title, with the command of its first run."""
+    lines = [f"# {ROWS[row].title}\n{runs[0]['command']}" for row, runs in rows().items()]
+    return "```console\n" + "\n".join(lines) + "\n```"
 
 
 def figure() -> str:
     """A dot for each run: how many of the far pictures it finds."""
     found = [(row, values(runs, "far")) for row, runs in rows().items()]
-    found = sorted(((row, far) for row, far in found if far), key=lambda pair: mean(pair[1]))
-    if not found:
-        return ""
+    found.sort(key=lambda pair: mean(pair[1]))
     with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
         size = (8, 0.7 + 0.26 * len(found))
         drawn, axis = pyplot.subplots(figsize=size, layout="constrained")
         for y, (row, far) in enumerate(found):
             axis.plot(far, [y] * len(far), "o", color=INK if row == PRESET else BLUE, alpha=0.8)
         axis.axvline(0.1, color=MUTED, lw=0.8, ls=(0, (4, 3)))
-        axis.set_yticks(range(len(found)), [row for row, _ in found])
+        axis.set_yticks(range(len(found)), [ROWS[row].title for row, _ in found])
         axis.set_xlim(-0.02, 1.02)
         axis.grid(axis="y", visible=False)
         axis.set_title("Far pictures found, a dot for each seed", loc="left", fontweight="bold")
@@ -139,5 +137,5 @@ def figure() -> str:
             f"Dashed: guessing. Black: the preset as it is. {len(made['runs'])} runs of "
             f"{made['steps']} steps, each read on {made['documents']} unseen documents."
         )
-        alt = f"{len(found)} rows of dots, {found[-1][0]} farthest to the right"
+        alt = f"{len(found)} rows of dots, farthest to the right: {ROWS[found[-1][0]].title}"
         return measured.inline(drawn, "findings", caption, alt) + measured.age(NAME)

@@ -16,7 +16,7 @@ from msa.model import page
 from msa.model.checkpoint import TRAINED
 from msa.model.config import ModelConfig, VisionConfig
 from msa.model.demo import Shown
-from msa.model.presets import PRESETS
+from msa.model.presets import PRESETS, PresetName
 from msa.model.records import IMAGE_TOKEN, Document
 from msa.model.train import METRICS
 
@@ -146,9 +146,9 @@ def load_figure(shares: list[list[float]]) -> str:
         return inline(figure, "load", caption, "four lines that meet at a quarter")
 
 
-def training_figure() -> str:
-    """The shipped run, from its own metrics: losses at each step, answers at each test."""
-    path = TRAINED / "tiny" / METRICS
+def training_figure(name: PresetName, caption: str) -> str:
+    """The run that made a shipped model, from its metrics: losses by step, answers by test."""
+    path = TRAINED / name / METRICS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     border = sum(line["mode"] == "dense" for line in lines)
     tests = [(line["step"] + 1, line["test"]) for line in lines if "test" in line]
@@ -170,12 +170,8 @@ def training_figure() -> str:
             axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
             axis.axvline(border, color=MUTED, lw=0.8, ls=(0, (4, 3)))
             axis.set_xlabel("step")
-        caption = (
-            "The run that made the shipped model, one seed. Dashed: attention becomes sparse. The "
-            "losses are those of each step's own documents, of four lengths; the answers are to "
-            f"128 questions in unseen documents. Drawn from {path.parent.name}/{path.name}."
-        )
-        return inline(figure, "training", caption, "losses fall, right answers rise to nearly all")
+        words = f"{caption} Dashed: attention becomes sparse. Drawn from {name}/{path.name}."
+        return inline(figure, f"training-{name}", words, "losses fall, right answers rise")
 
 
 def with_pictures(html: str, document: Document, name: str) -> str:
