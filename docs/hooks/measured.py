@@ -32,6 +32,7 @@ KERNELS = {
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
 
 NUMBER = (int, float)
+SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
@@ -62,6 +63,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "crossing": {
         "device": str, "cores": int, "date": str, "case": dict, "crossing_tokens": NUMBER,
         "seconds": dict,
+    },
+    "findings": {
+        "device": str, "torch": str, "python": str, "date": str, "steps": int, "documents": int,
+        "runs": [{"row": str, "seed": int, "command": str, "steps": int, "seconds": NUMBER,
+                  "prose": SHARE, "answers": SHARE, "near": SHARE, "far": SHARE, "kl": SHARE,
+                  "block_recall": SHARE, "score_recall": SHARE, "steepest": SHARE,
+                  "budgets": list, "lengths": list}],
     },
 }  # fmt: skip
 """What each kind of results file must hold: more may stand beside it, less may not."""

@@ -157,7 +157,7 @@ def run(options: FindingsOptions) -> int:
 
 
 # -- what came of it ------------------------------------------------------------------------------
-def told(values: Sequence[float | None], factor: float = 1, decimals: int = 1) -> str:
+def told(values: Sequence[float | None], factor: int = 1, decimals: int = 1) -> str:
     """The mean over seeds and their standard deviation; a dash if a run has no such number.
 
     >>> told([0.5], 100), told([0.5, 0.7], 100), told([0.5, None]), told([])
