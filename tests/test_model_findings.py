@@ -256,3 +256,8 @@ def test_lines_of_the_figure_are_told_apart():
         ("512", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
         ("1,024", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
     ]
+
+
+def test_the_figure_of_the_site_is_that_of_the_results(tmp_path):
+    (path,) = plots.draw(findings.SHIPPED, tmp_path)
+    assert path.read_text() == (ROOT / "docs" / path.name).read_text()

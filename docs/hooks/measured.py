@@ -30,6 +30,8 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
+MODEL = ("model", "attention", "experts", "vision", "trainer", "presets", "records")
+"""The files of `msa/model` that decide what a training finds."""
 
 NUMBER = (int, float)
 SHARE = (int, float, type(None))
@@ -130,7 +132,10 @@ def last_change(*paths: str) -> str:
 
 def code_of(name: str) -> list[str]:
     """The files whose speed a results file speaks of."""
-    kernels = KERNELS.get(name.partition("_")[0])
+    kind = name.partition("_")[0]
+    if kind == "findings":
+        return [f"msa/model/{part}.py" for part in MODEL]
+    kernels = KERNELS.get(kind)
     return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
 
@@ -148,8 +153,8 @@ def age(name: str) -> str:
         return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
-            "these numbers are those of the older kernels."
+            f"Its code has changed since, {changed[:16].replace('T', ' ')}: "
+            "these numbers are those of the older code."
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'
