@@ -101,7 +101,7 @@ class FindingsOptions:
     """Show the findings of the tiny model: a table, each row with its command."""
 
     results: Path | None = None
-    """What `msa findings run` wrote; None: benchmarks/results/findings_tiny.json of the checkout."""
+    """What `msa findings run` wrote; None: findings_tiny.json in benchmarks/results."""
     plots: Path | None = None
     """A folder to draw the figure in."""
 
