@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from hypothesis.strategies import SearchStrategy
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
 
 from msa.conformance import strategies
 from msa.conformance.backends import Domain, Subject
@@ -20,6 +23,7 @@ from msa.ir import Array
 
 FINITE = Want(planted=False)
 finite = partial(strategies.cases, want=FINITE)
+LONGER = Want(batch=(1, 2), tokens=48)
 
 
 def forced_of(case: Case, i: int) -> tuple[range, set[int]]:
@@ -48,20 +52,25 @@ def require_best(case: Case, ids: Array) -> Measure:
     return AGREES
 
 
-def without_infinities(fill: Fill) -> Fill:
-    """The same with NaN alone planted."""
-    return replace(fill, planted=tuple(p for p in fill.planted if np.isnan(p[1])))
+def without(fill: Fill, unwanted: Callable[[float], bool]) -> Fill:
+    """The same with some of the planted numbers left out."""
+    return replace(fill, planted=tuple(p for p in fill.planted if not unwanted(p[1])))
 
 
-def with_nan(domain: Domain) -> SearchStrategy[Case]:
-    """NaN in the index branch, but no infinities, and one place at least that is free."""
+@st.composite
+def contested(draw: DrawFn, domain: Domain, unwanted: Callable[[float], bool]) -> Case:
+    """One free place beside the forced ones, and blocks that compete for it."""
+    case = draw(strategies.cases(domain, LONGER))
+    return replace(
+        case,
+        config=replace(case.config, top_k=case.config.forced_blocks + 1),
+        q_idx=without(case.q_idx, unwanted),
+        k_idx=without(case.k_idx, unwanted),
+    )
 
-    def clean(case: Case) -> Case:
-        config = replace(case.config, top_k=case.config.forced_blocks + 1)
-        q_idx, k_idx = without_infinities(case.q_idx), without_infinities(case.k_idx)
-        return replace(case, config=config, q_idx=q_idx, k_idx=k_idx)
 
-    return strategies.cases(domain).map(clean)
+with_nan = partial(contested, unwanted=math.isinf)
+numbers = partial(contested, unwanted=lambda number: not math.isfinite(number))
 
 
 @holds_for(with_nan, needs=("select_fused",))
@@ -70,7 +79,7 @@ def r4_a_nan_score_is_never_preferred(subject: Subject, case: Case) -> Measure:
     return require_best(case, select_fused(subject, case.inputs).indices)
 
 
-@holds_for(finite, needs=("select_fused",))
+@holds_for(numbers, needs=("select_fused",))
 def r5_the_best_token_decides(subject: Subject, case: Case) -> Measure:
     """A block is chosen by the highest score of its visible tokens."""
     return require_best(case, select_fused(subject, case.inputs).indices)

@@ -45,10 +45,11 @@ def seeds(domain: Domain) -> tuple[Seed, ...]:
         groups, group = more.pop("groups", 1), more.pop("group", 1)
         borders = more.pop("sequences", Sequences.one(n_q, n_k))
         first = tuple((place * dim, 1.0) for place in range(borders.total_q * groups))
-        normal = {name: Fill("normal", seed) for seed, name in enumerate("qkv")}
+        filled: dict[str, Any] = {name: Fill("normal", s) for s, name in enumerate("qkv")}
+        filled |= {"q_idx": Fill(planted=first), "picks": Picks("full")} | more
         return Case(
             MSAConfig(block, top_k), borders, groups, group, (dim, dim, dim), domain.dtypes[0],
-            **(normal | {"q_idx": Fill(planted=first)} | more),
+            **filled,
         )  # fmt: skip
 
     def scores(*per_block: float, token: int = 0) -> Fill:
@@ -79,13 +80,13 @@ def seeds(domain: Domain) -> tuple[Seed, ...]:
             case(1, five, 4, k_idx=scores(1, 2, 4, 3)),
             ("r8_a_selection_is_canonical",),
         ),
-        Seed("index order", case(three, three, picks=Picks("full")), READ),
-        Seed("-1 dereferenced", case(three, three, 3, picks=Picks("full")), READ),
+        Seed("index order", case(three, three), READ),
+        Seed("-1 dereferenced", case(three, three, 3), READ),
         Seed("layout aliasing", case(2, three, groups=2, q_idx=opposite, k_idx=both), CHOOSE),
         Seed("layout aliasing", case(2, three, groups=2, group=2), READ),
         Seed("stale lengths", case(3 * block + 1, five, k_idx=scores(2, 1, 3, 4, 5)), CHOOSE),
-        Seed("stale lengths", case(1, three, picks=Picks("full")), READ),
-        Seed("tail-block garbage", case(0, 0, sequences=two_texts, picks=Picks("full")), READ),
+        Seed("stale lengths", case(1, three), READ),
+        Seed("tail-block garbage", case(0, 0, sequences=two_texts), READ),
         Seed(
             "left padding",
             case(1, three, k_idx=scores(1, 2), chunk_size=1),

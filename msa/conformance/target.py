@@ -145,9 +145,8 @@ def first_call(shown: Shown, kind: Kind, plain: Subject) -> frozenset[str]:
     """Call the function on three blocks of ordinary numbers; which of "lse" and "ids" it gives."""
     domain = plain.domain
     block, dim = min(domain.block_sizes or (16,)), min(domain.dims or (16,))
-    fills = {
-        name: Fill("normal", seed) for seed, name in enumerate(("q", "k", "v", "q_idx", "k_idx"))
-    }
+    names = ("q", "k", "v", "q_idx", "k_idx")
+    fills: dict[str, Any] = {name: Fill("normal", seed) for seed, name in enumerate(names)}
     case = Case(
         MSAConfig(block, 2), Sequences.one(2 * block + 1, 2 * block + 1), 2, 2, (dim, dim, dim),
         domain.dtypes[0], **fills,

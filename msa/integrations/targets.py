@@ -18,6 +18,7 @@ tensor([2, 1])
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +65,11 @@ def transformers_select(
 ) -> Tensor:
     """The indexer's block_indices; it is never shown the mask, here as in the model."""
     batch, heads, n_q, dim = q_idx.shape
-    indexer = indexer_of(heads, dim, block_size, topk_blocks, local_blocks)
+    indexer: Any = indexer_of(heads, dim, block_size, topk_blocks, local_blocks)
     indexer.q_proj = Given(q_idx.transpose(1, 2))
     indexer.k_proj = Given(k_idx[:, 0, :n_q])  # the rest, and these again, come from the cache
     indexer.q_norm = indexer.k_norm = nn.Identity()
-    cache = SimpleNamespace(layers=[SimpleNamespace(update_index=lambda new: k_idx)])
+    cache: Any = SimpleNamespace(layers=[SimpleNamespace(update_index=Given(k_idx))])
     still = (torch.ones_like(q_idx[:, 0]), torch.zeros_like(q_idx[:, 0]))  # cos, sin
     return indexer(q_idx.new_zeros(batch, n_q, 1), still, cache, position_ids)
 
@@ -90,5 +91,5 @@ def transformers_sparse_attention(
     mask = indexer.build_block_mask(
         block_indices, None, key.shape[2], query.dtype, query.device, position_ids
     )
-    module = SimpleNamespace(num_key_value_groups=heads // groups, training=False)
+    module: Any = SimpleNamespace(num_key_value_groups=heads // groups, training=False)
     return eager_attention_forward(module, query, key, value, mask, scaling)[0]
