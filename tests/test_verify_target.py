@@ -20,8 +20,10 @@ from msa.integrations import layouts
 EVERY = {f"R{n}" for n in range(1, 21)}
 SELECTION = {"R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R19"}
 ATTENTION = {"R1", "R2", "R3", "R9", "R10", "R11", "R12", "R19"}
+RULES_OF = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
 HERE = "msa.conformance.targets"
-THERE = "msa.integrations.targets"
+TRULES_OF = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
+HERE = "msa.integrations.targets"
 
 
 def tried(function, examples=3, rules=(), **options):
@@ -40,19 +42,18 @@ def verdicts(results):
 
 
 # -- the project's own ----------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("reference", {}), ("torch", {"tensors": "cpu"}),
-     ("triton", {"tensors": "cpu", "block_sizes": (16,), "dtypes": ("float32",)})],
-)  # fmt: skip
-@pytest.mark.parametrize("kind", ["select", "sparse_attention", "attention"])
-def test_own_backends_hold(name, options, kind):
-    if name == "triton" and torch.cuda.is_available():
-        options = options | {"tensors": "cuda"}
-    examples = 1 if name == "triton" else 4
-    results = tried(f"{HERE}:{name}_{kind}", examples, kind=kind, **options)
-    held = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
-    assert verdicts(results) == (held[kind], set()), [r.error for r in results if not r.passed]
+KERNELS = {"tensors": "cuda" if torch.cuda.is_available() else "cpu", "block_sizes": (16,)}
+OWN = [
+    *((f"reference_{kind}", kind, {}) for kind in RULES_OF),
+    *((f"torch_{kind}", kind, {"tensors": "cpu"}) for kind in RULES_OF),
+    ("triton_attention", "attention", KERNELS),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "options"), OWN, ids=[name for name, _, _ in OWN])
+def test_own_backends_hold(name, kind, options):
+    results = tried(f"{HERE}:{name}", 2, kind=kind, **options)
+    assert verdicts(results) == (RULES_OF[kind], set()), [r.error for r in results if r.error]
 
 
 # -- transformers ---------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from msa.conformance.cases import Case, Fill
 from msa.conformance.conventions import CONVENTIONS, Convention, Kind
 from msa.conformance.messages import BadTarget, check_choice, failed_call
 from msa.conformance.properties import Property
-from msa.conformance.tolerances import PRECISIONS
+from msa.conformance.tolerances import HOPPER, PRECISIONS
 from msa.dispatch import load_backend
 from msa.integrations import arrays
 from msa.ir import Array, Output, Selection, Sequences
@@ -101,7 +101,7 @@ def make_target(function: Function, options: TargetOptions, name: str = "target"
     kind: Literal["numpy", "torch"] = "numpy" if tensors == "numpy" else "torch"
     base: Any = REFERENCE if kind == "numpy" else load_backend("torch")
     device = "cpu" if kind == "numpy" else tensors
-    plain = Subject(name, base, kind, domain_of(convention, options), device)
+    plain = Subject(name, base, kind, domain_of(convention, options, tensors), device)
     shown = Shown(call.adapter(function), base)
     try:
         gives = first_call(shown, options.kind, plain)
@@ -118,13 +118,14 @@ def make_target(function: Function, options: TargetOptions, name: str = "target"
     return Target(subject(in_order), subject(lambda ids: ids), RULES[options.kind])
 
 
-def domain_of(convention: Convention, options: TargetOptions) -> Domain:
+def domain_of(convention: Convention, options: TargetOptions, tensors: str) -> Domain:
     """What may be drawn."""
     return Domain(
         dtypes=options.dtypes,
         block_sizes=options.block_sizes or None,
         dims=options.head_sizes or None,
         options=OPTIONS & {"left_padding"} if convention.left_padding else frozenset(),
+        units=HOPPER if tensors == "cuda" else None,
         sinks=convention.sinks,
         more_local=convention.more_local,
         full_rows=convention.full_rows,
