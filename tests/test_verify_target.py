@@ -22,8 +22,7 @@ SELECTION = {"R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R19"}
 ATTENTION = {"R1", "R2", "R3", "R9", "R10", "R11", "R12", "R19"}
 RULES_OF = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
 HERE = "msa.conformance.targets"
-TRULES_OF = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
-HERE = "msa.integrations.targets"
+THERE = "msa.integrations.targets"
 
 
 def tried(function, examples=3, rules=(), **options):

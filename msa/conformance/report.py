@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import numpy as np
 from hypothesis import Phase, settings
 from rich.console import Console
 from rich.markup import escape
@@ -107,7 +108,8 @@ def verify_target(
     for rule in dict.fromkeys(p.rule for p in chosen_properties(rules)):
         asked = target.asked(chosen_properties((rule,)))
         subject = target.tried_for(rule)
-        results += [try_one(p, subject, examples, on_example) for p in asked]
+        with np.errstate(all="ignore"):  # what it makes of NaN is judged, not warned of
+            results += [try_one(p, subject, examples, on_example) for p in asked]
         if not asked:
             results.append(Result(rule, rule, RULES[rule], subject.label, claimed=False))
     return results

@@ -62,12 +62,18 @@ def seeds(domain: Domain) -> tuple[Seed, ...]:
     two_texts = Sequences((0, block + 1, 2 * block + 2), (0, block + 1, 2 * block + 2))
     for_one, for_the_other = scores(1, 2), scores(-2, -1, token=1)
     both = Fill(planted=for_one.planted + for_the_other.planted)
+    poisoned = Fill(planted=scores(NAN, 1).planted + scores(2, token=1).planted)
     opposite = Fill(planted=tuple((place * dim, (-1.0) ** place) for place in range(4)))
     return (
         Seed("tied scores", case(1, five + 4 * block, 4), CHOOSE),
         Seed(
             "NaN scores",
             case(1, three, k_idx=scores(NAN, 1)),
+            ("r4_a_nan_score_is_never_preferred",),
+        ),
+        Seed(
+            "NaN scores",
+            case(1, three, k_idx=poisoned),
             ("r4_a_nan_score_is_never_preferred",),
         ),
         Seed(
