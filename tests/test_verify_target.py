@@ -41,11 +41,9 @@ def verdicts(results):
 
 
 # -- the project's own ----------------------------------------------------------------------------
-KERNELS = {"tensors": "cuda" if torch.cuda.is_available() else "cpu", "block_sizes": (16,)}
 OWN = [
     *((f"reference_{kind}", kind, {}) for kind in RULES_OF),
     *((f"torch_{kind}", kind, {"tensors": "cpu"}) for kind in RULES_OF),
-    ("triton_attention", "attention", KERNELS),
 ]
 
 
@@ -53,6 +51,13 @@ OWN = [
 def test_own_backends_hold(name, kind, options):
     results = tried(f"{HERE}:{name}", 2, kind=kind, **options)
     assert verdicts(results) == (RULES_OF[kind], set()), [r.error for r in results if r.error]
+
+
+def test_kernels_hold_at_the_block_sizes_that_they_know():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"kind": "attention", "tensors": device, "block_sizes": (16,)}
+    results = tried(f"{HERE}:triton_attention", 1, ("R8", "R10"), **options)
+    assert [(r.claimed, r.error) for r in results] == [(True, "")] * 2
 
 
 # -- transformers ---------------------------------------------------------------------------------

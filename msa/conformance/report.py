@@ -29,8 +29,7 @@ class VerifyOptions(TargetOptions):
     """What to try, how often: the backends here, or a function of yours (--target)."""
 
     target: str = ""
-    """Your own function in place of the backends: package.module:function. The options above say
-    how it is called."""
+    """Your own function in place of the backends, package.module:function."""
     backend: tuple[str, ...] = ()
     """Backends to try: reference, torch, triton. All that run here by default."""
     rule: tuple[str, ...] = ()
