@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs docs-serve docs-look sanitize install bench bench-crossing clean
+.PHONY: demo test lint docs docs-serve docs-look package sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo --backend torch --html demo.html
 
@@ -27,6 +27,14 @@ docs-serve: install
 # Needs Debian's chromium: every page of the built site, as readers on a desk and on a phone see it.
 docs-look: docs
 	$(BIN)/python -m docs.hooks.look
+
+# Both distributions, and the wheel in an environment that has nothing else.
+package: install
+	rm -rf dist .venv/bare
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv .venv/bare
+	.venv/bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	.venv/bare/bin/python -I tests/packaged.py dist
 
 # On a GPU: every kernel on awkward shapes, first as it is (which compiles it), then with each of its
 # accesses checked. Without PyTorch's cache each tensor is an allocation, whose end is known.

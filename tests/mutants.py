@@ -90,6 +90,27 @@ def local_block_first(q_idx, k_idx, sequences, config):
     return replace(selection, indices=ids)
 
 
+def nan_taken_for_infinity(q_idx, k_idx, sequences, config):
+    return reference.select_fused(q_idx, np.nan_to_num(k_idx, nan=8.0), sequences, config)
+
+
+def least_token_decides(q_idx, k_idx, sequences, config):
+    return reference.select_fused(-q_idx, k_idx, sequences, config)
+
+
+def forced_by_a_large_score(q_idx, k_idx, sequences, config):
+    """The own block gets 1e29, which +inf outranks."""
+    scores = reference.score_blocks(q_idx, k_idx, sequences, config)
+    values, ids = scores.values.copy(), np.full((*q_idx.shape[:2], config.top_k), -1, np.int32)
+    for i, p in enumerate(sequences.positions()):
+        own = p // config.block_size
+        values[i, :, own] = 1e29
+        for r in range(q_idx.shape[1]):
+            best = sorted(range(own + 1), key=lambda b: (-values[i, r, b], b))[: config.top_k]
+            ids[i, r, : len(best)] = sorted(best)
+    return Selection(ids, sequences, config.block_size)
+
+
 # -- attention ------------------------------------------------------------------------------------
 def attend_with(mask_of_blocks):
     """attend_selection over a spoiled mask."""
@@ -155,6 +176,11 @@ def binary_logarithm(*args):
     return replace(output, lse=(output.lse / np.log(2)).astype(np.float32))
 
 
+def binary_logarithm_of_the_whole(*args):
+    output = reference.attend(*args)
+    return replace(output, lse=(output.lse / np.log(2)).astype(np.float32))
+
+
 def one_place_too_few(q, k, v, q_idx, k_idx, sequences, config):
     small = replace(config, top_k=max(config.top_k - 1, config.forced_blocks))
     return reference.attend(q, k, v, q_idx, k_idx, sequences, small)
@@ -172,6 +198,12 @@ CALLS = itertools.count()
 
 def nothing_twice_the_same(*args):
     output = reference.attend(*args)
+    up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
+    return replace(output, lse=np.nextafter(output.lse, up_or_down))
+
+
+def no_selection_twice_the_same(*args):
+    output = reference.attend_selection(*args)
     up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
     return replace(output, lse=np.nextafter(output.lse, up_or_down))
 
@@ -343,6 +375,9 @@ MUTANTS = [
     ("r2_a_chunk_is_the_tail_of_the_whole", {"attend": queries_are_the_first_tokens}),
     ("r4_integer_scores_are_exact_and_nan_is_minus_infinity", {"score_blocks": nan_ranks_first}),
     ("r4_scores_are_scaled_products", {"score_blocks": one_product_too_few}),
+    ("r4_a_nan_score_is_never_preferred", {"select_fused": nan_taken_for_infinity}),
+    ("r5_the_best_token_decides", {"select_fused": least_token_decides}),
+    ("r6_nothing_outranks_a_forced_block", {"select_fused": forced_by_a_large_score}),
     ("r5_block_scores_are_raw_maxima_of_visible_tokens", {"score_blocks": mean_for_maximum}),
     ("r6_local_and_sink_blocks_are_always_in", {"select_blocks": local_block_missing}),
     ("r7_ties_go_to_the_lower_id", {"select_blocks": ties_to_the_higher_id}),
@@ -358,6 +393,7 @@ MUTANTS = [
     ),
     ("r9_the_union_of_a_tile_means_the_selection", {"unite_tiles": bit_of_the_wrong_row}),
     ("r10_lse_is_the_natural_logarithm_in_float32", {"attend_selection": binary_logarithm}),
+    ("r10_lse_of_the_whole_path_too", {"attend": binary_logarithm_of_the_whole}),
     ("r11_with_many_places_it_is_causal_attention", {"attend": one_place_too_few}),
     ("r12_out_has_the_dtype_of_q", {"attend": always_float32}),
     ("r13_the_reverse_index_means_the_selection", {"reverse_selection": padding_dereferenced}),
@@ -375,6 +411,10 @@ MUTANTS = [
     ("r17_a_known_lse_changes_nothing", {"align_index": lse_in_bits}),
     ("r17_one_call_gives_the_loss_too", {"attend": dense_loss}),
     ("r19_the_same_call_gives_the_same_bits", {"attend": nothing_twice_the_same}),
+    (
+        "r19_the_same_selection_gives_the_same_bits",
+        {"attend_selection": no_selection_twice_the_same},
+    ),
     ("r9_every_loop_order_is_the_definition", {"attend_selection": every_row_walks_every_block}),
     ("r9_every_loop_order_is_the_definition", {"attend_selection": remote_edges_forgotten}),
     ("r19_every_loop_order_gives_the_same_bits", {"attend_selection": one_order_twice_the_same}),

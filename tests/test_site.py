@@ -91,7 +91,9 @@ def test_examples_in_the_hooks(name):
 
 
 def test_results_of_a_wrong_form_are_refused():
-    for name in ("prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu"):
+    for name in (
+        "prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu", "findings_tiny"
+    ):  # fmt: skip
         found = measured.read(name)
         for part in measured.SCHEMAS[name.partition("_")[0]]:
             rest = {key: value for key, value in found.items() if key != part}
@@ -116,7 +118,7 @@ def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
 
 
 def test_the_files_that_results_speak_of_exist():
-    for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu"):
+    for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu", "findings_tiny"):
         assert all((DOCS.parent / path).exists() for path in measured.code_of(name))
 
 
@@ -153,8 +155,6 @@ def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
         assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
         assert prose.endswith("| base: 2.00 (2.00–2.00) | yes: equal |")
         assert gradient.endswith("| gradient: not run | base: 2.00 (2.00–2.00) | not known |")
-        assert claims.commands().splitlines()[3:5] == ["# no alignment loss", "msa train no-kl"]
-        assert "var(--remote)" in claims.figure() and "findings_tiny.json" in claims.figure()
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.85)})
         assert "| no: equal |" in claims.table().splitlines()[2]
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2,)})

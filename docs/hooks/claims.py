@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any, Literal
 
-from matplotlib import pyplot
-
-from benchmarks.figures import BLUE, INK, MUTED, STYLE
 from docs.hooks import measured
 from docs.hooks.curves import table as markdown
 from msa.model.findings import ROWS
@@ -110,32 +107,3 @@ def table() -> str:
     lines = [(claim.words, claim.where, claim.measure, *verdict(claim, found)) for claim in CLAIMS]
     columns = "the paper", "where", "measure", "row", "beside", "does the small world agree?"
     return markdown(columns, lines)
-
-
-def commands() -> str:
-    """Each row by its title, with the command of its first run."""
-    lines = [f"# {ROWS[row].title}\n{runs[0]['command']}" for row, runs in rows().items()]
-    return "```console\n" + "\n".join(lines) + "\n```"
-
-
-def figure() -> str:
-    """A dot for each run: how many of the far pictures it finds."""
-    found = [(row, values(runs, "far")) for row, runs in rows().items()]
-    found.sort(key=lambda pair: mean(pair[1]))
-    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
-        size = (8, 0.7 + 0.26 * len(found))
-        drawn, axis = pyplot.subplots(figsize=size, layout="constrained")
-        for y, (row, far) in enumerate(found):
-            axis.plot(far, [y] * len(far), "o", color=INK if row == PRESET else BLUE, alpha=0.8)
-        axis.axvline(0.1, color=MUTED, lw=0.8, ls=(0, (4, 3)))
-        axis.set_yticks(range(len(found)), [ROWS[row].title for row, _ in found])
-        axis.set_xlim(-0.02, 1.02)
-        axis.grid(axis="y", visible=False)
-        axis.set_title("Far pictures found, a dot for each seed", loc="left", fontweight="bold")
-        made = measured.read(NAME)
-        caption = (
-            f"Dashed: guessing. Black: the preset as it is. {len(made['runs'])} runs of "
-            f"{made['steps']} steps, each read on {made['documents']} unseen documents."
-        )
-        alt = f"{len(found)} rows of dots, farthest to the right: {ROWS[found[-1][0]].title}"
-        return measured.inline(drawn, "findings", caption, alt) + measured.age(NAME)

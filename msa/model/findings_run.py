@@ -149,7 +149,7 @@ def work(job: Job) -> list[dict[str, Any]]:
     """Train and read the runs of a job, as many of them as there is time for."""
     told: list[dict[str, Any]] = []
     for row in job.rows:
-        started, start = time.perf_counter(), None
+        start = None
         if row.after is not None:
             first = trained(ROWS[row.after], job, None)
             if first is None:
@@ -160,8 +160,7 @@ def work(job: Job) -> list[dict[str, Any]]:
         folder = trained(row, job, start)
         if folder is None:
             break
-        seconds = time.perf_counter() - started
-        told.append({"seconds": seconds, **read_run(row, job, folder)})
+        told.append(read_run(row, job, folder))
     return told
 
 
@@ -188,7 +187,8 @@ def read_run(row: Row, job: Job, folder: Path) -> dict[str, Any]:
     later = [line["backbone_gradient"] for line in lines[len(lines) // 2 :]]
     told: dict[str, Any] = {
         "row": row.name, "seed": job.seed, "command": row.command(job.options.steps, job.seed),
-        "steps": len(lines), "steepest": finite(max(later)),
+        "steps": len(lines), "seconds": sum(line["seconds"] for line in lines),
+        "steepest": finite(max(later)),
         **judge(model, documents), **judge_index(model, documents[:LONG]),
     }  # fmt: skip
     told["budgets"] = [
