@@ -3,6 +3,7 @@
 for (const box of document.querySelectorAll('[data-widget="orders"]')) {
   const { orders } = JSON.parse(box.querySelector("script").textContent);
   const most = Math.max(...orders.map((loads) => loads.length));
+  const notes = [...box.querySelectorAll(".w-now")].map((note) => note.textContent);
   const controls = document.createElement("div");
   controls.className = "w-steps";
   const button = (words, label, act) => {
@@ -12,7 +13,7 @@ for (const box of document.querySelectorAll('[data-widget="orders"]')) {
     made.addEventListener("click", act);
     return made;
   };
-  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: most, value: most });
+  const slider = Object.assign(document.createElement("input"), { type: "range", name: "step", min: 0, max: most, value: most });
   slider.setAttribute("aria-label", "blocks loaded so far");
   const shown = document.createElement("output");
   const move = (by) => { slider.value = Number(slider.value) + by; show(); };
@@ -41,8 +42,8 @@ for (const box of document.querySelectorAll('[data-widget="orders"]')) {
         cell.classList.toggle("w-later", load > step);
         cell.classList.toggle("w-last", load === step && step < most);
       }
-      const end = step >= loads.length ? "done" : "nothing yet";
-      panel.querySelector(".w-now").textContent = last && step < most ? words(last) : end;
+      const rest = step === 0 ? "nothing yet" : step === most ? notes[n] : "done";
+      panel.querySelector(".w-now").textContent = last && step < most ? words(last) : rest;
     }
   }
   slider.addEventListener("input", show);
