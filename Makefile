@@ -24,7 +24,8 @@ docs: install
 docs-serve: install
 	$(SITE) serve
 
-# Needs Debian's chromium: every page of the built site, as readers on a desk and on a phone see it.
+# Needs Debian's chromium: every page of the built site on a desk, on a phone and in the dark; widgets
+# answer. `python -m docs.hooks.look FOLDER` also leaves screenshots.
 docs-look: docs
 	$(BIN)/python -m docs.hooks.look
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from playwright.sync_api import Browser, Locator, Page
 
-PAGES = {"cost": "chapters/01-cost.html", "orders": "lowering/index.html"}
+PAGES = {
+    "cost": "chapters/01-cost.html", "rows": "chapters/03-index-branch.html",
+    "orders": "lowering/index.html",
+}  # fmt: skip
 """Where each widget stands."""
 
 
@@ -88,7 +91,30 @@ def look_at_orders(tab: Page, box: Locator) -> Iterator[str]:
         yield "the button that steps back does not"
 
 
-LOOKS = {"cost": look_at_cost, "orders": look_at_orders}
+def look_at_rows(tab: Page, box: Locator) -> Iterator[str]:
+    """The blocks that are marked and the scores that are told, against what Python wrote."""
+    layers = data_of(box)["layers"]
+    for layer, query in ((0, 0), (1, 17), (2, 200), (0, 383)):
+        box.locator("select").select_option(index=layer)
+        slide(box, "query", query)
+        for r, scores in enumerate(layers[layer]["scores"][query]):
+            marked = box.locator(f".w-read{r}").evaluate_all("all => all.map(e => e.dataset.block)")
+            chosen = layers[layer]["chosen"][query][r]
+            if [int(b) for b in marked] != chosen:
+                yield f"query {query}, group {r}: must mark {chosen}, got {marked}"
+            told = words_of(box, "data-cell")
+            for b, score in enumerate(scores):
+                if float(told[f"{r}.{b}"]) != score / 10:
+                    yield f"query {query}: block {b} must say {score / 10}, got {told[f'{r}.{b}']}"
+    box.locator('[data-token="40"]').click()
+    if box.locator(".w-query").get_attribute("data-token") != "40":
+        yield "a click on a token does not move the query there"
+    box.locator('input[name="query"]').press("ArrowRight")
+    if box.locator(".w-query").get_attribute("data-token") != "41":
+        yield "an arrow key does not move the query"
+
+
+LOOKS = {"cost": look_at_cost, "rows": look_at_rows, "orders": look_at_orders}
 
 
 def without_scripts(browser: Browser, address: str, kind: str) -> str:
