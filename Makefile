@@ -13,6 +13,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+	$(BIN)/codespell
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
