@@ -13,6 +13,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+	$(BIN)/codespell
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
@@ -24,7 +25,8 @@ docs: install
 docs-serve: install
 	$(SITE) serve
 
-# Needs Debian's chromium: every page of the built site, as readers on a desk and on a phone see it.
+# Needs Debian's chromium: every page of the built site on a desk, on a phone and in the dark; widgets
+# answer. `python -m docs.hooks.look FOLDER` also leaves screenshots.
 docs-look: docs
 	$(BIN)/python -m docs.hooks.look
 

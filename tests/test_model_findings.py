@@ -261,3 +261,46 @@ def test_lines_of_the_figure_are_told_apart():
 def test_the_figure_of_the_site_is_that_of_the_results(tmp_path):
     (path,) = plots.draw(findings.SHIPPED, tmp_path)
     assert path.read_text() == (ROOT / "docs" / path.name).read_text()
+
+
+def test_what_the_page_says_holds_in_the_results():
+    """Each line is a sentence of docs/measure/findings.md; means of three seeds."""
+    found = json.loads(findings.SHIPPED.read_text())
+
+    def values(row, name):
+        return [run[name] for run in findings.runs_of(found, row)]
+
+    def mean(row, name="answers"):
+        return sum(values(row, name)) / 3
+
+    assert all(len(findings.runs_of(found, row)) == 3 for row in ROWS)
+    base = {name: mean("base", name) for name in findings.MEASURES}
+    assert (
+        abs(mean("no-kl", "prose") - base["prose"]) < 0.05 and mean("no-kl") < base["answers"] / 3
+    )
+    for row in ("gradient", "gradient-10"):
+        assert mean(row, "kl") < base["kl"] and mean(row, "score_recall") > base["score_recall"]
+        assert mean(row, "block_recall") > base["block_recall"]
+        assert mean(row) < base["answers"] - 0.3 and mean(row, "prose") > base["prose"]
+        assert None not in values(row, "steepest")
+    assert [answers < 0.15 for answers in sorted(values("gradient", "answers"))] == [
+        True,
+        False,
+        False,
+    ]
+    assert max(values("gradient-10", "answers")) < 0.15
+    for row in ("kl-10", "no-warm-up", "blocks-8"):
+        assert abs(mean(row) - base["answers"]) < 0.05
+    assert mean("forced") < base["answers"] - 0.1
+    assert min(values("forced", "answers")) < mean("forced") - 0.1
+    assert mean("blocks-40") < base["answers"] - 0.2
+    others = [mean(row, "prose") for row in ROWS if row not in ("window", "cpt")]
+    assert mean("window", "prose") < min(others) and mean("window", "far") < 0.15
+    assert mean("dense") > base["answers"]
+    twin, sparse = (
+        findings.lengths_of(found, *key) for key in (("dense", "dense"), ("base", "msa"))
+    )
+    assert {n: sum(sparse[n]) > sum(twin[n]) for n in twin} == {
+        512: False, 1024: False, 2048: False, 4096: True, 8192: True
+    }  # fmt: skip
+    assert base["answers"] - 0.1 < mean("cpt") < base["answers"]

@@ -173,8 +173,9 @@ def told(values: Sequence[float | None], factor: int = 1, decimals: int = 1) -> 
 
 
 def runs_of(found: Found, row: str) -> list[dict[str, Any]]:
-    """The runs of a row that are there, one for each seed."""
-    return [run for run in found["runs"] if run["row"] == row]
+    """The runs of a row that are there, by their seeds."""
+    runs = [run for run in found["runs"] if run["row"] == row]
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def about(found: Found) -> str:
