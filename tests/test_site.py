@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -11,8 +12,20 @@ from unittest import mock
 import pytest
 import yaml
 
-from docs.hooks import bugs, census, curves, diagrams, links, measured, pictures, sources
+from docs.hooks import (
+    bugs,
+    census,
+    claims,
+    curves,
+    diagrams,
+    links,
+    little,
+    measured,
+    pictures,
+    sources,
+)
 from msa import reference
+from msa.model import evaluate
 
 DOCS = Path(__file__).parents[1] / "docs"
 CHAPTERS = sorted((DOCS / "chapters").glob("*.md"))
@@ -112,9 +125,47 @@ def test_the_files_that_results_speak_of_exist():
 def test_drawings_take_their_colours_from_the_theme():
     drawn = [curves.decode_figure(), curves.crossing_figure(), diagrams.cost_figure()]
     drawn += [pictures.step_figure(n, "") for n in (2, 3, 4, 5, 7)]
+    drawn += [
+        little.architecture_figure(),
+        little.training_figure("tiny", ""),
+        little.load_figure([[0.5, 0.5]]),
+    ]
     for drawing in drawn:
         assert not re.findall(r"(?:fill|stroke): ?#[0-9a-f]{3,6}", drawing)
     assert "var(--remote)" in drawn[0] and "d-remote" in drawn[3]
+
+
+def findings(folder, **rows):
+    """A results file with a run for each row and each of its shares of far answers."""
+    other = dict.fromkeys(("kl", "block_recall", "score_recall", "steepest", "near"))
+    runs = [
+        {"row": row, "seed": seed, "command": f"msa train {row}", "steps": 9, "seconds": 1.0,
+         "prose": 2.0, "answers": far, "far": far, "budgets": [], "lengths": [], **other}
+        for row, shares in rows.items() for seed, far in enumerate(shares)
+    ]  # fmt: skip
+    made = {"device": "none", "torch": "2", "python": "3", "date": "2026-11-23", "steps": 9}
+    text = json.dumps(made | {"documents": 1, "runs": runs})
+    (folder / "findings_tiny.json").write_text(text)
+
+
+def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
+    with mock.patch("docs.hooks.measured.RESULTS", tmp_path):
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
+        far, _, prose, gradient = claims.table().splitlines()[2:6]
+        assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
+        assert prose.endswith("| base: 2.00 (2.00–2.00) | yes: equal |")
+        assert gradient.endswith("| gradient: not run | base: 2.00 (2.00–2.00) | not known |")
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.85)})
+        assert "| no: equal |" in claims.table().splitlines()[2]
+        findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2,)})
+        assert "| not known |" in claims.table().splitlines()[2]
+
+
+def test_two_figures_of_one_page_keep_their_pictures_apart():
+    (document,) = evaluate.unseen_documents(100, records=2, questions=1, count=1)
+    drawn = little.document_figure(document)
+    ids, uses = (re.findall(rf'{place}"#?([\w-]+)"', drawn) for place in ("id=", "href="))
+    assert ids == uses == ["document-p0", "document-p1"]
 
 
 def test_links_to_lines_lead_to_the_definition():

@@ -55,9 +55,9 @@ def brief(case: Any) -> str:
     inner = getattr(case, "case", case)
     config, seq = inner.config, inner.sequences
     lengths = [f"{q.stop - q.start} of {k.stop - k.start}" for q, k in seq.spans()]
-    sizes = [f"blocks of {config.block_size}", f"k = {config.top_k}", f"{inner.groups} group"]
+    sizes = [f"blocks of {config.block_size}", f"k = {config.top_k}", some(inner.groups, "group")]
     if hasattr(inner, "group"):
-        sizes.append(f"{inner.group} head{'s' * (inner.group > 1)} in it")
+        sizes.append(some(inner.group, "head") + " in each")
     options = {"sink": config.sink_blocks, "local": config.local_blocks - 1}
     sizes += [f"{name} blocks {n}" for name, n in options.items() if n]
     fills = [
@@ -69,3 +69,12 @@ def brief(case: Any) -> str:
     if hasattr(inner, "chunk_size") and inner.chunk_size > 1:
         lines.append(f"items of at most {inner.chunk_size} edges")
     return "\n".join([*lines, "; ".join(fills) or "all tensors zero"])
+
+
+def some(number: int, thing: str) -> str:
+    """A number of things.
+
+    >>> some(1, "head"), some(2, "head")
+    ('1 head', '2 heads')
+    """
+    return f"{number} {thing}{'s' * (number > 1)}"

@@ -116,7 +116,7 @@ class ModelConfig:
     video_token: int | None = None
     mixed_tokens: int = 1
     """How many neighbouring tokens an attention layer's input is a mixture of: 1 is none, as in
-    the released model; see docs/model.md."""
+    the released model; see docs/chapters/14-model.md."""
     index_gradient: bool = False
     """Whether the loss of the index branch reaches the backbone as well, against eq. 11."""
 

@@ -147,13 +147,12 @@ class Model(nn.Module):
         weights: Float[Tensor, " T"] | None = None,
         mode: Mode = "sparse",
     ) -> Losses:
-        """What training minimises, by its parts.
+        """What training minimises, by its parts. Arguments not named below are those of `forward`.
 
         Args:
             targets: the token that should follow each token, or IGNORE.
             weights: how much each target counts; None: all the same.
             mode: "dense" for the index warm-up, then "sparse".
-            Others as in `forward`.
         """
         checks.check_targets(targets, tokens)
         found = self(tokens, cu_seqlens, images=images, videos=videos, mode=mode, align=True)

@@ -1,0 +1,109 @@
+"""The paper's findings beside those of the small world: `benchmarks/results/findings_tiny.json`.
+
+That file holds runs: each has the name of its row, a way of training, its seed and its command. A
+claim names two rows, a measure, and how the paper says that they compare in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any, Literal
+
+from docs.hooks import measured
+from docs.hooks.curves import table as markdown
+from msa.model.findings import ROWS
+
+NAME, PRESET = "findings_tiny", "base"
+Relation = Literal["lower", "equal", "higher"]
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says of one way of training beside another."""
+
+    words: str
+    where: str
+    """Where the paper says it: in an appendix, or in its table of results."""
+    row: str
+    measure: str
+    """A number of each run: answers, near and far are shares, prose is nats per byte."""
+    expected: tuple[Relation, ...]
+    """How the row's measure should compare with the other row's: one of these."""
+    beside: str = PRESET
+    """The other row; by default the preset as it is."""
+
+
+CLAIMS = (
+    Claim("Without the KL the index does not find what is far", "B.2", "no-kl", "far", ("lower",)),
+    Claim("…while what is near is found as well", "B.2", "no-kl", "near", ("equal",)),
+    Claim("…and prose, whose help is near, is read as well", "B.2", "no-kl", "prose", ("equal",)),
+    Claim("Without the stop-gradient the KL costs language", "B.3", "gradient", "prose", ("higher",)),
+    Claim("…also where it weighs ten times as much", "B.3", "gradient-10", "prose", ("higher",), "kl-10"),
+    Claim("Without a warm-up of the index less is found", "B.4", "no-warm-up", "answers", ("lower",)),
+    Claim("A fixed window of as many keys finds less", "B.6", "window", "answers", ("lower",)),
+    Claim("Blocks half as large, twice as many: no difference", "C.1", "blocks-8", "answers", ("equal",)),
+    Claim("Large blocks, as many keys: no difference", "C.1", "blocks-40", "answers", ("equal",)),
+    Claim("Forcing the first block and a window is not needed", "C.2", "forced", "answers",
+          ("equal", "lower")),
+    Claim("MSA from scratch is not worse than dense attention", "results", PRESET, "answers",
+          ("equal", "higher"), "dense"),
+    Claim("Nor is a dense model that was turned into MSA", "results", "cpt", "answers",
+          ("equal", "higher"), "dense"),
+)  # fmt: skip
+
+
+def rows() -> dict[str, list[Run]]:
+    """The runs of each row that was run, in the order in which `msa findings` shows them."""
+    runs = measured.read(NAME)["runs"]
+    found = {row: [run for run in runs if run["row"] == row] for row in ROWS}
+    return {row: own for row, own in found.items() if own}
+
+
+def values(runs: list[Run], measure: str) -> list[float]:
+    """One number for each seed in which there was something to measure."""
+    return [run[measure] for run in runs if run[measure] is not None]
+
+
+def relation(ours: list[float], others: list[float]) -> Relation:
+    """Whether the ranges of two rows' seeds lie apart, and which of them is lower.
+
+    >>> relation([0.1, 0.3], [0.4, 0.9]), relation([0.1, 0.5], [0.4, 0.9])
+    ('lower', 'equal')
+    """
+    if max(ours) < min(others):
+        return "lower"
+    return "higher" if min(ours) > max(others) else "equal"
+
+
+def told(numbers: list[float], measure: str) -> str:
+    """The mean, and the lowest and highest.
+
+    >>> told([0.5, 0.7], "far"), told([1.5, 1.75], "prose")
+    ('60% (50–70%)', '1.62 (1.50–1.75)')
+    """
+    if measure == "prose":
+        return f"{mean(numbers):.2f} ({min(numbers):.2f}–{max(numbers):.2f})"
+    return f"{mean(numbers):.0%} ({min(numbers) * 100:.0f}–{max(numbers):.0%})"
+
+
+def verdict(claim: Claim, found: dict[str, list[Run]]) -> tuple[str, str, str]:
+    """The two rows' numbers, and whether they compare as the paper says."""
+    ours, others = (values(found.get(r, []), claim.measure) for r in (claim.row, claim.beside))
+    numbers = [
+        f"{row}: {told(own, claim.measure) if own else 'not run'}"
+        for row, own in ((claim.row, ours), (claim.beside, others))
+    ]
+    if min(len(ours), len(others)) < 2:
+        return numbers[0], numbers[1], "not known"
+    seen = relation(ours, others)
+    return numbers[0], numbers[1], f"{'yes' if seen in claim.expected else 'no'}: {seen}"
+
+
+def table() -> str:
+    """The claims, each with what the small world says to it."""
+    found = rows()
+    lines = [(claim.words, claim.where, claim.measure, *verdict(claim, found)) for claim in CLAIMS]
+    columns = "the paper", "where", "measure", "row", "beside", "does the small world agree?"
+    return markdown(columns, lines)
