@@ -127,19 +127,29 @@ def write_document(
     for key, begin, end in zip([b"", *keys], [0, *gaps], [*gaps, n]):
         if key:
             places.append(len(tokens) + 1 + KEY_LETTERS)
-            tokens += [ord("["), *key, IMAGE_TOKEN, ord("]")]
+            tokens += record_tokens(key)
             is_prose += [False] * RECORD
         tokens += prose[begin:end].tolist()
         is_prose += ([False] + [True] * (end - begin - 1))[: end - begin]
     asked: list[Question] = []
     for i in rng.choice(records, questions, replace=False):
         digit = int(world.labels[pictures[i]])
-        tokens += [ord("?"), *keys[i], ord("="), ord("0") + digit]
+        tokens += [*question_tokens(keys[i]), ord("0") + digit]
         asked.append(Question(keys[i], len(tokens) - 2, places[i], digit))
     is_prose += [False] * (questions * QUESTION)
     return Document(
         np.array(tokens), world.images[pictures], tuple(asked), np.array(is_prose, bool)
     )
+
+
+def record_tokens(key: bytes) -> list[int]:
+    """A hidden picture under its key."""
+    return [ord("["), *key, IMAGE_TOKEN, ord("]")]
+
+
+def question_tokens(key: bytes) -> list[int]:
+    """What the answer follows on."""
+    return [ord("?"), *key, ord("=")]
 
 
 @dataclass(frozen=True)
