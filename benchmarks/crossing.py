@@ -30,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from msa import reference, torch_impl
 from msa.config import MSAConfig
 from msa.ir import Sequences
+from msa.model.findings_run import cpu_name
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -150,16 +151,6 @@ def crossing_length(rows: dict[int, dict[str, Timing]]) -> float | None:
         return float(after)
     share = gaps[before[0]] / (gaps[before[0]] - gaps[after])
     return round(before[0] * (after / before[0]) ** float(share), 6)
-
-
-def cpu_name() -> str:
-    """The model as the operating system calls it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def show(rows: dict[int, dict[str, Timing]], crossing: float | None) -> None:

@@ -21,6 +21,9 @@ commands:
   demo digits         attention as a classifier of real images: dense, MSA, window, random
   train               a small multimodal MiniMax-M3 learns to find pictures in long documents
   convert             a Hugging Face model gains an index branch, which --warmup trains
+  convert FOLDER      a dense model of msa train gains index branches, which msa train then trains
+  findings            what the paper found by leaving things out, found again by the tiny model
+  findings run        the trainings behind it: twelve rows, three seeds
   bench prefill       correctness, then speed on a GPU: selection, attention, dense baselines
   bench train         the same for a training step: forward, backward, alignment loss
   bench decode        the same for a step of generation over a paged cache
@@ -62,11 +65,26 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.model import train
 
                 return train.run(tyro.cli(train.TrainOptions, prog="msa train", args=rest))
+            case ["convert", folder, *rest] if not folder.startswith("-"):
+                from msa.model import convert
+
+                words = ["--folder", folder, *rest]
+                return convert.run(tyro.cli(convert.FolderOptions, prog="msa convert", args=words))
             case ["convert", *rest]:
                 from msa.integrations import convert_run
 
                 options = tyro.cli(convert_run.ConvertOptions, prog="msa convert", args=rest)
                 return convert_run.run(options)
+            case ["findings", "run", *rest]:
+                from msa.model import findings, findings_run
+
+                options = tyro.cli(findings.RunOptions, prog="msa findings run", args=rest)
+                return findings_run.run(options)
+            case ["findings", *rest]:
+                from msa.model import findings
+
+                options = tyro.cli(findings.FindingsOptions, prog="msa findings", args=rest)
+                return findings.run(options)
             case ["bench", "prefill", *rest]:
                 from benchmarks import prefill
 

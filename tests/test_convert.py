@@ -25,7 +25,7 @@ import msa
 from msa.integrations import convert as c
 from msa.integrations import convert_run
 from msa.integrations.index_file import load_index, save_index
-from msa.integrations.recall import CHUNK, measure
+from msa.recall import CHUNK, measure
 
 BOUND = 1e-4
 ROOT = Path(__file__).parent.parent

@@ -137,8 +137,8 @@ def test_a_cache_of_half_precision_serves_a_model_under_autocast(model):
     assert found[3][0] in wanted[:IMAGE].topk(3).indices
 
 
-def test_decoding_may_have_a_backend_of_its_own(model):
-    other = Model(replace(SMALL), backend="torch", decode_backend="reference").eval()
+def test_decoding_runs_on_the_models_backend(model):
+    other = Model(SMALL, backend="reference").eval()
     other.load_state_dict(model.state_dict())
     texts, images = prompts()
     found = generate(other, texts, NEW, images=images)

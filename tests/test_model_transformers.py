@@ -93,7 +93,7 @@ def make(config, tower=None, backend="torch", seed=0):
         for name, weight in theirs.state_dict().items():
             if "norm" in name or name.endswith("bias"):
                 weight.add_(0.3 * torch.randn_like(weight))
-    ours = Model(ModelConfig.from_transformers(config), backend=backend, decode_backend=backend)
+    ours = Model(ModelConfig.from_transformers(config), backend=backend)
     load_weights(ours, theirs.state_dict())
     return theirs.eval(), ours.eval()
 

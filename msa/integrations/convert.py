@@ -51,9 +51,9 @@ from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.integrations import messages
 from msa.integrations.plan import Plan
-from msa.integrations.recall import Recall, measure
 from msa.integrations.transformers import BACKENDS, IndexBranch, attend_densely, register
 from msa.ir import Selection, Sequences
+from msa.recall import Recall, measure
 
 KINDS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 Phase = Literal["sparse", "train", "warm_up", "measure"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from msa.integrations.recall import Recall
+    from msa.recall import Recall
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,6 @@ class Call:
     align: bool
     """Whether to compute the loss of the index branch (R17)."""
     backend: BackendName
-    decode_backend: BackendName
     watch: Watch | None = None
 
     @property
@@ -67,11 +66,14 @@ class Call:
 
 
 class IndexBranch(nn.Module):
-    """One index query per group and one index key, from a hidden state that gets no gradient."""
+    """One index query per group and one index key, from a hidden state that gets no gradient.
+
+    With `config.index_gradient` it gets one: what the paper warns of, to be seen.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dim = config.index_dim
+        self.dim, self.gradient = config.index_dim, config.index_gradient
         self.q = nn.Linear(config.width, config.groups * config.index_dim, bias=False)
         self.k = nn.Linear(config.width, config.index_dim, bias=False)
         self.q_norm = RMSNorm(config.index_dim, config.norm_eps)
@@ -81,7 +83,8 @@ class IndexBranch(nn.Module):
         self, x: Float[Tensor, "T width"], turns: Turns
     ) -> tuple[Float[Tensor, "T Hkv Di"], Float[Tensor, "T Di"]]:
         """q_idx and k_idx."""
-        x = x.detach()  # eq. 11: the backbone must not learn to please the index
+        if not self.gradient:
+            x = x.detach()  # eq. 11: the backbone must not learn to please the index
         q = self.q_norm(self.q(x).unflatten(-1, (-1, self.dim)))
         k = self.k_norm(self.k(x).unflatten(-1, (1, self.dim)))
         return turns(q), turns(k)[:, 0]
@@ -160,9 +163,7 @@ class Attention(nn.Module):
                 k, v, _ = cache.packed(call.slots)
             out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
         else:
-            # msa decides by itself in which precision to compute
-            with torch.autocast(q.device.type, enabled=False):
-                out, kl = self._attend(q, k, v, q_idx, k_idx, call, cache)
+            out, kl = self._attend(q, k, v, q_idx, k_idx, call, cache)
         return self.out(out.flatten(1)), kl
 
     @property
@@ -181,7 +182,7 @@ class Attention(nn.Module):
         if cache is not None and call.one_by_one:
             output = msa.decode(
                 q[:, None], q_idx[:, None].to(cache.dtype), cache.view(call.slots),
-                config=self.config, backend=call.decode_backend,
+                config=self.config, backend=call.backend,
             )  # fmt: skip
             return output.out[:, 0], None
         if cache is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -48,7 +49,6 @@ def load(
     *,
     device: torch.device | str = "cpu",
     backend: BackendName = "auto",
-    decode_backend: BackendName | None = None,
 ) -> Model:
     """The model that `save` wrote, in evaluation mode.
 
@@ -57,10 +57,8 @@ def load(
             missing, not known or of another shape, each by its name.
     """
     folder = Path(folder)
-    model = Model(read_config(folder), backend=backend, decode_backend=decode_backend)
-    weights = read_weights(folder / WEIGHTS)
-    checks.check_weights(str(folder / WEIGHTS), model.state_dict(), weights)
-    model.load_state_dict(weights)
+    model = Model(read_config(folder), backend=backend)
+    load_weights(model, folder)
     return model.to(device).eval()
 
 
@@ -89,6 +87,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{path} must be the configuration of a model, got no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must be the configuration of a model: {error}") from error
+
+
+def load_weights(model: Model, folder: Path) -> str:
+    """Give a model the weights that lie there; returns the SHA-256 of their file."""
+    path = folder / WEIGHTS
+    weights = read_weights(path)
+    checks.check_weights(str(path), model.state_dict(), weights)
+    model.load_state_dict(weights)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -11,10 +11,13 @@ from msa import checks
 from msa.config import MSAConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from msa.ir import Sequences
     from msa.model.config import ModelConfig, VisionConfig
+    from msa.model.findings import RunOptions
     from msa.model.generate import Sampling
     from msa.model.train import TrainOptions
 
@@ -85,6 +88,7 @@ def check_model_config(config: ModelConfig) -> None:
         _check_positive(name, getattr(config, name))
     checks.check_type("msa", config.msa, MSAConfig)
     checks.check_flag("tied_head", config.tied_head)
+    checks.check_flag("index_gradient", config.index_gradient)
     for name in ("image_token", "video_token"):
         token = getattr(config, name)
         if token is not None:
@@ -263,6 +267,13 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
     checks.check_scale("minutes", options.minutes)
     if options.steps is not None and options.minutes is not None:
         raise ValueError(f"minutes must be None where steps are given, got {options.minutes}")
+    if options.attention not in (None, "msa", "dense", "window"):
+        raise ValueError(f"attention must be msa, dense or window, got {options.attention!r}")
+    if options.attention == "window" and options.local_blocks is not None:
+        raise ValueError(
+            "local_blocks must be None where attention is window, which sets them, "
+            f"got {options.local_blocks}"
+        )
     for name, most in (("warm_up", 1.0), ("kl", math.inf)):
         share = getattr(options, name)
         if share is not None and not 0 <= share <= most:
@@ -290,6 +301,37 @@ def read_vision(config: ModelConfig) -> VisionConfig:
     if config.vision is None:
         raise ValueError("vision must be given in a model that reads documents, got None")
     return config.vision
+
+
+def check_has_dense(config: ModelConfig) -> None:
+    """A layer that can be given an index."""
+    if "dense" not in config.attention:
+        raise ValueError(f"attention must have a dense layer to convert, got {config.attention}")
+
+
+def check_findings(options: RunOptions, known: Iterable[str]) -> None:
+    """Rows that there are, seeds, and at least one of everything else."""
+    for row in options.rows:
+        if row not in known:
+            raise ValueError(f"rows must be of {', '.join(known)}, got {row!r}")
+    for seed in options.seeds:
+        checks.check_count("seeds", seed, 0)
+    for name in ("workers", "steps", "documents"):
+        checks.check_count(name, getattr(options, name), 1)
+    checks.check_scale("minutes", options.minutes)
+
+
+def check_same_findings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
+    """Runs of one file are told the same things."""
+    for name, value in own.items():
+        if found[name] != value:
+            raise ValueError(f"{where} must be of {name} {value}, got {found[name]}")
+
+
+def check_file(name: str, path: Path) -> None:
+    """A file that is there."""
+    if not path.is_file():
+        raise ValueError(f"{name} must be a file, got {path}")
 
 
 # -- weights --------------------------------------------------------------------------------------

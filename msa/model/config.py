@@ -117,6 +117,8 @@ class ModelConfig:
     mixed_tokens: int = 1
     """How many neighbouring tokens an attention layer's input is a mixture of: 1 is none, as in
     the released model; see docs/model.md."""
+    index_gradient: bool = False
+    """Whether the loss of the index branch reaches the backbone as well, against eq. 11."""
 
     def __post_init__(self) -> None:
         checks.check_model_config(self)

@@ -74,7 +74,6 @@ class Model(nn.Module):
     Args:
         config: the sizes.
         backend: who computes MSA layers: "reference", "torch", "triton" or "auto".
-        decode_backend: the same for single tokens behind a cache; None is `backend`.
 
     >>> from msa.model.presets import PRESETS
     >>> model = Model(PRESETS["tiny"].model)
@@ -83,13 +82,9 @@ class Model(nn.Module):
     torch.Size([5, 257])
     """
 
-    def __init__(
-        self, config: ModelConfig, *, backend: BackendName = "auto",
-        decode_backend: BackendName | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ModelConfig, *, backend: BackendName = "auto") -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        self.decode_backend: BackendName = backend if decode_backend is None else decode_backend
         self.embed = nn.Embedding(config.vocab_size, config.width)
         vision = config.vision
         self.vision = None if vision is None else VisionTower(vision, config.width)
@@ -191,7 +186,7 @@ class Model(nn.Module):
         sequences = msa.Sequences(borders, tuple(borders_k))
         positions = torch.cat([torch.arange(*span, device=tokens.device) for span in spans])
         turns = text_turns(positions, self.config.rotary_dim, self.config.rope_theta)
-        return Call(sequences, turns, own, mode, align, self.backend, self.decode_backend)
+        return Call(sequences, turns, own, mode, align, self.backend)
 
     def _embed(
         self, tokens: Tensor, images: Pictures | Tensor | None, videos: Pictures | Tensor | None

@@ -7,19 +7,21 @@ is the same command where tyro is not installed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msa.dispatch import BackendName
-from msa.model import checks
+from msa.model import checks, plain
+from msa.model.config import ModelConfig
+from msa.model.plain import given
 from msa.model.presets import PRESETS, Preset, PresetName
 
 METRICS = "metrics.jsonl"
+Twin = Literal["msa", "dense", "window"]
 HELD_OUT = 16
 """Documents of each test."""
 
@@ -42,11 +44,26 @@ class TrainOptions:
     """How many; None: those of the preset."""
     minutes: float | None = None
     """Instead of steps: as many as fit, judged by timing the first batches."""
+    attention: Twin | None = None
+    """dense: no index, every layer reads everything. window: the last blocks alone, as many as
+    top-k has places, no warm-up and no loss of the index unless asked for. None: the preset's."""
     warm_up: float | None = None
-    """The share of steps with dense attention, in which the index only watches; 1 trains the dense
-    twin. None: that of the preset."""
+    """The share of steps with dense attention, in which the index only watches. None: that of the
+    preset."""
     kl: float | None = None
     """How much the loss of the index branches counts. None: as in the preset."""
+    index_gradient: bool = False
+    """Let that loss reach the backbone as well: no stop-gradient at the index branch."""
+    block_size: int | None = None
+    """Tokens in a key block. This and the next three, None: as in the preset."""
+    top_k: int | None = None
+    """Blocks kept per query and group."""
+    sink_blocks: int | None = None
+    """How many of them are the first ones of the text, whatever their scores."""
+    local_blocks: int | None = None
+    """How many of them are the last visible ones, the query's own first."""
+    start: Path | None = None
+    """A folder of a trained model, whose sizes and weights are those to begin with."""
     device: str | None = None
     """cpu or cuda; None: that of the preset."""
     backend: BackendName | None = None
@@ -78,8 +95,12 @@ def run(options: TrainOptions) -> int:
     return 0
 
 
-def train(options: TrainOptions, watch: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def train(
+    options: TrainOptions, watch: Callable[[dict[str, Any]], bool | None] | None = None
+) -> Path:
     """Train to the end; `watch` sees each line of the metrics. Returns the folder.
+
+    Where `watch` says True the run stops, and the same options go on from there.
 
     Raises:
         TypeError, ValueError: options that do not go together, or a folder of another run.
@@ -88,7 +109,7 @@ def train(options: TrainOptions, watch: Callable[[dict[str, Any]], None] | None 
 
     preset, folder = read_preset(options), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(preset, options.seed)
+    trainer = Trainer(preset, options.seed, options.start)
     if (folder / STATE).exists():
         trainer.resume(folder)
         checks.check_steps(options.steps, trainer.schedule.steps)
@@ -105,8 +126,9 @@ def train(options: TrainOptions, watch: Callable[[dict[str, Any]], None] | None 
             file.flush()
             if last or trainer.step % schedule.save_every == 0:
                 trainer.save(folder)
-            if watch is not None:
-                watch(line)
+            if watch is not None and watch(line):
+                trainer.save(folder)
+                break
     return folder
 
 
@@ -127,14 +149,33 @@ def read_preset(options: TrainOptions) -> Preset:
     """The preset, but for what the options say otherwise."""
     checks.check_training(options, tuple(PRESETS))
     preset = PRESETS[options.preset]
-    told = {name: getattr(options, name) for name in ("steps", "warm_up", "kl")}
-    schedule = {name: value for name, value in told.items() if value is not None}
+    twin: dict[str, Any] = {}
+    if options.attention == "dense":
+        twin = {"warm_up": 1.0}
+    elif options.attention == "window":
+        twin = {"warm_up": 0.0, "kl": 0.0}
     return replace(
         preset,
-        schedule=replace(preset.schedule, **schedule),
+        model=read_model(options, preset.model),
+        schedule=replace(preset.schedule, **twin | given(options, "steps", "warm_up", "kl")),
         device=options.device or preset.device,
         backend=options.backend or preset.backend,
     )
+
+
+def read_model(options: TrainOptions, model: ModelConfig) -> ModelConfig:
+    """The preset's sizes or those of the folder to start from, but for what the options say."""
+    if options.start is not None:
+        from msa.model.checkpoint import read_config
+
+        model = read_config(options.start)
+    blocks = ("block_size", "top_k", "sink_blocks", "local_blocks")
+    msa, kinds = replace(model.msa, **given(options, *blocks)), model.attention
+    if options.attention is not None:
+        kinds = ("dense" if options.attention == "dense" else "msa",) * model.layers
+    if options.attention == "window":
+        msa = replace(msa, local_blocks=msa.top_k - msa.sink_blocks)
+    return replace(model, attention=kinds, msa=msa, index_gradient=options.index_gradient)
 
 
 def metrics_until(path: Path, step: int) -> Path:
@@ -156,22 +197,8 @@ def describe(test: dict[str, float | None]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command without tyro."""
-    parser = argparse.ArgumentParser(prog="python -m msa.model.train", description=__doc__)
-    kinds = {
-        "out": Path,
-        "seed": int,
-        "steps": int,
-        "minutes": float,
-        "warm_up": float,
-        "kl": float,
-    }
-    for field in fields(TrainOptions):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", default=field.default,
-            type=kinds.get(field.name, str),
-        )  # fmt: skip
     try:
-        return run(TrainOptions(**vars(parser.parse_args(arguments))))
+        return run(plain.read(TrainOptions, "python -m msa.model.train", arguments))
     except ValueError as error:
         print(f"msa: {error}", file=sys.stderr)
         return 2

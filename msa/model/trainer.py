@@ -27,12 +27,14 @@ class Trainer:
 
     The documents of a step follow from the seed and the number of the step, the rest from what
     `save` writes: so a run that was cut off goes on with the losses that it would have had.
+    The first weights are random, or those of the folder `start`.
     """
 
-    def __init__(self, preset: Preset, seed: int) -> None:
+    def __init__(self, preset: Preset, seed: int, start: Path | None = None) -> None:
         torch.manual_seed(seed)
         self.preset, self.seed, self.schedule = preset, seed, preset.schedule
-        model = Model(preset.model, backend=preset.backend, decode_backend="torch")
+        model = Model(preset.model, backend=preset.backend)
+        self.start = None if start is None else checkpoint.load_weights(model, start)
         self.model = model.to(preset.device).train()
         self.parts = split_parameters(self.model)
         matrices = [w for w in self.model.parameters() if w.ndim >= 2]
@@ -149,7 +151,7 @@ class Trainer:
     def settings(self) -> str:
         """What must not change between two parts of a run. The number of steps may be a plan's."""
         preset = replace(self.preset, schedule=replace(self.preset.schedule, steps=1), device="any")
-        return json.dumps(asdict(preset) | {"seed": self.seed})
+        return json.dumps(asdict(preset) | {"seed": self.seed, "start": self.start})
 
 
 PLANNED = 0.85

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
 
-from msa.ir import Selection
+from msa.ir import Array, Selection
 
 CHUNK = 128  # queries whose dense probabilities are held at a time
 
@@ -25,18 +23,18 @@ class Recall:
     """How many queries and groups were judged."""
 
 
-@torch.no_grad()
 def measure(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
     selection: Selection,
     softmax_scale: float,
 ) -> Recall:
     """Compare with the k blocks, the own one among them, of most attention.
 
     A block's attention is the sum of its tokens' probabilities under dense causal attention, mean
-    over the heads of a group, as the index's teacher has it (R17).
+    over the heads of a group, as the index's teacher has it (R17). Tensors only; no gradient.
 
+    >>> import torch
     >>> from msa.ir import Sequences
     >>> q, k = torch.ones(4, 1, 1), torch.tensor([0.0, 2, 1, 0]).view(4, 1, 1)
     >>> ids = torch.tensor([[0, -1], [0, 1], [1, 2], [0, 3]], dtype=torch.int32)[:, None]
@@ -45,8 +43,11 @@ def measure(
     >>> recall.blocks, round(recall.score, 2), recall.queries
     (0.5, 0.67, 2)
     """
+    import torch
+
     width, block, groups = selection.top_k, selection.block_size, k.shape[1]
     blocks = selection.sequences.max_blocks(block)
+    q, k = q.detach(), k.detach()
     found = torch.zeros(4, dtype=torch.float64, device=q.device)  # hits, places, mass, best mass
     judged = 0
     for queries, keys, part in selection.sequences.tiles(CHUNK):
@@ -72,9 +73,11 @@ def measure(
 
 
 def block_mass(
-    q: Float[Tensor, "n Hq D"], k: Float[Tensor, "m Hkv D"], scale: float, block: int, blocks: int
-) -> Float[Tensor, "n Hkv NB"]:
+    q: Float[Array, "n Hq D"], k: Float[Array, "m Hkv D"], scale: float, block: int, blocks: int
+) -> Float[Array, "n Hkv NB"]:
     """The dense attention of each query and group on each block; queries are the last tokens."""
+    import torch
+
     (n_q, heads, _), (n_k, groups, _) = q.shape, k.shape
     lanes = q.float().unflatten(1, (groups, heads // groups))
     logits = torch.einsum("qghd,kgd->qghk", lanes, k.float()) * scale
@@ -85,7 +88,9 @@ def block_mass(
     return full.unflatten(-1, (blocks, block)).sum(-1)
 
 
-def places(ids: Tensor, blocks: int) -> Tensor:
+def places(ids: Int[Array, "*shape"], blocks: int) -> Bool[Array, "*other"]:
     """Which of the blocks are named; the id `blocks` names none."""
+    import torch
+
     named = torch.zeros(*ids.shape[:-1], blocks + 1, dtype=torch.bool, device=ids.device)
     return named.scatter(-1, ids, True)[..., :blocks]

@@ -1,0 +1,274 @@
+"""`msa findings run`: trains every row of the findings with every seed, and reads what came of it.
+
+One folder for each run, continued if it is there; one JSON file, written again after each job.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msa import recall
+from msa.config import MSAConfig
+from msa.model import checkpoint, checks
+from msa.model.attention import Mode, Seen
+from msa.model.convert import convert
+from msa.model.evaluate import read, unseen_documents
+from msa.model.findings import LINES, RESULTS, ROWS, Found, Row, RunOptions
+from msa.model.model import Model
+from msa.model.presets import TINY
+from msa.model.records import Document, pack
+from msa.model.train import METRICS, read_preset, train
+
+QUESTIONS = 8
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+"""Tokens of unseen documents; all runs are compared on the first, the longest of training."""
+LONG = 8
+"""Documents of each length beyond that, and those that selections are judged on."""
+BUDGETS = (1, 2, 3, 5, 8, 16)
+NEAR = TINY.model.msa.top_k * TINY.model.msa.block_size
+"""Records less far back than this are near, in every row."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that one process takes one after the other."""
+
+    rows: tuple[Row, ...]
+    seed: int
+    options: RunOptions
+    until: float
+    """In seconds since 1970: when to stop."""
+
+    @property
+    def cost(self) -> float:
+        """About how long it takes: a sparse step is twice a dense one."""
+        plans = [row.options(self.options.steps, self.seed, Path()) for row in self.rows]
+        schedules = [read_preset(plan).schedule for plan in plans]
+        return sum(schedule.steps * (2 - schedule.warm_up) for schedule in schedules)
+
+
+def run(options: RunOptions) -> int:
+    """Train and read what is missing, and say so; 1 if a run failed.
+
+    Raises:
+        ValueError: options out of range, or results of other settings in the folder.
+    """
+    checks.check_findings(options, tuple(ROWS))
+    started = time.time()
+    until = math.inf if options.minutes is None else started + 60 * options.minutes
+    path = options.out / RESULTS
+    found, failed = open_results(path, options), False
+    for told in outcomes(missing(found, options, until), options.workers):
+        if isinstance(told, str):
+            failed = True
+            print(f"msa findings run: {told}", file=sys.stderr)
+            continue
+        found["runs"] += told
+        checkpoint.write(path, lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
+        for one in told:
+            at = f"{time.time() - started:5.0f} s"
+            print(
+                f"{at}  {one['row']}, seed {one['seed']}: answers {one['answers']:.1%}", flush=True
+            )
+    print(f"{path}: {len(found['runs'])} of {len(options.rows) * len(options.seeds)} runs")
+    return int(failed)
+
+
+# -- what there is to do --------------------------------------------------------------------------
+def open_results(path: Path, options: RunOptions) -> Found:
+    """What lies there, or the head of what will."""
+    own: Found = {
+        "preset": "tiny", "steps": options.steps, "documents": options.documents,
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+    found: Found = {"device": cpu_name(), "cores": os.cpu_count(), **own}
+    found |= {"date": datetime.date.today().isoformat(), "runs": []}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        device, found = found["device"], json.loads(path.read_text())
+        checks.check_same_findings(str(path), found, own)
+        if device not in found["device"]:
+            found["device"] += f" and {device}"
+    return found
+
+
+def missing(found: Found, options: RunOptions, until: float) -> list[Job]:
+    """The runs that are not there, the longest first; one that follows another goes with it."""
+    there = {(run["row"], run["seed"]) for run in found["runs"]}
+    jobs: list[Job] = []
+    for seed in options.seeds:
+        wanted = [ROWS[name] for name in options.rows if (name, seed) not in there]
+        chains = {row.name: [row] for row in wanted}
+        for row in wanted:
+            if row.after in chains:
+                chains[row.after] += chains.pop(row.name)
+        jobs += [Job(tuple(rows), seed, options, until) for rows in chains.values()]
+    return sorted(jobs, key=lambda job: -job.cost)
+
+
+def outcomes(jobs: Sequence[Job], workers: int) -> Iterator[list[dict[str, Any]] | str]:
+    """What each job found, in the order in which they end; or what was wrong with it."""
+    if workers == 1:
+        for job in jobs:
+            yield attempt(job, partial(work, job))
+        return
+    context = multiprocessing.get_context("spawn")
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers, context, **one_thread) as pool:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield attempt(futures[future], future.result)
+
+
+def attempt(job: Job, result: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]] | str:
+    """One job that fails must not take the others with it."""
+    try:
+        return result()
+    except Exception as error:
+        return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {error!r}"
+
+
+# -- one job --------------------------------------------------------------------------------------
+def work(job: Job) -> list[dict[str, Any]]:
+    """Train and read the runs of a job, as many of them as there is time for."""
+    told: list[dict[str, Any]] = []
+    for row in job.rows:
+        started, start = time.perf_counter(), None
+        if row.after is not None:
+            first = trained(ROWS[row.after], job, None)
+            if first is None:
+                break
+            start = job.options.out / f"{row.name}-{job.seed}" / "start"
+            dense = checkpoint.load(first)
+            checkpoint.save(convert(dense, dense.config.msa, job.seed), start)
+        folder = trained(row, job, start)
+        if folder is None:
+            break
+        seconds = time.perf_counter() - started
+        told.append({"seconds": seconds, **read_run(row, job, folder)})
+    return told
+
+
+def trained(row: Row, job: Job, start: Path | None) -> Path | None:
+    """The folder of a run that is at its end; None if the time is over before."""
+    out = job.options.out / f"{row.name}-{job.seed}"
+    if time.time() > job.until:
+        return None
+    options = row.options(job.options.steps, job.seed, out, start)
+    train(options, lambda line: time.time() > job.until)
+    return out if len(metrics(out)) == options.steps else None
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """A line for each step."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def read_run(row: Row, job: Job, folder: Path) -> dict[str, Any]:
+    """All that is told of a run; what is not finite is None."""
+    model = checkpoint.load(folder, backend="torch")
+    documents = unseen(LENGTHS[0], job.options.documents)
+    lines, own = metrics(folder), model.config.msa
+    later = [line["backbone_gradient"] for line in lines[len(lines) // 2 :]]
+    told: dict[str, Any] = {
+        "row": row.name, "seed": job.seed, "command": row.command(job.options.steps, job.seed),
+        "steps": len(lines), "steepest": finite(max(later)),
+        **judge(model, documents), **judge_index(model, documents[:LONG]),
+    }  # fmt: skip
+    told["budgets"] = [
+        {"k": k, **judge(under(model, replace(own, top_k=k)), documents)}
+        for k in (BUDGETS if row.name == "base" else ())
+    ]
+    told["lengths"] = [
+        {"tokens": n, "how": how, **judge(way, unseen(n, LONG), mode)}
+        for name, how in LINES
+        if name == row.name
+        for way, mode in [seen_as(model, how)]
+        for n in LENGTHS
+    ]
+    return told
+
+
+def seen_as(model: Model, how: str) -> tuple[Model, Mode]:
+    """The same weights, reading everything, what the index chooses, or the last blocks alone."""
+    if how == "window":
+        own = model.config.msa
+        model = under(model, replace(own, local_blocks=own.top_k - own.sink_blocks))
+    return model, "dense" if how == "dense" else "sparse"
+
+
+def under(model: Model, config: MSAConfig) -> Model:
+    """The same weights, selecting otherwise."""
+    other = Model(replace(model.config, msa=config), backend=model.backend)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def unseen(length: int, count: int) -> list[Document]:
+    """Documents with eight pictures, all asked for."""
+    return unseen_documents(length, QUESTIONS, QUESTIONS, count)
+
+
+def judge(
+    model: Model, documents: list[Document], mode: Mode = "sparse"
+) -> dict[str, float | None]:
+    """Prose and answers, near and far."""
+    at_once = max(1, TINY.schedule.tokens // len(documents[0].tokens))
+    summary = read(model, documents, mode=mode, at_once=at_once).summary(NEAR)
+    return {name: finite(value) for name, value in summary.items()}
+
+
+@torch.no_grad()
+def judge_index(model: Model, documents: list[Document]) -> dict[str, float | None]:
+    """The loss of the index and how many of the best blocks it finds, the mean of all layers.
+
+    A dense model has neither, and a window no loss.
+    """
+    config, seen = model.config, list[Seen]()
+    if "msa" not in config.attention:
+        return {"kl": None, "block_recall": None, "score_recall": None}
+    batch = pack(documents, checks.read_vision(config))
+    kl = model(
+        batch.tokens, batch.cu_seqlens, images=batch.images, align=True, watch=seen.append
+    ).kl  # fmt: skip
+    recalls = [recall.measure(s.q, s.k, s.selection, s.softmax_scale) for s in seen]
+    chooses = config.msa.forced_blocks < config.msa.top_k
+    return {
+        "kl": finite(float(kl)) if chooses and kl is not None else None,
+        "block_recall": sum(r.blocks for r in recalls) / len(recalls),
+        "score_recall": finite(sum(r.score for r in recalls) / len(recalls)),
+    }
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN.
+
+    >>> finite(0.5), finite(math.nan), finite(None)
+    (0.5, None, None)
+    """
+    return value if value is not None and math.isfinite(value) else None
+
+
+def cpu_name() -> str:
+    """The model as the operating system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
