@@ -167,6 +167,31 @@ class Batch:
     digits: Int[Tensor, " questions"]
     distances: Int[Tensor, " questions"]
 
+    def part(self, number: int, parts: int) -> Batch:
+        """One of `parts` shares of the documents, alike in size; their weights stay as they are.
+
+        There may be fewer documents than parts: then some have none.
+        """
+        if parts == 1:
+            return self
+        documents = len(self.cu_seqlens) - 1
+        first, last = (documents * n // parts for n in (number, number + 1))
+        start, stop = self.cu_seqlens[first], self.cu_seqlens[last]
+        patches, grids = self.images.patches, self.images.grids
+        seen = [int((self.tokens[:border] == IMAGE_TOKEN).sum()) for border in (start, stop)]
+        each = len(patches) // len(grids)
+        asked = (self.places >= start) & (self.places < stop)
+        return Batch(
+            tokens=self.tokens[start:stop],
+            targets=self.targets[start:stop],
+            weights=self.weights[start:stop],
+            cu_seqlens=tuple(border - start for border in self.cu_seqlens[first : last + 1]),
+            images=Pictures(patches[each * seen[0] : each * seen[1]], grids[slice(*seen)]),
+            places=self.places[asked] - start,
+            digits=self.digits[asked],
+            distances=self.distances[asked],
+        )
+
 
 def pack(
     documents: list[Document], config: VisionConfig, answers: float = 1.0,
