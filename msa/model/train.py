@@ -30,6 +30,8 @@ Twin = Literal["msa", "dense", "window"]
 TrainWatch = Callable[[dict[str, Any]], "bool | None"]
 HELD_OUT = 16
 """Documents of each test."""
+STUDIED = 2
+"""Those of them on which index and experts are studied."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,13 @@ def _train(options: TrainOptions, preset: Preset, ranks: Ranks, watch: TrainWatc
                 break
 
 
-def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
-    """Unseen documents of the longest context."""
+def test(model: Any, preset: Preset, mode: Any) -> dict[str, Any]:
+    """Unseen documents of the longest context: answers, and how index and experts do on a few.
+
+    These are studied under MSA also while attention is still dense: as if it began now.
+    """
     from msa.model.evaluate import read, unseen_documents
+    from msa.model.study import study
 
     schedule, config = preset.schedule, preset.model.msa
     length = max(schedule.contexts)
@@ -159,7 +165,8 @@ def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
     documents = unseen_documents(length, records, records, HELD_OUT)
     at_once = max(1, schedule.tokens // length)
     reading = read(model, documents, mode=mode, half=preset.half, at_once=at_once)
-    return reading.summary(config.top_k * config.block_size)
+    found = study(model, documents[:STUDIED], half=preset.half)
+    return reading.summary(config.top_k * config.block_size) | found.summary()
 
 
 def read_preset(options: TrainOptions) -> Preset:
@@ -203,13 +210,14 @@ def metrics_until(path: Path, step: int) -> Path:
     return path
 
 
-def describe(test: dict[str, float | None]) -> str:
-    """One line for people."""
-    shares = ", ".join(
-        f"{name} {'-' if test[name] is None else format(test[name], '.1%')}"
-        for name in ("answers", "near", "far")
-    )
-    return f"unseen: prose {test['prose']:.3f} nats, {shares}"
+def describe(test: dict[str, Any]) -> str:
+    """One line for people; a recall is the mean of layers and groups."""
+    shares = {name: test[name] for name in ("answers", "near", "far")}
+    for name in ("block_recall", "score_recall"):
+        values = [value for groups in test[name] for value in groups]
+        shares[name.replace("_", " ")] = sum(values) / len(values) if values else None
+    told = (f"{name} {'-' if x is None else format(x, '.1%')}" for name, x in shares.items())
+    return f"unseen: prose {test['prose']:.3f} nats, {', '.join(told)}"
 
 
 def main(arguments: list[str] | None = None) -> int:
