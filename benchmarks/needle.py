@@ -74,7 +74,7 @@ def draw(found: dict[str, Any]) -> Figure:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10.4, 3.7), sharey=True)
-    figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.27, wspace=0.06)
+    figure.subplots_adjust(left=0.085, right=0.985, top=0.88, bottom=0.23, wspace=0.06)
     lengths = list(found["right_of_asked"]["dense"])
     for axis, (mode, name) in zip(axes, MODES.items()):
         rows = [found["right_of_asked"][mode][length] for length in lengths]
@@ -95,6 +95,8 @@ def draw(found: dict[str, Any]) -> Figure:
         axis.spines[:].set_visible(False)
         parts = len(rows[0])
         axis.set_xticks([-0.5, parts / 2 - 0.5, parts - 0.5], ["beginning", "middle", "end"])
+        for label, side in zip(axis.get_xticklabels(), ("left", "center", "right")):
+            label.set_horizontalalignment(side)
         axis.set_xlabel("where in the document the picture stands")
     axes[0].set_yticks(range(len(lengths)), [f"{int(length):,}" for length in lengths])
     axes[0].set_ylabel("tokens")
@@ -103,7 +105,7 @@ def draw(found: dict[str, Any]) -> Figure:
         0.085, 0.02, "Right answers of the shipped tiny model, trained on at most 512 tokens; MSA "
         f"reads at most {found['keys']} keys per group. {case['documents']} unseen documents of "
         f"each length,\n{RECORDS} questions each; chance is 10%. Both are the same weights. Seed "
-        f"{case['seed']}.", fontsize=7.5, color=MUTED,
+        f"{case['seed']}. Blank: there stand the questions.", fontsize=7.5, color=MUTED,
     )  # fmt: skip
     return figure
 
