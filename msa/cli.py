@@ -58,8 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 
                 return demo.run(tyro.cli(demo.DemoOptions, prog="msa demo", args=rest))
             case ["ask", *rest]:
-                from msa.model import ask
+                from msa.model import ask, checks_ask
 
+                checks_ask.check_words(rest)
                 return ask.run(tyro.cli(ask.AskOptions, prog="msa ask", args=rest))
             case ["train", *rest]:
                 from msa.model import train

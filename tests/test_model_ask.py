@@ -190,6 +190,7 @@ def test_the_command_prints_and_draws(files, capsys):
         (["qkz=3.png"], [], "image must have a key of three capital letters A-Z, got 'qkz'"),
         (["ÄBC=3.png"], [], "image must have a key of three capital letters A-Z, got 'ÄBC'"),
         (["QKZ=3.png", "QKZ=5.png"], [], "image must name a key once, got QKZ twice"),
+        (["QKZ=3.png"], ["--image", "BEM=5.png"], "--image must be given once, its values behind"),
         (["QKZ=no.png"], [], "no.png must be a picture, got one that cannot be read: no such file"),
         (["QKZ=text.txt"], [], "text.txt must be a picture, got one that cannot be read: cannot"),
         (["QKZ=."], [], ". must be a picture, got one that cannot be read:"),

@@ -11,6 +11,13 @@ LEAST_INK = 0.1
 """The least contrast, of 1, that a picture must have."""
 
 
+def check_words(words: Sequence[str]) -> None:
+    """An option of several values is given once: a second one would replace the first."""
+    for option in ("--image", "--question"):
+        if words.count(option) > 1:
+            raise ValueError(f"{option} must be given once, its values behind it, got it again")
+
+
 def read_text(path: Path) -> bytes:
     """The bytes of a document."""
     try:
