@@ -17,7 +17,7 @@ class PlotsOptions:
     """Draw the figures of a results file; no GPU is needed."""
 
     results: Path = Path("benchmarks/results/prefill_h100.json")
-    """What `msa bench prefill` or `msa bench decode` wrote."""
+    """What `msa bench prefill`, `msa bench decode` or `msa findings run` wrote."""
     to: Path = Path("docs")
     """The folder of the figures, which are named after the results file."""
 
@@ -38,18 +38,21 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    from benchmarks import decode_figure, figures, roofline
+    from benchmarks import decode_figure, figures, findings_figure, roofline
 
     prefill = (
         ("", figures.latency_and_gain),
         ("_roofline", roofline.roofline),
         ("_union", figures.loop_orders),
     )
-    decode = (("", decode_figure.steps),)
+    kinds = {
+        "decode": (("", decode_figure.steps),),
+        "findings": (("", findings_figure.findings),),
+    }
     found = json.loads(results.read_text())
     made: dict[Path, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, figure_of in decode if results.stem.startswith("decode_") else prefill:
+    for suffix, figure_of in kinds.get(results.stem.partition("_")[0], prefill):
         path = folder / f"{results.stem}{suffix}.svg"
         with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": path.stem}):
             try:

@@ -111,3 +111,15 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save(model, folder)
     assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_half_as_large(saved):
+    """Rounded once, to what bfloat16 holds."""
+    model, folder = saved
+    save(model, folder / "half", half=True)
+    sizes = [(place / WEIGHTS).stat().st_size for place in (folder / "half", folder)]
+    assert sizes[0] < 0.6 * sizes[1]
+    other = load(folder / "half").state_dict()
+    for name, weight in model.state_dict().items():
+        wanted = weight.bfloat16().to(weight.dtype) if weight.is_floating_point() else weight
+        assert torch.equal(other[name], wanted), name

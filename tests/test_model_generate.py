@@ -9,6 +9,7 @@ import test_model
 import torch
 from test_model import IMAGE, TOWER
 
+import msa
 from msa.model import Model, Pictures, cut
 from msa.model.generate import Sampling, generate, stream
 
@@ -137,9 +138,18 @@ def test_a_cache_of_half_precision_serves_a_model_under_autocast(model):
     assert found[3][0] in wanted[:IMAGE].topk(3).indices
 
 
-def test_decoding_runs_on_the_models_backend(model):
+def test_decoding_runs_on_the_models_backend(model, monkeypatch):
     other = Model(SMALL, backend="reference").eval()
     other.load_state_dict(model.state_dict())
+    decode, backends = msa.decode, []
+
+    def note(*args, **options):
+        backends.append(options["backend"])
+        return decode(*args, **options)
+
+    monkeypatch.setattr(msa, "decode", note)
     texts, images = prompts()
     found = generate(other, texts, NEW, images=images)
+    assert set(backends) == {"reference"}
     assert found == generate(model, texts, NEW, images=images)
+    assert set(backends) == {"reference", "torch"}

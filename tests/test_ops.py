@@ -16,6 +16,8 @@ CONFIG = msa.MSAConfig(block_size=8, top_k=3)
 BORDERS = (0, 11, 11, 30), (0, 15, 15, 40)  # a chunk, an empty sequence, a chunk
 NAMES = "q", "k", "v", "q_idx", "k_idx"
 OPS = torch.ops.msa
+ON_THE_CPU = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
+"""Where there is a GPU, nothing is interpreted: test_integrations_gpu.py asks triton there."""
 
 
 def make(dtype=torch.float32, n_q=30, n_k=40, lead=(), grad=False):
@@ -89,7 +91,7 @@ def test_gradcheck():
 
 
 # -- equal to the public functions ----------------------------------------------------------------
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 @pytest.mark.parametrize("align", [False, True])
 def test_attention_is_that_of_the_package(backend, align, monkeypatch):
     monkeypatch.setattr(kernels, "backend_of", lambda tensor: backend)
@@ -112,7 +114,7 @@ def test_attention_is_that_of_the_package(backend, align, monkeypatch):
         assert bool(a.any()) or (name in ("q_idx", "k_idx") and not align)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_the_other_functions_are_those_of_the_package(backend, monkeypatch):
     monkeypatch.setattr(kernels, "backend_of", lambda tensor: backend)
     config = msa.MSAConfig(block_size=16, top_k=2)
@@ -233,9 +235,10 @@ def test_bad_numbers():
 class Layer(nn.Module):
     """A layer of MSA with its projections: the index reads a detached hidden state (R18)."""
 
-    def __init__(self):
+    def __init__(self, config=CONFIG):
         super().__init__()
         torch.manual_seed(0)
+        self.config = config
         self.qkv = nn.Linear(32, 64 + 2 * 32, bias=False)
         self.index = nn.Linear(32, 2 * 8 + 8, bias=False)
         self.out = nn.Linear(64, 32, bias=False)
@@ -245,7 +248,7 @@ class Layer(nn.Module):
         q, k, v = self.qkv(x).split((64, 32, 32), -1)
         q_idx, k_idx = self.index(x.detach()).split((16, 8), -1)
         q, k, v, q_idx = (t.unflatten(-1, (h, -1)) for t, h in ((q, 4), (k, 2), (v, 2), (q_idx, 2)))
-        output = msa.ops.attention(q, k, v, q_idx, k_idx, config=CONFIG, align=True)
+        output = msa.ops.attention(q, k, v, q_idx, k_idx, config=self.config, align=True)
         return x + self.out(output.out.flatten(-2)), output.kl
 
 

@@ -78,7 +78,9 @@ def test_examples_in_the_hooks(name):
 
 
 def test_results_of_a_wrong_form_are_refused():
-    for name in ("prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu"):
+    for name in (
+        "prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu", "findings_tiny"
+    ):  # fmt: skip
         found = measured.read(name)
         for part in measured.SCHEMAS[name.partition("_")[0]]:
             rest = {key: value for key, value in found.items() if key != part}
@@ -103,7 +105,7 @@ def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
 
 
 def test_the_files_that_results_speak_of_exist():
-    for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu"):
+    for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu", "findings_tiny"):
         assert all((DOCS.parent / path).exists() for path in measured.code_of(name))
 
 

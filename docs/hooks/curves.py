@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib import pyplot
@@ -81,6 +82,12 @@ def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     """A Markdown table."""
     lines = [columns, tuple("---" for _ in columns), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def findings_table(lines_of: Callable[[dict[str, Any]], list[tuple[str, ...]]]) -> str:
+    """One of the tables of `msa findings`, and where its numbers come from."""
+    columns, *rows = lines_of(read("findings_tiny"))
+    return f"{table(columns, rows)}\n\n{age('findings_tiny')}"
 
 
 def selection_table() -> str:

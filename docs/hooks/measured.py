@@ -30,8 +30,11 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
+MODEL = ("model", "attention", "experts", "vision", "trainer", "presets", "records")
+"""The files of `msa/model` that decide what a training finds."""
 
 NUMBER = (int, float)
+SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
@@ -62,6 +65,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "crossing": {
         "device": str, "cores": int, "date": str, "case": dict, "crossing_tokens": NUMBER,
         "seconds": dict,
+    },
+    "findings": {
+        "device": str, "torch": str, "python": str, "date": str, "steps": int, "documents": int,
+        "runs": [{"row": str, "seed": int, "command": str, "steps": int, "seconds": NUMBER,
+                  "prose": SHARE, "answers": SHARE, "near": SHARE, "far": SHARE, "kl": SHARE,
+                  "block_recall": SHARE, "score_recall": SHARE, "steepest": SHARE,
+                  "budgets": list, "lengths": list}],
     },
 }  # fmt: skip
 """What each kind of results file must hold: more may stand beside it, less may not."""
@@ -122,7 +132,10 @@ def last_change(*paths: str) -> str:
 
 def code_of(name: str) -> list[str]:
     """The files whose speed a results file speaks of."""
-    kernels = KERNELS.get(name.partition("_")[0])
+    kind = name.partition("_")[0]
+    if kind == "findings":
+        return [f"msa/model/{part}.py" for part in MODEL]
+    kernels = KERNELS.get(kind)
     return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
 
@@ -140,8 +153,8 @@ def age(name: str) -> str:
         return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"Its kernels have changed since, {changed[:16].replace('T', ' ')}: "
-            "these numbers are those of the older kernels."
+            f"Its code has changed since, {changed[:16].replace('T', ' ')}: "
+            "these numbers are those of the older code."
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'

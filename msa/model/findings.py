@@ -19,6 +19,7 @@ from msa.model import checks, plain
 from msa.model.train import TrainOptions
 
 RESULTS = "findings_tiny.json"
+SHIPPED = Path(__file__).parents[2] / "benchmarks" / "results" / RESULTS
 Found = dict[str, Any]
 """What a results file holds; see `findings_run.train_all`."""
 
@@ -83,7 +84,7 @@ ROWS = {
 MEASURES = {
     "prose": ("prose, nats", 1, 3), "answers": ("answers, %", 100, 1), "near": ("near, %", 100, 1),
     "far": ("far, %", 100, 1), "kl": ("KL", 1, 3), "block_recall": ("block recall, %", 100, 1),
-    "score_recall": ("score recall, %", 100, 1),
+    "score_recall": ("score recall, %", 100, 1), "steepest": ("steepest", 1, 1),
 }  # fmt: skip
 """By its name in a run: a heading, a factor, decimals."""
 LINES = {
@@ -99,8 +100,8 @@ LINES = {
 class FindingsOptions:
     """Show the findings of the tiny model: a table, each row with its command."""
 
-    results: Path = Path("benchmarks/results") / RESULTS
-    """What `msa findings run` wrote."""
+    results: Path | None = None
+    """What `msa findings run` wrote; None: findings_tiny.json in benchmarks/results."""
     plots: Path | None = None
     """A folder to draw the figure in."""
 
@@ -131,8 +132,9 @@ def run(options: FindingsOptions) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    checks.check_file("results", options.results)
-    found: Found = json.loads(options.results.read_text())
+    results = SHIPPED if options.results is None else options.results
+    checks.check_file("results", results)
+    found: Found = json.loads(results.read_text())
     console = Console()
     for title, (columns, *lines) in (
         ("Each row changes one thing", rows_table(found)),
@@ -151,13 +153,13 @@ def run(options: FindingsOptions) -> int:
     if options.plots is not None:
         from benchmarks import plots  # the one place where results are drawn
 
-        for path, reason in plots.draw(options.results, options.plots).items():
+        for path, reason in plots.draw(results, options.plots).items():
             console.print(f"{path}: {f'not drawn, {reason}' if reason else 'drawn'}")
     return 0
 
 
 # -- what came of it ------------------------------------------------------------------------------
-def told(values: Sequence[float | None], factor: float = 1, decimals: int = 1) -> str:
+def told(values: Sequence[float | None], factor: int = 1, decimals: int = 1) -> str:
     """The mean over seeds and their standard deviation; a dash if a run has no such number.
 
     >>> told([0.5], 100), told([0.5, 0.7], 100), told([0.5, None]), told([])
@@ -171,8 +173,9 @@ def told(values: Sequence[float | None], factor: float = 1, decimals: int = 1) -
 
 
 def runs_of(found: Found, row: str) -> list[dict[str, Any]]:
-    """The runs of a row that are there, one for each seed."""
-    return [run for run in found["runs"] if run["row"] == row]
+    """The runs of a row that are there, by their seeds."""
+    runs = [run for run in found["runs"] if run["row"] == row]
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def about(found: Found) -> str:

@@ -83,10 +83,9 @@ TINY = Preset(
 
 SMALL = Preset(
     ModelConfig(
-        vocab_size=VOCABULARY, width=512, attention=("msa",) * 4,
-        mlp=("dense", "moe", "moe", "moe"),
-        heads=32, groups=2, head_dim=128, rotary_dim=64, index_dim=128, mlp_width=2048,
-        experts=8, experts_per_token=2, expert_width=512, shared_width=512,
+        vocab_size=VOCABULARY, width=256, attention=("msa",) * 3, mlp=("dense", "moe", "moe"),
+        heads=32, groups=2, head_dim=128, rotary_dim=64, index_dim=128, mlp_width=1024,
+        experts=4, experts_per_token=2, expert_width=256, shared_width=256,
         msa=MSAConfig(block_size=128, top_k=16), init_std=0.03,
         mixed_tokens=4, image_token=IMAGE_TOKEN,
         vision=VisionConfig(

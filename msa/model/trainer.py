@@ -155,7 +155,7 @@ class Trainer:
             "settings": self.settings, "steps": self.schedule.steps, "step": self.step,
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        checkpoint.save(self.model, folder)
+        checkpoint.save(self.model, folder, half=self.preset.half)
         checkpoint.write(folder / STATE, lambda path: torch.save(state, path))
 
     def resume(self, folder: Path) -> None:

@@ -116,7 +116,6 @@ def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
     b_lse = tl.load(part_lses + o_x[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :],
                     mask=m_x[:, None], other=0.0)  # fmt: skip
     b_top = tl.max(b_lse, 1)  # [R]
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
     p_x = parts + o_x[:, None] * (SPLITS * DIM_V) + o_dv[None, :]
     m_part = m_x[:, None] & (o_dv < DIM_V)[None, :]
@@ -246,6 +245,7 @@ def attend_pages(
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
+        launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[rows, splits, tiles](
             q, cache.k_pages, cache.v_pages, cache.k_scales if eight else lse,
             cache.v_scales if eight else lse, cache.page_table, cache.lengths, scores, ids, parts,
@@ -255,7 +255,7 @@ def attend_pages(
             BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=config.top_k, P=slots,
             SINK=config.sink_blocks, LOCAL=config.local_blocks, PLACES=places, PP=pad(places, 1),
             PIECES=pieces, LENGTH=width // pieces, STEP=min(width // pieces, STEP), SPLITS=splits,
-            EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **tile.launch(),
+            EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **launch,
         )  # fmt: skip
     return out, lse, ids
 

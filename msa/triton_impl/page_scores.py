@@ -125,7 +125,7 @@ def score_pages(
     wide = q_idx.dtype == torch.float32
     tile = tile or choose("pages", q_idx.dtype if wide else pages.dtype, pad(dim), block)
     rows = min(pad(n * groups), tile.rows)
-    programs = max(1, min(columns, tile.programs // max(batch, 1)))
+    programs = max(1, min(columns, programs_for(batch * columns, tile) // max(batch, 1)))
     eight = cache.k_idx_scales is not None
     parts = eight and not wide and is_hopper(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
@@ -141,3 +141,12 @@ def score_pages(
         **early_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores
+
+
+def programs_for(blocks: int, tile: TileConfig) -> int:
+    """One wave of programs if two blocks each are enough for that, else one program per block.
+
+    A single wave leaves room on the device for the next kernel to be set up beside it, which is
+    worth more than what a second block in the same program costs.
+    """
+    return tile.programs if blocks <= 2 * tile.programs else blocks

@@ -72,13 +72,13 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=3),
     },
     "pages": {
-        (1, 128): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=2**20),
-        (2, 128): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=2**20),
-        (2, 64): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=2**20),
+        (1, 128): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=528),
+        (2, 128): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=528),
+        (2, 64): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=528),
     },
     "paged": {
-        (2, 128): TileConfig(rows=16, keys=128, warps=8, stages=2),
-        (2, 64): TileConfig(rows=16, keys=128, warps=8, stages=2),
+        (2, 128): TileConfig(rows=16, keys=128, warps=8, stages=3),
+        (2, 64): TileConfig(rows=16, keys=128, warps=8, stages=3),
     },
 }
 DEFAULTS = {
@@ -90,7 +90,7 @@ DEFAULTS = {
     "sums": TileConfig(rows=32, keys=64, stages=1),
     "teacher": TileConfig(rows=32, keys=64, stages=1),
     "judge": TileConfig(rows=32, keys=32, stages=1),
-    "pages": TileConfig(rows=32, keys=32, stages=1, programs=2**20),
+    "pages": TileConfig(rows=32, keys=32, stages=1, programs=528),
     "paged": TileConfig(rows=16, keys=32, stages=1),
 }
 

@@ -1,0 +1,306 @@
+"""`msa findings`: rows that are commands, runs that go on, one file of results, a figure."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_model_train
+import torch
+
+from benchmarks import plots
+from docs.hooks import measured
+from msa import cli
+from msa.model import checkpoint, findings, findings_run, train
+from msa.model.evaluate import read, unseen_documents
+from msa.model.findings import ROWS, RunOptions, told
+from msa.model.findings_run import Job, judge_index, missing, seen_as, trained, under, unseen
+from msa.model.train import METRICS, TrainOptions, read_preset
+
+ROOT = Path(__file__).parent.parent
+micro = test_model_train.micro
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Documents that the smallest model reads in no time."""
+    monkeypatch.setattr(findings_run, "LENGTHS", (128, 256))
+    monkeypatch.setattr(findings_run, "LONG", 1)
+    monkeypatch.setattr(findings_run, "BUDGETS", (1, 8))
+
+
+def results(folder):
+    return json.loads((folder / findings.RESULTS).read_text())
+
+
+def start(tmp_path, *words):
+    return findings.main(
+        ["run", "--steps", "2", "--documents", "1", "--out", str(tmp_path), *words]
+    )
+
+
+# -- rows -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_a_row_is_one_command_of_the_same_budget(row):
+    plan = row.options(300, 1, Path("out"))
+    preset = read_preset(plan)
+    assert (plan.seed, preset.schedule.steps) == (1, 100 if row.name == "cpt" else 300)
+    assert preset.model.msa.block_size * preset.model.msa.top_k == findings_run.NEAR == 80
+    words = row.command(300, 1).rpartition("msa train ")[2].split()
+    if row.after is not None:
+        assert words[:2] == ["--start", "START"]
+        words = words[2:]
+    import tyro
+
+    assert replace(tyro.cli(TrainOptions, args=words), out=Path("out")) == plan
+
+
+def test_no_two_rows_are_the_same():
+    presets = [repr(read_preset(row.options(300, 0, Path()))) for row in ROWS.values()]
+    assert len(set(presets)) == len(presets) == 12
+
+
+def test_the_longest_run_is_taken_first_and_one_that_follows_goes_with_the_other():
+    options = RunOptions(seeds=(0, 1))
+    jobs = missing({"runs": []}, options, math.inf)
+    assert sum(len(job.rows) for job in jobs) == 2 * len(ROWS)
+    costs = [job.cost for job in jobs]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+    pairs = [[row.name for row in job.rows] for job in jobs if len(job.rows) > 1]
+    assert pairs == [["dense", "cpt"]] * 2
+    there = [{"row": name, "seed": 0} for name in ROWS if name != "cpt"]
+    left = missing({"runs": there}, replace(options, seeds=(0,)), math.inf)
+    assert [[row.name for row in job.rows] for job in left] == [["cpt"]]
+
+
+# -- from the command to the table ----------------------------------------------------------------
+def test_two_rows_end_to_end(tmp_path, short, micro, capsys):
+    """With a seed each; then shown, drawn, and of the form that the site's build asks for."""
+    assert start(tmp_path, "--rows", "base", "cpt", "dense", "--seeds", "3") == 0
+    said = capsys.readouterr().out
+    assert "base, seed 3: answers" in said and "3 of 3 runs" in said
+    found = results(tmp_path)
+    measured.check(found, measured.SCHEMAS["findings"], "findings_tiny")
+    runs = {run["row"]: run for run in found["runs"]}
+    assert {name: run["steps"] for name, run in runs.items()} == {"base": 2, "dense": 2, "cpt": 1}
+    assert [r["k"] for r in runs["base"]["budgets"]] == [1, 8]
+    assert [(r["how"], r["tokens"]) for r in runs["base"]["lengths"]] == [
+        (how, n) for how in ("dense", "msa", "window") for n in (128, 256)
+    ]
+    assert runs["dense"]["kl"] is runs["dense"]["block_recall"] is None
+    assert runs["cpt"]["kl"] > 0 and 0 <= runs["cpt"]["block_recall"] <= 1
+    assert {len(run["budgets"]) for run in (runs["dense"], runs["cpt"])} == {0}
+
+    path = tmp_path / findings.RESULTS
+    assert cli.main(["findings", "--results", str(path), "--plots", str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "MSA from scratch (MSA-PT)" in said and "seeds 3" in said
+    assert (tmp_path / "findings_tiny.svg").read_text().count("MSA") >= 3
+    del found["runs"]
+    (tmp_path / "findings_less.json").write_text(json.dumps(found | {"runs": []}))
+    (reason,) = plots.draw(tmp_path / "findings_less.json", tmp_path).values()
+    assert reason == "the results have no run of 'base'"
+
+
+def test_what_is_there_is_not_run_again(tmp_path, short, micro, monkeypatch, capsys):
+    assert start(tmp_path, "--rows", "no-kl", "--seeds", "0") == 0
+    before = results(tmp_path)["runs"]
+    calls = []
+    monkeypatch.setattr(
+        findings_run, "train", lambda *args: calls.append(args[0]) or train.train(*args)
+    )
+    assert start(tmp_path, "--rows", "no-kl", "forced", "--seeds", "0") == 0
+    assert [options.sink_blocks for options in calls] == [1]
+    assert results(tmp_path)["runs"][:1] == before
+    assert "2 of 2 runs" in capsys.readouterr().out
+    assert findings.main(["run", "--steps", "3", "--out", str(tmp_path)]) == 2
+    assert "must be of steps 3, got 2" in capsys.readouterr().err
+
+
+def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
+    """The clock jumps behind the limit after two readings: one before the run, one in it."""
+    job = Job((ROWS["cpt"],), 0, RunOptions(steps=3, documents=1, out=tmp_path), until=100.0)
+    ticks = iter([0.0, 0.0, 200.0])
+    monkeypatch.setattr(findings_run.time, "time", lambda: next(ticks))
+    assert findings_run.work(job) == []
+    lines = (tmp_path / "dense-0" / METRICS).read_text().splitlines()
+    assert len(lines) == 2
+    assert not (tmp_path / "cpt-0").exists()
+    monkeypatch.setattr(findings_run.time, "time", lambda: 0.0)
+    (run,) = findings_run.work(job)
+    assert run["row"] == "cpt"
+    assert (tmp_path / "dense-0" / METRICS).read_text().splitlines()[:2] == lines
+    assert findings_run.work(job) == [run]  # nothing is left to be trained, and all is the same
+    monkeypatch.setattr(findings_run.time, "time", lambda: 200.0)
+    assert trained(ROWS["base"], job, None) is None
+    assert not (tmp_path / "base-0").exists()
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, short, micro, monkeypatch, capsys):
+    def fail(model, documents):
+        if model.config.index_gradient:
+            raise RuntimeError("all is NaN")
+        return judge_index(model, documents)
+
+    monkeypatch.setattr(findings_run, "judge_index", fail)
+    assert start(tmp_path, "--rows", "gradient", "no-kl", "--seeds", "0") == 1
+    said = capsys.readouterr()
+    assert "gradient, seed 0: RuntimeError('all is NaN')" in said.err
+    assert [run["row"] for run in results(tmp_path)["runs"]] == ["no-kl"]
+
+
+def test_processes_need_no_tyro(tmp_path):
+    """Two workers, the tiny model as it is."""
+    for name in ("tyro", "beartype"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    words = ["run", "--rows", "window", "no-kl", "--seeds", "0", "--workers", "2", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "msa.model.findings", *words, "--documents", "1", "--out", "out"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {run["row"] for run in results(tmp_path / "out")["runs"]} == {"window", "no-kl"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rows base best", "rows must be of base, no-kl, .* got 'best'"),
+        ("--seeds 0 -1", "seeds must be at least 0, got -1"),
+        ("--workers 0", "workers must be at least 1, got 0"),
+        ("--minutes 0", "minutes must be finite and positive, got 0.0"),
+    ],
+)
+def test_bad_options_are_named(words, message, tmp_path, capsys):
+    import re
+
+    assert findings.main(["run", "--out", str(tmp_path), *words.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_results_that_are_not_there_are_named(tmp_path, capsys):
+    assert cli.main(["findings", "--results", str(tmp_path / "no.json")]) == 2
+    assert "results must be a file, got" in capsys.readouterr().err
+
+
+# -- readings -------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def shipped():
+    return checkpoint.load_trained("tiny", backend="torch")
+
+
+@torch.no_grad()
+def test_other_budgets_and_windows_are_the_same_weights(shipped):
+    (document,) = unseen(200, 1)
+    own = shipped.config.msa
+    all_blocks = under(shipped, replace(own, top_k=13))  # R11
+    window, mode = seen_as(shipped, "window")
+    assert (window.config.msa.local_blocks, mode) == (5, "sparse")
+    text = torch.as_tensor(document.tokens)
+    text[text == 256] = 32
+    logits = [m(text, mode=mode).logits for m, mode in (
+        seen_as(shipped, "dense"), (all_blocks, "sparse"), (shipped, "sparse"), (window, "sparse"),
+    )]  # fmt: skip
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
+    assert (logits[2] - logits[0]).abs().max() > 0.1
+    assert (logits[3] - logits[2]).abs().max() > 0.1
+    assert torch.equal(logits[3][:80], logits[2][:80])  # five blocks are all there is so far
+
+
+def test_the_shipped_index_finds_what_a_window_does_not(shipped):
+    documents = unseen_documents(512, 8, 8, 2)
+    found = judge_index(shipped, documents)
+    window = judge_index(seen_as(shipped, "window")[0], documents)
+    assert found["block_recall"] > window["block_recall"] + 0.1
+    assert 0.8 < found["score_recall"] <= 1
+    assert 0 < found["kl"] < 1
+    assert window["kl"] is None
+    # attention to all blocks leaves nothing to be found
+    everything = judge_index(under(shipped, replace(shipped.config.msa, top_k=32)), documents)
+    assert everything["block_recall"] == everything["score_recall"] == 1
+
+
+def test_far_is_the_same_in_every_row(shipped):
+    documents = unseen(512, 2)
+    reading = read(shipped, documents, at_once=4)
+    found = findings_run.judge(shipped, documents)
+    assert found["far"] == reading.accuracy(80)
+    assert found["prose"] == pytest.approx(reading.prose, rel=1e-6)
+
+
+def test_numbers_that_are_not_finite_are_none_and_shown_as_a_dash():
+    assert findings_run.finite(math.inf) is None
+    assert told([1.0, None]) == "-"
+    assert told([1.0, 3.0], 1, 2) == "2.00 ± 1.41"
+
+
+def test_lines_of_the_figure_are_told_apart():
+    """A run that lacks the longest documents does not end the others' lines."""
+    base = {"row": "base", "seed": 0, "budgets": [], "lengths": []}
+    base["lengths"] = [
+        {"tokens": n, "how": how, "answers": share}
+        for how, share in (("dense", 0.2), ("msa", 0.4), ("window", 0.1)) for n in (512, 1024)
+    ]  # fmt: skip
+    other = copy.deepcopy(base) | {"seed": 1}
+    found = {"runs": [base, other]}
+    assert findings.lengths_of(found, "base", "msa") == {512: [0.4, 0.4], 1024: [0.4, 0.4]}
+    assert findings.lengths_table(found)[1:] == [
+        ("512", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
+        ("1,024", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
+    ]
+
+
+def test_the_figure_of_the_site_is_that_of_the_results(tmp_path):
+    (path,) = plots.draw(findings.SHIPPED, tmp_path)
+    assert path.read_text() == (ROOT / "docs" / path.name).read_text()
+
+
+def test_what_the_page_says_holds_in_the_results():
+    """Each line is a sentence of docs/measure/findings.md; means of three seeds."""
+    found = json.loads(findings.SHIPPED.read_text())
+
+    def values(row, name):
+        return [run[name] for run in findings.runs_of(found, row)]
+
+    def mean(row, name="answers"):
+        return sum(values(row, name)) / 3
+
+    assert all(len(findings.runs_of(found, row)) == 3 for row in ROWS)
+    base = {name: mean("base", name) for name in findings.MEASURES}
+    assert (
+        abs(mean("no-kl", "prose") - base["prose"]) < 0.05 and mean("no-kl") < base["answers"] / 3
+    )
+    for row in ("gradient", "gradient-10"):
+        assert mean(row, "kl") < base["kl"] and mean(row, "score_recall") > base["score_recall"]
+        assert mean(row, "block_recall") > base["block_recall"]
+        assert mean(row) < base["answers"] - 0.3 and mean(row, "prose") > base["prose"]
+        assert None not in values(row, "steepest")
+    assert [answers < 0.15 for answers in sorted(values("gradient", "answers"))] == [
+        True,
+        False,
+        False,
+    ]
+    assert max(values("gradient-10", "answers")) < 0.15
+    for row in ("kl-10", "no-warm-up", "blocks-8"):
+        assert abs(mean(row) - base["answers"]) < 0.05
+    assert mean("forced") < base["answers"] - 0.1
+    assert min(values("forced", "answers")) < mean("forced") - 0.1
+    assert mean("blocks-40") < base["answers"] - 0.2
+    others = [mean(row, "prose") for row in ROWS if row not in ("window", "cpt")]
+    assert mean("window", "prose") < min(others) and mean("window", "far") < 0.15
+    assert mean("dense") > base["answers"]
+    twin, sparse = (
+        findings.lengths_of(found, *key) for key in (("dense", "dense"), ("base", "msa"))
+    )
+    assert {n: sum(sparse[n]) > sum(twin[n]) for n in twin} == {
+        512: False, 1024: False, 2048: False, 4096: True, 8192: True
+    }  # fmt: skip
+    assert base["answers"] - 0.1 < mean("cpt") < base["answers"]
