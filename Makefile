@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs docs-serve docs-look sanitize install bench bench-crossing clean
+.PHONY: demo test lint docs docs-serve docs-look package sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo --backend torch --html demo.html
 
@@ -13,6 +13,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
+	$(BIN)/codespell
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
@@ -24,9 +25,18 @@ docs: install
 docs-serve: install
 	$(SITE) serve
 
-# Needs Debian's chromium: every page of the built site, as readers on a desk and on a phone see it.
+# Needs Debian's chromium: every page of the built site on a desk, on a phone and in the dark; widgets
+# answer. `python -m docs.hooks.look FOLDER` also leaves screenshots.
 docs-look: docs
 	$(BIN)/python -m docs.hooks.look
+
+# Both distributions, and the wheel in an environment that has nothing else.
+package: install
+	rm -rf dist .venv/bare
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv .venv/bare
+	.venv/bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	.venv/bare/bin/python -I tests/packaged.py dist
 
 # On a GPU: every kernel on awkward shapes, first as it is (which compiles it), then with each of its
 # accesses checked. Without PyTorch's cache each tensor is an allocation, whose end is known.

@@ -15,7 +15,7 @@ MiniMax Sparse Attention from math to metal.
 
 commands:
   explain             a 12-token example through every form of the lowering
-  verify              the equivalence proofs, rules R1-R20, on this machine's backends
+  verify              rules R1-R20 on this machine's backends, or on a function of yours
   demo                a trained model answers questions about pictures hidden in a long text
   ask                 the same for your own text and pictures of digits
   demo digits         attention as a classifier of real images: dense, MSA, window, random
@@ -37,6 +37,9 @@ commands:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code is the return value."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments in ([], ["-h"], ["--help"]):
+        print(HELP, end="")
+        return 0
     try:
         import tyro
 
@@ -112,9 +115,6 @@ def main(arguments: list[str] | None = None) -> int:
                 from benchmarks import plots
 
                 return plots.run(tyro.cli(plots.PlotsOptions, prog="msa bench plots", args=rest))
-            case [] | ["-h"] | ["--help"]:
-                print(HELP, end="")
-                return 0
             case _:
                 print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
                 return 2

@@ -9,85 +9,29 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+from mutants_index import (
+    forced_by_a_large_score,
+    infinite_scores_left_out,
+    least_token_decides,
+    local_block_first,
+    local_block_missing,
+    mean_for_maximum,
+    nan_ranks_first,
+    nan_taken_for_infinity,
+    one_product_too_few,
+    ties_to_the_higher_id,
+)
 
 from msa import reference
 from msa.conformance import Domain
 from msa.conformance.backends import OPTIONS as OPTION_NAMES
 from msa.conformance.cases import round_to_e4m3
 from msa.conformance.yardstick import Attention, block_mask
-from msa.ir import BlockScores, Output, Partials, Selection, Sequences
+from msa.ir import Output, Partials, Selection, Sequences
 
 DOMAIN = Domain(
     ("float64", "float32", "float16"), missing=frozenset({"api", "backward"}), options=OPTION_NAMES
 )
-
-
-# -- the index branch -----------------------------------------------------------------------------
-def nan_ranks_first(q_idx, k_idx, sequences, config):
-    scores = reference.score_blocks(q_idx, k_idx, sequences, config)
-    values = scores.values.copy()
-    for qs, ks in sequences.spans():
-        own = np.array(sequences.positions())[qs] // config.block_size
-        for b, start in enumerate(range(ks.start, ks.stop, config.block_size)):
-            stop = min(start + config.block_size, ks.stop)
-            rotten = np.isnan(k_idx[start:stop]).any()
-            values[qs, :, b] = np.where(rotten & (own >= b)[:, None], np.inf, values[qs, :, b])
-    return BlockScores(values, sequences, config.block_size)
-
-
-def mean_for_maximum(q_idx, k_idx, sequences, config):
-    scores = reference.score_blocks(q_idx, k_idx, sequences, config)
-    return replace(scores, values=np.where(np.isfinite(scores.values), scores.values / 2, -np.inf))
-
-
-def one_product_too_few(q_idx, k_idx, sequences, config):
-    return reference.score_blocks(q_idx[..., 1:], k_idx[..., 1:], sequences, replace(
-        config, index_scale=config.index_scale_for(q_idx.shape[-1])))  # fmt: skip
-
-
-def ties_to_the_higher_id(scores, config):
-    """Selects on scores that are nudged upwards along the row: only ties are affected."""
-    order = np.arange(scores.values.shape[-1])
-    rank = np.zeros_like(scores.values)
-    for i, r in np.ndindex(scores.values.shape[:2]):
-        rank[i, r, np.lexsort((order, scores.values[i, r]))] = order
-    return reference.select_blocks(replace(scores, values=rank), config)
-
-
-def local_block_missing(scores, config):
-    """The local block has to compete like any other."""
-    ids = reference.select_blocks(scores, config).indices.copy()
-    for i, p in enumerate(scores.sequences.positions()):
-        own = p // scores.block_size
-        for r in range(ids.shape[1]):
-            best = sorted(range(own + 1), key=lambda b: (-scores.values[i, r, b], b))
-            ids[i, r] = -1
-            kept = sorted(best[: config.top_k])
-            ids[i, r, : len(kept)] = kept
-    return Selection(ids, scores.sequences, scores.block_size)
-
-
-def infinite_scores_left_out(scores, config):
-    """-inf is taken for "not visible" even where all visible blocks fit."""
-    ids = reference.select_blocks(scores, config).indices.copy()
-    for i, r, s in np.argwhere(ids >= 0).tolist():
-        own = scores.sequences.positions()[i] // scores.block_size
-        if np.isneginf(scores.values[i, r, ids[i, r, s]]) and ids[i, r, s] != own:
-            ids[i, r, s] = own
-    for i, r in np.ndindex(ids.shape[:2]):
-        kept = np.unique(ids[i, r][ids[i, r] >= 0])
-        ids[i, r] = np.pad(kept, (0, config.top_k - len(kept)), constant_values=-1)
-    return Selection(ids, scores.sequences, scores.block_size)
-
-
-def local_block_first(q_idx, k_idx, sequences, config):
-    """The order of a top-k call: own block first, the rest after it."""
-    selection = reference.select_fused(q_idx, k_idx, sequences, config)
-    ids = selection.indices.copy()
-    for i, r in np.ndindex(ids.shape[:2]):
-        count = (ids[i, r] >= 0).sum()
-        ids[i, r, :count] = np.roll(ids[i, r, :count], 1)
-    return replace(selection, indices=ids)
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -155,6 +99,11 @@ def binary_logarithm(*args):
     return replace(output, lse=(output.lse / np.log(2)).astype(np.float32))
 
 
+def binary_logarithm_of_the_whole(*args):
+    output = reference.attend(*args)
+    return replace(output, lse=(output.lse / np.log(2)).astype(np.float32))
+
+
 def one_place_too_few(q, k, v, q_idx, k_idx, sequences, config):
     small = replace(config, top_k=max(config.top_k - 1, config.forced_blocks))
     return reference.attend(q, k, v, q_idx, k_idx, sequences, small)
@@ -172,6 +121,12 @@ CALLS = itertools.count()
 
 def nothing_twice_the_same(*args):
     output = reference.attend(*args)
+    up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
+    return replace(output, lse=np.nextafter(output.lse, up_or_down))
+
+
+def no_selection_twice_the_same(*args):
+    output = reference.attend_selection(*args)
     up_or_down = np.float32(np.inf if next(CALLS) % 2 else -np.inf)
     return replace(output, lse=np.nextafter(output.lse, up_or_down))
 
@@ -343,6 +298,9 @@ MUTANTS = [
     ("r2_a_chunk_is_the_tail_of_the_whole", {"attend": queries_are_the_first_tokens}),
     ("r4_integer_scores_are_exact_and_nan_is_minus_infinity", {"score_blocks": nan_ranks_first}),
     ("r4_scores_are_scaled_products", {"score_blocks": one_product_too_few}),
+    ("r4_a_nan_score_is_never_preferred", {"select_fused": nan_taken_for_infinity}),
+    ("r5_the_best_token_decides", {"select_fused": least_token_decides}),
+    ("r6_nothing_outranks_a_forced_block", {"select_fused": forced_by_a_large_score}),
     ("r5_block_scores_are_raw_maxima_of_visible_tokens", {"score_blocks": mean_for_maximum}),
     ("r6_local_and_sink_blocks_are_always_in", {"select_blocks": local_block_missing}),
     ("r7_ties_go_to_the_lower_id", {"select_blocks": ties_to_the_higher_id}),
@@ -358,6 +316,7 @@ MUTANTS = [
     ),
     ("r9_the_union_of_a_tile_means_the_selection", {"unite_tiles": bit_of_the_wrong_row}),
     ("r10_lse_is_the_natural_logarithm_in_float32", {"attend_selection": binary_logarithm}),
+    ("r10_lse_of_the_whole_path_too", {"attend": binary_logarithm_of_the_whole}),
     ("r11_with_many_places_it_is_causal_attention", {"attend": one_place_too_few}),
     ("r12_out_has_the_dtype_of_q", {"attend": always_float32}),
     ("r13_the_reverse_index_means_the_selection", {"reverse_selection": padding_dereferenced}),
@@ -375,6 +334,10 @@ MUTANTS = [
     ("r17_a_known_lse_changes_nothing", {"align_index": lse_in_bits}),
     ("r17_one_call_gives_the_loss_too", {"attend": dense_loss}),
     ("r19_the_same_call_gives_the_same_bits", {"attend": nothing_twice_the_same}),
+    (
+        "r19_the_same_selection_gives_the_same_bits",
+        {"attend_selection": no_selection_twice_the_same},
+    ),
     ("r9_every_loop_order_is_the_definition", {"attend_selection": every_row_walks_every_block}),
     ("r9_every_loop_order_is_the_definition", {"attend_selection": remote_edges_forgotten}),
     ("r19_every_loop_order_gives_the_same_bits", {"attend_selection": one_order_twice_the_same}),

@@ -1,30 +1,71 @@
-"""The built site as its readers see it: every page in Chromium, on a desk and on a phone.
+"""The built site as its readers see it: every page in Chromium, on a desk, a phone and in the dark.
 
     python -m docs.hooks.look [folder for screenshots]
 
 Fails on errors in the console, requests that fail or leave the machine, formulas that were not
-drawn, and pages that scroll sideways.
+drawn, pages that scroll sideways, colours that ignore the scheme, and widgets that do not answer.
+It first opens a page with all of these faults: a check that overlooks one of them is no check.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+from docs.hooks.look_widgets import look_at_widgets
 
 SITE = Path(__file__).parents[2] / "site"
-CHROMIUM = "/usr/bin/chromium"
-VIEWS = {"light": ("light", 1280), "dark": ("dark", 1280), "phone": ("light", 390)}
-STATE = """() => ({
-    wide: document.documentElement.scrollWidth > innerWidth,
-    wrong: document.querySelectorAll('.katex-error').length,
-    undrawn: [...document.querySelectorAll('.arithmatex')].filter(e => !e.querySelector('.katex')).length,
-})"""
+VIEWS = {"desk": (1280, "light"), "phone": (390, "light"), "dark": (1280, "dark")}
+"""In which a page is looked at, after one load: widths, and the button of the other scheme."""
+TOGGLE = """async (scheme) => {
+    document.getElementById(scheme === 'dark' ? '__palette_1' : '__palette_0')?.click();
+    for (let n = 0; n < 2; n++) await new Promise(requestAnimationFrame);
+}"""
+STATE = r"""(dark) => {
+    const all = (selector) => [...document.querySelectorAll(selector)];
+    const outside = 'pre, code, script, style, .katex, .arithmatex, textarea';
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const raw = [];
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+        const formula = /\\[([]|\$[^$\n]+\$/.test(node.data);
+        if (formula && !node.parentElement.closest(outside)) raw.push(node.data.trim().slice(0, 40));
+    }
+    const light = (color) => Math.max(...color.match(/[\d.]+/g).slice(0, 3).map(Number)) > 128;
+    const style = getComputedStyle(document.body);
+    const cut = (e) => e.clientWidth && e.scrollWidth > e.clientWidth + 1;
+    return {
+        'scrolls sideways': document.documentElement.scrollWidth > innerWidth,
+        'wrong formulas': all('.katex-error').length,
+        'formulas not drawn': all('.arithmatex').filter(e => !e.querySelector('.katex')).length,
+        'formulas as text': raw.join('; '),
+        'ignores the scheme': light(style.backgroundColor) === dark || light(style.color) !== dark,
+        'code that scrolls on a desk': innerWidth < 1000 ? 0
+            : all('.md-content pre > code').filter(cut).map(e => e.textContent.slice(0, 40)).join('; '),
+    };
+}"""
+FAULTY = r"""<!doctype html><html style="background: #fff"><body style="background: #fff; color: #000">
+<p>A formula \(x\).</p><span class="arithmatex">\(y\)</span><span class="katex-error">z</span>
+<div style="width: 2000px">wide</div>
+<div class="md-content"><pre><code style="display: block; width: 9em; overflow: auto">a very long
+line of code that does not fit where it should</code></pre></div>
+<img src="missing.png"><script src="http://127.0.0.1:9/away.js"></script>
+<script>console.error("planted"); throw new Error("thrown")</script></body></html>"""
+FAULTS = (
+    "console: planted", "error: thrown", "failed: ", "leaves the machine", "scrolls sideways",
+    "wrong formulas", "formulas not drawn", "formulas as text", "ignores the scheme",
+    "code that scrolls",
+)  # fmt: skip
+"""What `FAULTY` has, in the words in which it is told."""
 
 
 class Silent(SimpleHTTPRequestHandler):
@@ -34,37 +75,93 @@ class Silent(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
-def visit(browser: Browser, root: str, name: str, view: str, shots: Path | None) -> list[str]:
-    """Open one page; what was wrong with it."""
-    scheme, width = VIEWS[view]
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-    tab, wrong = context.new_page(), []
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The address of a server for a folder, while one is inside."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def listen(tab: Page, root: str) -> list[str]:
+    """What goes wrong in a tab, one line each; it grows."""
+    wrong: list[str] = []
     tab.on("console", lambda m: wrong.append(f"console: {m.text}") if m.type == "error" else None)
     tab.on("pageerror", lambda e: wrong.append(f"error: {e}"))
-    tab.on("requestfailed", lambda r: wrong.append(f"failed: {r.url}"))
-    tab.on("request", lambda r: None if r.url.startswith((root, "data:")) else wrong.append(r.url))
-    tab.goto(f"{root}/{name}")
-    tab.wait_for_timeout(150)
-    state = tab.evaluate(STATE)
-    wrong += [f"{what}: {value}" for what, value in state.items() if value]
-    if shots:
-        path = shots / f"{name.replace('/', '_').removesuffix('.html')}_{view}.png"
-        tab.screenshot(path=path, full_page=True)
+    tab.on(  # a request that the next page cuts off has not failed
+        "requestfailed",
+        lambda r: None if r.failure == "net::ERR_ABORTED" else wrong.append(f"failed: {r.url}"),
+    )
+    tab.on("response", lambda r: wrong.append(f"failed: {r.url}") if r.status >= 400 else None)
+    tab.on(
+        "request",
+        lambda r: None if r.url.startswith((root, "data:", "blob:"))
+        else wrong.append(f"leaves the machine: {r.url}"),
+    )  # fmt: skip
+    return wrong
+
+
+def without_words(route: Route) -> None:
+    """The site's search without anything to find: every page would build its index anew."""
+    route.fulfill(json=route.fetch().json() | {"docs": []})
+
+
+def tour(browser: Browser, root: str, names: list[str], shots: Path | None = None) -> Iterator[str]:
+    """Open pages one after another in one tab; what is wrong with them."""
+    context = browser.new_context()
+    tab = context.new_page()
+    tab.route("**/search_index.json", without_words)
+    wrong = listen(tab, root)
+    for name in names:
+        tab.goto(f"{root}/{name}")
+        for view, (width, scheme) in VIEWS.items():
+            tab.set_viewport_size({"width": width, "height": 900})
+            tab.evaluate(TOGGLE, scheme)
+            state = tab.evaluate(STATE, scheme == "dark")
+            wrong += [f"{what}: {value}" for what, value in state.items() if value]
+            yield from (f"{name} ({view}): {fault}" for fault in wrong)
+            wrong.clear()
+            if shots:
+                path = shots / f"{name.replace('/', '_').removesuffix('.html')}_{view}.png"
+                tab.screenshot(path=path, full_page=True)
+        tab.evaluate(TOGGLE, "light")
     context.close()
-    return [f"{name} ({view}): {fault}" for fault in wrong]
+
+
+def follows(browser: Browser, root: str) -> Iterator[str]:
+    """The home page as one's system prefers it, before any button is pressed."""
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        tab = context.new_page()
+        tab.goto(root)
+        if tab.evaluate(STATE, scheme == "dark")["ignores the scheme"]:
+            yield f"index.html: does not follow a system that prefers {scheme}"
+        context.close()
+
+
+def overlooked(browser: Browser) -> Iterator[str]:
+    """The planted faults that a tour does not see."""
+    with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as root:
+        (Path(folder) / "faulty.html").write_text(FAULTY)
+        told = "\n".join(tour(browser, root, ["faulty.html"]))
+        yield from (f"this check overlooks: {fault}" for fault in FAULTS if fault not in told)
 
 
 def main(shots: Path | None) -> int:
-    """Visit every page in every view; 1 if anything was wrong."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(SITE)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    root = f"http://127.0.0.1:{server.server_port}"
+    """Visit every page in every view; 1 if anything was wrong, 2 if there is no browser."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        print("the check of the site needs Debian's chromium: apt-get install chromium")
+        return 2
     names = [str(p.relative_to(SITE)) for p in sorted(SITE.rglob("*.html")) if p.name != "404.html"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        faults = [f for n in names for v in VIEWS for f in visit(browser, root, n, v, shots)]
+    with sync_playwright() as playwright, serve(SITE) as root:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        faults = list(overlooked(browser))
+        faults += [*follows(browser, root), *tour(browser, root, names, shots)]
+        faults += look_at_widgets(browser, root)
         browser.close()
-    server.shutdown()
     print("\n".join(faults) or f"{len(names)} pages, {len(VIEWS)} views each: nothing wrong")
     return int(bool(faults))
 

@@ -54,10 +54,17 @@ class Drawing:
             )
             self.parts.append(f'<path d="M{ends}Z" class="d-muted"/>')
 
-    def figure(self, caption: str, alt: str) -> str:
-        """The drawing as HTML, no wider than it was made."""
+    def svg(self, alt: str, least: float = 0) -> str:
+        """The drawing alone, no wider than it was made, nor narrower than a part of that."""
         return (
-            f'<figure class="drawn"><svg viewBox="0 0 {self.width:.5g} {self.height:.5g}" '
-            f'role="img" aria-label="{escape(alt, quote=True)}" style="max-width:{self.width:.5g}px">'
-            f"{''.join(self.parts)}</svg><figcaption>{caption}</figcaption></figure>"
+            f'<svg viewBox="0 0 {self.width:.5g} {self.height:.5g}" role="img" '
+            f'aria-label="{escape(alt, quote=True)}" '
+            f'style="max-width:{self.width:.5g}px;min-width:{least * self.width:.5g}px">'
+            f"{''.join(self.parts)}</svg>"
+        )
+
+    def figure(self, caption: str, alt: str) -> str:
+        """The drawing and what it shows, as HTML."""
+        return (
+            f'<figure class="drawn">{self.svg(alt, 0.8)}<figcaption>{caption}</figcaption></figure>'
         )

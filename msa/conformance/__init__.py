@@ -7,6 +7,9 @@ tolerances   the one error budget, and its derivation
 backends     what can be tried here
 properties_* the rules, each a plain function of a backend and a case
 bad_input    R20, case by case
+seeds        known kinds of bugs, tried first
+conventions  how other projects call selection and attention; adapters, packing: there and back
+target       a function of one's own in place of a backend; targets: those that are shipped
 report       `msa verify`
 
 from msa.conformance import Domain, Subject, all_properties, as_module
@@ -15,17 +18,22 @@ mine = Subject("mine", as_module({"select_blocks": my_selection}), kind="numpy")
 
 from msa.conformance.backends import Domain, Subject, as_module, subjects
 from msa.conformance.properties import Property, all_properties
-from msa.conformance.report import Result, VerifyOptions, run, verify
+from msa.conformance.report import Result, VerifyOptions, run, verify, verify_target
+from msa.conformance.target import Target, TargetOptions, make_target
 
 __all__ = [
     "Domain",
     "Property",
     "Result",
     "Subject",
+    "Target",
+    "TargetOptions",
     "VerifyOptions",
     "all_properties",
     "as_module",
+    "make_target",
     "run",
     "subjects",
     "verify",
+    "verify_target",
 ]

@@ -42,9 +42,9 @@ STAGES = (
     "decode_step",
 )
 
-OPTIONS = frozenset({"loop_order", "index_dtype"})
+OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding"})
 """Keywords beyond the contract: loop_order of attend_selection ("auto", "kv_outer", "union"), and
-index_dtype of select_fused ("fp8_e4m3")."""
+index_dtype ("fp8_e4m3") and left_padding (tokens of rubbish before each row) of select_fused."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,20 @@ class Domain:
     dims: tuple[int, ...] | None = None
     """Sizes of D, Dv and Di; None: any from 1."""
     missing: frozenset[str] = frozenset()
-    """Functions of the contract that are not there, "backward" (R18) or "api" (R20) among them."""
+    """Functions of the contract that are not there, "backward" (R18), "api" (R20) or "lse" (R10)
+    among them."""
     options: frozenset[str] = frozenset()
     """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
     product_roundoff: dict[str, float] | None = None
     """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
     units: dict[str, MatrixUnit] | None = None
     """For dtypes whose products a matrix unit adds, as tensor cores do."""
+    sinks: bool = True
+    """Whether the first blocks can be forced."""
+    more_local: bool = True
+    """Whether more than the own block can be forced."""
+    full_rows: bool = False
+    """Whether a Selection must give each query min(k, visible blocks) of them."""
     cost: int = 1
     """How many times fewer examples are worth their time, as in an interpreter."""
 

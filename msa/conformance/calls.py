@@ -32,7 +32,7 @@ def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
     return subject.run("score_blocks", *args, cast=inputs.dtype)
 
 
-def select_fused(subject: Subject, inputs: Inputs, **options: str) -> Selection:
+def select_fused(subject: Subject, inputs: Inputs, **options: str | int) -> Selection:
     """The index branch at once."""
     args = (*inputs.index, inputs.sequences, inputs.config)
     return subject.run("select_fused", *args, cast=inputs.dtype, **options)
@@ -50,12 +50,27 @@ def dense(inputs: Inputs, indices: Array) -> Attention:
     return Attention(*inputs.main, mask, inputs.scale, parts=indices.shape[-1])
 
 
-def judge(subject: Subject, inputs: Inputs, output: Output, want: Attention) -> Measure:
-    """out and lse, every entry within the budget of its dtype on this backend."""
+def judge(
+    subject: Subject,
+    inputs: Inputs,
+    output: Output,
+    want: Attention,
+    rows: Array | slice = slice(None),
+) -> Measure:
+    """out and, where it is claimed, lse: each entry within the budget of its dtype on this backend.
+
+    Args:
+        rows: which queries, or queries and heads, to look at; all by default.
+    """
     precision = subject.domain.precision(inputs.dtype)
+    pairs = [("out", output.out, want.out, want.out_bound(precision))]
+    if subject.domain.has("lse"):
+        pairs.append(("lse", output.lse, want.lse, want.lse_bound(precision)))
     return worst(
-        compare("out", output.out, want.out, want.out_bound(precision)),
-        compare("lse", output.lse, want.lse, want.lse_bound(precision)),
+        *(
+            compare(name, *(x[rows] for x in (got, wanted, bound)))
+            for name, got, wanted, bound in pairs
+        )
     )
 
 

@@ -16,8 +16,18 @@ Check = Callable[[Subject, Any], Measure]
 Cases = Callable[[Domain], SearchStrategy[Any]]
 
 FILES = (
-    "sequences", "index", "attention", "lowering", "alignment", "training", "behaviour", "options",
+    "sequences", "index", "selection", "attention", "lowering", "alignment", "training",
+    "behaviour", "options",
 )  # fmt: skip
+
+RULES = {
+    "R1": "Packing", "R2": "Alignment", "R3": "Blocks", "R4": "Token scores", "R5": "Block scores",
+    "R6": "Forced blocks", "R7": "Top-k", "R8": "Canonical form", "R9": "Attention", "R10": "LSE",
+    "R11": "Dense limit", "R12": "Dtypes", "R13": "Reverse index", "R14": "Schedule",
+    "R15": "Partials", "R16": "Combine", "R17": "KL alignment", "R18": "Gradients",
+    "R19": "Determinism", "R20": "Bad input",
+}  # fmt: skip
+"""What each rule of docs/spec.md is about."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 from hypothesis import Phase, settings
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from msa.conformance.backends import Subject, subjects
-from msa.conformance.properties import Property, all_properties
+from msa.conformance.messages import BadTarget, find
+from msa.conformance.properties import RULES, Property, all_properties
+from msa.conformance.seeds import bug_of
+from msa.conformance.target import Target, TargetOptions, make_target
 from msa.conformance.tolerances import AGREES, Measure
 from msa.conformance.trial import Tally, search
 
@@ -21,9 +25,11 @@ PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
-    """What to try, on which backends, how often."""
+class VerifyOptions(TargetOptions):
+    """What to try, how often: the backends here, or a function of yours (--target)."""
 
+    target: str = ""
+    """Your own function in place of the backends, package.module:function."""
     backend: tuple[str, ...] = ()
     """Backends to try: reference, torch, triton. All that run here by default."""
     rule: tuple[str, ...] = ()
@@ -46,6 +52,8 @@ class Result:
     measure: Measure = AGREES
     counterexample: str = ""
     error: str = ""
+    bug: str = ""
+    """The kind of bug that the counterexample is the seed of, if it is one."""
 
     @property
     def passed(self) -> bool:
@@ -85,6 +93,27 @@ def verify(
     return [try_one(p, s, examples, on_example) for p, s in pairs]
 
 
+def verify_target(
+    target: Target,
+    rules: tuple[str, ...] = (),
+    examples: int = 25,
+    on_example: Callable[[str], None] = lambda label: None,
+) -> list[Result]:
+    """The same for a function of one's own: every rule, and of each what speaks of the function.
+
+    A rule of which nothing does has one Result that is not claimed.
+    """
+    results: list[Result] = []
+    for rule in dict.fromkeys(p.rule for p in chosen_properties(rules)):
+        asked = target.asked(chosen_properties((rule,)))
+        subject = target.tried_for(rule)
+        with np.errstate(all="ignore"):  # what it makes of NaN is judged, not warned of
+            results += [try_one(p, subject, examples, on_example) for p in asked]
+        if not asked:
+            results.append(Result(rule, rule, RULES[rule], subject.label, claimed=False))
+    return results
+
+
 def try_one(
     prop: Property, subject: Subject, examples: int, on_example: Callable[[str], None]
 ) -> Result:
@@ -99,39 +128,67 @@ def try_one(
     except Exception as error:
         found = tally.error or error
         message = f"{type(found).__name__}: {found}"
-        return Result(*about, True, tally.tried, tally.measure, repr(tally.counterexample), message)
+        found = repr(tally.counterexample), message, bug_of(tally.counterexample, subject.domain)
+        return Result(*about, True, tally.tried, tally.measure, *found)
     return Result(*about, True, tally.tried, tally.measure)
 
 
 # -- printing -------------------------------------------------------------------------------------
 def run(options: VerifyOptions) -> int:
-    """Try, print the table, and say by the exit code whether everything held (0) or not (1)."""
+    """Try, print the table, and say by the exit code whether everything held (0) or not (1).
+
+    2 if it cannot be tried at all.
+    """
     console = Console()
     try:
-        names, chosen = subjects(options.backend), chosen_properties(options.rule)
+        chosen = chosen_properties(options.rule)
+        target = target_of(options)
+        names = () if target else subjects(options.backend)
     except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/]")
+        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
         return 2
-    total = sum(
-        max(1, options.examples // s.domain.cost)
-        for p in chosen
-        for s in names
-        if s.domain.has(*p.needs)
-    )
+    pairs = [(p, s) for p in chosen for s in names if s.domain.has(*p.needs)]
+    if target:
+        console.print(
+            f"{escape(options.target)}, convention {options.convention}, {options.kind}\n"
+        )
+        pairs = [(p, target.subject) for p in target.asked(chosen)]
+    total = sum(max(1, options.examples // s.domain.cost) for _, s in pairs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
-        results = verify(
-            options.backend,
-            options.rule,
-            options.examples,
-            lambda label: progress.update(task, advance=1, description=label),
-        )
-    print_results(console, results)
+
+        def advance(label: str) -> None:
+            progress.update(task, advance=1, description=label)
+
+        if target:
+            results = verify_target(target, options.rule, options.examples, advance)
+        else:
+            results = verify(options.backend, options.rule, options.examples, advance)
+    print_results(console, results, "not asked" if target else "not claimed")
+    if target:
+        print_verdicts(console, results)
     return 0 if all(result.passed for result in results) else 1
 
 
-def print_results(console: Console, results: list[Result]) -> None:
+def target_of(options: VerifyOptions) -> Target | None:
+    """The function that the options name; None: the backends.
+
+    Raises:
+        BadTarget: it cannot be tried, or options of a target without one, or with backends.
+    """
+    how = TargetOptions(*(getattr(options, field.name) for field in fields(TargetOptions)))
+    if not options.target:
+        for field in fields(TargetOptions):
+            if getattr(how, field.name) != field.default:
+                raise BadTarget(f"{field.name} must come with --target, got no target")
+        return None
+    if options.backend:
+        raise BadTarget("backend must not come with --target: either these or that is tried")
+    return make_target(find(options.target), how, options.target.rpartition(":")[2])
+
+
+def print_results(console: Console, results: list[Result], unclaimed: str = "not claimed") -> None:
     """One row for each property, one column for each backend; then the counterexamples."""
     labels = list(dict.fromkeys(r.backend for r in results))
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -139,7 +196,7 @@ def print_results(console: Console, results: list[Result]) -> None:
     table.add_column("what holds")
     for label in labels:
         table.add_column(label, justify="right", no_wrap=True)
-    cells = {(r.name, r.backend): show(r) for r in results}
+    cells = {(r.name, r.backend): show(r, unclaimed) for r in results}
     for name, rule, statement in dict.fromkeys((r.name, r.rule, r.statement) for r in results):
         table.add_row(rule, escape(statement), *(cells[name, label] for label in labels))
     console.print(table)
@@ -149,17 +206,31 @@ def print_results(console: Console, results: list[Result]) -> None:
     )
     for r in results:
         if not r.passed:
-            console.print(f"\n[red]{r.name}[/] fails on {r.backend}: {escape(r.error)}")
+            known = f" (known kind of bug: {r.bug})" if r.bug else ""
+            console.print(f"\n[red]{r.name}[/] fails on {r.backend}{known}: {escape(r.error)}")
             console.print(f"  {escape(r.counterexample)}", soft_wrap=True)
     claimed, failed = sum(r.claimed for r in results), sum(not r.passed for r in results)
     tried = sum(r.tried for r in results)
     console.print(f"\n{claimed - failed} of {claimed} properties hold in {tried} cases.")
 
 
-def show(result: Result) -> str:
+def print_verdicts(console: Console, results: list[Result]) -> None:
+    """The rules in three lines: those that hold, that fail, and that were not asked."""
+    asked = {r.rule for r in results if r.claimed}
+    failing = {r.rule for r in results if not r.passed}
+    rules = list(dict.fromkeys(r.rule for r in results))
+    for word, among in (
+        ("hold", asked - failing),
+        ("fail", failing),
+        ("not asked", {*rules} - asked),
+    ):
+        console.print(f"{word + ':':10} {' '.join(r for r in rules if r in among) or 'none'}")
+
+
+def show(result: Result, unclaimed: str = "not claimed") -> str:
     """A cell of the table."""
     if not result.claimed:
-        return "[dim]not claimed[/]"
+        return f"[dim]{unclaimed}[/]"
     if not result.passed:
         return f"{result.tried} [red]fails[/]"
     exact = result.measure.error == 0

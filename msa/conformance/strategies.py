@@ -107,8 +107,8 @@ def configs(draw: DrawFn, domain: Domain) -> MSAConfig:
     return MSAConfig(
         block_size=draw(st.sampled_from(domain.block_sizes or BLOCK_SIZES)),
         top_k=top_k,
-        sink_blocks=sink,
-        local_blocks=local,
+        sink_blocks=sink if domain.sinks else 0,
+        local_blocks=local if domain.more_local else 1,
         softmax_scale=draw(st.sampled_from(SCALES)),
         index_scale=draw(st.sampled_from(SCALES)),
     )
@@ -134,7 +134,7 @@ def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
         v=draw(fills(_for(dtype, want.values))),
         q_idx=draw(fills(_for(dtype, want.index), want.planted)),
         k_idx=draw(fills(_for(dtype, want.index), want.planted)),
-        picks=draw(picks()),
+        picks=draw(picks(domain)),
         chunk_size=draw(st.sampled_from((1, 2, 3, 4, 7, 64))),
         tile_size=draw(st.sampled_from((1, 2, 3, 4, 8, 31))),
     )
@@ -174,9 +174,10 @@ def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
     return tuple(k for k in kinds if not (dtype == "float16" and k == "enormous"))
 
 
-def picks() -> SearchStrategy[Picks]:
+def picks(domain: Domain) -> SearchStrategy[Picks]:
     """A canonical Selection (R8)."""
-    kinds = st.sampled_from(("own", "sink", "random", "full"))
+    full = ("full", "spread")  # these leave no place empty that could hold a block
+    kinds = st.sampled_from(full if domain.full_rows else ("own", "sink", "random", "full"))
     return st.builds(Picks, kinds, st.integers(0, 9999))
 
 

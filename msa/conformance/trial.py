@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from msa.conformance.backends import Subject
 from msa.conformance.properties import Property
+from msa.conformance.seeds import seeds_of
 from msa.conformance.tolerances import AGREES, Measure, worst
 
 
@@ -49,7 +50,7 @@ def search(
 
     check.__name__ = prop.name
     test = given(prop.cases(subject.domain))(check)
-    for seed in prop.seeds:
+    for seed in seeds_of(prop, subject.domain):
         test = example(seed)(test)
     settings(
         options,

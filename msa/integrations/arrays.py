@@ -37,6 +37,11 @@ def argsort(array: Array) -> Array:
     return np.argsort(array, -1, kind="stable")
 
 
+def zeros_like(array: Array) -> Array:
+    """0 everywhere."""
+    return _library(array).zeros_like(array)
+
+
 def take(array: Array, places: Array) -> Array:
     """array[..., places[...]] along the last dim."""
     if is_torch(array):
