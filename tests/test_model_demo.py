@@ -48,7 +48,7 @@ def test_its_metrics_are_those_of_the_documents():
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ValueError, match="name must be tiny, got 'huge'"):
+    with pytest.raises(ValueError, match="name must be small or tiny, got 'huge'"):
         load_trained("huge")
 
 
