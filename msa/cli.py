@@ -17,6 +17,7 @@ commands:
   explain             a 12-token example through every form of the lowering
   verify              rules R1-R20 on this machine's backends, or on a function of yours
   demo                a trained model answers questions about pictures hidden in a long text
+  ask                 the same for your own text and pictures of digits
   demo digits         attention as a classifier of real images: dense, MSA, window, random
   train               a small multimodal MiniMax-M3 learns to find pictures in long documents
   convert             a Hugging Face model gains an index branch, which --warmup trains
@@ -59,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
                 from msa.model import demo
 
                 return demo.run(tyro.cli(demo.DemoOptions, prog="msa demo", args=rest))
+            case ["ask", *rest]:
+                from msa.model import ask, checks_ask
+
+                checks_ask.check_words(rest)
+                return ask.run(tyro.cli(ask.AskOptions, prog="msa ask", args=rest))
             case ["train", *rest]:
                 from msa.model import train
 

@@ -8,16 +8,19 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 
 import msa
 from msa import cli
+from msa.model import figure
 from msa.model.checkpoint import TRAINED, load_trained
 from msa.model.demo import DemoOptions, compute
 from msa.model.evaluate import read, unseen_documents
 from msa.model.presets import PRESETS
-from msa.model.records import world
+from msa.model.records import IMAGE_TOKEN, world
 from msa.model.train import METRICS
 
 DOCS = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
@@ -45,7 +48,7 @@ def test_its_metrics_are_those_of_the_documents():
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ValueError, match="name must be tiny, got 'huge'"):
+    with pytest.raises(ValueError, match="name must be small or tiny, got 'huge'"):
         load_trained("huge")
 
 
@@ -55,27 +58,26 @@ def shown():
 
 
 def test_the_demo_asks_for_every_picture_of_an_unseen_document(shown):
-    document, test = shown.document, world("test")
-    assert len(document.tokens) == 600
-    for i, question in enumerate(document.questions):
+    test = world("test")
+    assert len(shown.images) == len(shown.questions) == 4
+    assert sorted(question.picture for question in shown.questions) == [0, 1, 2, 3]
+    for question in shown.questions:
+        assert len(question.tokens) == 600
         pictures = [image.tobytes() for image in test.images]
-        assert test.labels[pictures.index(shown.picture(i).tobytes())] == question.digit
-        assert question.key in test.keys
+        number = pictures.index(shown.images[question.picture].tobytes())
+        assert test.labels[number] == question.right
+        assert question.key.encode() in test.keys
     assert shown.right(shown.sparse) >= 3
     wrong = [replace(a, digit=(a.digit + 1) % 10) for a in shown.sparse]
     assert shown.right(wrong) <= 4 - shown.right(shown.sparse)
-    assert (
-        shown.document.tokens.tolist()
-        != compute(
-            DemoOptions(backend="torch", tokens=600, records=4, seed=4)
-        ).document.tokens.tolist()
-    )
+    other = compute(DemoOptions(backend="torch", tokens=600, records=4, seed=4))
+    assert shown.questions[0].tokens.tolist() != other.questions[0].tokens.tolist()
 
 
 def test_keys_and_blocks_are_those_of_the_selection(shown):
     """Of one layer and group: its blocks are full, but for the own one (R3)."""
     size = shown.block_size
-    for question, dense, sparse in zip(shown.document.questions, shown.dense, shown.sparse):
+    for question, dense, sparse in zip(shown.questions, shown.dense, shown.sparse):
         assert dense.opened is None
         assert dense.keys == question.place + 1
         assert sparse.opened.shape == (3, 2, -(-600 // size))
@@ -112,7 +114,8 @@ def test_backends_open_the_same_blocks(shown):
 def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
     path = tmp_path / "deep" / "demo.html"
     words = ["--backend", "torch", "--tokens", "600", "--records", "4", "--seed", "3"]
-    assert cli.main(["demo", *words, "--html", str(path)]) == 0
+    drawn = ["--html", str(path), "--png", str(path.with_suffix(".png"))]
+    assert cli.main(["demo", *words, *drawn]) == 0
     text, told = path.read_text(encoding="utf-8"), capsys.readouterr().out
     opened = sum(int(a.opened.sum()) for a in shown.sparse)
     assert len(re.findall(r'<rect class="(?:open|own)"', text)) == opened
@@ -121,7 +124,7 @@ def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
     assert len(re.findall(r'<div class="block(?: holds)?">', text)) == sum(read)
     held = [
         str(q.record // 16)
-        for a, q in zip(shown.sparse, shown.document.questions)
+        for a, q in zip(shown.sparse, shown.questions)
         if bool(a.opened[..., q.record // 16].any())
     ]
     assert re.findall(r'<div class="block holds">.*?<small>block (\d+)', text, re.S) == held != []
@@ -130,10 +133,37 @@ def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
     page = Balanced()
     page.feed(text)
     assert page.open == []
-    for question in shown.document.questions:
-        assert f"?{question.key.decode()}=" in told
-        assert f"?{question.key.decode()}=" in text
+    for question in shown.questions:
+        assert f"?{question.key}=" in told
+        assert f"?{question.key}=" in text
     assert f"MSA for {shown.right(shown.sparse)}" in " ".join(told.split())
+    assert (tmp_path / "deep" / "demo.png").stat().st_size > 10_000
+
+
+def test_the_figure_draws_what_was_opened(shown):
+    drawn = figure.draw(shown)
+    assert drawn.get_figwidth() * drawn.dpi == 1200
+    assert len(drawn.axes) == 4
+    for axes, question, answer in zip(drawn.axes, shown.questions, shown.sparse):
+        (image,) = axes.images
+        own = question.place // shown.block_size
+        for layer, group, block in np.ndindex(answer.opened.shape):
+            colour = figure.OWN if block == own else figure.OPEN
+            wanted = colour if answer.opened[layer, group, block] else figure.CELL
+            assert to_hex(image.get_array()[2 * layer + group, block]) == wanted
+        (frame,) = axes.patches
+        assert frame.get_x() + 0.5 == question.record // shown.block_size
+        (text,) = (text.get_text() for text in axes.texts)
+        assert text.startswith(f"?{question.key}=   right {question.right}   dense ")
+        assert text.endswith(f"MSA {answer.digit} {question.mark(answer)}")
+        assert [inset.images[0].get_array().tolist() for inset in axes.child_axes] == (
+            shown.images.tolist()
+        )
+        boxes = [inset.get_window_extent().intervalx for inset in axes.child_axes]
+        left, right = axes.get_window_extent().intervalx
+        blocks = (np.mean(boxes, axis=1) - left) / (right - left) * answer.opened.shape[2]
+        (places,) = np.nonzero(question.tokens == IMAGE_TOKEN)
+        assert blocks == pytest.approx(places // shown.block_size + 0.5)
 
 
 class Balanced(HTMLParser):

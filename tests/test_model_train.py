@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -158,6 +159,21 @@ def test_a_plan_leaves_nothing_behind(tmp_path):
     assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
+def test_a_test_studies_index_and_experts(whole):
+    """Two MSA layers of two groups, one layer with four experts; in dense steps too."""
+    for line in metrics(whole):
+        if "test" in line:
+            test = line["test"]
+            assert len(test["kl"]) == 2
+            assert min(test["kl"]) > 0
+            for name in ("block_recall", "score_recall"):
+                assert [len(groups) for groups in test[name]] == [2, 2]
+                assert all(0 <= value <= 1 for groups in test[name] for value in groups)
+            (load,) = test["expert_load"]
+            assert len(load) == 4
+            assert sum(load) == pytest.approx(1)
+
+
 def test_both_parts_are_clipped_each_by_itself():
     trainer = Trainer(replace(MICRO, schedule=replace(MICRO.schedule, clip=1e-3)), 0)
     parts = split_parameters(trainer.model)
@@ -228,6 +244,11 @@ def test_reading_measures_what_training_minimises():
     assert alone.prose == pytest.approx(reading.prose, rel=1e-5)
     asked = [q.distance for document in documents for q in document.questions]
     assert reading.distances.tolist() == asked
+    places = [q.record / 64 for document in documents for q in document.questions]
+    assert reading.depths.tolist() == pytest.approx(places)
+    parts = reading.by_depth(4)
+    assert [n for _, n in parts] == [sum(int(4 * x) == i for x in places) for i in range(4)]
+    assert sum(right for right, _ in parts) == int(reading.right.sum())
 
 
 @torch.no_grad()
@@ -250,7 +271,9 @@ def test_the_command_trains(command, tmp_path, capsys):
     main = cli.main if command else train.main
     words = [*command, "--steps", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    assert "step      1 unseen: prose" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "step      1 unseen: prose" in told
+    assert re.search(r"block recall \d+\.\d%, score recall \d+\.\d%", " ".join(told.split()))
     assert metrics(tmp_path / "out")[0]["mode"] == "sparse"
     assert checkpoint.load(tmp_path / "out").config == MICRO.model
     assert main([*words, "--minutes", "1"]) == 2

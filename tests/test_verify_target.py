@@ -139,7 +139,8 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("bug", "function", "options"), PLANTED, ids=lambda x: str(x))
+@pytest.mark.parametrize(("bug", "function", "options"), PLANTED,
+                         ids=[function.__name__ for _, function, _ in PLANTED])  # fmt: skip
 @pytest.mark.parametrize("sizes", [{}, {"block_sizes": (128,), "head_sizes": (64,)}],
                          ids=["any", "128"])  # fmt: skip
 def test_a_known_kind_of_bug_is_found_by_its_seed(bug, function, options, sizes):

@@ -280,6 +280,14 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
             raise ValueError(f"{name} must be from 0 to {most}, got {share}")
 
 
+def check_processes(processes: int, devices: int) -> None:
+    """A GPU for each."""
+    if processes > devices:
+        raise ValueError(
+            f"nproc-per-node must be at most {devices}, the number of GPUs, got {processes}"
+        )
+
+
 def check_steps(wanted: int | None, planned: int) -> None:
     """A run is as long as it was planned to be: its learning rates depend on that."""
     if wanted is not None and wanted != planned:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.model import checks
@@ -27,11 +27,26 @@ class Reading:
     """Whether the likeliest token was the digit asked for. Of ten digits, chance is a tenth."""
     distances: Int[Tensor, " questions"]
     """How many tokens before its question each picture stands."""
+    depths: Float[Tensor, " questions"]
+    """Where in its document each picture stands, from 0 to 1."""
+
+    def by_depth(self, parts: int) -> list[tuple[int, int]]:
+        """For equal parts of a document: right answers and questions.
+
+        >>> asked = torch.tensor([True, False]), torch.tensor([10, 500]), torch.tensor([0.3, 0.9])
+        >>> Reading(1.0, *asked).by_depth(4)
+        [(0, 0), (1, 1), (0, 0), (0, 1)]
+        """
+        part = (self.depths * parts).long()
+        asked = torch.bincount(part, minlength=parts)
+        right = torch.bincount(part[self.right], minlength=parts)
+        return list(zip(right.tolist(), asked.tolist()))
 
     def accuracy(self, nearest: int = 0, farthest: int | None = None) -> float | None:
         """Over the questions whose distance is nearest <= d < farthest; None if there is none.
 
-        >>> reading = Reading(1.0, torch.tensor([True, False]), torch.tensor([10, 500]))
+        >>> asked = torch.tensor([True, False]), torch.tensor([10, 500]), torch.tensor([0.9, 0.1])
+        >>> reading = Reading(1.0, *asked)
         >>> reading.accuracy(), reading.accuracy(100), reading.accuracy(1000)
         (0.5, 0.0, None)
         """
@@ -77,7 +92,11 @@ def read(
         losses.append(each[prose != IGNORE])
         right.append(logits[batch.places].argmax(-1) == batch.digits + ord("0"))
         distances.append(batch.distances)
+    depths = [q.record / len(document.tokens) for document in documents for q in document.questions]
     model.train(was_training)
     return Reading(
-        float(torch.cat(losses).mean()), torch.cat(right).cpu(), torch.cat(distances).cpu()
+        float(torch.cat(losses).mean()),
+        torch.cat(right).cpu(),
+        torch.cat(distances).cpu(),
+        torch.tensor(depths),
     )

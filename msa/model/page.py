@@ -14,7 +14,7 @@ from msa.model.answers import Answer
 from msa.model.records import IMAGE_TOKEN
 
 if TYPE_CHECKING:
-    from msa.model.demo import Shown
+    from msa.model.shown import Shown
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1c2430; --soft: #5b6570; --line: #dfe3e8;
@@ -27,8 +27,8 @@ h1 { font-size: 1.9rem; line-height: 1.2; } .soft { color: var(--soft); }
 section { border-top: 1px solid var(--line); padding: 1.2rem 0; }
 h2 { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; align-items: center; font-size: 1.1rem; }
 h2 .digit { width: 3rem; height: 3rem; } code { font-size: 1em; }
-.map { width: 100%; height: auto; display: block; }
-.map text { fill: var(--soft); font-size: 9px; }
+.map { width: 100%; height: auto; display: block; margin-bottom: .8rem; overflow: visible; }
+.map text { fill: var(--soft); font-size: 8px; }
 .row { fill: var(--cell); } .open { fill: var(--open); } .own { fill: var(--soft); }
 .record { fill: none; stroke: var(--mark); stroke-width: 1.5; }
 .wrong { color: var(--mark); }
@@ -44,46 +44,63 @@ CELL, LEFT, PICTURE = 7, 62, 14
 """Of the map: pixels of a block, of the rows' names, of a picture above."""
 
 
+SOURCES = (
+    " Prose: the Python reference. Pictures: scikit-learn's digits (UCI, Optical Recognition of "
+    "Handwritten Digits)."
+)
+
+
 def draw(shown: Shown) -> str:
     """The page."""
-    document = shown.document
-    asked = len(document.questions)
-    dense, sparse = shown.right(shown.dense), shown.right(shown.sparse)
-    keys = sum(a.keys for a in shown.sparse) / asked
+    asked = len(shown.questions)
     sections = "".join(draw_question(shown, i) for i in range(asked))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What a sparse model reads</title><style>{STYLE}</style></head><body>
 <svg width="0" height="0" style="position:absolute" aria-hidden="true"><defs>
-{"".join(symbol(i, picture) for i, picture in enumerate(document.images))}</defs></svg>
-<h1>{asked} questions to a document of {len(document.tokens):,} tokens</h1>
-<p>Pictures of digits are hidden in prose, each behind a key of three letters. Dense attention reads
-everything and is right for <b>{dense} of {asked}</b>; MSA, the same weights, opens a few blocks of
-{shown.block_size} tokens, {keys:.0f} keys on average, and is right for <b>{sparse} of {asked}</b>.
-Prose, pictures and keys are none that the model was trained on.</p>
+{"".join(symbol(i, picture) for i, picture in enumerate(shown.images))}</defs></svg>
+<h1>{asked} question{"s" if asked > 1 else ""} to a document of {shown.tokens:,} tokens</h1>
+<p>{introduce(shown)}</p>
 <p class="soft">A column is a block, a row a group of heads in a layer. Blue: opened to answer.
 Grey: the question's own block, which is always read. Framed: the block with the picture asked for.
 Below each map: what the opened blocks hold.</p>
 {sections}
-<p class="soft">Method: MiniMax Sparse Attention, arXiv 2606.13392. Prose: the Python reference.
-Pictures: scikit-learn's digits (UCI, Optical Recognition of Handwritten Digits).</p>
+<p class="soft">Method: MiniMax Sparse Attention, arXiv 2606.13392.{
+        SOURCES if shown.known else ""
+    }</p>
 </body></html>
 """
 
 
+def introduce(shown: Shown) -> str:
+    """Who read how much, and what came of it where that is known."""
+    asked = len(shown.questions)
+    dense, sparse, unseen = "", "", ""
+    if shown.known:
+        dense = f" and is right for <b>{shown.right(shown.dense)} of {asked}</b>"
+        sparse = f", and is right for <b>{shown.right(shown.sparse)} of {asked}</b>"
+        unseen = " Prose, pictures and keys are none that the model was trained on."
+    return (
+        "Pictures of digits are hidden in prose, each behind a key of three letters. Dense "
+        f"attention reads everything{dense}; MSA, the same weights, opens a few blocks of "
+        f"{shown.block_size} tokens, {shown.keys[1]:.0f} keys on average{sparse}.{unseen}"
+    )
+
+
 def draw_question(shown: Shown, i: int) -> str:
     """Answers, map and blocks of one question."""
-    question, dense, sparse = shown.document.questions[i], shown.dense[i], shown.sparse[i]
+    question = shown.questions[i]
     said = "".join(
-        f"<span class={'right' if a.digit == question.digit else 'wrong'}>{name}: {a.digit} "
-        f"{'✓' if a.digit == question.digit else '✗'} "
+        f"<span class={'wrong' if question.mark(a) == '✗' else 'right'}>{name}: {a.digit} "
+        f"{question.mark(a) or format(a.chance, '.0%')} "
         f"<span class=soft>({a.keys:,.0f} keys)</span></span>"
-        for name, a in (("dense", dense), ("MSA", sparse))
+        for name, a in (("dense", shown.dense[i]), ("MSA", shown.sparse[i]))
     )
+    right = "" if question.right is None else f"<span>right: {question.right}</span>"
     return (
-        f"<section><h2><code>?{escape(question.key.decode())}=</code>"
-        f"{digit(shown.picture_number(i))}<span>right: {question.digit}</span>{said}</h2>"
+        f"<section><h2><code>?{escape(question.key)}=</code>{digit(question.picture)}{right}{said}"
+        f"</h2>"
         f"{draw_map(shown, i)}<div class=blocks>{draw_blocks(shown, i)}</div></section>\n"
     )
 
@@ -92,11 +109,12 @@ def draw_map(shown: Shown, i: int) -> str:
     """Which blocks each group of each layer opened; the document's pictures above, in place."""
     opened = opened_by(shown.sparse[i])
     layers, groups, blocks = opened.shape
-    own, record = (place // shown.block_size for place in spots(shown, i))
+    question = shown.questions[i]
+    own, record = (at // shown.block_size for at in (question.place, question.record))
     top, width = PICTURE + 4, LEFT + blocks * CELL
     height = top + layers * groups * (CELL + 2)
     parts: list[str] = []
-    (places,) = np.nonzero(shown.document.tokens == IMAGE_TOKEN)
+    (places,) = np.nonzero(question.tokens == IMAGE_TOKEN)
     for number, place in enumerate(places.tolist()):
         x = LEFT + place // shown.block_size * CELL + CELL / 2 - PICTURE / 2
         parts.append(digit(number, f'x="{x}" y="0" width="{PICTURE}" height="{PICTURE}"'))
@@ -118,7 +136,7 @@ def draw_map(shown: Shown, i: int) -> str:
         f'<rect class="record" x="{LEFT + record * CELL - 1}" y="{top - 2}" width="{CELL + 1}" '
         f'height="{height - top + 1}"/>'
     )
-    label = f"Blocks that were opened for {shown.document.questions[i].key.decode()}"
+    label = f"Blocks that were opened for {question.key}"
     return (
         f'<svg class=map viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
         f"{''.join(parts)}</svg>"
@@ -128,16 +146,16 @@ def draw_map(shown: Shown, i: int) -> str:
 def draw_blocks(shown: Shown, i: int) -> str:
     """The text and the pictures of each opened block, and who opened it."""
     opened = opened_by(shown.sparse[i])
-    place, record = spots(shown, i)
-    size, tokens = shown.block_size, shown.document.tokens
+    question, size = shown.questions[i], shown.block_size
+    tokens = question.tokens
     parts: list[str] = []
     for block in np.flatnonzero(opened.any((0, 1))).tolist():
         who = [f"{a + 1}.{b + 1}" for a, b in np.argwhere(opened[:, :, block]).tolist()]
-        span = range(block * size, min((block + 1) * size, place + 1))
+        span = range(block * size, min((block + 1) * size, question.place + 1))
         text = draw_text(
             tokens[span.start : span.stop], int((tokens[: span.start] == IMAGE_TOKEN).sum())
         )
-        holds = " holds" if record in span else ""
+        holds = " holds" if question.record in span else ""
         parts.append(
             f'<div class="block{holds}"><code>{text}</code>'
             f"<small>block {block}; layer.group {', '.join(who)}</small></div>"
@@ -165,12 +183,6 @@ def opened_by(answer: Answer) -> np.ndarray:
     if answer.opened is None:
         raise ValueError("shown.sparse must hold answers by MSA, got one by dense attention")
     return answer.opened.numpy()
-
-
-def spots(shown: Shown, i: int) -> tuple[int, int]:
-    """The tokens at which a question is answered, and where its picture stands."""
-    question = shown.document.questions[i]
-    return question.place, question.record
 
 
 def symbol(number: int, picture: Float[np.ndarray, "8 8"]) -> str:

@@ -127,19 +127,29 @@ def write_document(
     for key, begin, end in zip([b"", *keys], [0, *gaps], [*gaps, n]):
         if key:
             places.append(len(tokens) + 1 + KEY_LETTERS)
-            tokens += [ord("["), *key, IMAGE_TOKEN, ord("]")]
+            tokens += record_tokens(key)
             is_prose += [False] * RECORD
         tokens += prose[begin:end].tolist()
         is_prose += ([False] + [True] * (end - begin - 1))[: end - begin]
     asked: list[Question] = []
     for i in rng.choice(records, questions, replace=False):
         digit = int(world.labels[pictures[i]])
-        tokens += [ord("?"), *keys[i], ord("="), ord("0") + digit]
+        tokens += [*question_tokens(keys[i]), ord("0") + digit]
         asked.append(Question(keys[i], len(tokens) - 2, places[i], digit))
     is_prose += [False] * (questions * QUESTION)
     return Document(
         np.array(tokens), world.images[pictures], tuple(asked), np.array(is_prose, bool)
     )
+
+
+def record_tokens(key: bytes) -> list[int]:
+    """A hidden picture under its key."""
+    return [ord("["), *key, IMAGE_TOKEN, ord("]")]
+
+
+def question_tokens(key: bytes) -> list[int]:
+    """What the answer follows on."""
+    return [ord("?"), *key, ord("=")]
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,31 @@ class Batch:
     """Packed places of the questions' "="."""
     digits: Int[Tensor, " questions"]
     distances: Int[Tensor, " questions"]
+
+    def part(self, number: int, parts: int) -> Batch:
+        """One of `parts` shares of the documents, alike in size; their weights stay as they are.
+
+        There may be fewer documents than parts: then some have none.
+        """
+        if parts == 1:
+            return self
+        documents = len(self.cu_seqlens) - 1
+        first, last = (documents * n // parts for n in (number, number + 1))
+        start, stop = self.cu_seqlens[first], self.cu_seqlens[last]
+        patches, grids = self.images.patches, self.images.grids
+        seen = [int((self.tokens[:border] == IMAGE_TOKEN).sum()) for border in (start, stop)]
+        each = len(patches) // len(grids)
+        asked = (self.places >= start) & (self.places < stop)
+        return Batch(
+            tokens=self.tokens[start:stop],
+            targets=self.targets[start:stop],
+            weights=self.weights[start:stop],
+            cu_seqlens=tuple(border - start for border in self.cu_seqlens[first : last + 1]),
+            images=Pictures(patches[each * seen[0] : each * seen[1]], grids[slice(*seen)]),
+            places=self.places[asked] - start,
+            digits=self.digits[asked],
+            distances=self.distances[asked],
+        )
 
 
 def pack(

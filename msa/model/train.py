@@ -2,17 +2,19 @@
 
     python -m msa.model.train --preset small --minutes 8 --out DIR
 
-is the same command where tyro is not installed.
+is the same command where tyro is not installed. `torchrun --nproc-per-node N -m` in place of
+`python -m` trains on N GPUs of one machine, with the losses that one would have had.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msa.dispatch import BackendName
 from msa.model import checks, plain
@@ -20,10 +22,16 @@ from msa.model.config import ModelConfig
 from msa.model.plain import given
 from msa.model.presets import PRESETS, Preset, PresetName
 
+if TYPE_CHECKING:
+    from msa.model.ranks import Ranks
+
 METRICS = "metrics.jsonl"
 Twin = Literal["msa", "dense", "window"]
+TrainWatch = Callable[[dict[str, Any]], "bool | None"]
 HELD_OUT = 16
 """Documents of each test."""
+STUDIED = 2
+"""Those of them on which index and experts are studied."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,9 @@ def run(options: TrainOptions) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console()
+    from msa.model.ranks import read_ranks
+
+    console = Console(quiet=not read_ranks("cpu").first)
     columns = "{task.completed}/{task.total} {task.fields[told]}"
     bar = Progress(
         TextColumn("Training"), BarColumn(), TextColumn(columns), TimeRemainingColumn(),
@@ -95,9 +105,7 @@ def run(options: TrainOptions) -> int:
     return 0
 
 
-def train(
-    options: TrainOptions, watch: Callable[[dict[str, Any]], bool | None] | None = None
-) -> Path:
+def train(options: TrainOptions, watch: TrainWatch | None = None) -> Path:
     """Train to the end; `watch` sees each line of the metrics. Returns the folder.
 
     Where `watch` says True the run stops, and the same options go on from there.
@@ -105,36 +113,51 @@ def train(
     Raises:
         TypeError, ValueError: options that do not go together, or a folder of another run.
     """
-    from msa.model.trainer import STATE, Trainer
+    from msa.model.ranks import joined
 
     preset, folder = read_preset(options), options.out
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(preset, options.seed, options.start)
+    with joined(preset.device) as ranks:
+        _train(options, preset, ranks, watch)
+    return folder
+
+
+def _train(options: TrainOptions, preset: Preset, ranks: Ranks, watch: TrainWatch | None) -> None:
+    """The first of the processes tests and writes; the others only take steps."""
+    from msa.model.trainer import STATE, Trainer
+
+    folder = options.out
+    trainer = Trainer(preset, options.seed, options.start, ranks)
     if (folder / STATE).exists():
         trainer.resume(folder)
         checks.check_steps(options.steps, trainer.schedule.steps)
     elif options.minutes is not None:
         trainer.plan(60 * options.minutes)
     schedule = trainer.schedule
-    with metrics_until(folder / METRICS, trainer.step).open("a") as file:
+    path = metrics_until(folder / METRICS, trainer.step) if ranks.first else Path(os.devnull)
+    with path.open("a") as file:
         while trainer.step < schedule.steps:
             line = trainer.take_step()
             last = trainer.step == schedule.steps
-            if last or trainer.step % schedule.test_every == 0:
+            if ranks.first and (last or trainer.step % schedule.test_every == 0):
                 line["test"] = test(trainer.model, preset, line["mode"])
             file.write(json.dumps(line) + "\n")
             file.flush()
-            if last or trainer.step % schedule.save_every == 0:
+            if ranks.first and (last or trainer.step % schedule.save_every == 0):
                 trainer.save(folder)
-            if watch is not None and watch(line):
-                trainer.save(folder)
+            if ranks.any(watch is not None and bool(watch(line))):
+                if ranks.first:
+                    trainer.save(folder)
                 break
-    return folder
 
 
-def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
-    """Unseen documents of the longest context."""
+def test(model: Any, preset: Preset, mode: Any) -> dict[str, Any]:
+    """Unseen documents of the longest context: answers, and how index and experts do on a few.
+
+    These are studied under MSA also while attention is still dense: as if it began now.
+    """
     from msa.model.evaluate import read, unseen_documents
+    from msa.model.study import study
 
     schedule, config = preset.schedule, preset.model.msa
     length = max(schedule.contexts)
@@ -142,7 +165,8 @@ def test(model: Any, preset: Preset, mode: Any) -> dict[str, float | None]:
     documents = unseen_documents(length, records, records, HELD_OUT)
     at_once = max(1, schedule.tokens // length)
     reading = read(model, documents, mode=mode, half=preset.half, at_once=at_once)
-    return reading.summary(config.top_k * config.block_size)
+    found = study(model, documents[:STUDIED], half=preset.half)
+    return reading.summary(config.top_k * config.block_size) | found.summary()
 
 
 def read_preset(options: TrainOptions) -> Preset:
@@ -186,13 +210,14 @@ def metrics_until(path: Path, step: int) -> Path:
     return path
 
 
-def describe(test: dict[str, float | None]) -> str:
-    """One line for people."""
-    shares = ", ".join(
-        f"{name} {'-' if test[name] is None else format(test[name], '.1%')}"
-        for name in ("answers", "near", "far")
-    )
-    return f"unseen: prose {test['prose']:.3f} nats, {shares}"
+def describe(test: dict[str, Any]) -> str:
+    """One line for people; a recall is the mean of layers and groups."""
+    shares = {name: test[name] for name in ("answers", "near", "far")}
+    for name in ("block_recall", "score_recall"):
+        values = [value for groups in test[name] for value in groups]
+        shares[name.replace("_", " ")] = sum(values) / len(values) if values else None
+    told = (f"{name} {'-' if x is None else format(x, '.1%')}" for name, x in shares.items())
+    return f"unseen: prose {test['prose']:.3f} nats, {', '.join(told)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

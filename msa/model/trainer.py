@@ -17,6 +17,7 @@ from msa.model import checkpoint, checks
 from msa.model.attention import Mode
 from msa.model.model import Losses, Model
 from msa.model.presets import Preset, Schedule
+from msa.model.ranks import Ranks
 from msa.model.records import Batch, pack, world, write_document
 
 STATE = "state.pt"
@@ -27,11 +28,15 @@ class Trainer:
 
     The documents of a step follow from the seed and the number of the step, the rest from what
     `save` writes: so a run that was cut off goes on with the losses that it would have had.
-    The first weights are random, or those of the folder `start`.
+    The first weights are random, or those of the folder `start`. Of several processes each reads a
+    share of a step's documents, and all take the same step: that of one process.
     """
 
-    def __init__(self, preset: Preset, seed: int, start: Path | None = None) -> None:
+    def __init__(
+        self, preset: Preset, seed: int, start: Path | None = None, ranks: Ranks | None = None
+    ) -> None:
         torch.manual_seed(seed)
+        self.ranks = Ranks(device=preset.device) if ranks is None else ranks
         self.preset, self.seed, self.schedule = preset, seed, preset.schedule
         model = Model(preset.model, backend=preset.backend)
         self.start = None if start is None else checkpoint.load_weights(model, start)
@@ -75,6 +80,29 @@ class Trainer:
                 weights=batch.weights, mode=mode,
             )  # fmt: skip
 
+    def learn(self, batch: Batch, mode: Mode) -> Losses:
+        """Losses, gradients and expert loads of the whole batch, whoever read what of it.
+
+        Both losses are means: of the targets by their weights, and of the queries. A process gives
+        its own the share that it has in the batch; then all of them are added up.
+        """
+        own = batch.part(self.ranks.rank, self.ranks.count)
+        language, kl = (torch.zeros((), device=batch.weights.device) for _ in range(2))
+        if len(own.tokens):
+            losses = self.losses(own, mode)
+            language = losses.language * (own.weights.sum() / batch.weights.sum())
+            kl = losses.kl * (len(own.tokens) / len(batch.tokens))
+            (language + self.schedule.kl * kl).backward()
+        told = Losses(language.detach(), kl.detach())
+        if self.ranks.count > 1:
+            weights = list(self.model.parameters())
+            for weight in weights:
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            loads = [router.load for router in self.model.routers()]
+            self.ranks.add([*gradients, told.language, told.kl, *loads])
+        return told
+
     def take_step(self) -> dict[str, Any]:
         """One step, and what there is to tell of it."""
         started, schedule, mode = time.perf_counter(), self.schedule, self.mode
@@ -84,8 +112,7 @@ class Trainer:
         batch = self.batch(self.step)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch, mode)
-        (losses.language + schedule.kl * losses.kl).backward()
+        losses = self.learn(batch, mode)
         norms = {
             f"{name}_gradient": float(nn.utils.clip_grad_norm_(part, schedule.clip))
             for name, part in self.parts.items()
@@ -111,16 +138,15 @@ class Trainer:
             for mode in ("dense", "sparse"):
                 for repeat in range(3):
                     started = time.perf_counter()
-                    losses = self.losses(batch, mode)
-                    (losses.language + losses.kl).backward()
-                    losses.kl.item()
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.learn(batch, mode).kl.item()
                     if repeat:  # the first time kernels are compiled
                         spent[mode] += (time.perf_counter() - started) / 2 / len(batches)
         self.optimizer.zero_grad(set_to_none=True)
         for router in self.model.routers():
             router.load.zero_()
         warm = self.schedule.warm_up
-        each = warm * spent["dense"] + (1 - warm) * spent["sparse"]
+        (each,) = self.ranks.most([warm * spent["dense"] + (1 - warm) * spent["sparse"]])
         self.schedule = replace(self.schedule, steps=max(1, int(PLANNED * seconds / each)))
 
     def save(self, folder: Path) -> None:
