@@ -1,6 +1,6 @@
 """Several processes that train one model, each on its own GPU: who is who, and how they add up.
 
-    torchrun --nproc-per-node 4 -m msa.model.train --preset small --minutes 8 --out trained_small
+    torchrun --nproc-per-node 4 -m msa.model.train --preset small --minutes 7 --out trained_small
 
 Gradients are added up by hand and not by DistributedDataParallel: a step has two losses, means over
 different things, two parts of the weights that are clipped each by itself, and the load of the

@@ -1,6 +1,6 @@
 """`msa train`: the paper's schedule on documents with hidden records, resumable to the bit.
 
-    python -m msa.model.train --preset small --minutes 8 --out DIR
+    python -m msa.model.train --preset small --minutes 7 --out DIR
 
 is the same command where tyro is not installed. `torchrun --nproc-per-node N -m` in place of
 `python -m` trains on N GPUs of one machine, with the losses that one would have had.
