@@ -17,7 +17,7 @@ class PlotsOptions:
     """Draw the figures of a results file; no GPU is needed."""
 
     results: Path = Path("benchmarks/results/prefill_h100.json")
-    """What `msa bench prefill`, `msa bench decode` or `msa findings run` wrote."""
+    """What `msa bench prefill`, `decode` or `integrations` wrote, or `msa findings run`."""
     to: Path = Path("docs")
     """The folder of the figures, which are named after the results file."""
 
@@ -38,7 +38,7 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    from benchmarks import decode_figure, figures, findings_figure, roofline
+    from benchmarks import decode_figure, figures, findings_figure, integrations_figure, roofline
 
     prefill = (
         ("", figures.latency_and_gain),
@@ -48,6 +48,7 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
     kinds = {
         "decode": (("", decode_figure.steps),),
         "findings": (("", findings_figure.findings),),
+        "integrations": (("", integrations_figure.lengths),),
     }
     found = json.loads(results.read_text())
     made: dict[Path, str] = {}

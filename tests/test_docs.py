@@ -104,6 +104,13 @@ def test_measured_figures_are_those_of_the_results():
     one, four = (gain[b, n, "bf16"] for b, n in ((1, 2**17), (4, 2**20)))
     assert f"{one} at 128K, {gain[1, 2**20, 'bf16']} at 1M; {four} for four" in README
     assert f"in 8 bits {gain[4, 2**20, 'fp8 index']}" in README
+    ways = json.loads((results / "integrations_h100.json").read_text())["lengths"]["ways"]
+    eager, sdpa, _, ours = ({row["n"]: row for row in rows} for rows in ways.values())
+    gains = [f"{x[8192]['time']['ms'] / ours[8192]['time']['ms']:.1f}×" for x in (eager, sdpa)]
+    assert f"{'; '.join(gains)} at 8K" in README
+    assert eager[16384]["ends"] == sdpa[16384]["ends"] == "out of memory"
+    last = ours[131072]
+    assert f"{last['time']['ms'] / 1000:.2f} s and {last['gib']:.1f} GiB at 128K" in README
 
 
 def test_files_that_the_readme_names_exist():

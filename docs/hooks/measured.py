@@ -62,6 +62,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                    "fp8 all": STEP}],
         "quality": dict,
     },
+    "integrations": {
+        **MACHINE,
+        "operators": [{"name": str, "function": TIME, "operator": TIME, "compiled": TIME,
+                       "captured": TIME}],
+        "lengths": {"errors": dict, "ways": {
+            way: [{"n": int}] for way in ("eager", "sdpa", "msa", "enabled")
+        }},
+    },
     "crossing": {
         "device": str, "cores": int, "date": str, "case": dict, "crossing_tokens": NUMBER,
         "seconds": dict,
@@ -135,6 +143,8 @@ def code_of(name: str) -> list[str]:
     kind = name.partition("_")[0]
     if kind == "findings":
         return [f"msa/model/{part}.py" for part in MODEL]
+    if kind == "integrations":
+        return ["msa/ops", "msa/integrations/transformers.py", "msa/integrations/plan.py"]
     kernels = KERNELS.get(kind)
     return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
