@@ -25,7 +25,7 @@ from docs.hooks import (
     sources,
 )
 from msa import reference
-from msa.model import evaluate
+from msa.model import demo, evaluate, page
 
 DOCS = Path(__file__).parents[1] / "docs"
 CHAPTERS = sorted((DOCS / "chapters").glob("*.md"))
@@ -166,6 +166,17 @@ def test_two_figures_of_one_page_keep_their_pictures_apart():
     drawn = little.document_figure(document)
     ids, uses = (re.findall(rf'{place}"#?([\w-]+)"', drawn) for place in ("id=", "href="))
     assert ids == uses == ["document-p0", "document-p1"]
+
+
+def test_opened_blocks_hold_the_picture_that_is_asked_for():
+    found = demo.compute(demo.DemoOptions(tokens=400, records=2, backend="torch"))
+    for i, question in enumerate(found.questions):
+        drawn = little.opened_figure(found, i)
+        where = question.record // found.block_size
+        hits = page.opened_by(found.sparse[i])[..., where].sum()
+        own = question.place // found.block_size == where
+        assert drawn.count('class="d-own"') == (0 if own else hits)
+        assert f"?{question.key}=, {question.distance} tokens behind" in drawn
 
 
 def test_links_to_lines_lead_to_the_definition():

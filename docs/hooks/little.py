@@ -7,6 +7,7 @@ import re
 from html import escape
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import pyplot
 
 from benchmarks.figures import BLUE, GREEN, INK, MUTED, ORANGE, SKY, STYLE
@@ -15,9 +16,9 @@ from docs.hooks.svg import Drawing
 from msa.model import page
 from msa.model.checkpoint import TRAINED
 from msa.model.config import ModelConfig, VisionConfig
-from msa.model.demo import Shown
 from msa.model.presets import PRESETS, PresetName
 from msa.model.records import IMAGE_TOKEN, Document
+from msa.model.shown import Shown
 from msa.model.train import METRICS
 
 Box = tuple[float, float, float, str, str, str]
@@ -174,9 +175,9 @@ def training_figure(name: PresetName, caption: str) -> str:
         return inline(figure, f"training-{name}", words, "losses fall, right answers rise")
 
 
-def with_pictures(html: str, document: Document, name: str) -> str:
-    """HTML that refers to a document's pictures as #p0, #p1, ...; these, and ids of this name."""
-    shapes = "".join(page.symbol(i, picture) for i, picture in enumerate(document.images))
+def with_pictures(html: str, images: Float[np.ndarray, "n 8 8"], name: str) -> str:
+    """HTML that refers to pictures as #p0, #p1, ...; these, and ids of this name."""
+    shapes = "".join(page.symbol(i, picture) for i, picture in enumerate(images))
     unseen = 'width="0" height="0" style="position:absolute" aria-hidden="true"'
     whole = f"<svg {unseen}><defs>{shapes}</defs></svg>{html}"
     return re.sub(r'(?<=id="|f="#)p(?=\d)', f"{name}-p", whole)
@@ -196,18 +197,18 @@ def document_figure(document: Document) -> str:
         f'<figure class="drawn"><p class="document">{text}</p>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
-    return with_pictures(html, document, "document")
+    return with_pictures(html, document.images, "document")
 
 
 def opened_figure(shown: Shown, question: int) -> str:
     """The blocks that each layer and group opened for one question, the pictures above."""
-    asked, document = shown.document.questions[question], shown.document
+    asked = shown.questions[question]
     opened = page.opened_by(shown.sparse[question])
     layers, groups, blocks = opened.shape
     size, left = shown.block_size, 92
     cell = 600 / blocks
     drawing = Drawing(700, 46 + layers * groups * 17)
-    (places,) = np.nonzero(document.tokens == IMAGE_TOKEN)
+    (places,) = np.nonzero(asked.tokens == IMAGE_TOKEN)
     for number, place in enumerate(places.tolist()):
         x = left + place / size * cell - 10
         digit = f'x="{x:.1f}" y="0" width="20" height="20" class="d-ink" viewBox="0 0 8 8"'
@@ -225,9 +226,9 @@ def opened_figure(shown: Shown, question: int) -> str:
     drawing.text(left + 600, 42 + layers * groups * 17, "the question", "d-muted", 10.5, "end")
     answer = shown.sparse[question].digit
     caption = (
-        f"What was read to answer ?{escape(asked.key.decode())}=, {asked.distance:,} tokens behind "
-        f"its picture: {answer}, {'right' if answer == asked.digit else 'wrong'}. Orange: the block "
+        f"What was read to answer ?{escape(asked.key)}=, {asked.distance:,} tokens behind "
+        f"its picture: {answer}, {'right' if answer == asked.right else 'wrong'}. Orange: the block "
         "with the picture asked for. Grey: the own block. Blue: the others that were opened."
     )
     figure = drawing.figure(caption, "rows of mostly closed blocks, a few opened in each")
-    return with_pictures(figure, document, "opened")
+    return with_pictures(figure, shown.images, "opened")
