@@ -36,13 +36,22 @@ def test_the_trained_model_answers_for_unseen_documents():
     assert reading.prose < 1.9
 
 
-def test_its_metrics_are_those_of_the_documents():
-    lines = [json.loads(line) for line in (TRAINED / "tiny" / METRICS).read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(PRESETS["tiny"].schedule.steps))
-    rows = re.findall(r"^\| (\d+) \| (?:dense|MSA)[^|]*\|(.*)\|$", DOCS, re.M)
-    assert [int(step) for step, _ in rows] == [100, 200, 300, 450]
-    for step, told in rows:
-        test = lines[int(step) - 1]["test"]
+@pytest.mark.parametrize(
+    ("name", "steps", "told_steps"),
+    [
+        ("tiny", PRESETS["tiny"].schedule.steps, [100, 200, 300, 450]),
+        ("small", 1539, [250, 500, 750, 1000, 1539]),  # as many as there was time for
+    ],
+)
+def test_metrics_are_those_of_the_documents(name, steps, told_steps):
+    lines = [json.loads(line) for line in (TRAINED / name / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(steps))
+    assert load_trained(name).config == PRESETS[name].model
+    section = DOCS[DOCS.index(f"The {name} preset") :]
+    rows = re.findall(r"^\| ([\d,]+) \| (?:dense|MSA)[^|]*\|(.*)\|$", section, re.M)
+    for step, (told_step, told) in zip(told_steps, rows):
+        assert int(told_step.replace(",", "")) == step
+        test = lines[step - 1]["test"]
         shares = [f"{test[name]:.1%}" for name in ("answers", "near", "far")]
         assert [cell.strip() for cell in told.split("|")] == [f"{test['prose']:.2f}", *shares]
 
@@ -179,6 +188,13 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def test_the_larger_model_by_its_name():
+    options = DemoOptions(model="small", tokens=300, records=2, backend="torch")
+    found = compute(options)
+    assert found.block_size == 128
+    assert found.right(found.dense) == found.right(found.sparse) == 2
 
 
 @pytest.mark.parametrize(

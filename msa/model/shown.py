@@ -25,8 +25,8 @@ class ReadingOptions:
 
     backend: BackendName = "auto"
     """Who computes MSA: reference, torch or triton. auto: triton on a GPU, else torch."""
-    model: Path | None = None
-    """A folder that `msa train` wrote; None: the model that comes with the package."""
+    model: str = "tiny"
+    """tiny or small, which come with the package, or a folder that `msa train` wrote."""
     device: str = "cpu"
     """cpu or cuda."""
     html: Path | None = None
@@ -126,7 +126,7 @@ def read(model: Model, images: Float[np.ndarray, "n 8 8"], questions: Sequence[Q
 
 
 def load_model(options: ReadingOptions) -> Model:
-    """The one in the folder, or the shipped one.
+    """The shipped one of this name, or the one in the folder.
 
     Raises:
         ValueError: a model or a device that is not there.
@@ -134,12 +134,12 @@ def load_model(options: ReadingOptions) -> Model:
     import torch
 
     from msa.model import checks
-    from msa.model.checkpoint import load, load_trained
+    from msa.model.checkpoint import TRAINED, load
 
     checks.check_device(options.device, torch.cuda.is_available())
-    if options.model is None:
-        return load_trained("tiny", device=options.device, backend=options.backend)
-    return load(options.model, device=options.device, backend=options.backend)
+    shipped = {path.name: path for path in TRAINED.iterdir()}
+    folder = shipped.get(options.model, Path(options.model))
+    return load(folder, device=options.device, backend=options.backend)
 
 
 def tell(shown: Shown, options: ReadingOptions, console: Any) -> None:
