@@ -6,6 +6,7 @@ scikit-learn or Hypothesis are not installed.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 HELP = """\
@@ -33,6 +34,25 @@ commands:
 `msa COMMAND --help` shows the options of a command.
 """
 
+COMMANDS = {
+    "explain": ("msa.explain", "ExplainOptions"),
+    "verify": ("msa.conformance.report", "VerifyOptions"),
+    "demo": ("msa.model.demo", "DemoOptions"),
+    "ask": ("msa.model.ask", "AskOptions"),
+    "demo digits": ("msa.demo.digits", "DigitsOptions"),
+    "train": ("msa.model.train", "TrainOptions"),
+    "convert": ("msa.integrations.convert_run", "ConvertOptions"),
+    "convert FOLDER": ("msa.model.convert", "FolderOptions"),
+    "findings": ("msa.model.findings", "FindingsOptions"),
+    "findings run": ("msa.model.findings_run", "RunOptions"),
+    "bench prefill": ("benchmarks.prefill", "PrefillOptions"),
+    "bench train": ("benchmarks.train", "TrainOptions"),
+    "bench decode": ("benchmarks.decode", "DecodeOptions"),
+    "bench integrations": ("benchmarks.integrations", "IntegrationsOptions"),
+    "bench plots": ("benchmarks.plots", "PlotsOptions"),
+}
+"""The module that runs each command, and the name of its options there."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code is the return value."""
@@ -40,84 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments in ([], ["-h"], ["--help"]):
         print(HELP, end="")
         return 0
+    name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
+    if name is None:
+        print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    words = arguments[len(name.split()) :]
+    if name == "convert" and words and not words[0].startswith("-"):
+        name, words = "convert FOLDER", ["--folder", *words]
     try:
         import tyro
 
-        match arguments:
-            case ["explain", *rest]:
-                from msa import explain
+        if name == "ask":
+            from msa.model import checks_ask
 
-                return explain.run(tyro.cli(explain.ExplainOptions, prog="msa explain", args=rest))
-            case ["verify", *rest]:
-                from msa.conformance import report
-
-                return report.run(tyro.cli(report.VerifyOptions, prog="msa verify", args=rest))
-            case ["demo", "digits", *rest]:
-                from msa.demo import digits
-
-                return digits.run(tyro.cli(digits.DigitsOptions, prog="msa demo digits", args=rest))
-            case ["demo", *rest]:
-                from msa.model import demo
-
-                return demo.run(tyro.cli(demo.DemoOptions, prog="msa demo", args=rest))
-            case ["ask", *rest]:
-                from msa.model import ask, checks_ask
-
-                checks_ask.check_words(rest)
-                return ask.run(tyro.cli(ask.AskOptions, prog="msa ask", args=rest))
-            case ["train", *rest]:
-                from msa.model import train
-
-                return train.run(tyro.cli(train.TrainOptions, prog="msa train", args=rest))
-            case ["convert", folder, *rest] if not folder.startswith("-"):
-                from msa.model import convert
-
-                words = ["--folder", folder, *rest]
-                return convert.run(tyro.cli(convert.FolderOptions, prog="msa convert", args=words))
-            case ["convert", *rest]:
-                from msa.integrations import convert_run
-
-                options = tyro.cli(convert_run.ConvertOptions, prog="msa convert", args=rest)
-                return convert_run.run(options)
-            case ["findings", "run", *rest]:
-                from msa.model import findings, findings_run
-
-                options = tyro.cli(findings.RunOptions, prog="msa findings run", args=rest)
-                return findings_run.run(options)
-            case ["findings", *rest]:
-                from msa.model import findings
-
-                options = tyro.cli(findings.FindingsOptions, prog="msa findings", args=rest)
-                return findings.run(options)
-            case ["bench", "prefill", *rest]:
-                from benchmarks import prefill
-
-                options = tyro.cli(prefill.PrefillOptions, prog="msa bench prefill", args=rest)
-                return prefill.run(options)
-            case ["bench", "train", *rest]:
-                from benchmarks import train
-
-                return train.run(tyro.cli(train.TrainOptions, prog="msa bench train", args=rest))
-            case ["bench", "decode", *rest]:
-                from benchmarks import decode
-
-                return decode.run(
-                    tyro.cli(decode.DecodeOptions, prog="msa bench decode", args=rest)
-                )
-            case ["bench", "integrations", *rest]:
-                from benchmarks import integrations
-
-                options = tyro.cli(
-                    integrations.IntegrationsOptions, prog="msa bench integrations", args=rest
-                )
-                return integrations.run(options)
-            case ["bench", "plots", *rest]:
-                from benchmarks import plots
-
-                return plots.run(tyro.cli(plots.PlotsOptions, prog="msa bench plots", args=rest))
-            case _:
-                print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
-                return 2
+            checks_ask.check_words(words)
+        module, options = COMMANDS[name]
+        command = importlib.import_module(module)
+        return command.run(tyro.cli(getattr(command, options), prog=f"msa {name}", args=words))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "benchmarks":
             print("msa: msa bench runs from a checkout: pip install -e '.[all]'", file=sys.stderr)
