@@ -85,9 +85,9 @@ def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 def findings_table(lines_of: Callable[[dict[str, Any]], list[tuple[str, ...]]]) -> str:
-    """One of the tables of `msa findings`, and where its numbers come from."""
+    """One of the tables of `msa findings`."""
     columns, *rows = lines_of(read("findings_tiny"))
-    return f"{table(columns, rows)}\n\n{age('findings_tiny')}"
+    return f"{table(columns, rows)}\n"
 
 
 def selection_table() -> str:

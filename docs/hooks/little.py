@@ -160,10 +160,9 @@ def training_figure(name: PresetName, caption: str) -> str:
         left.plot([line["language"] for line in lines], color=INK, lw=1)
         middle.plot([line["kl"] for line in lines], color=BLUE, lw=1)
         middle.set_ylim(0)
-        for name, color in (("near", MUTED), ("far", GREEN)):
-            right.plot(
-                [s for s, _ in tests], [t[name] for _, t in tests], "o-", color=color, label=name
-            )
+        for share, color in (("near", MUTED), ("far", GREEN)):
+            steps, shares = zip(*((step, test[share]) for step, test in tests))
+            right.plot(steps, shares, "o-", color=color, label=share)
         right.set_ylim(0, 1.03)
         right.legend(frameon=False, fontsize=8, loc="lower right")
         titles = "prose + answers, nats", "KL of the index", "right answers"

@@ -137,7 +137,8 @@ def run(options: FindingsOptions) -> int:
     found: Found = json.loads(results.read_text())
     console = Console()
     for title, (columns, *lines) in (
-        ("Each row changes one thing", rows_table(found)),
+        ("Each row changes one thing", answers_table(found)),
+        ("Its index, and its longest gradient", index_table(found)),
         ("Its command", commands_table(found)),
         ("MSA from scratch, read with k blocks", budgets_table(found)),
         ("Answers in % on documents longer than any in training", lengths_table(found)),
@@ -189,12 +190,22 @@ def about(found: Found) -> str:
     )
 
 
-def rows_table(found: Found) -> list[tuple[str, ...]]:
+def answers_table(found: Found) -> list[tuple[str, ...]]:
+    """What each row's model makes of unseen documents."""
+    return rows_table(found, ("prose", "answers", "near", "far"))
+
+
+def index_table(found: Found) -> list[tuple[str, ...]]:
+    """How each row was trained, seen from its index."""
+    return rows_table(found, ("kl", "block_recall", "score_recall", "steepest"))
+
+
+def rows_table(found: Found, measures: Sequence[str]) -> list[tuple[str, ...]]:
     """Columns, then a line for each row that was run."""
-    lines: list[tuple[str, ...]] = [("row", *(heading for heading, *_ in MEASURES.values()))]
+    lines: list[tuple[str, ...]] = [("row", *(MEASURES[name][0] for name in measures))]
     for row in ROWS.values():
         runs = runs_of(found, row.name)
-        cells = [told([r[m] for r in runs], *how) for m, (_, *how) in MEASURES.items()]
+        cells = [told([r[name] for r in runs], *MEASURES[name][1:]) for name in measures]
         lines += [(row.title, *cells)] if runs else []
     return lines
 
