@@ -142,6 +142,11 @@ def new_blocks_not_scored(q_idx, k_idx, *, cu_seqlens_q, cu_seqlens_k, config):
     )
 
 
+def local_blocks_forgotten(q_idx, k_idx, *, config, **borders):
+    """Forces the own block alone."""
+    return msa.select(q_idx, k_idx, config=replace(config, local_blocks=1), **borders)
+
+
 def blocks_of_slots(
     q_idx, k_idx, position_ids, attention_mask, *, block_size, topk_blocks, local_blocks
 ):

@@ -11,10 +11,13 @@ import pytest
 import targets
 import torch
 
+import msa
 from msa.conformance import Domain, adapters, all_properties, make_target, messages, report, seeds
+from msa.conformance.cases import Case
 from msa.conformance.conventions import CONVENTIONS
 from msa.conformance.properties import RULES
 from msa.conformance.target import TargetOptions
+from msa.conformance.tolerances import Disagreement
 from msa.integrations import layouts
 
 EVERY = {f"R{n}" for n in range(1, 21)}
@@ -266,3 +269,15 @@ def test_every_adapter_is_in_the_table():
 def test_rules_have_the_names_of_the_spec():
     spec = (Path(__file__).parent.parent / "docs" / "spec.md").read_text()
     assert dict(re.findall(r"^- \*\*(R\d+) ([\w\s-]+)[.*]", spec, re.M)) == RULES
+
+
+def test_where_all_blocks_are_forced_another_one_is_no_rounding():
+    """There is no score of a k-th block to compare with; the message is that of the rule."""
+    (prop,) = (
+        p for p in all_properties() if p.name == "r7_real_scores_differ_only_within_rounding"
+    )
+    config = msa.MSAConfig(block_size=2, top_k=2, local_blocks=2)
+    case = Case(config, msa.Sequences.one(1, 8), 1, 1, (2, 2, 2), "float32")
+    found = make_target(targets.local_blocks_forgotten, TargetOptions())
+    with pytest.raises(Disagreement, match=r"must have \[2, 3\] up to rounding, got \[0, 3\]"):
+        prop.check(found.subject, case)
