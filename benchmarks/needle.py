@@ -8,7 +8,6 @@ and draws both (`--no-measure` draws again what was found before).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks.figures import INK, MUTED, STYLE
+from benchmarks.plots import source
 from msa.model.attention import Mode
 from msa.model.checkpoint import load_trained
 from msa.model.evaluate import read, unseen_documents
@@ -120,10 +120,9 @@ def main(options: Needle) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads(options.out.read_text())
-    digest = hashlib.sha256(options.out.read_bytes()).hexdigest()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": options.figure.stem}):
-        source = {"Date": None, "Source": f"{options.out.name} sha256 {digest}"}
-        draw(found).savefig(options.figure, metadata=source)
+        metadata = {"Date": None, "Source": source(options.out)}
+        draw(found).savefig(options.figure, metadata=metadata)
     print(f"Results: {options.out}; figure: {options.figure}")
 
 

@@ -17,7 +17,7 @@ BORDERS = (0, 11, 11, 30), (0, 15, 15, 40)  # a chunk, an empty sequence, a chun
 NAMES = "q", "k", "v", "q_idx", "k_idx"
 OPS = torch.ops.msa
 ON_THE_CPU = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-"""Where there is a GPU, nothing is interpreted: test_integrations_gpu.py asks triton there."""
+"""Where there is a GPU, nothing is interpreted: test_ops_gpu.py asks triton there."""
 
 
 def make(dtype=torch.float32, n_q=30, n_k=40, lead=(), grad=False):

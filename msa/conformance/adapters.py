@@ -64,14 +64,8 @@ def first_of(found: Any) -> tuple[Any, Any]:
 
 
 def in_order(ids: Array) -> Array:
-    """Ids of any order with -1 anywhere: ascending, then -1; the canonical order (R8).
-
-    >>> in_order(np.array([[4, -1, 2, 0]]))
-    array([[ 0,  2,  4, -1]], dtype=int32)
-    """
-    last = 2**31 - 1
-    ids = arrays.sort(arrays.where(ids < 0, last, ids))
-    return arrays.as_int32(arrays.where(ids == last, -1, ids))
+    """Ids of any order, negative ones anywhere: ascending, then -1; the canonical order (R8)."""
+    return layouts.ascending(arrays.where(ids < 0, -1, ids))
 
 
 # -- msa ------------------------------------------------------------------------------------------

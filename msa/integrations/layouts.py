@@ -146,12 +146,20 @@ def canonical(
     """
     width = ids.shape[-1] if top_k is None else top_k
     messages.check_width(ids.shape[-1], width)
-    last = 2**31 - 1
-    ids = arrays.sort(arrays.where(ids == -1, last, ids))
-    ids = arrays.as_int32(arrays.where(ids == last, -1, ids))
-    selection = Selection(arrays.widen(ids, width, -1), sequences, block_size)
+    selection = Selection(arrays.widen(ascending(ids), width, -1), sequences, block_size)
     checks.check_selection(selection)
     return selection
+
+
+def ascending(ids: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Sorted along the last dim, int32, every -1 behind the others.
+
+    >>> ascending(np.array([[4, -1, 2, 0]]))
+    array([[ 0,  2,  4, -1]], dtype=int32)
+    """
+    last = 2**31 - 1
+    ids = arrays.sort(arrays.where(ids == -1, last, ids))
+    return arrays.as_int32(arrays.where(ids == last, -1, ids))
 
 
 def own_block_first(selection: Selection, scores: BlockScores | None) -> Int[Array, "Tq Hkv k"]:

@@ -77,8 +77,14 @@ def load_trained(
     >>> load_trained("tiny").config.layers
     3
     """
-    checks.check_trained(name, sorted(path.name for path in TRAINED.iterdir()))
-    return load(TRAINED / name, device=device, backend=backend)
+    folders = shipped()
+    checks.check_trained(name, sorted(folders))
+    return load(folders[name], device=device, backend=backend)
+
+
+def shipped() -> dict[str, Path]:
+    """The folders of the models that come with the package, by their names."""
+    return {folder.name: folder for folder in TRAINED.iterdir()}
 
 
 def read_config(folder: Path) -> ModelConfig:

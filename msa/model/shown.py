@@ -134,11 +134,10 @@ def load_model(options: ReadingOptions) -> Model:
     import torch
 
     from msa.model import checks
-    from msa.model.checkpoint import TRAINED, load
+    from msa.model.checkpoint import load, shipped
 
     checks.check_device(options.device, torch.cuda.is_available())
-    shipped = {path.name: path for path in TRAINED.iterdir()}
-    folder = shipped.get(options.model, Path(options.model))
+    folder = shipped().get(options.model, Path(options.model))
     return load(folder, device=options.device, backend=options.backend)
 
 

@@ -1,4 +1,4 @@
-"""The operators, and Hugging Face's MiniMax-M3, with the kernels of a GPU under them."""
+"""The operators with the kernels of a GPU under them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def paged():
     return q.cuda(), q_idx.cuda(), cache
 
 
-# -- operators ------------------------------------------------------------------------------------
 def test_opcheck():
     q, k, v, q_idx, k_idx = on_device(make(grad=True))
     ids = OPS.select_blocks(q_idx, k_idx, *BORDERS, *numbers(CONFIG))
@@ -113,36 +112,3 @@ def test_exported_program():
     for n in (24, 57):
         x = torch.randn(1, n, 32, device="cuda")
         assert_all_close(program.module()(x), layer(x))
-
-
-# -- Hugging Face ---------------------------------------------------------------------------------
-transformers_tests = pytest.importorskip("tests.test_transformers")
-WAYS = [way for way in transformers_tests.WAYS if "reference" not in way]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_logits_and_generations(way):
-    here = transformers_tests
-    model = here.make(here.text_config("dmm", index_block_size=16), seed=6).cuda()
-    changed, ids = here.in_the_way(model, way), here.words(2, 90).cuda()
-    with torch.no_grad():
-        here.close(changed(ids).logits, model(ids).logits)
-    options = {"max_new_tokens": 10, "do_sample": False}
-    wanted = model.generate(ids, **options)
-    # transformers compiles the model for a static cache, and torch.empty is filled in tests
-    static = {"cache_implementation": "static", "disable_compile": "torch" in way}
-    for extra in ({}, static, {"use_cache": False}):
-        assert torch.equal(changed.generate(ids, **options, **extra), wanted), extra
-
-
-def test_gradients_of_hugging_face():
-    here = transformers_tests
-    model = here.make(here.text_config("dmm", index_block_size=16)).cuda()
-    changed, ids = here.in_the_way(model, "enabled"), here.words(2, 60).cuda()
-    for each in (model, changed):
-        each.train()(ids, labels=ids, use_cache=False).loss.backward()
-    found = dict(changed.named_parameters())
-    for name, wanted in model.named_parameters():
-        if wanted.grad is not None:
-            off = (found[name].grad - wanted.grad).abs().max()
-            assert off <= 1e-4 * wanted.grad.abs().max().clamp(min=1), name
