@@ -2,20 +2,18 @@
 
     ... for the loop to en[QKZ#]d early, and an else clause ... ?QKZ=7?BEM=2
 
-The prose is that of Python's own reference (`pydoc_data.topics`, which every Python ships), as
-bytes; # is one token, in whose place the vision tower puts a handwritten digit (scikit-learn's
-`load_digits`). What a model has to learn: to read pictures, and to find the one whose key it is
-asked for, however far back it stands. Training and test share no picture, no key and no stretch of
-prose.
+The prose is that of Python's own reference, as bytes; # is one token, in whose place the vision
+tower puts a handwritten digit (scikit-learn's `load_digits`). What a model has to learn: to read
+pictures, and to find the one whose key it is asked for, however far back it stands. Training and
+test share no picture, no key and no 32 bytes of prose in a row (`prose.py`).
 """
 
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,14 +23,13 @@ from torch import Tensor
 from msa.model import checks
 from msa.model.config import VisionConfig
 from msa.model.model import IGNORE
+from msa.model.prose import TEST_SHARE, Side, own_prose
 from msa.model.vision import Pictures, cut
 
 IMAGE_TOKEN, VOCABULARY = 256, 257
 KEY_LETTERS = 3
 RECORD = len("[QKZ#]")
 QUESTION = len("?QKZ=7")
-Side = Literal["train", "test"]
-TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -76,28 +73,27 @@ class Document:
 
 @cache
 def world(side: Side) -> World:
-    """The training or the test side; they share nothing. The split is always the same.
+    """The training or the test side; they share nothing.
+
+    Pictures and keys are split by a fixed permutation, prose by its content.
 
     >>> train, test = world("train"), world("test")
     >>> len(train.keys), len(test.keys), len(train.images), len(test.images)
     (14061, 3515, 1438, 359)
     """
-    from pydoc_data import topics
-
     from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)
-    text = "\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
     keys = ["".join(letters).encode() for letters in product(string.ascii_uppercase, repeat=3)]
     images, labels = load_digits(return_X_y=True)
     order, key_order = rng.permutation(len(images)), rng.permutation(len(keys))
-    cuts = (int(len(things) * TEST_SHARE) for things in (text, images, keys))
+    cuts = (int(len(things) * TEST_SHARE) for things in (images, keys))
     part = [slice(cut, None) if side == "train" else slice(0, cut) for cut in cuts]
     return World(
-        prose=np.frombuffer(text, np.uint8)[part[0]].astype(np.int64),
-        images=(images.reshape(-1, 8, 8) / 8.0 - 1.0)[order[part[1]]].astype(np.float32),
-        labels=labels[order[part[1]]],
-        keys=tuple(keys[i] for i in key_order[part[2]]),
+        prose=np.frombuffer(own_prose()[side], np.uint8).astype(np.int64),
+        images=(images.reshape(-1, 8, 8) / 8.0 - 1.0)[order[part[0]]].astype(np.float32),
+        labels=labels[order[part[0]]],
+        keys=tuple(keys[i] for i in key_order[part[1]]),
     )
 
 
@@ -109,9 +105,10 @@ def write_document(
     Raises:
         TypeError, ValueError: more questions than records, or no room for prose between them.
 
-    >>> document = write_document(world("test"), 60, 2, 1, np.random.default_rng(0))
+    >>> dots = replace(world("test"), prose=np.full(100, ord(".")))
+    >>> document = write_document(dots, 60, 2, 1, np.random.default_rng(0))
     >>> "".join("#" if t == IMAGE_TOKEN else chr(t) for t in document.tokens)
-    '[UBB#]lled. T[CCD#]hus, if an error occurs during the ?CCD=6'
+    '[UBB#].......[CCD#]...................................?CCD=6'
     """
     checks.check_document(length, records, questions, RECORD, QUESTION)
     n = length - records * RECORD - questions * QUESTION
