@@ -11,7 +11,7 @@ test share no picture, no key and no 32 bytes of prose in a row (`prose.py`).
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -105,6 +105,7 @@ def write_document(
     Raises:
         TypeError, ValueError: more questions than records, or no room for prose between them.
 
+    >>> from dataclasses import replace
     >>> dots = replace(world("test"), prose=np.full(100, ord(".")))
     >>> document = write_document(dots, 60, 2, 1, np.random.default_rng(0))
     >>> "".join("#" if t == IMAGE_TOKEN else chr(t) for t in document.tokens)
