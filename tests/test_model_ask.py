@@ -19,7 +19,8 @@ from msa.model.pictures import read_picture
 from msa.model.records import IMAGE_TOKEN, world
 from msa.model.shown import half_blocks
 
-TEXT = bytes(world("test").prose[3000:3600].astype(np.uint8))
+TEXT = bytes(world("test").prose[3000:3600].astype(np.uint8)).replace(b"right", b"other")
+"""Without a word that only the page of a known answer should have."""
 
 
 def grey(picture):
