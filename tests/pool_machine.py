@@ -121,12 +121,13 @@ class Pool(RuleBasedStateMachine):
 
     place, eight = "reference", ()
 
-    @initialize()
-    def start(self):
+    @initialize(n=st.integers(1, 7), seed=st.integers(0, 999))
+    def start(self, n, seed):
         self.pool = make_pool(self.place, eight=self.eight)
         self.lists, self.scales = [{} for _ in range(BATCH)], [{} for _ in range(BATCH)]
         for s in range(BATCH):
             self.forget(s)
+        self.add(0, n, seed, by_hand=False)
 
     def forget(self, s):
         self.lists[s] = {name: np.zeros((0, *dims)) for name, dims in SHAPES.items()}
@@ -291,38 +292,51 @@ class Pool(RuleBasedStateMachine):
         blocks = self.blocks(s)
         self.scales[s] = {name: x[:blocks] for name, x in self.scales[s].items()}
 
-    def slot_for(self, s, into, call):
-        """The slot that must be taken for a copy of s; None if it must be refused, and was."""
-        slots = [i for i in range(BATCH) if not self.length(i)]
-        if not self.length(s):
+    def slots(self):
+        return [s for s in range(BATCH) if not self.length(s)]
+
+    def live(self):
+        return [s for s in range(BATCH) if self.length(s)]
+
+    @precondition(lambda self: self.slots())
+    @rule(into=st.none() | st.integers(0, BATCH - 1))
+    def copy_of_nothing(self, into):
+        for call in (lambda s: self.pool.fork(s, into), self.pool.export):
             with pytest.raises(ValueError, match="sequence must have tokens"):
-                call()
-        elif (not slots) if into is None else into not in slots:
+                call(self.slots()[-1])
+
+    @precondition(lambda self: self.live())
+    @rule(pick=st.integers(0, BATCH - 1))
+    def copy_to_nowhere(self, pick):
+        into = self.live()[pick % len(self.live())] if self.slots() else None
+        pages = self.pool.export(self.live()[0])
+        for call in (lambda: self.pool.fork(self.live()[0], into),
+                     lambda: self.pool.import_(pages, into)):  # fmt: skip
             with pytest.raises(ValueError, match="into must be an empty slot"):
                 call()
-        else:
-            return slots[0] if into is None else into
-        return None
 
     def list_again(self, s, into):
         self.lists[into], self.scales[into] = dict(self.lists[s]), dict(self.scales[s])
 
-    @rule(s=st.integers(0, BATCH - 1), into=st.none() | st.integers(0, BATCH - 1))
-    def fork(self, s, into):
-        slot = self.slot_for(s, into, lambda: self.pool.fork(s, into))
-        if slot is not None:
-            free = self.pool.free_pages
-            assert self.pool.fork(s, into) == slot and self.pool.free_pages == free
-            self.list_again(s, slot)
-            assert self.own_pages(slot) == self.own_pages(s)
+    def draw_copy(self, pick, first):
+        """A live sequence, what is given for `into`, and the slot that must be taken."""
+        s, slots = self.live()[pick % len(self.live())], self.slots()
+        return (s, None, slots[0]) if first else (s, *[slots[pick % len(slots)]] * 2)
 
-    @rule(s=st.integers(0, BATCH - 1), into=st.none() | st.integers(0, BATCH - 1),
-          away=st.booleans())  # fmt: skip
-    def move(self, s, into, away):
+    @precondition(lambda self: self.live() and self.slots())
+    @rule(pick=st.integers(0, 9), first=st.booleans())
+    def fork(self, pick, first):
+        s, into, slot = self.draw_copy(pick, first)
+        free = self.pool.free_pages
+        assert self.pool.fork(s, into) == slot and self.pool.free_pages == free
+        self.list_again(s, slot)
+        assert self.own_pages(slot) == self.own_pages(s)
+
+    @precondition(lambda self: self.live() and self.slots())
+    @rule(pick=st.integers(0, 9), first=st.booleans(), away=st.booleans())
+    def move(self, pick, first, away):
         """Out, perhaps through a pool elsewhere, and in again as another sequence."""
-        slot = self.slot_for(s, into, lambda: self.pool.import_(self.pool.export(s), into))
-        if slot is None:
-            return
+        s, into, slot = self.draw_copy(pick, first)
         pages = self.pool.export(s)
         if away:
             there = "torch" if self.eight or self.place == "reference" else "reference"
@@ -387,10 +401,10 @@ class Pool(RuleBasedStateMachine):
         self.poison(own)
 
     def teardown(self):
-        if hasattr(self, "pool") and any(map(self.length, range(BATCH))):
+        if hasattr(self, "pool") and self.live():
             self.check_decode(self.pool.cache, range(BATCH), 1)
 
-    @precondition(lambda self: any(map(self.length, range(BATCH))))
+    @precondition(lambda self: self.live())
     @rule(n=st.integers(1, 3))
     def decode(self, n):
         n = min([n, *filter(None, map(self.length, range(BATCH)))])
