@@ -336,6 +336,7 @@ class PagePool:
         counted = self._book.lengths[sequences].tolist() if sequences else []
         if self._reserved.isdisjoint(sequences):
             return counted
+        checks_cache.check_changeable(self.cache)
         there = checks.to_numpy(self.cache.lengths)
         return [min(n, int(there[s])) if s in self._reserved else n
                 for s, n in zip(sequences, counted)]  # fmt: skip
