@@ -386,7 +386,7 @@ class Pool(RuleBasedStateMachine):
         self.poison(self.own_pages(s)[len(own) - 1 : len(own)] if copied else [])
         self.write_by_hand(s, written)
         if written < n:
-            new = put(drawn(seed, 1), self.place)
+            new = put(self.draw(seed, 1), self.place)
             for call in (lambda: self.pool.fork(s, (s + 1) % BATCH), lambda: self.pool.export(s),
                          lambda: self.pool.append(s, *(new[name] for name in CACHED))):  # fmt: skip
                 with pytest.raises(ValueError, match=r"reserved for it|an empty slot"):
