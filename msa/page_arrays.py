@@ -109,7 +109,7 @@ def beside(like: Array, array: np.ndarray) -> Array:
 
 def _parts(cache: PagedKV) -> dict[str, Array]:
     """All that there is of each page, by the names of `SequencePages`."""
-    parts = {}
+    parts: dict[str, Array] = {}
     for name in NAMES:
         pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
         parts[name] = pages if scales is None else _bits(pages)

@@ -68,7 +68,8 @@ class PageBook:
     def grow(self, sequences: list[int], n: int) -> Change:
         """n more tokens of each; a last page that they go to, but others hold, is copied."""
         needed: list[tuple[int, int, int]] = []
-        lengths, left = [], Counter[int]()
+        lengths: list[tuple[int, int, int]] = []
+        left = Counter[int]()  # how many of its holders a page loses
         for s in sequences:
             before, width = int(self.lengths[s]), self.table.shape[1]
             have, want = self.blocks(before), self.blocks(before + n)
@@ -87,7 +88,8 @@ class PageBook:
 
     def shrink(self, sequences: list[int], lengths: list[int]) -> Change:
         """Only so many tokens of each."""
-        entries, changed = [], []
+        entries: list[tuple[int, int, int, int]] = []
+        changed: list[tuple[int, int, int]] = []
         for s, after in zip(sequences, lengths):
             before = int(self.lengths[s])
             blocks = range(self.blocks(after), self.blocks(before))
@@ -103,7 +105,7 @@ class PageBook:
 
     def apply(self, change: Change) -> dict[int, bool]:
         """Count a change; returns which pages are shared from now on (True) or no longer."""
-        turned = {}
+        turned: dict[int, bool] = {}
         for sequence, block, old, new in change.entries:
             if new != NO_PAGE:
                 if not self.holders[new]:

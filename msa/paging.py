@@ -93,7 +93,7 @@ class PagePool:
             page_arrays.beside(k_pages, x) for x in (table, lengths, np.zeros(pages, np.uint8))
         )
         scales = (page_arrays.make_scales(x) for x in (k_pages, v_pages, k_idx_pages))
-        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales, shared)
+        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales, shared=shared)
 
     @property
     def lengths(self) -> list[int]:

@@ -239,7 +239,7 @@ def test_pages_of_any_layout_are_exported_whole(name):
     dims = SHAPES[name]
     for kind in (np, torch):
         pages = {n: kind.zeros((PAGES, BLOCK, *SHAPES[n])) for n in CACHED}
-        wide = kind.zeros((*dims[:-1], PAGES, BLOCK, 2 * dims[-1]))
+        wide = kind.full((*dims[:-1], PAGES, BLOCK, 2 * dims[-1]), np.nan)
         pages[name] = np.moveaxis(wide, 0, 2) if kind is np else wide.movedim(0, 2)
         if len(dims) == 1:
             pages[name] = wide
