@@ -185,11 +185,11 @@ def _check_own_memory(name: str, array: Any) -> None:
         )
 
 
-def check_held(name: str, sequence: Any, lengths: list[int]) -> None:
+def check_held(sequence: Any, lengths: list[int]) -> None:
     """One of the batch's sequences that has tokens."""
     check_sequence(sequence, len(lengths))
     if not lengths[sequence]:
-        raise ValueError(f"{name} must have tokens, got {sequence}, an empty slot")
+        raise ValueError(f"sequence must have tokens, got {sequence}, an empty slot")
 
 
 def read_slot(into: Any, lengths: list[int]) -> int:
@@ -233,11 +233,12 @@ def check_length(length: int, there: int, sequence: int) -> None:
 
 
 def check_written(written: int, counted: int, sequence: int) -> None:
-    """The tokens that were reserved are there."""
+    """The tokens that were reserved are there, and no others."""
     if written != counted:
         raise ValueError(
             f"sequence {sequence} must have the {counted} tokens that are reserved for it, got "
-            f"{written} in cache.lengths: write them first, or truncate it to {written}"
+            f"{written} in cache.lengths: write all of them first, or truncate it to "
+            f"{min(written, counted)}"
         )
 
 

@@ -29,10 +29,10 @@ class PagePool:
     A page holds one block, so the block size is that of the pages. A page comes back into the pool
     when no sequence holds it any more.
 
-    Sequences that are forked hold the same pages. Only full pages are written by none of them, so
-    the last page is copied on write: the first `append` or `reserve` of a sequence whose last page
-    is neither full nor its own gives this sequence a copy, and the others keep the page; the last
-    one to hold it writes without copying. Until then `append_tokens` leaves it alone.
+    Sequences that are forked hold the same pages. Nobody writes to a full page any more, so only
+    the last page has to be copied, on write: the first `append` or `reserve` of a sequence whose
+    last page is neither full nor its own gives this sequence a copy, and the others keep the page;
+    the last one to hold it writes without copying. Until then `append_tokens` leaves it alone.
 
     Pages of torch.float8_e4m3fn, those of k and v or those of index keys or all of them, get scales
     from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the bytes of
@@ -205,8 +205,8 @@ class PagePool:
         """
         known = checks_cache.read_sequences(sequence, len(self._book.lengths))
         wanted = checks_cache.read_lengths(length, len(known))
-        for s, after, there in zip(known, wanted, self._written(known)):
-            checks_cache.check_length(after, there, s)
+        for s, after, written in zip(known, wanted, self._written(known)):
+            checks_cache.check_length(after, min(written, int(self._book.lengths[s])), s)
         with self._counted(self._book.shrink(known, wanted)):
             pass
         self._reserved.difference_update(known)
@@ -239,7 +239,7 @@ class PagePool:
         >>> pool.cache.flat(0)[0].ravel(), pool.cache.flat(1)[0].ravel()
         (array([1., 2., 3.]), array([ 1.,  2.,  3., -1.]))
         """
-        checks_cache.check_held("sequence", sequence, self.lengths)
+        checks_cache.check_held(sequence, self.lengths)
         into = checks_cache.read_slot(into, self.lengths)
         self._check_written([int(sequence)])
         with self._counted(self._book.share(int(sequence), into)):
@@ -268,7 +268,7 @@ class PagePool:
         >>> pool.cache.flat(1)[2].ravel()
         array([1., 2., 3.])
         """
-        checks_cache.check_held("sequence", sequence, self.lengths)
+        checks_cache.check_held(sequence, self.lengths)
         self._check_written([int(sequence)])
         length = int(self._book.lengths[sequence])
         own = self._book.table[sequence, : self._book.blocks(length)]
@@ -337,12 +337,11 @@ class PagePool:
         if self._reserved.isdisjoint(sequences):
             return counted
         checks_cache.check_changeable(self.cache)
-        there = checks.to_numpy(self.cache.lengths)
-        return [min(n, int(there[s])) if s in self._reserved else n
-                for s, n in zip(sequences, counted)]  # fmt: skip
+        written = checks.to_numpy(self.cache.lengths)
+        return [int(written[s]) if s in self._reserved else n for s, n in zip(sequences, counted)]
 
     def _check_written(self, sequences: list[int]) -> None:
         """What was reserved has been written since."""
-        for s, there in zip(sequences, self._written(sequences)):
-            checks_cache.check_written(there, int(self._book.lengths[s]), s)
+        for s, written in zip(sequences, self._written(sequences)):
+            checks_cache.check_written(written, int(self._book.lengths[s]), s)
         self._reserved.difference_update(sequences)

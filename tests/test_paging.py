@@ -477,8 +477,14 @@ def test_what_was_reserved_must_be_written_or_given_up():
     pool.truncate(1, 5)
     pool.append(1, *new)
     assert pool.lengths == pool.cache.lengths.tolist() == [6, 6, 0]
-    pool.reserve(1, 2)
-    pool.cache.lengths[1] += 2  # by whoever wrote them
+    pool.reserve(1, 1)
+    pool.cache.lengths[1] += 2  # by one who wrote too many
+    for call in (lambda: pool.append(1, *new), lambda: pool.fork(1), lambda: pool.export(1)):
+        with pytest.raises(ValueError, match=r"sequence 1 must have the 7 tokens .* got 8 .*"):
+            call()
+    with pytest.raises(ValueError, match="at most the 7 tokens of sequence 1, got 8"):
+        pool.truncate(1, 8)
+    pool.truncate(1, 7)
     assert pool.fork(1) == 2
 
 
