@@ -37,6 +37,7 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
     if cache.shared is not None:
         checks.check_array("cache.shared", cache.shared, ("uint8",))
         checks.check_shape("cache.shared", cache.shared, "pages", sizes)
+        checks.check_same_place(**{"cache.k_pages": cache.k_pages, "cache.shared": cache.shared})
 
 
 def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:

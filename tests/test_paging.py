@@ -453,6 +453,19 @@ def test_bad_input_is_named_and_changes_nothing(as_users_run_it, call, kind, wor
             np.testing.assert_array_equal(found, want)
 
 
+@pytest.mark.parametrize("shared, kind, words", [
+    (np.zeros(PAGES), TypeError, "must have dtype uint8, got float64"),
+    (np.zeros(PAGES + 1, np.uint8), ValueError, r"must have shape \[pages\] = \[6\], got \[7\]"),
+    (np.zeros(2 * PAGES, np.uint8)[::2], ValueError, "must be contiguous in its last dim"),
+    (torch.zeros(PAGES, dtype=torch.uint8), TypeError, "must be a numpy.ndarray"),
+])  # fmt: skip
+def test_which_pages_are_shared_is_checked(as_users_run_it, shared, kind, words):
+    cache = replace(two_sequences("reference").cache, shared=shared)
+    q, q_idx = (np.ones((BATCH, 1, *SHAPES[name])) for name in ("q", "q_idx"))
+    with pytest.raises(kind, match=f"cache.shared {words}"):
+        msa.decode(q, q_idx, cache, config=CONFIG)
+
+
 def test_an_export_too_long_for_the_table_or_the_pool_is_refused():
     long = make_pool("reference", pages=9, pages_per_sequence=9)
     append_number(long, 0, 1.0, 4 * BLOCK)
