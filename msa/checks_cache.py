@@ -179,7 +179,8 @@ def check_writable(**arrays: Any) -> None:
 def _check_own_memory(name: str, array: Any) -> None:
     """Each number of the pages has a place of its own."""
     strides = array.stride() if checks.is_torch(array) else array.strides
-    if any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape)):
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
+    if expanded and 0 not in array.shape:
         raise ValueError(
             f"{name} must have memory for each number, got strides {list(strides)}: an expanded "
             "array must be copied"

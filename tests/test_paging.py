@@ -254,6 +254,17 @@ def test_pages_of_any_layout_are_exported_whole(name):
         assert (pool.cache.flat(1)[CACHED.index(name)] == 1).all()
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pages_no_sequences(place):
+    pool = make_pool(place, pages=0)
+    with pytest.raises(ValueError, match="1 free pages"):
+        pool.reserve(0, 1)
+    pool.truncate([0, 2], 0)
+    pool.truncate([], [])
+    pool.reserve([], 5)
+    assert (pool.lengths, pool.free_pages) == ([0] * BATCH, 0)
+
+
 # -- nothing by halves -----------------------------------------------------------------------------
 def calls_on(pool):
     """Every way to change a pool whose slots 0 and 1 share a page, and 2 is empty."""
