@@ -234,7 +234,7 @@ def check_length(length: int, there: int, sequence: int) -> None:
         )
 
 
-def check_written(written: int, counted: int, sequence: int) -> None:
+def check_reserved(written: int, counted: int, sequence: int) -> None:
     """The tokens that were reserved are there, and no others."""
     if written != counted:
         raise ValueError(

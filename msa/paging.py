@@ -343,5 +343,5 @@ class PagePool:
     def _check_written(self, sequences: list[int]) -> None:
         """What was reserved has been written since."""
         for s, written in zip(sequences, self._written(sequences)):
-            checks_cache.check_written(written, int(self._book.lengths[s]), s)
+            checks_cache.check_reserved(written, int(self._book.lengths[s]), s)
         self._reserved.difference_update(sequences)
