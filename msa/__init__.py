@@ -22,6 +22,7 @@ from msa.ir import (
     Sequences,
     TileUnion,
 )
+from msa.page_arrays import SequencePages
 from msa.paging import PagePool
 from msa.pipeline import Trace
 from msa.quality import CacheQuality, cache_quality
@@ -39,6 +40,7 @@ __all__ = [
     "ReverseIndex",
     "Schedule",
     "Selection",
+    "SequencePages",
     "Sequences",
     "TileUnion",
     "Trace",

@@ -258,7 +258,9 @@ def append_tokens(
     from `PagePool.reserve` beforehand, and the kernel finds them in the table, quantises where the
     pages have 8 bits, and advances the lengths on the device. A sequence whose table has no pages
     for n more tokens, such as an empty slot of the batch, stays as it is, and its tokens are not
-    looked at.
+    looked at. So does one that would write to a page which it shares with another (`PagePool.fork`)
+    because nothing was reserved for it. But one whose last page is its own and has room grows, and
+    the pool learns nothing of it: reserve for each sequence of the batch that has tokens.
 
     Args:
         cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place.

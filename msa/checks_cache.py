@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from msa import checks
@@ -19,6 +20,8 @@ CACHE_DIMS = PAGE_DIMS | {"page_table": "B table", "lengths": "B"}
 SCALE_DIMS = {"k": "pages Hkv", "v": "pages Hkv", "k_idx": "pages"}
 TOKEN_DIMS = {"k": "n Hkv D", "v": "n Hkv Dv", "k_idx": "n Di"}
 PAGE_DTYPES = (*checks.FLOAT_DTYPES, checks.EIGHT_BITS)
+MOST = 2**31 - 1
+"""Tables and lengths are int32."""
 
 
 def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
@@ -31,6 +34,10 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
             raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
         checks.check_shape(f"cache.{name}", array, dims, sizes)
     check_scales(cache, sizes)
+    if cache.shared is not None:
+        checks.check_array("cache.shared", cache.shared, ("uint8",))
+        checks.check_shape("cache.shared", cache.shared, "pages", sizes)
+        checks.check_same_place(**{"cache.k_pages": cache.k_pages, "cache.shared": cache.shared})
 
 
 def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
@@ -126,8 +133,149 @@ def check_pages(**pages: Any) -> None:
     for name, dims in PAGE_DIMS.items():
         checks.check_array(name, pages[name], PAGE_DTYPES)
         checks.check_shape(name, pages[name], dims, sizes)
+        if checks.is_eight_bits(pages[name]):
+            checks.check_torch(name, pages[name])
+        _check_own_memory(name, pages[name])
     checks.check_same_dtype(k_pages=pages["k_pages"], v_pages=pages["v_pages"])
     checks.check_same_place(**pages)
+    check_writable(**pages)
+    if sizes["pages"] > MOST:
+        raise ValueError(f"k_pages must have at most {MOST} pages, got {sizes['pages']}")
+
+
+def check_changeable(cache: PagedKV) -> None:
+    """The arrays of a pool can be written to, and now: what is captured would be done again."""
+    check_writable(**{f"cache.{field.name}": getattr(cache, field.name) for field in fields(cache)})
+    if checks.is_captured(cache.k_pages):
+        raise ValueError(
+            "sequence must not be changed by a PagePool while a CUDA graph is captured, got a call "
+            "inside: reserve before, and write with msa.append_tokens inside"
+        )
+
+
+def check_writable(**arrays: Any) -> None:
+    """Whether writing will fail is known beforehand."""
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if not checks.is_torch(array):
+            if not array.flags.writeable:
+                raise ValueError(f"{name} must be writable, got a read-only array: copy it")
+        elif array.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, for none flows through pages, "
+                "got requires_grad=True: detach it"
+            )
+        elif array.is_inference():
+            import torch
+
+            if not torch.is_inference_mode_enabled():
+                raise ValueError(
+                    f"{name} must not be a tensor of torch.inference_mode outside of it, got one: "
+                    "make the pool outside, or call it inside"
+                )
+
+
+def _check_own_memory(name: str, array: Any) -> None:
+    """Each number of the pages has a place of its own."""
+    strides = array.stride() if checks.is_torch(array) else array.strides
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
+    if expanded and 0 not in array.shape:
+        raise ValueError(
+            f"{name} must have memory for each number, got strides {list(strides)}: an expanded "
+            "array must be copied"
+        )
+
+
+def check_held(sequence: Any, lengths: list[int]) -> None:
+    """One of the batch's sequences that has tokens."""
+    check_sequence(sequence, len(lengths))
+    if not lengths[sequence]:
+        raise ValueError(f"sequence must have tokens, got {sequence}, an empty slot")
+
+
+def read_slot(into: Any, lengths: list[int]) -> int:
+    """An empty slot: the one that is asked for, or the first."""
+    if into is None:
+        if all(lengths):
+            raise ValueError(
+                f"into must be an empty slot, got none left of {len(lengths)}: free a sequence, or "
+                "make a pool of a larger batch"
+            )
+        return lengths.index(0)
+    checks.check_count("into", into, 0)
+    if into >= len(lengths):
+        raise ValueError(f"into must be 0 to {len(lengths) - 1}, got {into}")
+    if lengths[into]:
+        raise ValueError(
+            f"into must be an empty slot, got {into}, which has {lengths[into]} tokens: free it"
+        )
+    return int(into)
+
+
+def read_lengths(length: Any, sequences: int) -> list[int]:
+    """One length for all sequences, or one for each, as plain integers."""
+    several = list(length) if isinstance(length, Sequence) else [length] * sequences
+    if len(several) != sequences:
+        raise ValueError(
+            f"length must be one number, or one for each of the {sequences} sequences, "
+            f"got {len(several)}"
+        )
+    for one in several:
+        checks.check_count("length", one, 0)
+    return [int(one) for one in several]
+
+
+def check_length(length: int, there: int, sequence: int) -> None:
+    """Truncating adds no tokens."""
+    if length > there:
+        raise ValueError(
+            f"length must be at most the {there} tokens of sequence {sequence}, got {length}"
+        )
+
+
+def check_reserved(written: int, counted: int, sequence: int) -> None:
+    """The tokens that were reserved are there, and no others."""
+    if written != counted:
+        raise ValueError(
+            f"sequence {sequence} must have the {counted} tokens that are reserved for it, got "
+            f"{written} in cache.lengths: write all of them first, or truncate it to "
+            f"{min(written, counted)}"
+        )
+
+
+def check_total(length: int, new: int, sequence: int) -> None:
+    """Lengths are int32."""
+    if length + new > MOST:
+        raise ValueError(
+            f"n must leave sequence {sequence} with at most {MOST} tokens, got {new} more for "
+            f"its {length}"
+        )
+
+
+def check_export(cache: PagedKV, pages: Any) -> None:
+    """The pages of one sequence are of the sizes and dtypes of a pool's."""
+    checks.check_count("pages.length", pages.length, 1)
+    sizes = {"blocks": -(-int(pages.length) // cache.k_pages.shape[1])}
+    for name, dims in PAGE_DIMS.items():
+        _, *letters = dims.split()
+        ours, theirs = getattr(cache, name), getattr(pages, name.removesuffix("_pages"))
+        name = f"pages.{name.removesuffix('_pages')}"
+        sizes |= dict(zip(letters, ours.shape[1:]))
+        checks.check_array(name, theirs, PAGE_DTYPES)
+        checks.check_same_dtype(**{"the pool's": ours, name: theirs})
+        checks.check_shape(name, theirs, " ".join(("blocks", *letters)), sizes)
+    for name, dims in SCALE_DIMS.items():
+        theirs, name = getattr(pages, f"{name}_scales"), f"{name}_scales"
+        if (getattr(cache, name) is None) != (theirs is None):
+            wanted = "None" if theirs is not None else "given"
+            raise ValueError(
+                f"pages.{name} must be {wanted} as the pool's are, got {checks.kind(theirs)}"
+            )
+        if theirs is not None:
+            checks.check_array(f"pages.{name}", theirs, ("float32",))
+            dims = dims.replace("pages", "blocks")
+            checks.check_shape(f"pages.{name}", theirs, dims, sizes)
 
 
 def read_sequences(sequence: Any, batch: int) -> list[int]:

@@ -14,6 +14,8 @@ is among the new ones, scale counts as 2^-126, the least there is, whatever it w
 that of the largest number among the tokens so far, and only ever grows while the page fills. As a
 power of two it rounds nothing by itself: older numbers stay what they were, but for those that
 fall below 2^-6 * scale', the least normal number, where e4m3 has steps of 2^-9 * scale' left.
+Tokens that are truncated leave the scale as it is, so they count among the tokens so far, unless
+the page's first token went with them. A copy of a page has its scale.
 Numbers behind the last token are neither read nor written.
 
 Nothing here waits for the device, so no tensor is refused for what it holds (R20 asks that of

@@ -27,7 +27,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, UInt8
 
 from msa import checks, checks_cache
 
@@ -308,6 +308,8 @@ class PagedKV:
     k_scales: Float32[Array, "pages Hkv"] | None = None
     v_scales: Float32[Array, "pages Hkv"] | None = None
     k_idx_scales: Float32[Array, " pages"] | None = None
+    shared: UInt8[Array, " pages"] | None = None
+    """1 for a page that several sequences hold: `append_tokens` writes to none of these."""
 
     def read(self, name: Literal["k", "v", "k_idx"], where: Any) -> Float[Array, "*where dim"]:
         """What stands at an index into the pages of that name: times its scale, if there is one.

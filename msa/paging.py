@@ -2,19 +2,23 @@
 
 Two classes, because two clocks tick here. `PagedKV` is a view, arrays and nothing else: it is
 what `decode` takes, and what a CUDA graph can be captured over, for its arrays stay where they are
-while tables and lengths change inside them. `PagePool` is the book-keeping on the host: which page
-is whose, and which are free. It never has to read anything back from the device.
+while tables and lengths change inside them (`msa.page_arrays`). `PagePool` keeps the book of them
+on the host: which page is whose, and which are free (`msa.page_book`). It reads lengths back from
+the device only where tokens were reserved, for it cannot see when these are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import Float
 
-from msa import checks, checks_cache, eight_bits
+from msa import checks, checks_cache, page_arrays
 from msa.ir import Array, PagedKV
+from msa.page_arrays import SequencePages
+from msa.page_book import Change, PageBook
 
 
 class PagePool:
@@ -22,12 +26,25 @@ class PagePool:
 
     The caller makes the pages, and so says of which library they are, of what dtype and on which
     device; the pool writes into them, and nowhere but in the pages of the sequence that grows.
-    A page holds one block, so the block size is that of the pages. Nothing that was written is
-    ever moved; a page comes back into the pool when its sequence is freed.
+    A page holds one block, so the block size is that of the pages. A page comes back into the pool
+    when no sequence holds it any more.
+
+    Sequences that are forked hold the same pages. Nobody writes to a full page any more, so only
+    the last page has to be copied, on write: the first `append` or `reserve` of a sequence whose
+    last page is neither full nor its own gives this sequence a copy, and the others keep the page;
+    the last one to hold it writes without copying. Until then `append_tokens` leaves it alone.
 
     Pages of torch.float8_e4m3fn, those of k and v or those of index keys or all of them, get scales
     from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the bytes of
     float16 to hold and to read. `cache_quality` says what it costs.
+
+    Each method does all that it is asked for, or raises and changes nothing that can be read.
+
+    Work on a GPU goes to the current stream, in the order of the calls. So on one stream a page may
+    be given back while kernels that read it still wait: they run before any that write into it
+    again. The pool knows of no other stream: one that reads the cache has to be waited for
+    (`torch.cuda.Stream.wait_stream`) before the next call of the pool, and the other way round. Nor
+    may two threads call one pool at a time.
 
     Args:
         k_pages, v_pages, k_idx_pages: [pages, Bk, Hkv, D], [pages, Bk, Hkv, Dv], [pages, Bk, Di].
@@ -35,7 +52,8 @@ class PagePool:
         pages_per_sequence: the width of the page table; None: all the pages there are.
 
     Raises:
-        TypeError, ValueError: pages that do not fit together, counts below 1 (R20).
+        TypeError, ValueError: pages that do not fit together, or cannot be written, such as
+            read-only arrays and tensors that require a gradient; counts below 1 (R20).
 
     >>> k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))  # three pages of two tokens
     >>> pool = PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=2)
@@ -63,33 +81,41 @@ class PagePool:
     ) -> None:
         checks_cache.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
         checks.check_count("batch", batch, 1)
+        pages, block = k_pages.shape[:2]
         if pages_per_sequence is None:
-            pages_per_sequence = max(1, len(k_pages))
+            pages_per_sequence = max(1, pages)
         checks.check_count("pages_per_sequence", pages_per_sequence, 1)
-        self._table = np.full((batch, pages_per_sequence), NO_PAGE, np.int32)
-        self._lengths = np.zeros(batch, np.int32)
-        self._free = list(range(len(k_pages)))[::-1]
-        table, lengths = (_beside(k_pages, x.copy()) for x in (self._table, self._lengths))
-        scales = (_scales(pages) for pages in (k_pages, v_pages, k_idx_pages))
-        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales)
+        self._book = PageBook(pages, batch, pages_per_sequence, block)
+        self._reserved: set[int] = set()
+        """Sequences with tokens that others write, and may not have written yet."""
+        table, lengths = self._book.table.copy(), self._book.lengths.astype(np.int32)
+        table, lengths, shared = (
+            page_arrays.beside(k_pages, x) for x in (table, lengths, np.zeros(pages, np.uint8))
+        )
+        scales = (page_arrays.make_scales(x) for x in (k_pages, v_pages, k_idx_pages))
+        self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales, shared=shared)
 
     @property
     def lengths(self) -> list[int]:
         """The tokens of each sequence, from the host's book."""
-        return self._lengths.tolist()
+        return self._book.lengths.tolist()
 
     @property
     def free_pages(self) -> int:
         """How many pages are nobody's."""
-        return len(self._free)
+        return len(self._book.free)
 
     def reserve(self, sequence: int | Sequence[int], n: int) -> None:
         """Give one sequence, or each of several, the pages of n more tokens. All of it or nothing.
 
         For callers whose own code on the device writes these tokens and raises `cache.lengths`, as
-        a captured CUDA graph does: the table is ready for them, and `lengths`, the host's book,
-        counts them already. `append` is this and the writing; called next, it goes on behind them.
-        Where pages have scales, these are the writer's, too (`msa.eight_bits` has the rule).
+        a captured CUDA graph does with `append_tokens`: the table is ready for them, the pages are
+        this sequence's own, and `lengths`, the host's book, counts them already. Where pages have
+        scales, these are the writer's, too (`msa.eight_bits` has the rule).
+
+        `append` is this and the writing; called next, it goes on behind the tokens. These must have
+        been written by then, as for `fork` and `export`, and the pool reads `cache.lengths` back to
+        see that. `truncate` gives up what was reserved in excess.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -108,9 +134,16 @@ class PagePool:
         >>> pool.cache.lengths[0] += 2
         >>> pool.cache.flat(0)[0].ravel()
         array([5., 5.])
+        >>> pool.truncate(0, 2)  # the third will not come
+        >>> pool.lengths, pool.free_pages, pool.cache.page_table[0].tolist(), pool.cache.lengths
+        ([2], 2, [0, -1, -1], array([2], dtype=int32))
         """
         checks.check_count("n", n, 0)
-        self._reserve(checks_cache.read_sequences(sequence, len(self._lengths)), int(n))
+        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        with self._counted(self._book.grow(known, int(n)), lengths=False):
+            pass
+        if n:
+            self._reserved.update(known)
 
     def append(
         self,
@@ -130,89 +163,185 @@ class PagePool:
 
         Raises:
             TypeError, ValueError: no such sequence, tokens that do not fit the pages, a table
-                that is too short, a pool without enough free pages (R20).
+                that is too short, a pool without enough free pages, reserved tokens that have not
+                been written (R20).
         """
-        known = checks_cache.read_sequences(sequence, len(self._lengths))
+        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
         ids = np.array(known, np.int64)
         new = {"k": k, "v": v, "k_idx": k_idx}
         n = checks_cache.check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
-        before = self._lengths[ids]
-        self._reserve(known, n)
-        positions, block = before[:, None] + np.arange(n), self.cache.k_pages.shape[1]
-        page = self._table[ids[:, None], positions // block].astype(np.int64).ravel()
-        self._write(new, page, (positions % block).ravel())
-        self.cache.lengths[_beside(k, ids)] = _beside(k, self._lengths[ids])
+        self._check_written(known)
+        positions = self._book.lengths[ids, None] + np.arange(n)
+        with self._counted(self._book.grow(known, n)):
+            page = self._book.table[ids[:, None], positions // self._book.block]
+            offset = positions % self._book.block
+            page, offset = page.astype(np.int64).ravel(), offset.ravel()
+            page_arrays.write_tokens(self.cache, new, page, offset)
+
+    def truncate(self, sequence: int | Sequence[int], length: int | Sequence[int]) -> None:
+        """Keep the first tokens of one sequence, or of each of several: drafts that were rejected.
+
+        The pages behind them are given back. What still stands in the last page beyond the length
+        is not read again. A page of 8 bits keeps its scale (`msa.eight_bits`): the tokens that stay
+        stand for the same numbers as before, and those that follow in this page are rounded as if
+        behind those that went.
+
+        Args:
+            sequence: which one, 0 to batch - 1, or a list of different ones.
+            length: the tokens that stay, of each sequence alike or in a list with one for each; at
+                most as many as there are. Tokens reserved, but not written, are not there.
+
+        Raises:
+            TypeError, ValueError: no such sequence, a length below 0 or beyond its tokens (R20).
+
+        >>> k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))  # three pages of two tokens
+        >>> pool = PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=1)
+        >>> k = np.array([1.0, 2.0, 3.0, 4.0, 5.0])[:, None, None]
+        >>> pool.append(0, k, k, k[:, 0])  # one token, and four drafts
+        >>> pool.truncate(0, 2)  # of which one was right
+        >>> pool.append(0, -k[2:3], -k[2:3], -k[2:3, 0])
+        >>> pool.cache.flat(0)[0].ravel(), pool.free_pages
+        (array([ 1.,  2., -3.]), 1)
+        """
+        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        wanted = checks_cache.read_lengths(length, len(known))
+        for s, after, written in zip(known, wanted, self._written(known)):
+            checks_cache.check_length(after, min(written, int(self._book.lengths[s])), s)
+        with self._counted(self._book.shrink(known, wanted)):
+            pass
+        self._reserved.difference_update(known)
+
+    def fork(self, sequence: int, into: int | None = None) -> int:
+        """A second sequence of the same tokens, in the same pages: beams, or a prefix for many.
+
+        Nothing is copied now; see the class for when the last page is.
+
+        Args:
+            sequence: which one, 0 to batch - 1; not an empty one.
+            into: an empty slot of the batch; None: the first there is.
+
+        Returns:
+            The slot that was taken.
+
+        Raises:
+            TypeError, ValueError: no such sequence, an empty one, reserved tokens that have not
+                been written, no empty slot (R20).
+
+        >>> k_pages, v_pages = np.zeros((2, 4, 2, 1, 1))  # four pages of two tokens
+        >>> pool = PagePool(k_pages, v_pages, np.zeros((4, 2, 1)), batch=2)
+        >>> k = np.array([1.0, 2.0, 3.0])[:, None, None]
+        >>> pool.append(0, k, k, k[:, 0])
+        >>> pool.fork(0), pool.cache.page_table[:, :2].tolist(), pool.free_pages
+        (1, [[0, 1], [0, 1]], 2)
+        >>> pool.append(1, -k[:1], -k[:1], -k[:1, 0])  # behind three tokens: page 1 is copied
+        >>> pool.cache.page_table[:, :2].tolist(), pool.free_pages
+        ([[0, 1], [0, 2]], 1)
+        >>> pool.cache.flat(0)[0].ravel(), pool.cache.flat(1)[0].ravel()
+        (array([1., 2., 3.]), array([ 1.,  2.,  3., -1.]))
+        """
+        checks_cache.check_held(sequence, self.lengths)
+        into = checks_cache.read_slot(into, self.lengths)
+        self._check_written([int(sequence)])
+        with self._counted(self._book.share(int(sequence), into)):
+            pass
+        return into
+
+    def export(self, sequence: int) -> SequencePages:
+        """The pages of a sequence, copied out: index keys, scales and length included.
+
+        Of the library and on the device of the pool.
+
+        Raises:
+            TypeError, ValueError: no such sequence, an empty one, reserved tokens that have not
+                been written (R20).
+
+        >>> k_pages, v_pages = np.ones((2, 4, 2, 1, 1))  # four pages of two tokens
+        >>> pool = PagePool(k_pages, v_pages, np.ones((4, 2, 1)), batch=2)
+        >>> k = np.array([1.0, 2.0, 3.0])[:, None, None]
+        >>> pool.append(0, k, k, k[:, 0])
+        >>> pages = pool.export(0)
+        >>> pages.length, pages.k_idx[..., 0].tolist()
+        (3, [[1.0, 2.0], [3.0, 0.0]])
+        >>> pool.free(0)
+        >>> pool.import_(pages, into=1), pool.lengths  # of this pool or of any other like it
+        (1, [0, 3])
+        >>> pool.cache.flat(1)[2].ravel()
+        array([1., 2., 3.])
+        """
+        checks_cache.check_held(sequence, self.lengths)
+        self._check_written([int(sequence)])
+        length = int(self._book.lengths[sequence])
+        own = self._book.table[sequence, : self._book.blocks(length)]
+        return page_arrays.take_out(self.cache, own, length)
+
+    def import_(self, pages: SequencePages, into: int | None = None) -> int:
+        """Take in what a pool has exported: the same bits, in free pages of this one.
+
+        From another device or library they are copied over. Block size, heads, dims and dtypes must
+        be those of this pool; how many pages and sequences either has is all the same.
+
+        Args:
+            pages: from `export`.
+            into: an empty slot of the batch; None: the first there is.
+
+        Returns:
+            The slot that was taken.
+
+        Raises:
+            TypeError, ValueError: pages that do not fit this pool's, no empty slot, a table that is
+                too short, a pool without enough free pages (R20).
+        """
+        checks.check_type("pages", pages, SequencePages)
+        checks_cache.check_export(self.cache, pages)
+        into = checks_cache.read_slot(into, self.lengths)
+        change = self._book.grow([into], int(pages.length))
+        own = np.array([page for *_, page in change.entries], np.int64)
+        with self._counted(change):
+            page_arrays.put_in(self.cache, own, pages)
+        return into
 
     def free(self, sequence: int) -> None:
-        """Give a sequence's pages back; its place in the batch is an empty slot then.
+        """Give a sequence's pages back, but those that others hold, too; its slot is empty then.
+
+        An empty slot stays as it is.
 
         Raises:
             TypeError, ValueError: no such sequence (R20).
         """
-        checks_cache.check_sequence(sequence, len(self._lengths))
-        row = self._table[sequence]
-        owned = row[row != NO_PAGE].tolist()
-        self.cache.lengths[sequence] = self._lengths[sequence] = 0
-        self._enter([(sequence, b) for b in range(len(owned))], [NO_PAGE] * len(owned))
-        self._free += owned[::-1]
+        checks_cache.check_sequence(sequence, len(self._book.lengths))
+        with self._counted(self._book.shrink([int(sequence)], [0])):
+            pass
+        self._reserved.discard(int(sequence))
 
-    def _reserve(self, sequences: list[int], n: int) -> None:
-        """Pages for n more tokens each, in the table; the host's lengths count them."""
-        block, ids = self.cache.k_pages.shape[1], np.array(sequences, np.int64)
-        before = self._lengths[ids]
-        after = before.astype(np.int64) + n
-        have, want = -(-before // block), -(-after // block)
-        for s, length, needed in zip(sequences, after.tolist(), want.tolist()):
-            checks_cache.check_width(self._table.shape[1], needed, length, s)
-        checks_cache.check_room(int((want - have).sum()), self.free_pages, n, sequences)
+    # -- the book and the arrays -------------------------------------------------------------------
+    @contextmanager
+    def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
+        """A change, in the book and in the arrays, with what is written to the pages in between.
 
-        spans = zip(sequences, have.tolist(), want.tolist())
-        entries = [(s, b) for s, start, stop in spans for b in range(start, stop)]
-        self._enter(entries, [self._free.pop() for _ in entries])
-        self._lengths[ids] = after
+        Tables and lengths come last: until then nobody reads what was written. If anything fails,
+        the book takes the change back.
+        """
+        checks_cache.check_changeable(self.cache)
+        turned = self._book.apply(change)
+        try:
+            page_arrays.copy_pages(self.cache, change.copies)
+            yield
+            page_arrays.enter(self.cache, change, turned, lengths)
+        except BaseException:
+            self._book.apply(change.inverse())
+            raise
 
-    def _write(self, new: dict[str, Array], page: np.ndarray, offset: np.ndarray) -> None:
-        """Tokens into pages of their own dtype, or of 8 bits (`eight_bits`)."""
-        cache = self.cache
-        where = tuple(_beside(cache.k_pages, x) for x in (page, offset))
-        places = None
-        for name, tokens in new.items():
-            pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
-            tokens = tokens.reshape(-1, *pages.shape[2:])
-            if scales is None:
-                pages[where] = tokens.detach() if checks.is_torch(tokens) else tokens
-                continue
-            if places is None:
-                known = vars(eight_bits.Places.of(page, offset)).values()
-                places = eight_bits.Places(*(_beside(pages, x) for x in known))
-            eight_bits.write_tokens(pages, scales, tokens, places)
+    def _written(self, sequences: list[int]) -> list[int]:
+        """The tokens that are there; the device is asked only about those that were reserved."""
+        counted = self._book.lengths[sequences].tolist() if sequences else []
+        if self._reserved.isdisjoint(sequences):
+            return counted
+        checks_cache.check_changeable(self.cache)
+        written = checks.to_numpy(self.cache.lengths)
+        return [int(written[s]) if s in self._reserved else n for s, n in zip(sequences, counted)]
 
-    def _enter(self, entries: list[tuple[int, int]], pages: list[int]) -> None:
-        """Write pages into the table, on the host and beside the pages."""
-        if not entries:
-            return  # as in most steps of a generation
-        rows, columns = np.array(entries, np.int64).T
-        numbers = np.array(pages, np.int32)
-        self._table[rows, columns] = numbers
-        rows, columns, numbers = (_beside(self.cache.k_pages, x) for x in (rows, columns, numbers))
-        self.cache.page_table[rows, columns] = numbers
-
-
-NO_PAGE = -1
-"""What the page table holds where a sequence has no block."""
-
-
-def _scales(pages: Array) -> Array | None:
-    """Ones for each page, and head if there are any; for pages of 8 bits only."""
-    if not checks.is_eight_bits(pages):
-        return None
-    return _beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
-
-
-def _beside(like: Array, array: np.ndarray) -> Array:
-    """An array of the host in the library, and on the device, of `like`."""
-    if not checks.is_torch(like):
-        return array
-    import torch
-
-    return torch.from_numpy(array).to(like.device)
+    def _check_written(self, sequences: list[int]) -> None:
+        """What was reserved has been written since."""
+        for s, written in zip(sequences, self._written(sequences)):
+            checks_cache.check_reserved(written, int(self._book.lengths[s]), s)
+        self._reserved.difference_update(sequences)

@@ -168,6 +168,33 @@ def test_a_page_that_comes_back_starts_afresh():
     assert stored(pool) == ([256.0], 2.0**-8)
 
 
+def test_tokens_that_were_truncated_leave_the_scale_of_the_page():
+    pool = index_pool(4)
+    append_index(pool, torch.tensor([3.0]))
+    append_index(pool, torch.tensor([896.0, 0.5]))  # a draft, which asks for a scale of 2
+    pool.truncate(0, 1)
+    assert stored(pool) == ([1.5], 2.0), "what stays stands for the number that it was"
+    append_index(pool, torch.tensor([17.0 * 2.0**-9]))  # 8.5 steps of 2^-9 once it is divided by 2
+    assert stored(pool) == (pytest.approx([1.5, 8 * 2.0**-9], rel=0, abs=0), 2.0)
+    pool.truncate(0, 0)
+    append_index(pool, torch.tensor([17.0 * 2.0**-9]))
+    assert stored(pool)[1] == scale_of(np.array([17.0 * 2.0**-9])), "a first token starts afresh"
+
+
+def test_a_copied_page_has_a_scale_of_its_own():
+    rest = (torch.zeros(3, 4, 1, 1) for _ in range(2))
+    pool = msa.PagePool(*rest, torch.zeros(3, 4, 1).to(E4M3), batch=2)
+    append_index(pool, torch.tensor([1.75, 0.25]))
+    pool.fork(0)
+    assert pool.cache.k_idx_scales.tolist() == [2.0**-8, 1.0, 1.0]
+    append_index(pool, torch.tensor([448.0]))  # to the first, which so leaves page 0
+    assert pool.cache.page_table[:, 0].tolist() == [1, 0]
+    assert pool.cache.k_idx_scales.tolist() == [2.0**-8, 1.0, 1.0]
+    assert [pool.cache.flat(s)[2].flatten().tolist() for s in (0, 1)] == [
+        [1.75, 0.25, 448.0], [1.75, 0.25],
+    ]  # fmt: skip
+
+
 def test_heads_and_pages_have_scales_of_their_own():
     pool = make_pool("torch", eight=CACHED, batch=1)
     tokens = {name: torch.ones(BLOCK + 1, *SHAPES[name]) for name in CACHED}
@@ -192,6 +219,13 @@ def test_writing_never_waits_for_the_device(eight):
     pool.reserve([1, 0], 2)
     pool.free(1)
     assert (pool.lengths, pool.free_pages) == ([11, 0], 3)
+    pool.free(0)
+    pool.append(1, *(torch.empty(6, *SHAPES[name], device="meta") for name in CACHED))
+    pool.truncate(pool.fork(1), 5)
+    pool.append(0, *(torch.empty(1, *SHAPES[name], device="meta") for name in CACHED))
+    pages = pool.export(0)
+    pool.free(0)
+    assert (pool.import_(pages), pool.lengths, pool.free_pages) == (0, [6, 6], 2)
 
 
 # -- decoding --------------------------------------------------------------------------------------

@@ -120,6 +120,398 @@ def test_nothing_is_recorded_for_gradients():
     assert not output.out.requires_grad and not output.lse.requires_grad
 
 
+# -- drafts, forks, copies -------------------------------------------------------------------------
+@pytest.mark.parametrize("place", PLACES)
+@settings(max_examples=15)
+@given(drafts=st.lists(st.integers(0, 5), min_size=1, max_size=8), seed=st.integers(0, 999))
+def test_rejected_drafts_leave_no_trace(place, drafts, seed):
+    """Of NaN, so that any of them that is read again would show."""
+    tokens, pool = drawn(seed, len(drafts)), make_pool(place, batch=2, pages_per_sequence=PAGES)
+    whole = attention(tokens, len(drafts))
+    for t, rejected in enumerate(drafts):
+        new = {name: np.full((1 + rejected, *dims), np.nan) for name, dims in SHAPES.items()}
+        for name, x in new.items():
+            x[0] = tokens[name][t]
+        new = put(new, place)
+        pool.append(1, *(new[name] for name in CACHED))
+        pool.truncate(1, t + 1)
+        q, q_idx = (new[name][[0, 0]][:, None] for name in ("q", "q_idx"))
+        output = msa.decode(q, q_idx, pool.cache, config=CONFIG, backend=backend_of(place))
+        close(output.out[1, 0], whole.out[t])
+        close(output.lse[1, 0], whole.lse[t])
+        assert (read(output.selection.indices) == whole.selection.indices[t]).all()
+
+
+def append_number(pool, s, number, n=1):
+    new = (np.full((n, *SHAPES[name]), number) for name in CACHED)
+    pool.append(s, *new)
+
+
+def first_keys(pool, s):
+    return pool.cache.flat(s)[0][:, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_to_append_copies_the_last_page(first):
+    pool, second = make_pool("reference"), 1 - first
+    append_number(pool, 0, 1.0, 5)
+    assert pool.fork(0) == 1 and pool.free_pages == PAGES - 2
+    assert pool.cache.page_table.tolist() == [[0, 1, -1], [0, 1, -1], [-1, -1, -1]]
+    append_number(pool, first, 2.0, 0)
+    assert pool.free_pages == PAGES - 2, "no token, no copy"
+    append_number(pool, first, 2.0)
+    append_number(pool, second, 3.0)
+    assert pool.cache.page_table[[first, second]].tolist() == [[0, 2, -1], [0, 1, -1]]
+    assert first_keys(pool, first) == [1.0] * 5 + [2.0]
+    assert first_keys(pool, second) == [1.0] * 5 + [3.0]
+    assert pool.cache.shared.tolist() == [1, 0, 0, 0, 0, 0]
+
+
+def test_one_call_for_all_that_share_a_page_leaves_it_to_the_last():
+    pool = make_pool("reference")
+    append_number(pool, 0, 1.0, 6)
+    assert [pool.fork(0), pool.fork(1)] == [1, 2]
+    pool.append([2, 0, 1], *(np.full((3, 1, *SHAPES[name]), 2.0) for name in CACHED))
+    assert pool.cache.page_table[:, 1].tolist() == [3, 1, 2] and pool.free_pages == PAGES - 4
+
+
+def test_full_pages_are_never_copied():
+    pool = make_pool("reference")
+    append_number(pool, 0, 1.0, 2 * BLOCK)
+    pool.fork(0)
+    append_number(pool, 1, 2.0)
+    assert pool.cache.page_table.tolist() == [[0, 1, -1], [0, 1, 2], [-1, -1, -1]]
+    pool.truncate(1, BLOCK + 1)  # now its last page is not full, and not its own
+    append_number(pool, 1, 3.0)
+    assert pool.cache.page_table[:2].tolist() == [[0, 1, -1], [0, 2, -1]]
+    assert first_keys(pool, 0) == [1.0] * 2 * BLOCK
+
+
+def test_a_page_comes_back_with_the_last_that_holds_it():
+    pool = make_pool("reference")
+    append_number(pool, 0, 1.0, 2 * BLOCK)
+    pool.fork(0), pool.fork(0)
+    for s, free in ((0, 4), (2, 4), (2, 4), (1, 6), (0, 6)):  # one of them twice, and an empty slot
+        pool.free(s)
+        assert pool.free_pages == free
+    assert not pool.cache.shared.any()
+
+
+def test_a_pool_that_is_full_has_no_page_for_a_copy():
+    pool = make_pool("reference", pages=2)
+    append_number(pool, 0, 1.0, 5)
+    pool.fork(0)
+    state = pool.lengths, pool.cache.page_table.copy(), pool.cache.k_pages.copy()
+    for call in (lambda: append_number(pool, 1, 2.0), lambda: pool.reserve([0, 1], 1)):
+        with pytest.raises(ValueError, match=r"1 free pages .* got 0"):
+            call()
+    for found, want in zip((pool.lengths, pool.cache.page_table, pool.cache.k_pages), state):
+        np.testing.assert_array_equal(found, want)
+    pool.truncate(1, 3)
+    append_number(pool, 0, 2.0)  # page 1 is its own now
+    assert first_keys(pool, 0) == [1.0] * 5 + [2.0] and first_keys(pool, 1) == [1.0] * 3
+
+
+@pytest.mark.parametrize("there", PLACES)
+@pytest.mark.parametrize("place", PLACES)
+def test_another_pool_takes_in_what_one_has_exported(place, there):
+    tokens = drawn(7, 10)
+    pool, other = make_pool(place), make_pool(there, pages=9, batch=2, pages_per_sequence=7)
+    pool.append(2, *put({name: tokens[name] for name in CACHED}, place).values())
+    pages = pool.export(2)
+    pool.free(2)
+    assert other.import_(pages, into=1) == 1 and other.lengths == [0, 10]
+    for name, found in zip(CACHED, other.cache.flat(1)):
+        np.testing.assert_array_equal(read(found), tokens[name], strict=True)
+
+
+def test_an_export_has_memory_of_its_own():
+    pool = make_pool("torch")
+    pool.append(0, *put({name: drawn(0, 5)[name] for name in CACHED}, "torch").values())
+    pages = pool.export(0)
+    pool.cache.k_pages.fill_(torch.nan)
+    assert not pages.k.isnan().any() and not pages.k.flatten(0, 1)[5:].any()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_pages_of_any_layout_are_exported_whole(name):
+    """Head-major pages, and halves of wider ones: the copy is contiguous all the same."""
+    dims = SHAPES[name]
+    for kind in (np, torch):
+        pages = {n: kind.zeros((PAGES, BLOCK, *SHAPES[n])) for n in CACHED}
+        wide = kind.full((*dims[:-1], PAGES, BLOCK, 2 * dims[-1]), np.nan)
+        pages[name] = np.moveaxis(wide, 0, 2) if kind is np else wide.movedim(0, 2)
+        if len(dims) == 1:
+            pages[name] = wide
+        pages[name] = pages[name][..., : dims[-1]]
+        pool = msa.PagePool(*pages.values(), batch=2)
+        tokens = {n: kind.ones((BLOCK + 1, *SHAPES[n])) for n in CACHED}
+        pool.append(0, **tokens)
+        pages = getattr(pool.export(0), name)
+        flat = pages.reshape(-1, *dims)
+        assert (flat[: BLOCK + 1] == 1).all() and (flat[BLOCK + 1 :] == 0).all()
+        pool.import_(pool.export(0))
+        assert (pool.cache.flat(1)[CACHED.index(name)] == 1).all()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pages_no_sequences(place):
+    pool = make_pool(place, pages=0)
+    with pytest.raises(ValueError, match="1 free pages"):
+        pool.reserve(0, 1)
+    pool.truncate([0, 2], 0)
+    pool.truncate([], [])
+    pool.reserve([], 5)
+    assert (pool.lengths, pool.free_pages) == ([0] * BATCH, 0)
+
+
+# -- nothing by halves -----------------------------------------------------------------------------
+def calls_on(pool):
+    """Every way to change a pool whose slots 0 and 1 share a page, and 2 is empty."""
+    new, pages = some_tokens(pool, 2), pool.export(0)
+    return {
+        "append": lambda: pool.append(0, **new),
+        "reserve": lambda: pool.reserve([2, 0], 2),
+        "truncate": lambda: pool.truncate([0, 1], [1, 4]),
+        "fork": lambda: pool.fork(0),
+        "import_": lambda: pool.import_(pages),
+        "free": lambda: pool.free(0),
+    }
+
+
+METHODS = ["append", "reserve", "truncate", "fork", "import_", "free"]
+
+
+def some_tokens(pool, n):
+    """Of the kind that its pages take."""
+    new = {name: drawn(n, n)[name] for name in CACHED}
+    if not isinstance(pool.cache.k_pages, torch.Tensor):
+        return new
+    return {name: x.float() if page_arrays(pool.cache)[name].dtype == E4M3 else x
+            for name, x in put(new, "torch").items()}  # fmt: skip
+
+
+def two_sequences(place, eight=()):
+    pool = make_pool(place, eight=eight)
+    pool.append(0, **some_tokens(pool, 5))
+    pool.fork(0)
+    return pool
+
+
+def snapshot(pool):
+    """All that a reader of the cache, or of the pool, can see."""
+    flat = [read(x).copy() for s in range(BATCH) for x in pool.cache.flat(s)]
+    tables = (pool.cache.page_table, pool.cache.lengths, pool.cache.shared)
+    return flat + [read(x).copy() for x in tables] + [pool.lengths, pool.free_pages]
+
+
+def spoil(array):
+    """Make an array unwritable; returns what undoes it."""
+    if isinstance(array, torch.Tensor):
+        array.requires_grad_()
+        return lambda: array.requires_grad_(False)
+    array.flags.writeable = False
+    return lambda: setattr(array.flags, "writeable", True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("place, part", [
+    ("reference", "k_pages"), ("reference", "page_table"), ("reference", "lengths"),
+    ("torch", "v_pages"), ("torch", "k_idx_pages"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused_before_it_counts(place, part, method):
+    pool = two_sequences(place)
+    call, before = calls_on(pool)[method], snapshot(pool)
+    restore = spoil(getattr(pool.cache, part))
+    with pytest.raises(ValueError, match=f"cache.{part} must"):
+        call()
+    restore()
+    for found, want in zip(snapshot(pool), before):
+        np.testing.assert_array_equal(found, want)
+    call()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_of_inference_mode_are_for_inference_mode(method):
+    with torch.inference_mode():
+        pool = two_sequences("torch")
+        call, before = calls_on(pool)[method], snapshot(pool)
+    with pytest.raises(ValueError, match=r"k_pages must not be a tensor of torch.inference_mode"):
+        call()
+    with torch.inference_mode():
+        for found, want in zip(snapshot(pool), before):
+            np.testing.assert_array_equal(found, want)
+        call()
+
+
+@pytest.mark.parametrize("eight", [(), CACHED], ids=",".join)
+@pytest.mark.parametrize("step, method", [
+    ("write_tokens", "append"), ("put_in", "import_"), ("copy_pages", "reserve"),
+    *(("enter", method) for method in METHODS),
+])  # fmt: skip
+def test_what_breaks_off_is_not_counted(monkeypatch, eight, method, step):
+    """As where memory runs out: what has been written by then is nobody's."""
+    pool = two_sequences("torch", eight)
+    call, before = calls_on(pool)[method], snapshot(pool)
+    whole = getattr(msa.paging.page_arrays, step)
+
+    def break_off(cache, *arguments):
+        if step != "enter":
+            whole(cache, *arguments)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(msa.paging.page_arrays, step, break_off)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        call()
+    for found, want in zip(snapshot(pool), before):
+        np.testing.assert_array_equal(found, want)
+    monkeypatch.undo()
+    call()
+
+
+def made_in_inference(x):
+    with torch.inference_mode():
+        return torch.tensor(x)
+
+
+def read_only(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize("spoiled, wanted", [
+    (read_only, "read-only"),
+    (lambda x: np.broadcast_to(x[:1], x.shape), "strides"),
+    (lambda x: np.lib.stride_tricks.as_strided(x, x.shape, (0, *x.strides[1:])), "strides"),
+    (lambda x: torch.tensor(x)[:1].expand(x.shape), "strides"),
+    (lambda x: torch.tensor(x, requires_grad=True), "gradient"),
+    (lambda x: torch.tensor(x, requires_grad=True) * 2, "gradient"),
+    (made_in_inference, "inference_mode"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", CACHED)
+def test_pages_that_cannot_be_written_make_no_pool(name, spoiled, wanted):
+    pages = {f"{n}_pages": np.zeros((PAGES, BLOCK, *SHAPES[n])) for n in CACHED}
+    bad = spoiled(pages[f"{name}_pages"])
+    if isinstance(bad, torch.Tensor):
+        pages = {n: torch.tensor(x) for n, x in pages.items()}
+    with pytest.raises(ValueError, match=f"{name}_pages must .*{wanted}"):
+        msa.PagePool(**(pages | {f"{name}_pages": bad}), batch=1)
+
+
+def test_counts_beyond_32_bits_are_refused():
+    """Tensors on "meta" take no memory."""
+    shapes = [(2, 2**30, 1, 1)] * 2 + [(2, 2**30, 1)]
+    pool = msa.PagePool(*(torch.empty(shape, device="meta") for shape in shapes), batch=1)
+    pool.reserve(0, 2**31 - 1)
+    with pytest.raises(ValueError, match=r"n must leave sequence 0 with at most 2147483647 tokens"):
+        pool.reserve(0, 1)
+    assert pool.lengths == [2**31 - 1]
+    small = make_pool("reference")
+    for n in (2**31, 2**63, 2**70):
+        with pytest.raises(ValueError, match="page_table must have"):
+            small.reserve(0, n)
+    many = (torch.empty(2**31, 1, *rest, device="meta") for rest in ((1, 1), (1, 1), (1,)))
+    with pytest.raises(ValueError, match="k_pages must have at most 2147483647 pages"):
+        msa.PagePool(*many, batch=1, pages_per_sequence=1)
+
+
+def exported(**changes):
+    pool = two_sequences("reference")
+    return replace(pool.export(0), **changes)
+
+
+@pytest.mark.parametrize("call, kind, words", [
+    (lambda p: p.truncate(0, -1), ValueError, "length must be at least 0, got -1"),
+    (lambda p: p.truncate(0, 1.0), TypeError, "length must be an integer"),
+    (lambda p: p.truncate(0, True), TypeError, "length must be an integer"),
+    (lambda p: p.truncate(0, 6), ValueError, "at most the 5 tokens of sequence 0, got 6"),
+    (lambda p: p.truncate(2, 1), ValueError, "at most the 0 tokens of sequence 2, got 1"),
+    (lambda p: p.truncate([0, 1], [2, 6]), ValueError, "at most the 5 tokens of sequence 1"),
+    (lambda p: p.truncate([0, 1], [2]), ValueError, "one for each of the 2 sequences, got 1"),
+    (lambda p: p.truncate([0, 0], 2), ValueError, "name each sequence once"),
+    (lambda p: p.truncate(3, 0), ValueError, "sequence must be 0 to 2, got 3"),
+    (lambda p: p.fork(3), ValueError, "sequence must be 0 to 2, got 3"),
+    (lambda p: p.fork(-1), ValueError, "sequence must be at least 0, got -1"),
+    (lambda p: p.fork([0]), TypeError, "sequence must be an integer"),
+    (lambda p: p.fork(2), ValueError, "sequence must have tokens, got 2, an empty slot"),
+    (lambda p: p.fork(0, 0), ValueError, "into must be an empty slot, got 0, which has 5"),
+    (lambda p: p.fork(0, 3), ValueError, "into must be 0 to 2, got 3"),
+    (lambda p: p.fork(0, -1), ValueError, "into must be at least 0, got -1"),
+    (lambda p: p.fork(0, 2.0), TypeError, "into must be an integer"),
+    (lambda p: (p.fork(0), p.fork(0)), ValueError, "into must be an empty slot, got none left"),
+    (lambda p: p.export(2), ValueError, "sequence must have tokens, got 2"),
+    (lambda p: p.export(7), ValueError, "sequence must be 0 to 2, got 7"),
+    (lambda p: p.import_(p.cache), TypeError, "pages must be a msa.SequencePages"),
+    (lambda p: p.import_(exported(), 1), ValueError, "into must be an empty slot, got 1"),
+    (lambda p: p.import_(exported(length=0)), ValueError, "pages.length must be at least 1"),
+    (lambda p: p.import_(exported(length=9)), ValueError, r"pages.k must .* \[3, 4, 2, 3\]"),
+    (lambda p: p.import_(exported(length=5.0)), TypeError, "pages.length must be an integer"),
+    (lambda p: p.import_(exported(k=exported().v)), ValueError,
+     r"pages.k must .* got \[2, 4, 2, 2\]"),
+    (lambda p: p.import_(exported(v=[1.0])), TypeError, "pages.v must be a NumPy array or"),
+    (lambda p: p.import_(exported(k_idx=exported().k_idx.astype(np.float32))), TypeError,
+     "pages.k_idx must have the dtype of the pool's .*float64, got float32"),
+    (lambda p: p.import_(exported(k_scales=np.ones((2, 2), np.float32))), ValueError,
+     "pages.k_scales must be None"),
+])  # fmt: skip
+def test_bad_input_is_named_and_changes_nothing(as_users_run_it, call, kind, words):
+    pool = two_sequences("reference")
+    before = snapshot(pool)
+    with pytest.raises(kind, match=words):
+        call(pool)
+    if "none left" not in words:
+        for found, want in zip(snapshot(pool), before):
+            np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("shared, kind, words", [
+    (np.zeros(PAGES), TypeError, "must have dtype uint8, got float64"),
+    (np.zeros(PAGES + 1, np.uint8), ValueError, r"must have shape \[pages\] = \[6\], got \[7\]"),
+    (np.zeros(2 * PAGES, np.uint8)[::2], ValueError, "must be contiguous in its last dim"),
+    (torch.zeros(PAGES, dtype=torch.uint8), TypeError, "must be a numpy.ndarray"),
+])  # fmt: skip
+def test_which_pages_are_shared_is_checked(as_users_run_it, shared, kind, words):
+    cache = replace(two_sequences("reference").cache, shared=shared)
+    q, q_idx = (np.ones((BATCH, 1, *SHAPES[name])) for name in ("q", "q_idx"))
+    with pytest.raises(kind, match=f"cache.shared {words}"):
+        msa.decode(q, q_idx, cache, config=CONFIG)
+
+
+def test_an_export_too_long_for_the_table_or_the_pool_is_refused():
+    long = make_pool("reference", pages=9, pages_per_sequence=9)
+    append_number(long, 0, 1.0, 4 * BLOCK)
+    pages = long.export(0)
+    with pytest.raises(ValueError, match="page_table must have 4 entries"):
+        make_pool("reference").import_(pages)
+    with pytest.raises(ValueError, match="4 free pages"):
+        make_pool("reference", pages=3, pages_per_sequence=9).import_(pages)
+
+
+# -- tokens that others write ----------------------------------------------------------------------
+def test_what_was_reserved_must_be_written_or_given_up():
+    pool = two_sequences("reference")
+    pool.reserve(1, 2)
+    new = [drawn(3, 1)[name] for name in CACHED]
+    for call in (lambda: pool.append(1, *new), lambda: pool.fork(1), lambda: pool.export(1)):
+        with pytest.raises(ValueError, match=r"sequence 1 must have the 7 tokens .* got 5 .*"):
+            call()
+    with pytest.raises(ValueError, match="at most the 5 tokens of sequence 1, got 6"):
+        pool.truncate(1, 6)
+    pool.append(0, *new)  # of another sequence there is nothing to wait for
+    pool.truncate(1, 5)
+    pool.append(1, *new)
+    assert pool.lengths == pool.cache.lengths.tolist() == [6, 6, 0]
+    pool.reserve(1, 1)
+    pool.cache.lengths[1] += 2  # by one who wrote too many
+    for call in (lambda: pool.append(1, *new), lambda: pool.fork(1), lambda: pool.export(1)):
+        with pytest.raises(ValueError, match=r"sequence 1 must have the 7 tokens .* got 8 .*"):
+            call()
+    with pytest.raises(ValueError, match="at most the 7 tokens of sequence 1, got 8"):
+        pool.truncate(1, 8)
+    pool.truncate(1, 7)
+    assert pool.fork(1) == 2
+
+
 def test_many_queries_go_in_tiles(monkeypatch):
     tokens, pool = put(drawn(0, BATCH, 9), "torch"), make_pool("torch", pages=9)
     pool.append([0, 2], *(tokens[name][:2] for name in CACHED))

@@ -1,6 +1,6 @@
 """Writing new tokens into a paged cache by the device itself, lengths included (R2).
 
-    for each sequence whose table has pages for n more tokens:
+    for each sequence whose table has pages for n more tokens, none of them shared:
         for each page that gets some: write k, v and k_idx, in 8 bits as `msa.eight_bits` says
         lengths[sequence] += n
 
@@ -58,13 +58,14 @@ def put(x, pages, scales, page, first, length, p_x, p_page, scale_at, stride_xn,
 
 @triton.jit
 def append_kernel(k, v, k_idx, k_pages, v_pages, k_idx_pages, k_scales, v_scales, k_idx_scales,
+                  shared,
                   table, lengths, n_pages, n_columns, stride_kb, stride_kn, stride_kh, stride_vb,
                   stride_vn, stride_vh, stride_ib, stride_in, stride_kp, stride_kt, stride_kg,
                   stride_vp, stride_vt, stride_vg, stride_ip, stride_it, stride_table,
                   N: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
                   DIM_I: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BDI: tl.constexpr,
                   BK: tl.constexpr, EIGHT: tl.constexpr, EIGHT_INDEX: tl.constexpr,
-                  EARLY: tl.constexpr):  # fmt: skip
+                  SHARED: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One sequence."""
     i_s = tl.program_id(0).to(tl.int64)
     wait_for_others(EARLY)
@@ -75,6 +76,9 @@ def append_kernel(k, v, k_idx, k_pages, v_pages, k_idx_pages, k_scales, v_scales
     for i_b in range(first, tl.minimum(stop, n_columns)):
         page = tl.load(p_table + i_b)
         room += ((page >= 0) & (page < n_pages)).to(tl.int32)
+        if SHARED:  # what other sequences hold, too, is not to be changed
+            m_page = (page >= 0) & (page < n_pages)
+            room -= tl.load(shared + page, mask=m_page, other=0).to(tl.int32)
     if room == stop - first:
         for i_b in range(first, stop):
             page = tl.load(p_table + i_b).to(tl.int64)
@@ -100,7 +104,7 @@ def append_tokens(
 ) -> None:
     """n more tokens for each sequence whose table has pages for them; the others stay as they are.
 
-    Writes into the cache's own pages, scales and lengths.
+    Writes into the cache's own pages, scales and lengths, but not into pages that are shared.
     """
     (batch, n, groups, dim), dim_v, dim_i = k.shape, v.shape[-1], k_idx.shape[-1]
     k, v, k_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v, k_idx))
@@ -110,10 +114,13 @@ def append_tokens(
         append_kernel[batch,](
             k, v, k_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages,
             cache.k_scales if eight else k, cache.v_scales if eight else k,
-            cache.k_idx_scales if eight_index else k, cache.page_table, cache.lengths, total,
+            cache.k_idx_scales if eight_index else k,
+            k if cache.shared is None else cache.shared,
+            cache.page_table, cache.lengths, total,
             cache.page_table.shape[1], *k.stride()[:3], *v.stride()[:3], *k_idx.stride()[:2],
             *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
             *cache.k_idx_pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim,
             DIM_V=dim_v, DIM_I=dim_i, BD=pad(dim), BDV=pad(dim_v), BDI=pad(dim_i), BK=block,
-            EIGHT=eight, EIGHT_INDEX=eight_index, **early_launch(k.device), num_warps=4,
+            EIGHT=eight, EIGHT_INDEX=eight_index, SHARED=cache.shared is not None,
+            **early_launch(k.device), num_warps=4,
         )  # fmt: skip

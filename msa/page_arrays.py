@@ -1,0 +1,142 @@
+"""What a `PagePool` does in its arrays (R2): tokens into pages, pages into others, out and in.
+
+The arrays are those of a `PagedKV`, of either library and on any device. Pages of 8 bits are moved
+as bytes, for not every release of torch indexes 8-bit floats on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from msa import checks, eight_bits
+from msa.ir import Array, PagedKV
+from msa.page_book import Change
+
+NAMES = ("k", "v", "k_idx")
+
+
+@dataclass(frozen=True)
+class SequencePages:
+    """The cache of one sequence outside of a pool: `PagePool.export` gives it, `import_` takes it.
+
+    Pages in the order of the blocks, in contiguous memory, with zeros beyond the length; scales
+    where the pages have 8 bits, as in `PagedKV`.
+    """
+
+    length: int
+    k: Float[Array, "blocks Bk Hkv D"]
+    v: Float[Array, "blocks Bk Hkv Dv"]
+    k_idx: Float[Array, "blocks Bk Di"]
+    k_scales: Float32[Array, "blocks Hkv"] | None = None
+    v_scales: Float32[Array, "blocks Hkv"] | None = None
+    k_idx_scales: Float32[Array, " blocks"] | None = None
+
+
+def make_scales(pages: Array) -> Array | None:
+    """Ones for each page, and head if there are any; for pages of 8 bits only."""
+    if not checks.is_eight_bits(pages):
+        return None
+    return beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
+
+
+def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Array) -> None:
+    """k, v and k_idx of t tokens to their places [t]: in the dtype of the pages, or in 8 bits."""
+    where = tuple(beside(cache.k_pages, x) for x in (page, offset))
+    places = None
+    for name, tokens in new.items():
+        pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+        tokens = tokens.reshape(-1, *pages.shape[2:])
+        if scales is None:
+            pages[where] = tokens.detach() if checks.is_torch(tokens) else tokens
+            continue
+        if places is None:
+            known = vars(eight_bits.Places.of(page, offset)).values()
+            places = eight_bits.Places(*(beside(pages, x) for x in known))
+        eight_bits.write_tokens(pages, scales, tokens, places)
+
+
+def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
+    """Pages into others, scales included."""
+    if not copies:
+        return  # as in most steps of a generation
+    old, new = (beside(cache.k_pages, x) for x in np.array(copies, np.int64).T)
+    for array in _parts(cache).values():
+        array[new] = array[old]
+
+
+def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
+    """Copies of the pages of one sequence."""
+    own = beside(cache.k_pages, own.astype(np.int64))
+    parts = {name: _contiguous(array[own]) for name, array in _parts(cache).items()}
+    for name in NAMES:
+        pages = parts[name]
+        pages.reshape(-1, *pages.shape[2:])[length:] = 0
+        parts[name] = pages.view(getattr(cache, f"{name}_pages").dtype)
+    return SequencePages(length, **parts)
+
+
+def put_in(cache: PagedKV, own: Array, pages: SequencePages) -> None:
+    """The same bits into pages of this cache."""
+    own = beside(cache.k_pages, own.astype(np.int64))
+    for name, array in _parts(cache).items():
+        array[own] = _carried(getattr(pages, name), array)
+
+
+def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool) -> None:
+    """What the book says: the table, which pages are shared, and lengths."""
+    if change.entries:
+        rows, columns, _, pages = np.array(change.entries, np.int64).T
+        _set(cache.page_table, (rows, columns), pages.astype(np.int32))
+    if turned:
+        pages, now = np.array(list(turned.items()), np.int64).T
+        _set(cache.shared, (pages,), now.astype(np.uint8))
+    if lengths and change.lengths:
+        rows, _, after = np.array(change.lengths, np.int64).T
+        _set(cache.lengths, (rows,), after.astype(np.int32))
+
+
+def beside(like: Array, array: np.ndarray) -> Array:
+    """An array of the host in the library, and on the device, of `like`."""
+    if not checks.is_torch(like):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(like.device)
+
+
+def _parts(cache: PagedKV) -> dict[str, Array]:
+    """All that there is of each page, by the names of `SequencePages`."""
+    parts: dict[str, Array] = {}
+    for name in NAMES:
+        pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
+        parts[name] = pages if scales is None else _bits(pages)
+        if scales is not None:
+            parts[f"{name}_scales"] = scales
+    return parts
+
+
+def _set(array: Array, where: tuple[np.ndarray, ...], values: np.ndarray) -> None:
+    array[tuple(beside(array, x) for x in where)] = beside(array, values)
+
+
+def _carried(array: Array, like: Array) -> Array:
+    """The same bits in the library, in the dtype and on the device of `like`."""
+    bits = _bits(_contiguous(array))
+    if not checks.is_torch(like):
+        return checks.to_numpy(bits).view(like.dtype)
+    return (bits if checks.is_torch(bits) else beside(like, bits)).to(like.device).view(like.dtype)
+
+
+def _bits(array: Array) -> Array:
+    if not checks.is_torch(array):
+        return array.view(np.uint8)
+    import torch
+
+    return array.view(torch.uint8)
+
+
+def _contiguous(array: Array) -> Array:
+    return array.contiguous() if checks.is_torch(array) else np.array(array, order="C")
