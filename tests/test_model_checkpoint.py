@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -103,14 +104,17 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
     model, folder = saved
     before = (folder / WEIGHTS).read_bytes()
 
-    def cut_short(weights, path):
-        path.write_bytes(before[:1000])
-        raise KeyboardInterrupt
+    def cut_short(file):
+        if os.fstat(file).st_size > 100_000:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("msa.model.checkpoint.save_file", cut_short)
+    monkeypatch.setattr("msa.files.os.fsync", cut_short)
+    with torch.no_grad():
+        model.embed.weight.add_(1)
     with pytest.raises(KeyboardInterrupt):
         save(model, folder)
     assert (folder / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
 def test_half_as_large(saved):

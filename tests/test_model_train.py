@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import msa
-from msa import cli
+from msa import cli, files
 from msa.model import checkpoint, train
 from msa.model.evaluate import read, unseen_documents
 from msa.model.presets import PRESETS, TINY
@@ -82,17 +82,17 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, ki
 
 @pytest.mark.parametrize("file", [STATE, checkpoint.WEIGHTS])
 def test_a_run_that_was_killed_while_it_saved_goes_on_too(tmp_path, whole, file, monkeypatch):
-    write, calls = checkpoint.write, []
+    write, calls = files.write, []
 
-    def die_in_the_second(path, fill):
+    def die_in_the_second(path, content):
         if path.name == file:
             calls.append(path)
             if len(calls) == 2:
                 path.with_name(path.name + ".part").write_bytes(b"half")
                 raise Killed
-        write(path, fill)
+        write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write", die_in_the_second)
+    monkeypatch.setattr(files, "write", die_in_the_second)
     with pytest.raises(Killed):
         train.train(TrainOptions(out=tmp_path))
     train.train(TrainOptions(out=tmp_path))
@@ -136,8 +136,8 @@ def test_a_folder_of_another_run_is_refused(whole):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"minutes": 0.0}, "minutes must be finite and positive, got 0.0"),
         ({"minutes": 1.0, "steps": 2}, r"minutes must be None where steps are given, got 1\.0"),
-        ({"warm_up": 1.5}, r"warm_up must be from 0 to 1\.0, got 1\.5"),
-        ({"kl": -1.0}, r"kl must be from 0 to inf, got -1\.0"),
+        ({"warm_up": 1.5}, r"warm_up must be from 0 to 1, got 1\.5"),
+        ({"kl": -1.0}, r"kl must be finite and at least 0, got -1\.0"),
         ({"preset": "huge"}, "preset must be tiny or small, got 'huge'"),
     ],
 )
