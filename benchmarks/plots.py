@@ -55,6 +55,8 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
         "integrations": (("", integrations_figure.lengths),),
     }
     found = files.read_json("results", results)
+    if not isinstance(found, dict):
+        raise ValueError(f"results must hold one JSON object, got another value in {results}")
     made: dict[Path, str] = {}
     files.check_folder("to", folder)
     for suffix, figure_of in kinds.get(results.stem.partition("_")[0], prefill):

@@ -112,10 +112,10 @@ def check_sizes(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -
     try:
         with torch.device("meta"):
             wanted = Model(config, backend="torch").state_dict()
-    except (RuntimeError, OverflowError, TypeError):  # more bytes than torch can count
+    except (RuntimeError, OverflowError, TypeError) as error:  # more bytes than torch can count
         raise ValueError(
             f"{folder / CONFIG} must have the sizes of {path}, got far larger ones"
-        ) from None
+        ) from error
     checks.check_weights(str(path), wanted, weights)
 
 

@@ -239,7 +239,7 @@ def check_generation(
 def check_document(
     length: Any, records: Any, questions: Any, record: int, question: int, name: str = "length"
 ) -> None:
-    """No more questions than records, a byte of prose at least; `name` is what the length is called."""
+    """No more questions than records, a byte of prose at least; `name` is that of `length`."""
     for what, value in ((name, length), ("records", records), ("questions", questions)):
         checks.check_count(what, value, 1)
     if questions > records:

@@ -173,7 +173,8 @@ def attempt(job: Job, result: Callable[[], list[dict[str, Any]]]) -> list[dict[s
     try:
         return result()
     except Exception as error:
-        return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {error!r}"
+        told = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+        return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {told}"
 
 
 # -- one job --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ctrl-C in long work: the first asks to stop at a place to go on from, the second stops at once."""
+"""Ctrl-C in long work: the first asks to stop where it can go on, the second stops at once."""
 
 from __future__ import annotations
 
