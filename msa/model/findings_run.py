@@ -77,7 +77,11 @@ def run(options: RunOptions) -> int:
     files.check_folder("out", options.out)
     stop = Flag() if options.workers == 1 else CONTEXT.RawValue("b", 0)
     with files.locked("out", options.out), patient(stop, "when the runs have saved their steps"):
-        return _run(options, stop)
+        try:
+            return _run(options, stop)
+        except KeyboardInterrupt as error:
+            told = "stopped at once; the same command goes on from the last steps that were saved"
+            raise KeyboardInterrupt(str(error) or told) from None
 
 
 def _run(options: RunOptions, stop: Flag) -> int:
@@ -91,8 +95,9 @@ def _run(options: RunOptions, stop: Flag) -> int:
             failed = True
             print(f"msa findings run: {told}", file=sys.stderr)
             continue
-        found["runs"] += told
-        files.write(path, (json.dumps(found, indent=1) + "\n").encode())
+        if told:
+            found["runs"] += told
+            files.write(path, (json.dumps(found, indent=1) + "\n").encode())
         for one in told:
             at, share = f"{time.time() - started:5.0f} s", one["answers"]
             said = "none" if share is None else f"{share:.1%}"
