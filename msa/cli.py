@@ -85,19 +85,33 @@ def run(arguments: list[str]) -> int:
     words = arguments[len(name.split()) :]
     if name == "convert" and words and not words[0].startswith("-"):
         name, words = "convert FOLDER", ["--folder", *words]
-    module, options, extras = COMMANDS[name]
-    try:
+    module, options, _ = COMMANDS[name]
+
+    def call() -> int:
         import tyro
 
         command = importlib.import_module(module)
         check_words(words, getattr(command, options))
         return command.run(tyro.cli(getattr(command, options), prog=f"msa {name}", args=words))
+
+    return supplied(name, call)
+
+
+def supplied(name: str, call: Callable[[], int]) -> int:
+    """What the call returns.
+
+    Raises:
+        ValueError: a library that the command of this name needs is not there; with its extra.
+    """
+    try:
+        return call()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "benchmarks":
             raise ValueError(
                 f"msa {name} draws or measures with the folder benchmarks of a checkout, where "
                 "pip install -e '.[all]' brings what it needs"
             ) from None
+        extras = COMMANDS[name][-1]
         raise ValueError(
             f"msa {name} needs {error.name}; pip install 'msa-stack[{extras}]' brings it"
         ) from None

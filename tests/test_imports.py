@@ -125,7 +125,7 @@ def test_layouts_need_no_library(name):
 
 
 def test_integrations_know_the_public_interface_and_the_operators():
-    known = {"checks", "config", "dispatch", "integrations", "ir", "ops", "recall"}
+    known = {"checks", "config", "dispatch", "files", "integrations", "ir", "ops", "recall"}
     for path in (PACKAGE / "integrations").glob("*.py"):
         assert inside_msa(imported(path)) <= known, path
 

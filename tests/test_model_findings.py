@@ -189,6 +189,17 @@ def test_a_run_that_lost_a_line_is_told_each_time(tmp_path, short, micro, capsys
         assert f"no-kl, seed 0: {path} must have a line for each of the 2 steps" in said.err
 
 
+def test_a_library_that_all_runs_lack_is_told_once(tmp_path, short, micro, monkeypatch, capsys):
+    def lack(*_):
+        raise ModuleNotFoundError(name="sklearn")
+
+    monkeypatch.setattr(findings_run, "train", lack)
+    assert start(tmp_path, "--rows", "no-kl", "forced", "--seeds", "0") == 2
+    assert capsys.readouterr().err == (
+        "msa: msa findings run needs sklearn; pip install 'msa-stack[model,demo]' brings it\n"
+    )
+
+
 def test_one_process_writes_to_a_folder(tmp_path, capsys):
     with files.locked("out", tmp_path):
         assert start(tmp_path) == 2

@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
             return findings_run.run(plain.read(RunOptions, f"{prog} run", words[1:]))
         return run(plain.read(FindingsOptions, prog, words))
 
-    return cli.guarded(call)
+    return cli.guarded(lambda: cli.supplied("findings run", call))
 
 
 if __name__ == "__main__":

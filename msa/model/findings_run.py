@@ -174,9 +174,11 @@ def begin(stop: Flag) -> None:
 
 
 def attempt(job: Job, result: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]] | str:
-    """One job that fails must not take the others with it."""
+    """One job that fails must not take the others with it, unless all of them lack a library."""
     try:
         return result()
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         told = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
         return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {told}"

@@ -266,9 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command without tyro."""
     from msa import cli
 
-    return cli.guarded(
-        lambda: run(plain.read(TrainOptions, "python -m msa.model.train", arguments))
-    )
+    def call() -> int:
+        return run(plain.read(TrainOptions, "python -m msa.model.train", arguments))
+
+    return cli.guarded(lambda: cli.supplied("train", call))
 
 
 if __name__ == "__main__":
