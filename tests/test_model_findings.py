@@ -125,20 +125,21 @@ def test_what_is_there_is_not_run_again(tmp_path, short, micro, monkeypatch, cap
 
 
 def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
-    """The clock jumps behind the limit after two readings: one before the run, one in it."""
+    """The time is over when it is asked for the third time: once before the run, then in it."""
     job = Job((ROWS["cpt"],), 0, RunOptions(steps=3, documents=1, out=tmp_path), until=100.0)
-    ticks = iter([0.0, 0.0, 200.0])
-    monkeypatch.setattr(findings_run.time, "time", lambda: next(ticks))
+    assert findings_run.is_over(job) and not findings_run.is_over(replace(job, until=math.inf))
+    answers = iter([False, False, True])
+    monkeypatch.setattr(findings_run, "is_over", lambda _: next(answers))
     assert findings_run.work(job) == []
     lines = (tmp_path / "dense-0" / METRICS).read_text().splitlines()
     assert len(lines) == 2
     assert not (tmp_path / "cpt-0").exists()
-    monkeypatch.setattr(findings_run.time, "time", lambda: 0.0)
+    monkeypatch.setattr(findings_run, "is_over", lambda _: False)
     (run,) = findings_run.work(job)
     assert run["row"] == "cpt"
     assert (tmp_path / "dense-0" / METRICS).read_text().splitlines()[:2] == lines
     assert findings_run.work(job) == [run]  # nothing is left to be trained, and all is the same
-    monkeypatch.setattr(findings_run.time, "time", lambda: 200.0)
+    monkeypatch.setattr(findings_run, "is_over", lambda _: True)
     assert trained(ROWS["base"], job, None) is None
     assert not (tmp_path / "base-0").exists()
 
