@@ -6,10 +6,10 @@ Each figure carries in its metadata the name and the SHA-256 of the results it w
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from msa import files
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
 
     Returns:
         for each figure's path an empty string, or the reason why it was not drawn.
+
+    Raises:
+        ValueError: results that cannot be read or are of another form, a place where nothing can be
+            written.
     """
     import matplotlib
 
@@ -50,9 +54,11 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
         "findings": (("", findings_figure.findings),),
         "integrations": (("", integrations_figure.lengths),),
     }
-    found = json.loads(results.read_text())
+    found = files.read_json("results", results)
+    if not isinstance(found, dict):
+        raise ValueError(f"results must hold one JSON object, got another value in {results}")
     made: dict[Path, str] = {}
-    folder.mkdir(parents=True, exist_ok=True)
+    files.check_folder("to", folder)
     for suffix, figure_of in kinds.get(results.stem.partition("_")[0], prefill):
         path = folder / f"{results.stem}{suffix}.svg"
         with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": path.stem}):
@@ -61,6 +67,11 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
             except figures.MissingResults as error:
                 made[path] = str(error)
                 continue
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"results must be what msa bench or msa findings run wrote, got {results}, of "
+                    f"which no figure can be made: {type(error).__name__} {error}"
+                ) from error
             figure.savefig(path, metadata={"Date": None, "Source": source(results)})
             pyplot.close(figure)
         made[path] = ""
@@ -68,10 +79,7 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
 
 
 def run(options: PlotsOptions) -> int:
-    """Draw, and say of each figure where it is, or why it is not; 2 if there are no results."""
-    if not options.results.is_file():
-        print(f"msa bench plots: results must be a file, got {options.results}", file=sys.stderr)
-        return 2
+    """Draw, and say of each figure where it is, or why it is not."""
     for path, reason in draw(options.results, options.to).items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")
     return 0

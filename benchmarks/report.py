@@ -14,6 +14,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from msa import files
+
 
 def has_device(command: str) -> bool:
     """Whether torch sees a CUDA device; if not, say on the error stream who needs one."""
@@ -58,7 +60,7 @@ def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
 def write(path: Path, found: dict[str, Any]) -> None:
     """The results as JSON, in the folder made for them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    files.write(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def arguments(doc: str | None, parts: tuple[str, ...]) -> argparse.Namespace:
@@ -92,6 +94,7 @@ def measure(
     parts = importlib.import_module(stages).PARTS
     found = machine()
     out = options.out or results_path(benchmark, found)
+    files.check_target("out", out)
     try:
         for name in options.parts:
             found[name] = parts[name]()

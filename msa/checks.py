@@ -42,6 +42,13 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_seed(name: str, value: Any) -> None:
+    """What NumPy and torch both take: an integer from 0 up to 63 bits."""
+    check_count(name, value, 0)
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
+
+
 def check_scale(name: str, value: Any) -> None:
     """None, or a finite positive number."""
     if value is None:

@@ -6,8 +6,14 @@ scikit-learn or Hypothesis are not installed.
 
 from __future__ import annotations
 
+import dis
 import importlib
+import os
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from types import TracebackType
 
 HELP = """\
 usage: msa COMMAND [options]
@@ -31,64 +37,171 @@ commands:
   bench integrations  torch operators, and Hugging Face's MiniMax-M3 on four attentions
   bench plots         the figures of a results file, without a GPU
 
-`msa COMMAND --help` shows the options of a command.
+`msa COMMAND --help` shows the options of a command, `msa --version` the version.
 """
 
 COMMANDS = {
-    "explain": ("msa.explain", "ExplainOptions"),
-    "verify": ("msa.conformance.report", "VerifyOptions"),
-    "demo": ("msa.model.demo", "DemoOptions"),
-    "ask": ("msa.model.ask", "AskOptions"),
-    "demo digits": ("msa.demo.digits", "DigitsOptions"),
-    "train": ("msa.model.train", "TrainOptions"),
-    "convert": ("msa.integrations.convert_run", "ConvertOptions"),
-    "convert FOLDER": ("msa.model.convert", "FolderOptions"),
-    "findings": ("msa.model.findings", "FindingsOptions"),
-    "findings run": ("msa.model.findings_run", "RunOptions"),
-    "bench prefill": ("benchmarks.prefill", "PrefillOptions"),
-    "bench train": ("benchmarks.train", "TrainOptions"),
-    "bench decode": ("benchmarks.decode", "DecodeOptions"),
-    "bench integrations": ("benchmarks.integrations", "IntegrationsOptions"),
-    "bench plots": ("benchmarks.plots", "PlotsOptions"),
+    "explain": ("msa.explain", "ExplainOptions", "torch"),
+    "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
+    "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
+    "ask": ("msa.model.ask", "AskOptions", "model,demo"),
+    "demo digits": ("msa.demo.digits", "DigitsOptions", "demo"),
+    "train": ("msa.model.train", "TrainOptions", "model,demo"),
+    "convert": ("msa.integrations.convert_run", "ConvertOptions", "transformers"),
+    "convert FOLDER": ("msa.model.convert", "FolderOptions", "model,demo"),
+    "findings": ("msa.model.findings", "FindingsOptions", "model,demo"),
+    "findings run": ("msa.model.findings_run", "RunOptions", "model,demo"),
+    "bench prefill": ("benchmarks.prefill", "PrefillOptions", "all"),
+    "bench train": ("benchmarks.train", "TrainOptions", "all"),
+    "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
+    "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
+    "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
 }
-"""The module that runs each command, and the name of its options there."""
+"""The module that runs each command, the name of its options there, and the extras it needs."""
+REFUSED, INTERRUPTED, CLOSED = 2, 130, 141
+"""Exit codes: input that cannot be used, Ctrl-C, nobody reads the output any more."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code is the return value."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if arguments is None else arguments
+    return guarded(lambda: run(words))
+
+
+def run(arguments: list[str]) -> int:
+    """Find the command and call it with its options."""
     if arguments in ([], ["-h"], ["--help"]):
         print(HELP, end="")
+        return 0
+    if arguments == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"msa-stack {version('msa-stack')}")
         return 0
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:
         print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
-        return 2
+        return REFUSED
     words = arguments[len(name.split()) :]
     if name == "convert" and words and not words[0].startswith("-"):
         name, words = "convert FOLDER", ["--folder", *words]
-    try:
+    module, options, _ = COMMANDS[name]
+
+    def call() -> int:
         import tyro
 
-        if name == "ask":
-            from msa.model import checks_ask
-
-            checks_ask.check_words(words)
-        module, options = COMMANDS[name]
         command = importlib.import_module(module)
+        check_words(words, getattr(command, options))
         return command.run(tyro.cli(getattr(command, options), prog=f"msa {name}", args=words))
+
+    return supplied(name, call)
+
+
+def supplied(name: str, call: Callable[[], int]) -> int:
+    """What the call returns.
+
+    Raises:
+        ValueError: a library that the command of this name needs is not there; with its extra.
+    """
+    try:
+        return call()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "benchmarks":
-            print("msa: msa bench runs from a checkout: pip install -e '.[all]'", file=sys.stderr)
-            return 2
-        print(
-            f"msa: this command needs {error.name}; pip install 'msa-stack[all]' brings everything",
-            file=sys.stderr,
-        )
-        return 2
-    except ValueError as error:
-        print(f"msa: {error}", file=sys.stderr)
-        return 2
+            raise ValueError(
+                f"msa {name} draws or measures with the folder benchmarks of a checkout, where "
+                "pip install -e '.[all]' brings what it needs"
+            ) from None
+        extras = COMMANDS[name][-1]
+        raise ValueError(
+            f"msa {name} needs {error.name}; pip install 'msa-stack[{extras}]' brings it"
+        ) from None
+
+
+def check_words(words: Sequence[str], options: type) -> None:
+    """An option of several values is given once, its values behind it: a second would replace them.
+
+    Raises:
+        ValueError: it is given again, or no value stands behind it.
+
+    >>> from msa.explain import ExplainOptions
+    >>> check_words(["--backend", "torch", "--backend", "reference"], ExplainOptions)
+    """
+    for field in fields(options):
+        option = f"--{field.name.replace('_', '-')}"
+        if not str(field.type).startswith("tuple["):
+            continue
+        places = [i for i, word in enumerate(words) if word.split("=")[0] == option]
+        if len(places) > 1:
+            raise ValueError(f"{option} must be given once, its values behind it, got it again")
+        for place in places:
+            behind = words[place + 1] if place + 1 < len(words) else "--"
+            if words[place] == option and behind.startswith("--"):
+                raise ValueError(f"{option} must have at least one value behind it, got none")
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+def guarded(call: Callable[[], int]) -> int:
+    """The exit code of a command, and one sentence on the error stream for what a user can mend.
+
+    That is what the operating system refuses (OSError), what the checks of this package refuse,
+    and Ctrl-C. Any other exception is a bug here, and its traceback is wanted.
+    """
+    try:
+        code = call()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        drop_output()
+        return CLOSED
+    except KeyboardInterrupt as error:
+        return say(str(error) or "stopped by Ctrl-C", INTERRUPTED)
+    except OSError as error:
+        drop_output()
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return say(f"{where}{error.strerror or error}", REFUSED)
+    except (ValueError, TypeError) as error:
+        if not is_refusal(error.__traceback__):
+            raise
+        return say(str(error), REFUSED)
+
+
+def is_refusal(trace: TracebackType | None) -> bool:
+    """Whether an exception comes from a `raise` of this package, and not from a slip or a library.
+
+    >>> from msa import MSAConfig
+    >>> def refusal(call):
+    ...     try:
+    ...         call()
+    ...     except (TypeError, ValueError) as error:
+    ...         return is_refusal(error.__traceback__)
+    >>> refusal(lambda: MSAConfig(block_size=0)), refusal(lambda: 1 + None)
+    (True, False)
+    """
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    spec = trace.tb_frame.f_globals.get("__spec__")  # its name stays where python -m runs a module
+    package = getattr(spec, "name", "").split(".")[0]
+    instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+    return package in ("msa", "benchmarks") and dis.opname[instruction] == "RAISE_VARARGS"
+
+
+def say(sentence: str, code: int) -> int:
+    """One line on the error stream; the exit code is returned."""
+    with suppress(OSError):
+        print(f"msa: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def drop_output() -> None:
+    """What is still to be printed goes nowhere: otherwise Python tries, and complains, at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ HEAVY = ("torch", "triton", "transformers", "hypothesis", "pytest", "matplotlib"
 WHEEL = ("msa/py.typed", "msa/model/trained/tiny/model.safetensors",
          "msa/model/trained/tiny/config.json", "msa/conformance/targets.py",
          "msa/triton_impl/attention.py")  # fmt: skip
+FINDINGS = "msa/model/findings_tiny.json"
 SOURCES = ("LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "constraints.txt", "Makefile",
            "tests/conftest.py", "docs/spec.md", "mkdocs.yml", "examples/generate_loop.py",
            "benchmarks/results/prefill_h100.json", *WHEEL)  # fmt: skip
@@ -36,7 +37,7 @@ def check_contents(dist: Path) -> None:
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert names >= set(WHEEL), set(WHEEL) - names
+    assert names >= {*WHEEL, FINDINGS}, {*WHEEL, FINDINGS} - names
     assert all(name.startswith(("msa/", "msa_stack-")) for name in names), names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     with tarfile.open(source) as archive:
@@ -65,7 +66,10 @@ def check_commands() -> None:
     assert '"backend": "reference"' in msa("explain", "--json")
     command = Path(sysconfig.get_path("scripts")) / "msa"
     done = subprocess.run([command, "verify"], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 2 and "needs hypothesis" in done.stderr, done.stderr
+    assert done.returncode == 2 and "needs hypothesis; pip install 'msa-stack[verify]'" in (
+        done.stderr
+    ), done.stderr
+    assert msa("--version") == f"msa-stack {importlib.metadata.version('msa-stack')}\n"
 
 
 def main(dist: str) -> None:

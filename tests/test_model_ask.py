@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msa import cli
+from msa.model import page
 from msa.model.ask import AskOptions, compose, compute
 from msa.model.checkpoint import load_trained
 from msa.model.evaluate import read, unseen_documents
@@ -79,6 +80,21 @@ def test_a_picture_is_read_in_any_form(tmp_path):
         assert np.abs(read_picture(save(tmp_path / name, image)) - wanted).max() <= 0.125, name
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_may_have_been_held_otherwise(orientation, tmp_path):
+    """What is stored is turned or mirrored, and EXIF says how to show it."""
+    upright = Image.fromarray(photo(world("test").images[5]))
+    back = Image.Transpose
+    turns = [None, back.FLIP_LEFT_RIGHT, back.ROTATE_180, back.FLIP_TOP_BOTTOM, back.TRANSPOSE,
+             back.ROTATE_90, back.TRANSVERSE, back.ROTATE_270]  # fmt: skip
+    turn, exif = turns[orientation - 1], Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    (upright if turn is None else upright.transpose(turn)).save(path, exif=exif)
+    wanted = read_picture(save(tmp_path / "upright.png", upright))
+    assert np.array_equal(read_picture(path), wanted)
+
+
 def save(path, image):
     image.save(path)
     return path
@@ -134,6 +150,13 @@ def test_records_without_a_mark_stand_before_words_and_far_apart():
     assert np.diff([0, *places, len(composed.tokens)]).min() > len(TEXT) / 5
     cut = compose("héé".encode(), ["QKZ"])  # no word begins there: at the end, no letter is cut
     assert bytes(cut.tokens[:5].tolist()) == "héé".encode()
+
+
+def test_control_characters_are_shown_by_their_symbols():
+    """HTML has none but the tab and the newline; a text may hold any byte."""
+    shown = page.draw_text(np.array([*range(1, 32), 127, *"\x85\x9f".encode(), 0xFF, *b"a\0b"]), 0)
+    assert [c for c in shown if c < " " or "\x7f" <= c <= "\x9f"] == ["\t", "\n"]
+    assert shown.startswith("␁␂") and "␛" in shown and shown.endswith("␡���a␀b")
 
 
 # -- the command ----------------------------------------------------------------------------------

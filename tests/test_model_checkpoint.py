@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from msa.model import Model
-from msa.model.checkpoint import CONFIG, WEIGHTS, load, save
+from msa.model.checkpoint import CONFIG, WEIGHTS, load, load_weights, save
+from msa.model.demo import DemoOptions
 from msa.model.presets import PRESETS
+from msa.model.shown import load_model
 
 TINY = PRESETS["tiny"].model
 
@@ -52,6 +55,86 @@ def test_missing_and_unexpected_weights_are_named(saved):
     weights["layers.1.attention.index.q.weight"] = gone[1:]
     save_file(weights, folder / WEIGHTS)
     with pytest.raises(ValueError, match=r"index\.q\.weight of shape \[64, 128\], got \[63, 128\]"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.complex64])
+def test_weights_are_floating_point_numbers(saved, dtype):
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    weights["embed.weight"] = weights["embed.weight"].to(dtype)
+    save_file(weights, folder / WEIGHTS)
+    with pytest.raises(
+        ValueError, match=f"must have embed.weight in a floating point dtype, got {dtype}"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_precision_are_read(saved, dtype):
+    model, folder = saved
+    save_file({n: w.to(dtype) for n, w in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    found = load(folder).embed.weight
+    assert found.dtype == torch.float32
+    assert torch.equal(found, model.embed.weight.to(dtype).float())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_asked(saved, value):
+    """A run that came to this can be looked at; nobody should ask its model, nor go on from it."""
+    _, folder = saved
+    weights = load_file(folder / WEIGHTS)
+    weights["norm.weight"][3] = value
+    save_file(weights, folder / WEIGHTS)
+    load(folder)
+    message = r"model\.safetensors must have finite weights, got NaN or infinity in norm\.weight"
+    with pytest.raises(ValueError, match=message):
+        load_model(DemoOptions(model=str(folder)))
+    with pytest.raises(ValueError, match=message):
+        load_weights(Model(TINY), folder)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 10**9}, r"embed\.weight of shape \[1000000000, 128\], got \[257, 128\]"),
+        ({"vocab_size": 2**62}, "must have the sizes of .*, got far larger ones"),
+        ({"vocab_size": 10**30}, "must have the sizes of .*, got far larger ones"),
+        ({"experts": 10**8}, r"of shape \[100000000, "),
+        ({"mixed_tokens": 10**9}, r"of shape \["),
+        ({"attention": ["msa"] * 4, "mlp": ["dense"] + ["moe"] * 3}, r"missing: layers\.3\."),
+    ],
+)
+def test_sizes_are_compared_before_memory_is_taken(
+    saved, sizes, message, as_users_run_it, monkeypatch
+):  # fmt: skip
+    _, folder = saved
+    known = torch.utils._device._device_constructors() | {torch._C._VariableFunctions.empty}
+    monkeypatch.setattr(torch.utils._device, "_device_constructors", lambda: known)  # see conftest
+    (folder / CONFIG).write_text(json.dumps(TINY.to_dict() | sizes))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_layers_of_vision_are_counted_first(saved):
+    _, folder = saved
+    sizes = TINY.to_dict()
+    sizes["vision"]["layers"] = 10**9
+    (folder / CONFIG).write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match=r"weights for each of vision\.layers = 1000000000"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(CONFIG, r"must be the configuration of a model, got no readable file: Is a directory"),
+     (WEIGHTS, r"must be a safetensors file, got no readable file: ")],
+)  # fmt: skip
+def test_a_folder_is_no_file(saved, name, message):
+    _, folder = saved
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         load(folder)
 
 
@@ -103,14 +186,17 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
     model, folder = saved
     before = (folder / WEIGHTS).read_bytes()
 
-    def cut_short(weights, path):
-        path.write_bytes(before[:1000])
-        raise KeyboardInterrupt
+    def cut_short(file):
+        if os.fstat(file).st_size > 100_000:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("msa.model.checkpoint.save_file", cut_short)
+    monkeypatch.setattr("msa.files.os.fsync", cut_short)
+    with torch.no_grad():
+        model.embed.weight.add_(1)
     with pytest.raises(KeyboardInterrupt):
         save(model, folder)
     assert (folder / WEIGHTS).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
 
 
 def test_half_as_large(saved):

@@ -200,7 +200,7 @@ def test_the_larger_model_by_its_name():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tokens", "40"], "length must be at least 97 for 8 records and 8 questions, got 40"),
+        (["--tokens", "40"], "tokens must be at least 97 for 8 records and 8 questions, got 40"),
         (["--model", "nowhere"], "config.json must be the configuration of a model, got no such"),
         (
             ["--device", "cuda"],

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import plots
 from docs.hooks import measured
-from msa import cli
+from msa import cli, files
 from msa.model import checkpoint, findings, findings_run, train
 from msa.model.evaluate import read, unseen_documents
 from msa.model.findings import ROWS, RunOptions, told
@@ -125,20 +125,21 @@ def test_what_is_there_is_not_run_again(tmp_path, short, micro, monkeypatch, cap
 
 
 def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
-    """The clock jumps behind the limit after two readings: one before the run, one in it."""
+    """The time is over when it is asked for the third time: once before the run, then in it."""
     job = Job((ROWS["cpt"],), 0, RunOptions(steps=3, documents=1, out=tmp_path), until=100.0)
-    ticks = iter([0.0, 0.0, 200.0])
-    monkeypatch.setattr(findings_run.time, "time", lambda: next(ticks))
+    assert findings_run.is_over(job) and not findings_run.is_over(replace(job, until=math.inf))
+    answers = iter([False, False, True])
+    monkeypatch.setattr(findings_run, "is_over", lambda _: next(answers))
     assert findings_run.work(job) == []
     lines = (tmp_path / "dense-0" / METRICS).read_text().splitlines()
     assert len(lines) == 2
     assert not (tmp_path / "cpt-0").exists()
-    monkeypatch.setattr(findings_run.time, "time", lambda: 0.0)
+    monkeypatch.setattr(findings_run, "is_over", lambda _: False)
     (run,) = findings_run.work(job)
     assert run["row"] == "cpt"
     assert (tmp_path / "dense-0" / METRICS).read_text().splitlines()[:2] == lines
     assert findings_run.work(job) == [run]  # nothing is left to be trained, and all is the same
-    monkeypatch.setattr(findings_run.time, "time", lambda: 200.0)
+    monkeypatch.setattr(findings_run, "is_over", lambda _: True)
     assert trained(ROWS["base"], job, None) is None
     assert not (tmp_path / "base-0").exists()
 
@@ -154,6 +155,64 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, short, micro, monkey
     said = capsys.readouterr()
     assert "gradient, seed 0: RuntimeError('all is NaN')" in said.err
     assert [run["row"] for run in results(tmp_path)["runs"]] == ["no-kl"]
+
+
+def test_ctrl_c_saves_what_there_is_and_the_command_goes_on(
+    tmp_path, short, micro, monkeypatch, capsys
+):
+    words = ["--rows", "no-kl", "forced", "--seeds", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        test_model_train.interrupted(patch, step=0, times=1)
+        assert start(tmp_path / "a", *words) == 130
+        said = capsys.readouterr()
+        assert "msa: stopped with 0 of 2 runs in" in said.err and "Traceback" not in said.err
+        assert [p.name for p in (tmp_path / "a").iterdir()] == ["no-kl-0"]
+        assert len(findings_run.metrics(tmp_path / "a" / "no-kl-0")) == 1
+    for folder in ("a", "b"):
+        assert start(tmp_path / folder, *words) == 0
+    runs = [results(tmp_path / folder)["runs"] for folder in ("a", "b")]
+    for run in [*runs[0], *runs[1]]:
+        del run["seconds"]
+    assert runs[0] == runs[1] and len(runs[0]) == 2
+
+
+def test_a_run_that_lost_a_line_is_told_each_time(tmp_path, short, micro, capsys):
+    words = ["--rows", "no-kl", "--seeds", "0"]
+    assert start(tmp_path, *words) == 0
+    (tmp_path / findings.RESULTS).unlink()
+    path = tmp_path / "no-kl-0" / METRICS
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    for _ in range(2):
+        capsys.readouterr()
+        assert start(tmp_path, *words) == 1
+        said = capsys.readouterr()
+        assert "0 of 1 runs" in said.out
+        assert f"no-kl, seed 0: {path} must have a line for each of the 2 steps" in said.err
+
+
+def test_a_library_that_all_runs_lack_is_told_once(tmp_path, short, micro, monkeypatch, capsys):
+    def lack(*_):
+        raise ModuleNotFoundError(name="sklearn")
+
+    monkeypatch.setattr(findings_run, "train", lack)
+    assert start(tmp_path, "--rows", "no-kl", "forced", "--seeds", "0") == 2
+    assert capsys.readouterr().err == (
+        "msa: msa findings run needs sklearn; pip install 'msa-stack[model,demo]' brings it\n"
+    )
+
+
+def test_one_process_writes_to_a_folder(tmp_path, capsys):
+    with files.locked("out", tmp_path):
+        assert start(tmp_path) == 2
+    assert f"where process {os.getpid()} is at work" in capsys.readouterr().err
+
+
+def test_results_of_another_kind_in_the_folder_are_told(tmp_path, capsys):
+    for content in ("[]", "{}", "{", "\0"):
+        (tmp_path / findings.RESULTS).write_text(content)
+        assert start(tmp_path) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / findings.RESULTS) in said and said.count("\n") == 1
 
 
 def test_processes_need_no_tyro(tmp_path):

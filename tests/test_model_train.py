@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import msa
-from msa import cli
+from msa import cli, files
 from msa.model import checkpoint, train
 from msa.model.evaluate import read, unseen_documents
 from msa.model.presets import PRESETS, TINY
@@ -80,19 +83,154 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, ki
     same_run(tmp_path, whole)
 
 
+def interrupted(monkeypatch, step, times):
+    """Ctrl-C is pressed while this step is taken."""
+    take_step = Trainer.take_step
+
+    def press(self):
+        for _ in range(times if self.step == step else 0):
+            signal.raise_signal(signal.SIGINT)
+        return take_step(self)
+
+    monkeypatch.setattr(Trainer, "take_step", press)
+
+
+@pytest.mark.parametrize(("step", "times", "message"), [
+    (4, 1, "msa: stopped after step 5 of 8, which is saved in OUT; the same command goes on from"),
+    (4, 2, "msa: stopped at once; the same command goes on from the last step that was saved"),
+    (7, 1, None),  # the last one: the run is over
+])  # fmt: skip
+@pytest.mark.parametrize("main", [lambda words: cli.main(["train", *words]), train.main])
+def test_ctrl_c_stops_where_the_run_can_go_on(main, step, times, message, tmp_path, whole, capsys):
+    words = ["--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(patch, step, times)
+        assert main(words) == (130 if message else 0)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    lines = said.err.strip().splitlines()
+    assert lines[0].startswith("msa: stops after this step, which it saves; Ctrl-C again stops at")
+    assert lines[-1].startswith((message or lines[0]).replace("OUT", str(tmp_path)))
+    assert len(lines) == 1 + bool(message)
+    assert len(metrics(tmp_path)) == (step if times == 2 else step + 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(words) == 0
+    same_run(tmp_path, whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path, whole, capsys):
+    """The second is refused while the first takes its steps, and changes nothing."""
+    codes = []
+
+    def watch(line):
+        codes.append(cli.main(["train", "--out", str(tmp_path)]))
+
+    train.train(TrainOptions(out=tmp_path), watch)
+    assert codes == [2] * 8
+    assert f"no other run writes to, got {tmp_path}, where process {os.getpid()} is at" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    same_run(tmp_path, whole)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run of which three steps are saved."""
+    train.train(TrainOptions(out=tmp_path), lambda line: line["step"] == 2)
+    return tmp_path
+
+
+def states(path):
+    """What may stand in place of a state: by its name, its bytes."""
+    content, foreign = path.read_bytes(), {}
+    for name, thing in (
+        ("another dict", {"model": torch.ones(1)}),
+        ("a tensor", torch.ones(3)),
+        ("other weights", torch.load(path) | {"model": {"w": torch.ones(1)}}),
+        ("a step that is none", torch.load(path) | {"step": "3"}),
+        ("settings that are none", torch.load(path) | {"settings": "what"}),
+        ("settings that are a list", torch.load(path) | {"settings": "[1]"}),
+    ):
+        file = io.BytesIO()
+        torch.save(thing, file)
+        foreign[name] = file.getvalue()
+    foreign |= {"empty": b"", "text": b"hello", "pickle": b"\x80\x02N."}
+    return foreign | {f"cut to {n}": content[:n] for n in (100, len(content) // 2, -500)}
+
+
+def test_a_broken_state_is_told_and_left_alone(stopped, capsys):
+    for name, content in states(stopped / STATE).items():
+        (stopped / STATE).write_bytes(content)
+        before = {p.name: p.read_bytes() for p in stopped.iterdir()}
+        assert cli.main(["train", "--out", str(stopped)]) == 2, name
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1, (name, said)
+        assert f"msa: {stopped / STATE} must be the state of a run as msa train writes it" in said
+        assert {p.name: p.read_bytes() for p in stopped.iterdir()} == before
+
+
+@pytest.mark.parametrize(("change", "got"), [
+    (lambda lines: [b"{}\n", *lines[1:]], "another in place of step 0"),
+    (lambda lines: [lines[0], b"no json\n", lines[2]], "another in place of step 1"),
+    (lambda lines: [lines[0], b"[1]\n", lines[2]], "another in place of step 1"),
+    (lambda lines: [lines[0], b"\xff\n", lines[2]], "another in place of step 1"),
+    (lambda lines: [lines[0], lines[2]], "another in place of step 1"),
+    (lambda lines: [lines[0], lines[0], lines[1]], "another in place of step 1"),
+    (lambda lines: lines[:2], "none in place of step 2"),
+    (lambda lines: [lines[0], lines[1], lines[2][:-1]], "another in place of step 2"),
+])  # fmt: skip
+def test_metrics_that_lack_a_step_are_told(change, got, stopped, capsys):
+    path = stopped / METRICS
+    content = b"".join(change(path.read_bytes().splitlines(keepends=True)))
+    path.write_bytes(content)
+    assert cli.main(["train", "--out", str(stopped)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"msa: {path} must have a line for each of the 3 steps that were taken")
+    assert got in said and said.count("\n") == 1
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_a_finished_run_has_its_model_again(harm, tmp_path, whole):
+    train.train(TrainOptions(out=tmp_path))
+    path = tmp_path / checkpoint.WEIGHTS
+    path.unlink() if harm == "gone" else path.write_bytes(path.read_bytes()[:1000])
+    assert cli.main(["train", "--out", str(tmp_path)]) == 0
+    same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("room", [1_000, 40_000])
+def test_a_full_disk_is_one_sentence_and_leaves_no_halves(room, tmp_path, whole, capsys):
+    """The system lets no file grow beyond so many bytes: as if there was no more room."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code = cli.main(["train", "--out", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.startswith("msa: ") and said.endswith("File too large\n"), said
+    assert not list(tmp_path.glob("*.part"))
+    train.train(TrainOptions(out=tmp_path))
+    same_run(tmp_path, whole)
+
+
 @pytest.mark.parametrize("file", [STATE, checkpoint.WEIGHTS])
 def test_a_run_that_was_killed_while_it_saved_goes_on_too(tmp_path, whole, file, monkeypatch):
-    write, calls = checkpoint.write, []
+    write, calls = files.write, []
 
-    def die_in_the_second(path, fill):
+    def die_in_the_second(path, content):
         if path.name == file:
             calls.append(path)
             if len(calls) == 2:
                 path.with_name(path.name + ".part").write_bytes(b"half")
                 raise Killed
-        write(path, fill)
+        write(path, content)
 
-    monkeypatch.setattr(checkpoint, "write", die_in_the_second)
+    monkeypatch.setattr(files, "write", die_in_the_second)
     with pytest.raises(Killed):
         train.train(TrainOptions(out=tmp_path))
     train.train(TrainOptions(out=tmp_path))
@@ -136,8 +274,8 @@ def test_a_folder_of_another_run_is_refused(whole):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"minutes": 0.0}, "minutes must be finite and positive, got 0.0"),
         ({"minutes": 1.0, "steps": 2}, r"minutes must be None where steps are given, got 1\.0"),
-        ({"warm_up": 1.5}, r"warm_up must be from 0 to 1\.0, got 1\.5"),
-        ({"kl": -1.0}, r"kl must be from 0 to inf, got -1\.0"),
+        ({"warm_up": 1.5}, r"warm_up must be from 0 to 1, got 1\.5"),
+        ({"kl": -1.0}, r"kl must be finite and at least 0, got -1\.0"),
         ({"preset": "huge"}, "preset must be tiny or small, got 'huge'"),
     ],
 )

@@ -182,7 +182,12 @@ def test_a_run_begins_with_the_weights_and_sizes_of_a_folder(tmp_path):
     trainer = Trainer(read_preset(options), 0, first)
     assert all(torch.equal(w, weights[n]) for n, w in trainer.model.state_dict().items())
     train.train(options)
+    other = train.train(
+        replace(options, out=tmp_path / "other", start=None, seed=1, block_size=8, top_k=2)
+    )
     with pytest.raises(ValueError, match="got another start"):
+        train.train(replace(options, start=other))
+    with pytest.raises(ValueError, match="out must be another folder than start, got"):
         train.train(replace(options, start=options.out))
     with pytest.raises(ValueError, match=r"unexpected: layers\.0\.attention\.index"):
         train.train(TrainOptions(out=tmp_path / "third", start=first, attention="dense"))

@@ -226,7 +226,7 @@ def test_options_of_a_target_need_one(capsys):
     from msa.cli import main
 
     assert main(["verify", "--convention", "vllm"]) == 2
-    assert "convention must come with --target" in capsys.readouterr().out
+    assert "convention must come with --target" in capsys.readouterr().err
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
 from hypothesis import Phase, settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from msa.checks import check_count
 from msa.conformance.backends import Subject, subjects
 from msa.conformance.messages import BadTarget, find
 from msa.conformance.properties import RULES, Property, all_properties
@@ -137,16 +142,14 @@ def try_one(
 def run(options: VerifyOptions) -> int:
     """Try, print the table, and say by the exit code whether everything held (0) or not (1).
 
-    2 if it cannot be tried at all.
+    Raises:
+        ValueError: it cannot be tried at all.
     """
     console = Console()
-    try:
-        chosen = chosen_properties(options.rule)
-        target = target_of(options)
-        names = () if target else subjects(options.backend)
-    except ValueError as error:
-        console.print(f"[red]{escape(str(error))}[/]", soft_wrap=True)
-        return 2
+    check_count("examples", options.examples, 1)
+    chosen = chosen_properties(options.rule)
+    target = target_of(options)
+    names = () if target else subjects(options.backend)
     pairs = [(p, s) for p in chosen for s in names if s.domain.has(*p.needs)]
     if target:
         console.print(
@@ -161,14 +164,29 @@ def run(options: VerifyOptions) -> int:
         def advance(label: str) -> None:
             progress.update(task, advance=1, description=label)
 
-        if target:
-            results = verify_target(target, options.rule, options.examples, advance)
-        else:
-            results = verify(options.backend, options.rule, options.examples, advance)
+        with home_elsewhere():
+            if target:
+                results = verify_target(target, options.rule, options.examples, advance)
+            else:
+                results = verify(options.backend, options.rule, options.examples, advance)
     print_results(console, results, "not asked" if target else "not claimed")
     if target:
         print_verdicts(console, results)
     return 0 if all(result.passed for result in results) else 1
+
+
+@contextmanager
+def home_elsewhere() -> Iterator[None]:
+    """Let Hypothesis keep its notes out of the user's folder, and only for so long."""
+    if os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY"):
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            set_hypothesis_home_dir(None)
 
 
 def target_of(options: VerifyOptions) -> Target | None:

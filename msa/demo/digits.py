@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from msa import checks, files
 from msa.dispatch import BackendName
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run(options: DigitsOptions) -> int:
 
     from msa.demo import report
 
+    files.check_target("plot", options.plot)
     console = Console()
     stream, outcomes, agreement = compute(options, console)
     report.show(console, stream, outcomes, agreement)
@@ -57,7 +59,7 @@ def run(options: DigitsOptions) -> int:
         from msa.demo import poster
 
         poster.draw(options.plot, stream, outcomes)
-        console.print(f"The poster lies in [bold]{options.plot}[/].")
+        console.print(f"The poster lies in {options.plot}.", markup=False, soft_wrap=True)
     first = agreement[0].distribution
     return 0 if all(np.allclose(o.distribution, first, atol=1e-4) for o in agreement) else 1
 
@@ -89,6 +91,8 @@ def make_stream(options: DigitsOptions) -> Stream:
     from msa.demo.features import load_images, split
     from msa.demo.stream import build_stream
 
+    checks.check_seed("seed", options.seed)
+    checks.check_count("block_size", options.block_size, 1)
     images, labels = load_images()
     seed = options.seed if options.shuffle else None
     known, held_out = split(len(images), options.held_out, options.block_size, seed)

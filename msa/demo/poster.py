@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from msa import files
 from msa.demo.experiment import Outcome
 from msa.demo.gallery import BLUE, COLUMNS, INK, SOFT, draw_queries
 from msa.demo.report import at_a_tenth
@@ -45,8 +47,9 @@ def draw(path: Path, stream: Stream, outcomes: list[Outcome]) -> None:
         draw_queries(figure, stream, tenth)
         draw_accuracy(figure.add_axes((0.705, 0.432, 0.265, 0.337)), outcomes, tenth, dense)
         draw_recall(figure.add_axes((0.705, 0.112, 0.265, 0.175)), outcomes, tenth)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+    files.write(path, picture.getvalue())
 
 
 def draw_words(figure: Figure, stream: Stream, tenth: Outcome, dense: Outcome) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from msa import checks, files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from msa.recall import Recall
+
+MOST_TEXT = 2**30
+"""The most bytes of a text."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,26 @@ class ConvertOptions:
 
 
 def run(options: ConvertOptions) -> int:
-    """Convert, measure, warm up, measure again, save; a table of recalls."""
+    """Convert, measure, warm up, measure again, save; a table of recalls.
+
+    Raises:
+        TypeError, ValueError: options out of range, a model or a text that cannot be read, a model
+            that cannot be converted, a file that cannot be written.
+    """
     import torch
     from rich.console import Console
-    from transformers import AutoModelForCausalLM
 
     from msa.config import MSAConfig
     from msa.integrations import convert, index_file, messages
 
-    console = Console()
+    check(options)
+    console, config = Console(), MSAConfig(options.block_size, options.top_k)
+    text = read_text(options)
     torch.manual_seed(options.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
+    model = load("AutoModelForCausalLM", options.model, dtype="auto").eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    config = MSAConfig(options.block_size, options.top_k)
     convert.convert(model, config, options.layers, options.index_dim)
-    ids, n = read_tokens(options, model), options.length
+    ids, n = read_tokens(options, text, model), options.length
     messages.check_text(ids.numel(), 2 * n if options.warmup else n)
     pieces, held_out = ids[:-n].split(n), ids[None, -n:]
     pieces = [piece for piece in pieces if len(piece) == n]
@@ -75,24 +86,69 @@ def run(options: ConvertOptions) -> int:
         recalls.append(convert.measure_recall(model, held_out))
     show(recalls, console)
     if options.save is not None:
-        index_file.save_index(model, options.save)
-        console.print(f"The index branch lies in {options.save}.")
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / "index.safetensors"
+            index_file.save_index(model, made)
+            files.write(options.save, made.read_bytes())
+        console.print(f"The index branch lies in {options.save}.", markup=False, soft_wrap=True)
     return 0
 
 
-def read_tokens(options: ConvertOptions, model: Any) -> Tensor:
+def check(options: ConvertOptions) -> None:
+    """Numbers in range, and a file that can be written, before anything is loaded."""
+    checks.check_count("warmup", options.warmup, 0)
+    checks.check_count("length", options.length, 1)
+    checks.check_scale("learning_rate", options.learning_rate)
+    checks.check_seed("seed", options.seed)
+    files.check_apart("save", options.save, text=options.text)
+    files.check_target("save", options.save)
+
+
+def load(what: str, name: str, **options: Any) -> Any:
+    """A model or a tokenizer of transformers.
+
+    Raises:
+        ValueError: none is found under this name, or it cannot be loaded, with the first line of
+            the library's reason.
+    """
+    import transformers
+
+    try:
+        return getattr(transformers, what).from_pretrained(name, **options)
+    except Exception as error:  # whatever the library makes of a name or of files: no model is here
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        raise ValueError(
+            f"model must be a folder or a name that {what}.from_pretrained can load, got {name!r}: "
+            f"{reason}"
+        ) from error
+
+
+def read_text(options: ConvertOptions) -> bytes:
+    """The bytes of the text, which are UTF-8 unless they are the tokens.
+
+    Raises:
+        ValueError: a file that cannot be read, or is no such text.
+    """
+    text = files.read_bytes("text", options.text, MOST_TEXT)
+    if options.tokens == "model":
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text must be UTF-8, got {options.text}: {error}") from None
+    return text
+
+
+def read_tokens(options: ConvertOptions, text: bytes, model: Any) -> Tensor:
     """The text as the model's tokens, or as bytes."""
     import torch
-    from transformers import AutoTokenizer
 
     from msa.integrations import messages
 
     if options.tokens == "bytes":
         messages.check_bytes(model.config.vocab_size)
-        ids = list(options.text.read_bytes())
+        ids = list(text)
     else:
-        tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-        ids = tokenizer(options.text.read_text(encoding="utf-8")).input_ids
+        ids = load("AutoTokenizer", options.model)(text.decode()).input_ids
     return torch.tensor(ids, device=model.device)
 
 

@@ -24,12 +24,13 @@ class AskOptions(ReadingOptions):
     """
 
     document: Path
-    """The text: any bytes. The shipped model was trained on English of at most 512 bytes."""
+    """The text, in UTF-8 or any encoding that has no zero bytes, at most 16 MiB. The shipped model
+    was trained on English of at most 512 bytes."""
     image: tuple[str, ...]
     """KEY=FILE, one or more: a key of three capital letters and its picture, in any format that
     Pillow reads; dark ink on light paper or the reverse, one digit that fills most of it or not."""
     question: tuple[str, ...] = ()
-    """The keys to ask for; none given: all."""
+    """The keys to ask for, each once; none given: all."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def compute(options: AskOptions) -> tuple[Text, Shown]:
 
     Raises:
         ValueError: a text or a picture that cannot be read, a mark that stands twice; keys that are
-            none, that are given twice or asked for without a picture; a model or a backend that is
-            not there.
+            none, that are given or asked for twice, or asked for without a picture; a model or a
+            backend that is not there; a file that cannot be written, or that is one of those read.
     """
     import numpy as np
 
@@ -70,9 +71,10 @@ def compute(options: AskOptions) -> tuple[Text, Shown]:
 
     files = checks_ask.read_images(options.image)
     checks_ask.check_questions(options.question, files)
+    shown.check_files(options, document=options.document, **files)
     text = compose(checks_ask.read_text(options.document), tuple(files))
     images = np.stack([read_picture(files[key]) for key in text.records])
-    asked = dict.fromkeys(options.question or files)
+    asked = options.question or tuple(files)
     model = shown.load_model(options)
     return text, shown.read(model, images, [put(text, key) for key in asked])
 

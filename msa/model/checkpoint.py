@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from msa import files
 from msa.dispatch import BackendName
 from msa.model import checks
 from msa.model.config import ModelConfig
@@ -25,7 +25,7 @@ TRAINED = Path(__file__).parent / "trained"
 
 
 def save(model: Model, folder: Path | str, half: bool = False) -> None:
-    """Write both files; each is whole or as it was before, also if the power fails.
+    """Write both files; each is whole or as it was before, see `files.write`.
 
     With half, parameters are rounded to bfloat16: as a model that computes in it reads them anyway.
     Buffers stay as they are: rounding a router's bias would move tokens to other experts.
@@ -45,8 +45,8 @@ def save(model: Model, folder: Path | str, half: bool = False) -> None:
     if half:
         weights |= {name: weights[name].bfloat16() for name, _ in model.named_parameters()}
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    write(folder / CONFIG, lambda path: path.write_text(text))
-    write(folder / WEIGHTS, lambda path: save_file(weights, path))
+    files.write(folder / CONFIG, text.encode())
+    files.write(folder / WEIGHTS, to_bytes(weights))
 
 
 def load(
@@ -59,11 +59,13 @@ def load(
 
     Raises:
         ValueError: a file that is not there, cut short or of another kind; weights that are
-            missing, not known or of another shape, each by its name.
+            missing, not known, of another shape or no floating point numbers, each by its name.
     """
     folder = Path(folder)
-    model = Model(read_config(folder), backend=backend)
-    load_weights(model, folder)
+    config, weights = read_config(folder), read_weights(folder / WEIGHTS)
+    check_sizes(folder, config, weights)
+    model = Model(config, backend=backend)
+    model.load_state_dict(weights)
     return model.to(device).eval()
 
 
@@ -92,19 +94,42 @@ def read_config(folder: Path) -> ModelConfig:
     """The sizes beside the weights."""
     path = folder / CONFIG
     try:
-        values: Any = json.loads(path.read_text())
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
         return ModelConfig.from_dict(values)
     except FileNotFoundError:
         raise ValueError(f"{path} must be the configuration of a model, got no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"{path} must be the configuration of a model, got no readable file: {files.why(error)}"
+        ) from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be the configuration of a model: {error}") from error
 
 
+def check_sizes(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Compare the weights with the sizes before a model of these sizes takes any memory."""
+    path, vision = folder / WEIGHTS, config.vision
+    checks.check_layers(str(path), 0 if vision is None else vision.layers, len(weights))
+    try:
+        with torch.device("meta"):
+            wanted = Model(config, backend="torch").state_dict()
+    except (RuntimeError, OverflowError, TypeError) as error:  # more bytes than torch can count
+        raise ValueError(
+            f"{folder / CONFIG} must have the sizes of {path}, got far larger ones"
+        ) from error
+    checks.check_weights(str(path), wanted, weights)
+
+
 def load_weights(model: Model, folder: Path) -> str:
-    """Give a model the weights that lie there; returns the SHA-256 of their file."""
+    """Give a model the weights that lie there; returns the SHA-256 of their file.
+
+    Raises:
+        ValueError: see `load`; or weights that are not finite.
+    """
     path = folder / WEIGHTS
     weights = read_weights(path)
     checks.check_weights(str(path), model.state_dict(), weights)
+    checks.check_finite(str(path), weights)
     model.load_state_dict(weights)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -115,12 +140,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} must be a safetensors file, got no such file") from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} must be a safetensors file, got no readable file: {files.why(error)}"
+        ) from None
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
-
-
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a file under another name, then give it its own: nobody ever sees half of it."""
-    part = path.with_name(path.name + ".part")
-    fill(part)
-    os.replace(part, path)

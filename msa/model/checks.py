@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
@@ -235,23 +236,38 @@ def check_generation(
         )
 
 
-def check_document(length: Any, records: Any, questions: Any, record: int, question: int) -> None:
-    """No more questions than records, and a byte of prose at least."""
-    for name, value in (("length", length), ("records", records), ("questions", questions)):
-        checks.check_count(name, value, 1)
+def check_document(
+    length: Any, records: Any, questions: Any, record: int, question: int, name: str = "length"
+) -> None:
+    """No more questions than records, a byte of prose at least; `name` is that of `length`."""
+    for what, value in ((name, length), ("records", records), ("questions", questions)):
+        checks.check_count(what, value, 1)
     if questions > records:
         raise ValueError(f"questions must be at most records = {records}, got {questions}")
     least = records * record + questions * question + 1
     if length < least:
         raise ValueError(
-            f"length must be at least {least} for {records} records and {questions} questions, "
+            f"{name} must be at least {least} for {records} records and {questions} questions, "
             f"got {length}"
+        )
+
+
+def check_supply(
+    length: int, records: int, prose: int, most_prose: int, keys: int, name: str = "length"
+) -> None:
+    """As much prose as there is, and a key for each record."""
+    if records > keys:
+        raise ValueError(f"records must be at most {keys:,}, the number of keys, got {records}")
+    if prose > most_prose:
+        raise ValueError(
+            f"{name} must be at most {length - prose + most_prose:,}, for there are "
+            f"{most_prose:,} bytes of such prose, got {length}"
         )
 
 
 def check_sampling(sampling: Sampling) -> None:
     """A temperature of 0 or more, an integer as seed."""
-    checks.check_count("seed", sampling.seed, 0)
+    checks.check_seed("seed", sampling.seed)
     if sampling.temperature != 0:
         checks.check_scale("temperature", sampling.temperature)
 
@@ -261,7 +277,7 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
     """A known preset, steps or minutes but not both, shares in range."""
     if options.preset not in presets:
         raise ValueError(f"preset must be {' or '.join(presets)}, got {options.preset!r}")
-    checks.check_count("seed", options.seed, 0)
+    checks.check_seed("seed", options.seed)
     if options.steps is not None:
         checks.check_count("steps", options.steps, 1)
     checks.check_scale("minutes", options.minutes)
@@ -274,10 +290,12 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
             "local_blocks must be None where attention is window, which sets them, "
             f"got {options.local_blocks}"
         )
-    for name, most in (("warm_up", 1.0), ("kl", math.inf)):
-        share = getattr(options, name)
-        if share is not None and not 0 <= share <= most:
-            raise ValueError(f"{name} must be from 0 to {most}, got {share}")
+    if options.warm_up is not None and not 0 <= options.warm_up <= 1:
+        raise ValueError(f"warm_up must be from 0 to 1, got {options.warm_up}")
+    if options.kl is not None and not 0 <= options.kl < math.inf:
+        raise ValueError(f"kl must be finite and at least 0, got {options.kl}")
+    if options.start is not None and options.start.resolve() == options.out.resolve():
+        raise ValueError(f"out must be another folder than start, got {options.out} for both")
 
 
 def check_processes(processes: int, devices: int) -> None:
@@ -292,6 +310,39 @@ def check_steps(wanted: int | None, planned: int) -> None:
     """A run is as long as it was planned to be: its learning rates depend on that."""
     if wanted is not None and wanted != planned:
         raise ValueError(f"steps must be {planned}, as in the run that is continued, got {wanted}")
+
+
+def check_state(where: Path, state: Any, known: Iterable[str]) -> None:
+    """A dict with the entries that `Trainer.save` writes, steps being numbers."""
+    if not isinstance(state, dict) or state.keys() != set(known):
+        raise bad_state(where, "it holds other things")
+    for name in ("step", "steps"):
+        if not isinstance(state[name], int):
+            raise bad_state(where, f"its {name} is no number")
+
+
+def bad_state(where: Path, reason: str) -> ValueError:
+    """What to raise for a file from which no run can go on."""
+    return ValueError(
+        f"{where} must be the state of a run as msa train writes it, but {reason}: give another "
+        f"folder, or remove this one to begin again"
+    )
+
+
+def check_metrics(where: Path, lines: Sequence[bytes], steps: int) -> None:
+    """A whole line for each step that the state has behind it, in their order."""
+    for number in range(steps):
+        line = lines[number] if number < len(lines) else b""
+        try:
+            step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            step = None
+        if step != number:
+            raise ValueError(
+                f"{where} must have a line for each of the {steps} steps that were taken, got "
+                f"{'another' if line else 'none'} in place of step {number}: give another folder, "
+                f"or remove this one to begin again"
+            )
 
 
 def check_settings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
@@ -323,7 +374,11 @@ def check_findings(options: RunOptions, known: Iterable[str]) -> None:
         if row not in known:
             raise ValueError(f"rows must be of {', '.join(known)}, got {row!r}")
     for seed in options.seeds:
-        checks.check_count("seeds", seed, 0)
+        checks.check_seed("seeds", seed)
+    for name in ("rows", "seeds"):
+        values = getattr(options, name)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} must name at least one, and each once, got {values}")
     for name in ("workers", "steps", "documents"):
         checks.check_count(name, getattr(options, name), 1)
     checks.check_scale("minutes", options.minutes)
@@ -332,14 +387,44 @@ def check_findings(options: RunOptions, known: Iterable[str]) -> None:
 def check_same_findings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
     """Runs of one file are told the same things."""
     for name, value in own.items():
-        if found[name] != value:
-            raise ValueError(f"{where} must be of {name} {value}, got {found[name]}")
+        if found.get(name) != value:
+            raise ValueError(f"{where} must be of {name} {value}, got {found.get(name)}")
 
 
-def check_file(name: str, path: Path) -> None:
-    """A file that is there."""
-    if not path.is_file():
-        raise ValueError(f"{name} must be a file, got {path}")
+NUMBER, MAYBE = (int, float), (int, float, type(None))
+JUDGED = {"prose": MAYBE, "answers": MAYBE, "near": MAYBE, "far": MAYBE}
+FOUND = {
+    "device": str, "torch": str, "date": str, "steps": int, "documents": int,
+    "runs": [{
+        "row": str, "seed": int, "command": str, "kl": MAYBE, "block_recall": MAYBE,
+        "score_recall": MAYBE, "steepest": MAYBE, **JUDGED, "budgets": [{"k": int, **JUDGED}],
+        "lengths": [{"tokens": int, "how": str, "answers": MAYBE}],
+    }],
+}  # fmt: skip
+"""What a results file of findings holds, at least."""
+
+
+def check_found(where: str, found: Any, form: Any = FOUND) -> None:
+    """What `msa findings run` wrote: objects, lists and values of the kinds in `form`.
+
+    >>> check_found("a.json", {"steps": "3"}, {"steps": int})
+    Traceback (most recent call last):
+    ValueError: a.json must be what msa findings run wrote, got another kind of value as steps: '3'
+    """
+    told = "must be what msa findings run wrote, got"
+    if isinstance(form, dict):
+        missing = [name for name in form if not isinstance(found, dict) or name not in found]
+        if missing:
+            raise ValueError(f"{where} {told} a part without {', '.join(missing)}")
+        for name, inner in form.items():
+            value = found[name]
+            if isinstance(inner, list):
+                if not isinstance(value, list):
+                    raise ValueError(f"{where} {told} {name} that are no list")
+                for part in value:
+                    check_found(where, part, inner[0])
+            elif not isinstance(value, inner) or isinstance(value, bool):
+                raise ValueError(f"{where} {told} another kind of value as {name}: {value!r:.40}")
 
 
 # -- weights --------------------------------------------------------------------------------------
@@ -349,11 +434,25 @@ def check_trained(name: str, known: list[str]) -> None:
         raise ValueError(f"name must be {' or '.join(known)}, got {name!r}")
 
 
-def check_device(device: str, has_cuda: bool) -> None:
-    """A device that is there."""
-    if device != "cpu" and not (device.startswith("cuda") and has_cuda):
-        known = "cpu or cuda" if has_cuda else "cpu, for this machine has no CUDA device"
+def check_device(device: str) -> None:
+    """cpu, or a CUDA device that is there."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = {"cpu", *(("cuda",) if count else ()), *(f"cuda:{i}" for i in range(count))}
+    if device not in names:
+        known = "cpu, for this machine has no CUDA device"
+        if count:
+            known = f"cpu, cuda or cuda:N with N from 0 to {count - 1}"
         raise ValueError(f"device must be {known}, got {device!r}")
+
+
+def check_layers(where: str, layers: int, weights: int) -> None:
+    """No more layers of the vision tower than the file has weights for."""
+    if layers > weights:
+        raise ValueError(
+            f"{where} must have weights for each of vision.layers = {layers}, got {weights} in all"
+        )
 
 
 def check_weights(where: str, wanted: dict[str, Any], got: dict[str, Any]) -> None:
@@ -369,6 +468,17 @@ def check_weights(where: str, wanted: dict[str, Any], got: dict[str, Any]) -> No
                 f"{where} must have {name} of shape {list(weight.shape)}, "
                 f"got {list(got[name].shape)}"
             )
+        if weight.is_floating_point() and not got[name].is_floating_point():
+            raise ValueError(
+                f"{where} must have {name} in a floating point dtype, got {got[name].dtype}"
+            )
+
+
+def check_finite(where: str, weights: dict[str, Any]) -> None:
+    """No NaN and no infinity, of which every answer would be made."""
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{where} must have finite weights, got NaN or infinity in {name}")
 
 
 def _differences(missing: Iterable[str], unexpected: Iterable[str]) -> str:

@@ -6,28 +6,25 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from msa import files
+
 KEY = re.compile("[A-Z]{3}")
 LEAST_INK = 0.1
 """The least contrast, of 1, that a picture must have."""
-
-
-def check_words(words: Sequence[str]) -> None:
-    """An option of several values is given once: a second one would replace the first."""
-    for option in ("--image", "--question"):
-        if words.count(option) > 1:
-            raise ValueError(f"{option} must be given once, its values behind it, got it again")
+MOST_TEXT = 2**24
+"""The most bytes of a document."""
 
 
 def read_text(path: Path) -> bytes:
-    """The bytes of a document."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"document must be a readable file, got {path}: {error.strerror}"
-        ) from None
+    """The bytes of a document, which no text has a zero among, unless it is UTF-16 or UTF-32."""
+    text = files.read_bytes("document", path, MOST_TEXT)
     if not text:
         raise ValueError(f"document must have at least one byte, got the empty file {path}")
+    if b"\0" in text:
+        raise ValueError(
+            f"document must be a text, in UTF-8 or the like, got a zero byte at {text.index(0)} of "
+            f"{path}"
+        )
     return text
 
 
@@ -54,9 +51,13 @@ def check_key(name: str, key: str) -> None:
 
 
 def check_questions(questions: Iterable[str], known: Iterable[str]) -> None:
-    """Keys, each of which has a picture."""
+    """Keys, each of which has a picture, no key twice."""
+    asked: set[str] = set()
     for key in questions:
         check_key("question", key)
+        if key in asked:
+            raise ValueError(f"question must name a key once, got {key} twice")
+        asked.add(key)
         if key not in known:
             raise ValueError(
                 f"question must be a key that has an image, {' or '.join(known)}, got {key!r}"

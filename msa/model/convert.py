@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msa import checks as values
+from msa import files
 from msa.config import MSAConfig
 from msa.model import checks
 from msa.model.plain import given
@@ -38,11 +40,17 @@ def run(options: FolderOptions) -> int:
     """Load, convert, save, say where.
 
     Raises:
-        ValueError: a folder without a model, or one whose layers have an index already.
+        ValueError: a folder without a model, or one whose layers have an index already; a place
+            where nothing can be written, or the model's own.
     """
     from msa.model import checkpoint
 
+    values.check_seed("seed", options.seed)
     model = checkpoint.load(options.folder)
+    checks.check_finite(str(options.folder / checkpoint.WEIGHTS), model.state_dict())
+    checks.check_has_dense(model.config)
+    files.check_apart("out", options.out, folder=options.folder)
+    files.check_folder("out", options.out)
     config = replace(model.config.msa, **given(options, "block_size", "top_k"))
     checkpoint.save(convert(model, config, options.seed), options.out)
     print(f"The model with index branches lies in {options.out}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msa import checks
 from msa.model import shown
 from msa.model.shown import Question, ReadingOptions, Shown
 
@@ -20,7 +21,7 @@ class DemoOptions(ReadingOptions):
     records: int = 8
     """Pictures hidden in it; all are asked for."""
     seed: int = 0
-    """Draws prose, pictures and keys, all from what training never saw."""
+    """Draws prose, pictures and keys, all from what training never saw; from 0 up to 2**63 - 1."""
 
 
 def run(options: DemoOptions) -> int:
@@ -35,10 +36,14 @@ def compute(options: DemoOptions) -> Shown:
     """Write the document and let the model read it twice.
 
     Raises:
-        ValueError: no room for the records; a model or a backend that is not there.
+        ValueError: no room for the records, too little prose for the tokens, a seed out of range; a
+            model or a backend that is not there; a file that cannot be written.
     """
-    from msa.model.evaluate import unseen_documents
+    from msa.model.evaluate import check_documents, unseen_documents
 
+    checks.check_seed("seed", options.seed)
+    check_documents(options.tokens, options.records, options.records, "tokens")
+    shown.check_files(options)
     model = shown.load_model(options)
     (document,) = unseen_documents(
         options.tokens, options.records, options.records, 1, options.seed

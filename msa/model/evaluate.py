@@ -14,7 +14,7 @@ from torch import Tensor
 from msa.model import checks
 from msa.model.attention import Mode
 from msa.model.model import IGNORE, Model
-from msa.model.records import Document, pack, world, write_document
+from msa.model.records import QUESTION, RECORD, Document, pack, world, write_document
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,22 @@ class Reading:
 def unseen_documents(
     length: int, records: int, questions: int, count: int, seed: int = 0
 ) -> list[Document]:
-    """Documents of the test side. The same arguments give the same ones."""
+    """Documents of the test side. The same arguments give the same ones.
+
+    Raises:
+        TypeError, ValueError: more is asked for than a document of this length, or the test side,
+            has room for.
+    """
+    check_documents(length, records, questions)
     rng = np.random.default_rng([seed, length])
     return [write_document(world("test"), length, records, questions, rng) for _ in range(count)]
+
+
+def check_documents(length: int, records: int, questions: int, name: str = "length") -> None:
+    """Whether the test side has such documents; `name` is what the length is called in messages."""
+    checks.check_document(length, records, questions, RECORD, QUESTION, name)
+    test, prose = world("test"), length - records * RECORD - questions * QUESTION
+    checks.check_supply(length, records, prose, len(test.prose), len(test.keys), name)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ trains and reads every row (needs no tyro); `msa findings --results FILE` shows 
 
 from __future__ import annotations
 
-import json
+import importlib
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msa import files
 from msa.model import checks, plain
 from msa.model.train import TrainOptions
 
 RESULTS = "findings_tiny.json"
-SHIPPED = Path(__file__).parents[2] / "benchmarks" / "results" / RESULTS
+PLACES = (Path(__file__).parents[2] / "benchmarks" / "results", Path(__file__).parent)
+"""Where the results lie that come with a checkout, and with an installed package."""
+SHIPPED = next((p / RESULTS for p in PLACES if (p / RESULTS).exists()), PLACES[0] / RESULTS)
 Found = dict[str, Any]
 """What a results file holds; see `findings_run.train_all`."""
 
@@ -101,9 +104,9 @@ class FindingsOptions:
     """Show the findings of the tiny model: a table, each row with its command."""
 
     results: Path | None = None
-    """What `msa findings run` wrote; None: findings_tiny.json in benchmarks/results."""
+    """What `msa findings run` wrote; None: the findings_tiny.json that comes with the package."""
     plots: Path | None = None
-    """A folder to draw the figure in."""
+    """A folder to draw the figure in; this needs a checkout, whose benchmarks draw."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class RunOptions:
     rows: tuple[str, ...] = tuple(ROWS)
     """Which ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights and documents."""
+    """Of weights and documents, each from 0 up to 2**63 - 1."""
     workers: int = 1
     """Processes, each of one thread; 1: this process alone."""
     steps: int = 300
@@ -133,8 +136,10 @@ def run(options: FindingsOptions) -> int:
     from rich.table import Table
 
     results = SHIPPED if options.results is None else options.results
-    checks.check_file("results", results)
-    found: Found = json.loads(results.read_text())
+    found = read_results("results", results)
+    if options.plots is not None:
+        importlib.import_module("benchmarks.plots")  # the one place where results are drawn
+        files.check_folder("plots", options.plots)
     console = Console()
     for title, (columns, *lines) in (
         ("Each row changes one thing", answers_table(found)),
@@ -150,13 +155,24 @@ def run(options: FindingsOptions) -> int:
         for cells in lines:
             table.add_row(*cells)
         console.print(table)
-    console.print(about(found))
+    console.print(about(found), markup=False)
     if options.plots is not None:
-        from benchmarks import plots  # the one place where results are drawn
+        from benchmarks import plots
 
         for path, reason in plots.draw(results, options.plots).items():
-            console.print(f"{path}: {f'not drawn, {reason}' if reason else 'drawn'}")
+            print(f"{path}: {f'not drawn, {reason}' if reason else 'drawn'}")
     return 0
+
+
+def read_results(name: str, path: Path) -> Found:
+    """What `msa findings run` wrote.
+
+    Raises:
+        ValueError: no such file, or one of another kind.
+    """
+    found: Found = files.read_json(name, path)
+    checks.check_found(str(path), found)
+    return found
 
 
 # -- what came of it ------------------------------------------------------------------------------
@@ -252,17 +268,19 @@ def by(found: Found, row: str, part: str, name: str) -> dict[int, list[dict[str,
 
 def main(arguments: list[str] | None = None) -> int:
     """`msa findings` and `msa findings run` without tyro."""
+    from msa import cli
+
     words = sys.argv[1:] if arguments is None else arguments
     prog = "python -m msa.model.findings"
-    try:
+
+    def call() -> int:
         if words[:1] == ["run"]:
             from msa.model import findings_run
 
             return findings_run.run(plain.read(RunOptions, f"{prog} run", words[1:]))
         return run(plain.read(FindingsOptions, prog, words))
-    except ValueError as error:
-        print(f"msa: {error}", file=sys.stderr)
-        return 2
+
+    return cli.guarded(lambda: cli.supplied("findings run", call))
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from msa import recall
+from msa import files, recall
 from msa.config import MSAConfig
 from msa.model import checkpoint, checks
 from msa.model.attention import Mode, Seen
 from msa.model.convert import convert
 from msa.model.evaluate import read, unseen_documents
-from msa.model.findings import LINES, RESULTS, ROWS, Found, Row, RunOptions
+from msa.model.findings import LINES, RESULTS, ROWS, Found, Row, RunOptions, read_results
+from msa.model.interrupts import Flag, deaf, patient
 from msa.model.model import Model
 from msa.model.presets import TINY
 from msa.model.records import Document, pack
@@ -42,6 +43,7 @@ LONG = 8
 BUDGETS = (1, 2, 3, 5, 8, 16)
 NEAR = TINY.model.msa.top_k * TINY.model.msa.block_size
 """Records less far back than this are near, in every row."""
+CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -67,26 +69,45 @@ def run(options: RunOptions) -> int:
     """Train and read what is missing, and say so; 1 if a run failed.
 
     Raises:
-        ValueError: options out of range, or results of other settings in the folder.
+        ValueError: options out of range, results of other settings in the folder, or another
+            process that is at work there.
+        KeyboardInterrupt: after Ctrl-C, with what the same command goes on from.
     """
     checks.check_findings(options, tuple(ROWS))
+    files.check_folder("out", options.out)
+    stop = Flag() if options.workers == 1 else CONTEXT.RawValue("b", 0)
+    with files.locked("out", options.out), patient(stop, "when the runs have saved their steps"):
+        try:
+            return _run(options, stop)
+        except KeyboardInterrupt as error:
+            told = "stopped at once; the same command goes on from the last steps that were saved"
+            raise KeyboardInterrupt(str(error) or told) from None
+
+
+def _run(options: RunOptions, stop: Flag) -> int:
+    """One job after the other, or side by side."""
     started = time.time()
     until = math.inf if options.minutes is None else started + 60 * options.minutes
-    path = options.out / RESULTS
+    path, wanted = options.out / RESULTS, {(r, s) for r in options.rows for s in options.seeds}
     found, failed = open_results(path, options), False
-    for told in outcomes(missing(found, options, until), options.workers):
+    for told in outcomes(missing(found, options, until), options.workers, stop):
         if isinstance(told, str):
             failed = True
             print(f"msa findings run: {told}", file=sys.stderr)
             continue
-        found["runs"] += told
-        checkpoint.write(path, lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
+        if told:
+            found["runs"] += told
+            files.write(path, (json.dumps(found, indent=1) + "\n").encode())
         for one in told:
-            at = f"{time.time() - started:5.0f} s"
-            print(
-                f"{at}  {one['row']}, seed {one['seed']}: answers {one['answers']:.1%}", flush=True
-            )
-    print(f"{path}: {len(found['runs'])} of {len(options.rows) * len(options.seeds)} runs")
+            at, share = f"{time.time() - started:5.0f} s", one["answers"]
+            said = "none" if share is None else f"{share:.1%}"
+            print(f"{at}  {one['row']}, seed {one['seed']}: answers {said}", flush=True)
+    there = len(wanted & {(run["row"], run["seed"]) for run in found["runs"]})
+    if stop.value and there < len(wanted):
+        raise KeyboardInterrupt(
+            f"stopped with {there} of {len(wanted)} runs in {path}; the same command goes on"
+        )
+    print(f"{path}: {there} of {len(wanted)} runs")
     return int(failed)
 
 
@@ -99,9 +120,8 @@ def open_results(path: Path, options: RunOptions) -> Found:
     }  # fmt: skip
     found: Found = {"device": cpu_name(), "cores": os.cpu_count(), **own}
     found |= {"date": datetime.date.today().isoformat(), "runs": []}
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        device, found = found["device"], json.loads(path.read_text())
+        device, found = found["device"], read_results("out", path)
         checks.check_same_findings(str(path), found, own)
         if device not in found["device"]:
             found["device"] += f" and {device}"
@@ -122,26 +142,46 @@ def missing(found: Found, options: RunOptions, until: float) -> list[Job]:
     return sorted(jobs, key=lambda job: -job.cost)
 
 
-def outcomes(jobs: Sequence[Job], workers: int) -> Iterator[list[dict[str, Any]] | str]:
+def outcomes(jobs: Sequence[Job], workers: int, stop: Flag) -> Iterator[list[dict[str, Any]] | str]:
     """What each job found, in the order in which they end; or what was wrong with it."""
+    global stopping
     if workers == 1:
+        stopping = stop
         for job in jobs:
             yield attempt(job, partial(work, job))
         return
-    context = multiprocessing.get_context("spawn")
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with ProcessPoolExecutor(workers, context, **one_thread) as pool:
-        futures = {pool.submit(work, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield attempt(futures[future], future.result)
+    with ProcessPoolExecutor(workers, CONTEXT, initializer=begin, initargs=(stop,)) as pool:
+        with deaf():
+            futures = {pool.submit(work, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield attempt(futures[future], future.result)
+        except KeyboardInterrupt:  # the second one: what is not saved is given up
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+stopping = Flag()
+"""Whether the jobs of this process are to stop."""
+
+
+def begin(stop: Flag) -> None:
+    """One more process: of one thread, and told by the first one when to stop."""
+    global stopping
+    stopping = stop
+    torch.set_num_threads(1)
 
 
 def attempt(job: Job, result: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]] | str:
-    """One job that fails must not take the others with it."""
+    """One job that fails must not take the others with it, unless all of them lack a library."""
     try:
         return result()
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
-        return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {error!r}"
+        told = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+        return f"{' and '.join(row.name for row in job.rows)}, seed {job.seed}: {told}"
 
 
 # -- one job --------------------------------------------------------------------------------------
@@ -167,11 +207,16 @@ def work(job: Job) -> list[dict[str, Any]]:
 def trained(row: Row, job: Job, start: Path | None) -> Path | None:
     """The folder of a run that is at its end; None if the time is over before."""
     out = job.options.out / f"{row.name}-{job.seed}"
-    if time.time() > job.until:
+    if is_over(job):
         return None
     options = row.options(job.options.steps, job.seed, out, start)
-    train(options, lambda line: time.time() > job.until)
+    train(options, lambda line: is_over(job))
     return out if len(metrics(out)) == options.steps else None
+
+
+def is_over(job: Job) -> bool:
+    """Whether its time is, or Ctrl-C was pressed."""
+    return time.time() > job.until or bool(stopping.value)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

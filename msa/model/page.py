@@ -40,6 +40,10 @@ h2 .digit { width: 3rem; height: 3rem; } code { font-size: 1em; }
 .block code { white-space: pre-wrap; overflow-wrap: anywhere; }
 .block small { color: var(--soft); display: block; }
 """
+CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in range(0x80, 0xA0)}
+CONTROLS |= {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
+CONTROLS[0x7F] = "\N{SYMBOL FOR DELETE}"
+"""What stands in a page for characters that HTML does not have."""
 CELL, LEFT, PICTURE = 7, 62, 14
 """Of the map: pixels of a block, of the rows' names, of a picture above."""
 
@@ -166,6 +170,8 @@ def draw_blocks(shown: Shown, i: int) -> str:
 def draw_text(tokens: Int[np.ndarray, " n"], number: int) -> str:
     """Bytes as text, UTF-8 where it is whole, with pictures from this number on in their places.
 
+    Control characters are shown by their symbols.
+
     >>> draw_text(np.array([*b"a<", IMAGE_TOKEN, *"’".encode()[:2]]), 4)
     'a&lt;<svg class=digit  viewBox="0 0 8 8"><use href="#p4"/></svg>�'
     """
@@ -174,7 +180,7 @@ def draw_text(tokens: Int[np.ndarray, " n"], number: int) -> str:
         if i > 0:
             parts.append(digit(number + i - 1))
         prose = bytes(part[part != IMAGE_TOKEN].tolist())
-        parts.append(escape(prose.decode(errors="replace")))
+        parts.append(escape(prose.decode(errors="replace").translate(CONTROLS)))
     return "".join(parts)
 
 

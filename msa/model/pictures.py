@@ -41,10 +41,11 @@ def read_picture(path: Path | str) -> Float[np.ndarray, "8 8"]:
 
 def read_grey(path: Path | str) -> Float[np.ndarray, "height width"]:
     """Brightness from 0 to 1; what is transparent becomes paper, the opposite of what is not."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)  # a camera stores the way it was held
             if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
                 return np.asarray(image, np.float32) / 65535
             layers = np.asarray(image.convert("LA"), np.float32) / 255

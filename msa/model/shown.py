@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msa import files
 from msa.dispatch import BackendName
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ReadingOptions:
     html: Path | None = None
     """Where to write a page that shows which blocks were opened, and what is in them."""
     png: Path | None = None
-    """Where to draw which blocks were opened."""
+    """Where to draw which blocks were opened, as a PNG."""
 
 
 @dataclass(frozen=True)
@@ -125,37 +126,50 @@ def read(model: Model, images: Float[np.ndarray, "n 8 8"], questions: Sequence[Q
     )  # fmt: skip
 
 
+def check_files(options: ReadingOptions, **read: Path) -> None:
+    """Before any work: page and figure can be written, and are not what is to be `read`.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    files.check_apart("png", options.png, html=options.html, **read)
+    files.check_apart("html", options.html, **read)
+    files.check_target("html", options.html)
+    files.check_target("png", options.png)
+
+
 def load_model(options: ReadingOptions) -> Model:
     """The shipped one of this name, or the one in the folder.
 
     Raises:
-        ValueError: a model or a device that is not there.
+        ValueError: a model or a device that is not there, a model with weights that are not finite.
     """
-    import torch
-
     from msa.model import checks
-    from msa.model.checkpoint import load, shipped
+    from msa.model.checkpoint import WEIGHTS, load, shipped
 
-    checks.check_device(options.device, torch.cuda.is_available())
+    checks.check_device(options.device)
     folder = shipped().get(options.model, Path(options.model))
-    return load(folder, device=options.device, backend=options.backend)
+    model = load(folder, device=options.device, backend=options.backend)
+    checks.check_finite(str(folder / WEIGHTS), model.state_dict())
+    return model
 
 
 def tell(shown: Shown, options: ReadingOptions, console: Any) -> None:
     """Print a table, and write the page and the figure that are asked for."""
+    import io
+
     from msa.model import figure, page
 
     console.print(table(shown))
     console.print(summary(shown))
-    for path in (options.html, options.png):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
     if options.html is not None:
-        options.html.write_text(page.draw(shown), encoding="utf-8")
-        console.print(f"The blocks that were opened: [bold]{options.html}[/]")
+        files.write(options.html, page.draw(shown).encode())
+        console.print(f"The blocks that were opened: {options.html}", markup=False, soft_wrap=True)
     if options.png is not None:
-        figure.draw(shown).savefig(options.png)
-        console.print(f"The same as a picture: [bold]{options.png}[/]")
+        picture = io.BytesIO()
+        figure.draw(shown).savefig(picture, format="png")
+        files.write(options.png, picture.getvalue())
+        console.print(f"The same as a picture: {options.png}", markup=False, soft_wrap=True)
 
 
 def table(shown: Shown) -> Any:

@@ -12,18 +12,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from msa import files
 from msa.dispatch import BackendName
-from msa.model import checks, plain
+from msa.model import checks, interrupts, plain
 from msa.model.config import ModelConfig
 from msa.model.plain import given
 from msa.model.presets import PRESETS, Preset, PresetName
 
 if TYPE_CHECKING:
     from msa.model.ranks import Ranks
+    from msa.model.trainer import Trainer
 
 METRICS = "metrics.jsonl"
 Twin = Literal["msa", "dense", "window"]
@@ -79,7 +82,11 @@ class TrainOptions:
 
 
 def run(options: TrainOptions) -> int:
-    """Train with a progress bar, then say what came of it."""
+    """Train with a progress bar, then say what came of it.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with the step from which the same command goes on.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -91,17 +98,30 @@ def run(options: TrainOptions) -> int:
         TextColumn("Training"), BarColumn(), TextColumn(columns), TimeRemainingColumn(),
         console=console,
     )  # fmt: skip
-    with bar:
+    stop, steps = interrupts.Flag(), {"taken": 0, "all": 0}
+    with bar, interrupts.patient(stop, "after this step, which it saves"):
         task = bar.add_task("", total=None, told="")
 
-        def watch(line: dict[str, Any]) -> None:
+        def watch(line: dict[str, Any]) -> bool:
+            steps.update({"taken": line["step"] + 1, "all": line["steps"]})
             told = f"{line['mode']} loss {line['language']:.3f} kl {line['kl']:.3f}"
             bar.update(task, completed=line["step"] + 1, total=line["steps"], told=told)
             if "test" in line:
                 console.print(f"step {line['step'] + 1:6,} {describe(line['test'])}")
+            return bool(stop.value)
 
-        folder = train(options, watch)
-    console.print(f"The model lies in {folder}.")
+        try:
+            folder = train(options, watch)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                "stopped at once; the same command goes on from the last step that was saved"
+            ) from None
+    if steps["taken"] < steps["all"]:
+        raise KeyboardInterrupt(
+            f"stopped after step {steps['taken']:,} of {steps['all']:,}, which is saved in "
+            f"{folder}; the same command goes on from there"
+        )
+    console.print(f"The model lies in {folder}.", markup=False, soft_wrap=True)
     return 0
 
 
@@ -111,19 +131,29 @@ def train(options: TrainOptions, watch: TrainWatch | None = None) -> Path:
     Where `watch` says True the run stops, and the same options go on from there.
 
     Raises:
-        TypeError, ValueError: options that do not go together, or a folder of another run.
+        TypeError, ValueError: options that do not go together, a device that is not there, a folder
+            of another run, or one that another process is writing to.
     """
+    from msa.model import checkpoint
     from msa.model.ranks import joined
 
     preset, folder = read_preset(options), options.out
-    folder.mkdir(parents=True, exist_ok=True)
-    with joined(preset.device) as ranks:
+    checks.check_device(preset.device)
+    if options.start is not None:
+        weights = checkpoint.read_weights(options.start / checkpoint.WEIGHTS)
+        checkpoint.check_sizes(options.start, preset.model, weights)
+    files.check_folder("out", folder)
+    with (
+        joined(preset.device) as ranks,
+        files.locked("out", folder) if ranks.first else nullcontext(),
+    ):
         _train(options, preset, ranks, watch)
     return folder
 
 
 def _train(options: TrainOptions, preset: Preset, ranks: Ranks, watch: TrainWatch | None) -> None:
     """The first of the processes tests and writes; the others only take steps."""
+    from msa.model import checkpoint
     from msa.model.trainer import STATE, Trainer
 
     folder = options.out
@@ -135,6 +165,8 @@ def _train(options: TrainOptions, preset: Preset, ranks: Ranks, watch: TrainWatc
         trainer.plan(60 * options.minutes)
     schedule = trainer.schedule
     path = metrics_until(folder / METRICS, trainer.step) if ranks.first else Path(os.devnull)
+    if ranks.first and trainer.step == schedule.steps:  # nothing left but to see that it is there
+        checkpoint.save(trainer.model, folder, half=preset.half)
     with path.open("a") as file:
         while trainer.step < schedule.steps:
             line = trainer.take_step()
@@ -144,11 +176,17 @@ def _train(options: TrainOptions, preset: Preset, ranks: Ranks, watch: TrainWatc
             file.write(json.dumps(line) + "\n")
             file.flush()
             if ranks.first and (last or trainer.step % schedule.save_every == 0):
-                trainer.save(folder)
+                save(trainer, folder, file)
             if ranks.any(watch is not None and bool(watch(line))):
                 if ranks.first:
-                    trainer.save(folder)
+                    save(trainer, folder, file)
                 break
+
+
+def save(trainer: Trainer, folder: Path, metrics: TextIO) -> None:
+    """The model and the state; before them, for good, the metrics of the steps that led there."""
+    os.fsync(metrics.fileno())
+    trainer.save(folder)
 
 
 def test(model: Any, preset: Preset, mode: Any) -> dict[str, Any]:
@@ -203,10 +241,14 @@ def read_model(options: TrainOptions, model: ModelConfig) -> ModelConfig:
 
 
 def metrics_until(path: Path, step: int) -> Path:
-    """Cut off the lines of steps that will be taken again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
-    path.write_text("".join(kept))
+    """Cut off the lines of steps that will be taken again.
+
+    Raises:
+        ValueError: a step before these has no line.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    checks.check_metrics(path, lines, step)
+    files.write(path, b"".join(lines[:step]))
     return path
 
 
@@ -222,11 +264,12 @@ def describe(test: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command without tyro."""
-    try:
+    from msa import cli
+
+    def call() -> int:
         return run(plain.read(TrainOptions, "python -m msa.model.train", arguments))
-    except ValueError as error:
-        print(f"msa: {error}", file=sys.stderr)
-        return 2
+
+    return cli.guarded(lambda: cli.supplied("train", call))
 
 
 if __name__ == "__main__":

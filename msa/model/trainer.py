@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import pickle
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from msa import files
 from msa.model import checkpoint, checks
 from msa.model.attention import Mode
 from msa.model.model import Losses, Model
@@ -156,22 +159,34 @@ class Trainer:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         checkpoint.save(self.model, folder, half=self.preset.half)
-        checkpoint.write(folder / STATE, lambda path: torch.save(state, path))
+        content = io.BytesIO()
+        torch.save(state, content)
+        files.write(folder / STATE, content.getvalue())
 
     def resume(self, folder: Path) -> None:
         """Go on where `save` was last called.
 
         Raises:
-            ValueError: a state that was saved under other settings.
+            ValueError: a file that is no whole state, or was saved under other settings.
         """
-        state = torch.load(folder / STATE, map_location=self.preset.device, weights_only=True)
-        checks.check_settings(
-            str(folder / STATE), json.loads(state["settings"]), json.loads(self.settings)
-        )
+        path, broken = folder / STATE, (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+        try:
+            state = torch.load(path, map_location=self.preset.device, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, AttributeError, *broken):
+            raise checks.bad_state(path, "it cannot be read") from None
+        checks.check_state(path, state, ("settings", "steps", "step", "model", "optimizer"))
+        try:
+            settings = dict(json.loads(state["settings"]))
+        except broken:
+            raise checks.bad_state(path, "its settings cannot be read") from None
+        checks.check_settings(str(path), settings, json.loads(self.settings))
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except broken:
+            raise checks.bad_state(path, "its weights are not those of the model") from None
         self.schedule = replace(self.schedule, steps=state["steps"])
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
     @property
     def settings(self) -> str:
