@@ -8,6 +8,7 @@ here imports torch. All checks run before any work is done.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ KERNEL_DTYPES = FLOAT_DTYPES[:3]
 EIGHT_BITS = "float8_e4m3fn"
 """The dtype of pages that have scales (torch only); their tokens come in KERNEL_DTYPES."""
 KERNEL_BLOCK_SIZES = (16, 32, 64, 128, 256)
+KERNEL_TOP_K = 1024
+"""The most blocks per query that every kernel of the triton backend has room for."""
 OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "loop_order": (("auto", "kv_outer", "union"), "has one order"),
     "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
@@ -282,13 +285,29 @@ def check_triton_device(array: Any, interpreted: bool) -> None:
         )
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def is_captured(array: Any) -> bool:
     """Whether what is done with this array now goes into a CUDA graph."""
     if not is_torch(array) or not array.is_cuda:
         return False
     import torch
 
-    return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(array.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def check_known_before_capture(capturing: bool) -> None:
+    """What kernels look up in is made by the first call, which cannot be part of a CUDA graph."""
+    if capturing:
+        raise ValueError(
+            "cu_seqlens (or the shapes that say the same) must have been used in a call before a "
+            "CUDA graph is captured with them, got new ones during capture: make the same call "
+            "once outside of it"
+        )
 
 
 def check_capturable(backend: str) -> None:
@@ -299,8 +318,18 @@ def check_capturable(backend: str) -> None:
         )
 
 
-def check_kernels(block_size: int, **arrays: Any) -> None:
+def check_top_k(top_k: int) -> None:
+    """What the triton backend has room for."""
+    if top_k > KERNEL_TOP_K:
+        raise ValueError(
+            f"top_k must be at most {KERNEL_TOP_K} for backend='triton', got {top_k}: "
+            "use backend='torch'"
+        )
+
+
+def check_kernels(block_size: int, top_k: int = 1, **arrays: Any) -> None:
     """What the triton backend has kernels for."""
+    check_top_k(top_k)
     if block_size not in KERNEL_BLOCK_SIZES:
         raise ValueError(
             f"block_size must be {_either(KERNEL_BLOCK_SIZES)} for backend='triton', "
@@ -310,6 +339,12 @@ def check_kernels(block_size: int, **arrays: Any) -> None:
         if dtype_name(array) not in KERNEL_DTYPES:
             raise TypeError(
                 f"{name} must have dtype {_either(KERNEL_DTYPES)} for backend='triton', "
+                f"got {array.dtype}: use backend='torch'"
+            )
+        if is_interpreted() and dtype_name(array) == "bfloat16":
+            raise TypeError(
+                f"{name} must have dtype float16 or float32 for backend='triton' under "
+                f"TRITON_INTERPRET=1, for Triton's interpreter multiplies bfloat16 wrongly, "
                 f"got {array.dtype}: use backend='torch'"
             )
 

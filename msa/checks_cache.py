@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from msa import checks
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
     `sizes` holds Bk, pages and n, the number of queries per sequence.
     """
     table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
+    used: set[int] = set()
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:
             raise ValueError(
@@ -53,6 +56,38 @@ def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
                 f"in sequence {s}"
             )
         check_row(table[s], length, s, sizes)
+        used.update(table[s][: -(-length // sizes["Bk"])].tolist())
+    check_scale_values(cache, sorted(used))
+
+
+def check_scale_values(cache: PagedKV, used: list[int]) -> None:
+    """The scales of the pages in use are finite and positive: they change no order of scores."""
+    for name in SCALE_DIMS:
+        scales = getattr(cache, f"{name}_scales")
+        if scales is None:
+            continue
+        found = scales[used]
+        legal = (found > 0) & (found < float("inf"))
+        if not bool(legal.all()):
+            at = np.argwhere(~checks.to_numpy(legal))[0].tolist()
+            raise ValueError(
+                f"cache.{name}_scales must be finite and positive, got "
+                f"{float(found[tuple(at)])} for page {used[at[0]]}"
+            )
+
+
+def check_written(cache: PagedKV) -> None:
+    """What `append_tokens` changes has a place for each entry, and can be rounded to."""
+    for name in (*PAGE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS), "lengths"):
+        array = getattr(cache, name)
+        if array is None:
+            continue
+        check_own_memory(f"cache.{name}", array)
+        if checks.is_eight_bits(array) and checks.is_interpreted():
+            raise TypeError(
+                f"cache.{name} must not be of 8 bits under TRITON_INTERPRET=1, for Triton's "
+                f"interpreter rounds to them wrongly, got {array.dtype}: use PagePool.append"
+            )
 
 
 def check_scaled(cache: PagedKV, name: str) -> None:
@@ -135,7 +170,7 @@ def check_pages(**pages: Any) -> None:
         checks.check_shape(name, pages[name], dims, sizes)
         if checks.is_eight_bits(pages[name]):
             checks.check_torch(name, pages[name])
-        _check_own_memory(name, pages[name])
+        check_own_memory(name, pages[name])
     checks.check_same_dtype(k_pages=pages["k_pages"], v_pages=pages["v_pages"])
     checks.check_same_place(**pages)
     check_writable(**pages)
@@ -176,8 +211,8 @@ def check_writable(**arrays: Any) -> None:
                 )
 
 
-def _check_own_memory(name: str, array: Any) -> None:
-    """Each number of the pages has a place of its own."""
+def check_own_memory(name: str, array: Any) -> None:
+    """Each number has a place of its own, so that writing one leaves the others as they are."""
     strides = array.stride() if checks.is_torch(array) else array.strides
     expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
     if expanded and 0 not in array.shape:

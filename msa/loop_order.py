@@ -16,6 +16,10 @@ leaves blocks of a single query to KV-outer, a longer one those of two, too (doc
 MIN_EDGES = 4.0
 """KV-outer needs at least so many queries per block, or loading the block is not worth it."""
 
+LARGEST_SPLIT = 64
+"""With more blocks per query than this, every tile walks its whole union: to take a union apart
+means to compare all pairs of a tile's edges, which are then thousands."""
+
 
 def limits(top_k: int) -> tuple[int, int]:
     """The longest union that is walked whole, and the longest that keeps the blocks of pairs.
@@ -35,11 +39,11 @@ def least_shared(union: int, top_k: int, readers: float) -> int:
 
     >>> [least_shared(union, 16, readers=1000.0) for union in (20, 30, 57)]
     [1, 2, 3]
-    >>> least_shared(57, 16, readers=2.0)
-    1
+    >>> least_shared(57, 16, readers=2.0), least_shared(500, 100, readers=1000.0)
+    (1, 1)
     """
     whole, pairs = limits(top_k)
-    if readers < MIN_EDGES or union <= whole:
+    if readers < MIN_EDGES or union <= whole or top_k > LARGEST_SPLIT:
         return 1
     return 2 if union <= pairs else 3
 
@@ -67,4 +71,5 @@ def rule() -> list[tuple[str, str]]:
         (f"up to {WALK_PAIRS:g}·k", words(2)),
         ("more", words(3)),
         (f"any, if a block has < {MIN_EDGES:g} readers on average", words(1)),
+        (f"any, if k > {LARGEST_SPLIT}", words(1)),
     ]

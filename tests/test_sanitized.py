@@ -18,7 +18,7 @@ import msa
 from msa import triton_impl
 from msa.conformance import all_properties, subjects
 from msa.conformance.cases import Case, Fill, Picks, ScoresCase
-from msa.triton_impl import selection
+from msa.triton_impl import selection, tile_union
 
 (TRITON,) = subjects(("triton",))
 CUDA = TRITON.device != "cpu"
@@ -182,6 +182,14 @@ def test_buffers_that_overflow_are_cut_back(monkeypatch, launched):
     assert "scan_kernel" in launched
 
 
+def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
+    """The kernel for many blocks per query, on rows of few."""
+    monkeypatch.setattr(tile_union, "PAIRED", 0)
+    for case in CASES.values():
+        PROPERTIES["r9_the_union_of_a_tile_means_the_selection"].check(TRITON, case)
+    assert "long_union_kernel" in launched
+
+
 def test_no_kernel_is_left_out():
-    named = set().union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
+    named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
     assert named == set(KERNELS)

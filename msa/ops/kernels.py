@@ -62,14 +62,14 @@ def backend_of(tensor: Tensor) -> Literal["torch", "triton"]:
 
 
 def read(
-    arrays: dict[str, Tensor], borders: Borders, block_size: int
+    arrays: dict[str, Tensor], borders: Borders, config: MSAConfig
 ) -> tuple[Literal["torch", "triton"], Sequences]:
     """The backend, and the sequences that checked packed tensors hold."""
     cu_seqlens_q, cu_seqlens_k = borders
     sequences = read_layout(arrays, cu_seqlens_q, cu_seqlens_k).sequences
     name = backend_of(next(iter(arrays.values())))
     if name == "triton":
-        checks.check_kernels(block_size, **arrays)
+        checks.check_kernels(config.block_size, config.top_k, **arrays)
     return name, sequences
 
 
@@ -87,7 +87,7 @@ def loop_order(name: str) -> tuple[str, ...]:
 @in_given_dtypes
 def select(q_idx: Tensor, k_idx: Tensor, borders: Borders, config: MSAConfig) -> Tensor:
     """Ids int32 [Tq, Hkv, k] (R4-R8)."""
-    name, sequences = read({"q_idx": q_idx, "k_idx": k_idx}, borders, config.block_size)
+    name, sequences = read({"q_idx": q_idx, "k_idx": k_idx}, borders, config)
     selection = load_backend(name).select_fused(q_idx, k_idx, sequences, config)
     return selection.indices.contiguous()
 
@@ -99,7 +99,7 @@ def attend_selection(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Out in q's dtype and lse in the working precision (R9, R10)."""
     arrays = {"q": q, "k": k, "v": v}
-    name, sequences = read(arrays, borders, config.block_size)
+    name, sequences = read(arrays, borders, config)
     selection = Selection(indices.contiguous(), sequences, config.block_size)
     if validate and not checks.is_captured(q):
         checks.check_selection_for(selection, arrays)
@@ -134,7 +134,7 @@ def align(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and its gradients for q_idx and k_idx in the working precision, or empty (R17)."""
     arrays = tensors if lse is None else tensors | {"lse": lse}
-    name, sequences = read(arrays, borders, config.block_size)
+    name, sequences = read(arrays, borders, config)
     selection = None
     if indices is not None:
         selection = Selection(indices.contiguous(), sequences, config.block_size)

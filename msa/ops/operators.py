@@ -90,7 +90,7 @@ def attention(
     borders = cu_seqlens_q, cu_seqlens_k
     config = MSAConfig(block_size, top_k, sink_blocks, local_blocks, softmax_scale, index_scale)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    kernels.read(arrays, borders, block_size)
+    kernels.read(arrays, borders, config)
     indices = kernels.select(q_idx, k_idx, borders, config)
     out, lse = kernels.attend_selection(q, k, v, indices, borders, config, validate=False)
     return out, lse, indices

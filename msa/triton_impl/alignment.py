@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl import tuning
-from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
 from msa.triton_impl.student import judge
@@ -32,6 +33,7 @@ from msa.triton_impl.tile_union import split_tiles
 from msa.triton_impl.tiles import positions_of, query_table, require_kernels
 
 
+@on_its_device
 def align_index(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],
@@ -54,7 +56,8 @@ def align_index(
         TypeError, ValueError: see `require_kernels`.
     """
     block_size = config.block_size if selection is None else selection.block_size
-    require_kernels(block_size, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
+    top_k = 1 if selection is None else selection.top_k
+    require_kernels(block_size, top_k, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
     wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
     given = (q.detach(), k.detach(), q_idx, k_idx, None if lse is None else lse.detach())
     return Alignment.apply(*given, selection, sequences, config, wants_gradient)
@@ -75,6 +78,7 @@ class Alignment(torch.autograd.Function):
     """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
 
     @staticmethod
+    @on_its_device
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Add up the super-tiles in order (R19)."""
         q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
@@ -83,7 +87,9 @@ class Alignment(torch.autograd.Function):
         if selection is not None:
             block, top_k = selection.block_size, selection.top_k
         device = q.device
-        size = max(1, tuning.TRAINING_BYTES // (4 * groups * max(1, top_k) * (block + dim)))
+        per_query = 4 * groups * max(1, top_k) * (block + dim)
+        per_query += mark_bytes(sequences, block, groups)
+        size = max(1, tuning.TRAINING_BYTES // per_query)
         positions = positions_of(q.shape[1] // groups)
         scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
         loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -97,18 +103,17 @@ class Alignment(torch.autograd.Function):
             schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
             qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
             if lse is None:
-                top, log_total = softmax_sums(qs, ks, schedule, scale)
-                part_lse = top * scale + log_total
+                sums = softmax_sums(qs, ks, schedule, scale, is_index=False)
             else:
-                part_lse = lse[queries].float().contiguous()
+                sums = None, lse[queries].float().contiguous()
             shared = ks_idx[:, None].expand(-1, groups, -1)
-            student = softmax_sums(qs_idx, shared, schedule, index_scale)
+            student = softmax_sums(qs_idx, shared, schedule, index_scale, is_index=True)
             if selection is None:
                 union = unite_all(part, block, positions, groups, device)
             else:
                 union = split_tiles(chosen, positions)
             edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
-            teacher = teach(qs, ks, part_lse, chosen.indices, edges, scale, dense=selection is None)
+            teacher = teach(qs, ks, sums, chosen.indices, edges, scale, dense=selection is None)
             gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
             loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
         count = max(1, n_q * groups)
@@ -118,6 +123,7 @@ class Alignment(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @on_its_device
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward found."""
         grads = (x * (d_loss / ctx.count) for x in ctx.saved_tensors)

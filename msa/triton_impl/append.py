@@ -19,82 +19,94 @@ from torch import Tensor
 
 from msa.ir import PagedKV
 from msa.triton_impl.early import early_launch, wait_for_others
-from msa.triton_impl.tiles import pad
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import along, pad
 
-LEAST = tl.constexpr(1)  # bits of the exponent of 2^-126, the least scale there is
+LEAST = tl.constexpr(2.0**-126)  # the least scale there is
 
 
 @triton.jit
-def put(x, pages, scales, page, first, length, p_x, p_page, scale_at, stride_xn, stride_pt,
-        N: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-        EIGHT: tl.constexpr):  # fmt: skip
-    """Tokens length ... length + N of one head, as far as they lie in the page of `first`."""
-    o_t, o_d = first + tl.arange(0, BK), tl.arange(0, BD)  # [BK] position in the sequence
+def put(p_x, p_page, p_scale, first, length, stride_xn, stride_pt, N: tl.constexpr,
+        DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, EIGHT: tl.constexpr):  # fmt: skip
+    """Tokens length ... length + N of one head, as far as they lie in the page of `first`.
+
+    p_x, p_page, p_scale: where the head's new tokens, its page and the page's scale begin.
+    """
+    o_n, o_d = tl.arange(0, BK), tl.arange(0, BD)
+    o_t = first + o_n  # [BK] position in the sequence
     m_d = (o_d < DIM)[None, :]
     m_new = ((o_t >= length) & (o_t < length + N))[:, None] & m_d
-    p_x = x + p_x + (o_t - length)[:, None] * stride_xn + o_d[None, :]
-    p_y = pages + p_page + tl.arange(0, BK)[:, None] * stride_pt + o_d[None, :]
-    b_x = tl.load(p_x, mask=m_new, other=0.0)
+    p_y = p_page + along(o_n, stride_pt)[:, None] + o_d[None, :]
+    b_x = tl.load(
+        p_x + along(o_t - length, stride_xn)[:, None] + o_d[None, :], mask=m_new, other=0.0
+    )
     if EIGHT:
         b_x = b_x.to(tl.float32)
         b_size = tl.abs(b_x)
         largest = tl.max(tl.max(tl.where(b_size < float("inf"), b_size, 0.0), 1), 0)
         bits = largest.to(tl.int32, bitcast=True)
-        wanted = tl.maximum((bits >> 23) + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32) - 8, LEAST)
-        known = tl.load(scales + scale_at).to(tl.int32, bitcast=True) >> 23
-        known = tl.where(first >= length, LEAST, known)  # the page's first token is a new one
-        scale = tl.maximum(known, wanted)  # all of them powers of two, by their exponents
-        inverse = ((254 - scale) << 23).to(tl.float32, bitcast=True)
+        power = tl.maximum((bits >> 23) + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32) - 8, 1)
+        wanted = (power << 23).to(tl.float32, bitcast=True)
+        known = tl.where(first >= length, LEAST, tl.load(p_scale))  # the page's first token is new
+        scale = tl.maximum(known, wanted)
+        inverse = tl.div_rn(1.0, scale)  # exact for powers of two
         if (scale > known) & (first < length):
             m_old = (o_t < length)[:, None] & m_d
-            b_old = tl.load(p_y, mask=m_old, other=0.0).to(tl.float32)
-            b_old *= (known << 23).to(tl.float32, bitcast=True) * inverse
-            tl.store(p_y, b_old.to(pages.dtype.element_ty), mask=m_old)
+            b_old = tl.load(p_y, mask=m_old, other=0.0).to(tl.float32) * (known * inverse)
+            tl.store(p_y, b_old.to(p_page.dtype.element_ty), mask=m_old)
         b_x *= inverse
         b_x = tl.where(b_x > 448.0, 448.0, tl.where(b_x < -448.0, -448.0, b_x))  # NaN is neither
-        tl.store(scales + scale_at, (scale << 23).to(tl.float32, bitcast=True))
-    tl.store(p_y, b_x.to(pages.dtype.element_ty), mask=m_new)
+        tl.store(p_scale, scale)
+    tl.store(p_y, b_x.to(p_page.dtype.element_ty), mask=m_new)
 
 
 @triton.jit
 def append_kernel(k, v, k_idx, k_pages, v_pages, k_idx_pages, k_scales, v_scales, k_idx_scales,
-                  shared,
-                  table, lengths, n_pages, n_columns, stride_kb, stride_kn, stride_kh, stride_vb,
-                  stride_vn, stride_vh, stride_ib, stride_in, stride_kp, stride_kt, stride_kg,
-                  stride_vp, stride_vt, stride_vg, stride_ip, stride_it, stride_table,
+                  shared, table, lengths, n_pages, n_columns, stride_kb, stride_kn, stride_kh,
+                  stride_vb, stride_vn, stride_vh, stride_ib, stride_in, stride_kp, stride_kt,
+                  stride_kg, stride_vp, stride_vt, stride_vg, stride_ip, stride_it, stride_ksp,
+                  stride_ksg, stride_vsp, stride_vsg, stride_isp, stride_ts, stride_tb, stride_ls, stride_sp,
                   N: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
                   DIM_I: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BDI: tl.constexpr,
                   BK: tl.constexpr, EIGHT: tl.constexpr, EIGHT_INDEX: tl.constexpr,
                   SHARED: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One sequence."""
-    i_s = tl.program_id(0).to(tl.int64)
+    i_s = tl.program_id(0)
     wait_for_others(EARLY)
-    length = tl.load(lengths + i_s).to(tl.int32)
+    p_length = lengths + along(i_s, stride_ls)
+    length = tl.load(p_length).to(tl.int32)
     first, stop = length // BK, (length + N - 1) // BK + 1  # blocks that get tokens
-    p_table = table + i_s * stride_table
+    p_table = table + along(i_s, stride_ts)
     room = 0  # blocks that have a page
     for i_b in range(first, tl.minimum(stop, n_columns)):
-        page = tl.load(p_table + i_b)
-        room += ((page >= 0) & (page < n_pages)).to(tl.int32)
+        page = tl.load(p_table + along(i_b, stride_tb)).to(tl.int64)
+        m_page = (page >= 0) & (page < n_pages)
+        room += m_page.to(tl.int32)
         if SHARED:  # what other sequences hold, too, is not to be changed
-            m_page = (page >= 0) & (page < n_pages)
-            room -= tl.load(shared + page, mask=m_page, other=0).to(tl.int32)
+            p_shared = shared + along(page, stride_sp)
+            room -= tl.load(p_shared, mask=m_page, other=0).to(tl.int32)
     if room == stop - first:
+        k += along(i_s, stride_kb)
+        v += along(i_s, stride_vb)
+        k_idx += along(i_s, stride_ib)
         for i_b in range(first, stop):
-            page = tl.load(p_table + i_b).to(tl.int64)
-            put(k_idx, k_idx_pages, k_idx_scales, page, i_b * BK, length, i_s * stride_ib,
-                page * stride_ip, page, stride_in, stride_it, N, DIM_I, BDI, BK,
+            page = tl.load(p_table + along(i_b, stride_tb)).to(tl.int64)
+            put(k_idx, k_idx_pages + along(page, stride_ip), k_idx_scales + along(page, stride_isp),
+                i_b * BK, length, stride_in, stride_it, N, DIM_I, BDI, BK,
                 EIGHT_INDEX)  # fmt: skip
             for i_r in range(HKV):
-                put(k, k_pages, k_scales, page, i_b * BK, length,
-                    i_s * stride_kb + i_r * stride_kh, page * stride_kp + i_r * stride_kg,
-                    page * HKV + i_r, stride_kn, stride_kt, N, DIM, BD, BK, EIGHT)  # fmt: skip
-                put(v, v_pages, v_scales, page, i_b * BK, length,
-                    i_s * stride_vb + i_r * stride_vh, page * stride_vp + i_r * stride_vg,
-                    page * HKV + i_r, stride_vn, stride_vt, N, DIM_V, BDV, BK, EIGHT)  # fmt: skip
-        tl.store(lengths + i_s, (length + N).to(lengths.dtype.element_ty))
+                put(k + along(i_r, stride_kh),
+                    k_pages + along(page, stride_kp) + along(i_r, stride_kg),
+                    k_scales + along(page, stride_ksp) + along(i_r, stride_ksg), i_b * BK, length,
+                    stride_kn, stride_kt, N, DIM, BD, BK, EIGHT)  # fmt: skip
+                put(v + along(i_r, stride_vh),
+                    v_pages + along(page, stride_vp) + along(i_r, stride_vg),
+                    v_scales + along(page, stride_vsp) + along(i_r, stride_vsg), i_b * BK, length,
+                    stride_vn, stride_vt, N, DIM_V, BDV, BK, EIGHT)  # fmt: skip
+        tl.store(p_length, (length + N).to(lengths.dtype.element_ty))
 
 
+@on_its_device
 @torch.no_grad()
 def append_tokens(
     cache: PagedKV,
@@ -111,16 +123,18 @@ def append_tokens(
     total, block = cache.k_pages.shape[:2]
     eight, eight_index = cache.k_scales is not None, cache.k_idx_scales is not None
     if batch and n:
+        unread = k[0, 0]  # in the place of scales, where there are none
+        scales = (cache.k_scales, cache.v_scales) if eight else (unread, unread)
+        index_scales = cache.k_idx_scales if eight_index else unread
+        shared = unread if cache.shared is None else cache.shared
         append_kernel[batch,](
-            k, v, k_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages,
-            cache.k_scales if eight else k, cache.v_scales if eight else k,
-            cache.k_idx_scales if eight_index else k,
-            k if cache.shared is None else cache.shared,
-            cache.page_table, cache.lengths, total,
-            cache.page_table.shape[1], *k.stride()[:3], *v.stride()[:3], *k_idx.stride()[:2],
-            *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
-            *cache.k_idx_pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim,
-            DIM_V=dim_v, DIM_I=dim_i, BD=pad(dim), BDV=pad(dim_v), BDI=pad(dim_i), BK=block,
-            EIGHT=eight, EIGHT_INDEX=eight_index, SHARED=cache.shared is not None,
-            **early_launch(k.device), num_warps=4,
+            k, v, k_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages, *scales, index_scales,
+            shared, cache.page_table, cache.lengths, total, cache.page_table.shape[1],
+            *k.stride()[:3], *v.stride()[:3], *k_idx.stride()[:2], *cache.k_pages.stride()[:3],
+            *cache.v_pages.stride()[:3], *cache.k_idx_pages.stride()[:2], *scales[0].stride(),
+            *scales[1].stride(), index_scales.stride(0), *cache.page_table.stride(),
+            cache.lengths.stride(0), shared.stride(0), N=n, HKV=groups, DIM=dim, DIM_V=dim_v,
+            DIM_I=dim_i, BD=pad(dim), BDV=pad(dim_v), BDI=pad(dim_i), BK=block, EIGHT=eight,
+            EIGHT_INDEX=eight_index, SHARED=cache.shared is not None, **early_launch(k.device),
+            num_warps=4,
         )  # fmt: skip

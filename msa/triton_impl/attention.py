@@ -11,9 +11,20 @@
 The rule of auto is a break-even: walking costs every row of the tile, KV-outer only the rows that
 want the block, at a lower rate. It looks at the size of the tile's union (msa/loop_order.py), on
 the device: nothing waits. Where a block has too few readers for KV-outer to load it (MIN_EDGES on
-average), auto means union.
+average), or queries have very many blocks (LARGEST_SPLIT), auto means union.
 
 Backward (R18): dQ by a walk over unions, dK and dV KV-outer by tiles of queries.
+
+Both go by super-tiles of queries, so that what they hold beside their results is bounded:
+
+    forward     PARTIAL_BYTES (msa/triton_impl/tuning.py): partial results and marks; 64 bytes for
+                each edge of a super-tile
+    backward    PARTIAL_BYTES: what items of keys leave, and marks; 4 * Tk * Hkv * (D + Dv) bytes
+                for one item of each block and group, as much again for sums over more than one
+                super-tile; 32 bytes for each edge of a super-tile's unions
+
+In the usual shape (64 heads in 4 groups, D = 128, k = 16) a backward of up to 140K tokens is one
+super-tile. The sums of several are added in float32 and in order, so the bits stay the same (R19).
 """
 
 from __future__ import annotations
@@ -29,18 +40,19 @@ from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.loop_order import MIN_EDGES, limits
+from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import tuning
 from msa.triton_impl.alignment import align_index
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
-from msa.triton_impl.reverse_index import reverse_edges
+from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
-from msa.triton_impl.tile_edges import reverse_union
-from msa.triton_impl.tile_union import split_tiles
+from msa.triton_impl.tile_edges import reverse_union, tile_sequences
+from msa.triton_impl.tile_union import split_tiles, union_width
 from msa.triton_impl.tiles import positions_of, require_kernels
 from msa.triton_impl.union_walk import walk
 
@@ -58,7 +70,7 @@ def choose_order(selection: Selection, group: int) -> str:
     n_q, _, top_k = selection.indices.shape
     blocks = max(1, selection.sequences.cu_blocks(selection.block_size)[-1])
     dense = n_q * top_k >= MIN_EDGES * blocks
-    return "split" if dense and positions_of(group) > 2 else "union"
+    return "split" if dense and positions_of(group) > 2 and top_k <= LARGEST_SPLIT else "union"
 
 
 def attend_part(
@@ -88,6 +100,7 @@ def attend_part(
     )  # fmt: skip
 
 
+@on_its_device
 def attend_selection(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],
@@ -106,7 +119,7 @@ def attend_selection(
     Raises:
         ValueError: a block size that the kernels do not have.
     """
-    require_kernels(selection.block_size, q=q, k=k, v=v)
+    require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
     selection = replace(selection, indices=selection.indices.contiguous())
     out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale, loop_order)
     return Output(out, lse, selection)
@@ -116,6 +129,7 @@ class SelectedAttention(torch.autograd.Function):
     """Keeps q, k, v, out and lse; the backward recomputes every probability."""
 
     @staticmethod
+    @on_its_device
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float,
         loop_order: LoopOrder,
@@ -125,6 +139,7 @@ class SelectedAttention(torch.autograd.Function):
         out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
         lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
         per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+        per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
         runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
         size = max(1, -(-n_q // max(1, runs)))
         for queries, keys, sequences in super_tiles(selection.sequences, size):
@@ -138,18 +153,62 @@ class SelectedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @on_its_device
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse = ctx.saved_tensors
         selection, scale = ctx.selection, ctx.scale
         d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
-        union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
-        d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale)
-        edges = reverse_union(union, selection, tuning.KEY_TILES)
-        d_k, d_v = key_gradients(q, k, v, d_out, lse, delta, edges, scale)
-        return d_q, d_k, d_v, None, None, None
+        size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
+        if size >= len(q):
+            tensors = q, k, v, out, d_out, lse, d_lse
+            return *gradients_of_part(tensors, selection, scale), None, None, None
+        d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+        for queries, keys, sequences in super_tiles(selection.sequences, size):
+            part = Selection(selection.indices[queries], sequences, selection.block_size)
+            tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
+            gradients_of_part(tensors, part, scale, (d_q[queries], d_k[keys], d_v[keys]))
+        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> int:
+    """Queries of a super-tile of the backward, whose items and marks keep below PARTIAL_BYTES.
+
+    dims: D + Dv. One item of each block and group is not counted: no super-tile has fewer.
+
+    >>> ids, sequences = torch.empty((2**18, 4, 16), device="meta"), Sequences.one(2**18, 2**18)
+    >>> gradient_tile(Selection(ids, sequences, 128), heads=64, groups=4, dims=256)
+    131072
+    """
+    positions, block = positions_of(heads // groups), selection.block_size
+    per_tile = 4 * block * dims * groups * union_width(selection, positions) // tuning.KEY_TILES
+    per_tile += mark_bytes(selection.sequences, block, groups)
+    size = selection.sequences.total_q
+    while size > 1 and any(
+        tile_sequences(part, positions).total_q * per_tile > tuning.PARTIAL_BYTES
+        for _, _, part in super_tiles(selection.sequences, size)
+    ):
+        size = -(-size // 2)
+    return size
+
+
+def gradients_of_part(
+    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None
+) -> Three:
+    """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
+    q, k, v, out, d_out, lse, d_lse = tensors
+    d_q, add_to = (None, None) if into is None else (into[0], into[1:])
+    union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
+    d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    edges = reverse_union(union, selection, tuning.KEY_TILES)
+    return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
+
+
+@on_its_device
 def attend(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],

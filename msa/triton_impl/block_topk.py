@@ -23,6 +23,7 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import BlockScores, Selection
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tiles import (
     NO_BLOCK,
     NO_SCORE,
@@ -70,13 +71,13 @@ def row_topk_kernel(scores, positions, out, n_rows, n_blocks, HKV: tl.constexpr,
                     LOCAL: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr,
                     W: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """R rows of up to W scores."""
-    o_r = tl.program_id(0) * R + tl.arange(0, R)
+    o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_r = o_r < n_rows
     b_own = tl.load(positions + o_r // HKV, mask=m_r, other=0) // BK  # [R]
     b_limit = tl.where(m_r, tl.minimum(b_own - LOCAL + 1, n_blocks), 0)
     o_b = tl.arange(0, W)[None, :]
     m_b = (o_b >= SINK) & (o_b < b_limit[:, None])  # [R, W]
-    p_x = scores + o_r.to(tl.int64)[:, None] * n_blocks + o_b
+    p_x = scores + o_r[:, None] * n_blocks + o_b
     m_x = (o_b < ((b_limit + 15) // 16 * 16)[:, None]) & (o_b < n_blocks)  # whole vectors
     b_key = tl.where(m_b, score_key(tl.load(p_x, mask=m_x, other=0.0)), NO_SCORE)
     b_low = tl.min(tl.where(m_b, b_key, NO_BLOCK), 1)
@@ -99,12 +100,12 @@ def row_topk_kernel(scores, positions, out, n_rows, n_blocks, HKV: tl.constexpr,
         b_last = tl.maximum(b_own - LOCAL + 1, SINK)[:, None] + o_j - b_kept  # the recent blocks
         b_last = tl.where(b_last <= b_own[:, None], b_last, -1)
         b_id = tl.where(o_j < b_kept, b_id, b_last)
-        p_out = out + o_r.to(tl.int64)[:, None] * TOP_K + o_j
+        p_out = out + o_r[:, None] * TOP_K + o_j
         tl.store(p_out, b_id, mask=m_r[:, None] & (o_j < TOP_K))
     else:
         m_keep, b_rank, b_kept = keep_best(b_key, m_b, b_low, PLACES, 1)
         b_id = o_b + tl.zeros_like(b_key)
-        store_selection(out + o_r.to(tl.int64) * TOP_K, m_r, m_keep, b_rank, b_id, b_kept, b_own,
+        store_selection(out + o_r * TOP_K, m_r, m_keep, b_rank, b_id, b_kept, b_own,
                         TOP_K, P, SINK, LOCAL, 1)  # fmt: skip
 
 
@@ -119,23 +120,25 @@ def select_rows(
     out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=values.device)
     places = config.top_k - config.forced_blocks
     width, slots = pad(n_blocks, 32), pad(config.top_k, 2)
-    warps = min(32, max(1, width // 1024))
+    room = max(width, slots)  # numbers of one row
+    warps = min(32, max(1, room // 1024))
     if width > 2**17:
         raise ValueError(f"scores.values must have at most {2**17} blocks, got {n_blocks}")
     if n_q:
-        rows = max(1, warps * 1024 // width)
+        rows = max(1, warps * 1024 // room)
         row_topk_kernel[triton.cdiv(n_q * groups, rows),](
             values.contiguous(), positions, out, n_q * groups, n_blocks, HKV=groups, BK=block_size,
             TOP_K=config.top_k, P=slots, SINK=config.sink_blocks, LOCAL=config.local_blocks,
             PLACES=places, PIECES=pad(2 * places, 32), W=width, R=rows,
-            WORDS=width // 32 * slots <= 2048 * warps, num_warps=warps,
+            WORDS=rows * width // 32 * slots <= 2048 * warps, num_warps=warps,
         )  # fmt: skip
     return out
 
 
+@on_its_device
 def select_blocks(scores: BlockScores, config: MSAConfig) -> Selection:
     """The forced blocks, then the best of the others; ties to the lower id (R6-R8)."""
-    require_kernels(scores.block_size, **{"scores.values": scores.values})
+    require_kernels(scores.block_size, config.top_k, **{"scores.values": scores.values})
     values, sequences = scores.values, scores.sequences
     _, positions, _ = query_table(sequences, scores.block_size, values.device)
     indices = select_rows(values, positions, scores.block_size, config)

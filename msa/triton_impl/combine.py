@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from msa.ir import Output, Partials
-from msa.triton_impl.tiles import pad
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import contiguous, pad, require_top_k
 
 
 @triton.jit
@@ -44,19 +45,22 @@ def combine_kernel(parts, lses, counts, out, lse, HQ: tl.constexpr, HKV: tl.cons
         p_x = parts + (o_x * TOP_K + i_s)[:, None] * DIM_V + o_d[None, :]
         b_x = tl.load(p_x, mask=m_g[:, None] & (o_d < DIM_V)[None, :], other=0.0)
         b_out += b_w[:, None] * b_x.to(tl.float32)
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_out = b_out / b_sum[:, None]
     p_out = out + o_x[:, None] * DIM_V + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_g[:, None] & (o_d < DIM_V)[None, :])
     tl.store(lse + o_x, b_top + tl.log(b_sum), mask=m_g)
 
 
+@on_its_device
 def combine_partials(partials: Partials, dtype: Any = None, into: Output | None = None) -> Output:
     """The LSE-weighted mean of the slots (R16); out in `dtype` (None: the partials'), lse float32.
 
     Args:
         into: write to these contiguous tensors instead of new ones.
     """
+    partials = contiguous(partials)
     n_q, heads, top_k, dim_v = partials.out.shape
+    require_top_k(top_k)
     device, groups = partials.out.device, partials.counts.shape[1]
     group = heads // groups
     if into is None:

@@ -17,9 +17,11 @@ from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Selection
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tiles import require_kernels
 
 
+@on_its_device
 @torch.no_grad()
 def decode_step(
     q: Float[Tensor, "B n Hq D"],
@@ -36,7 +38,7 @@ def decode_step(
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
         length 0; the selection of the live sequences, packed.
     """
-    require_kernels(config.block_size, q=q, q_idx=q_idx)
+    require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
     q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
     n, arrivals = q.shape[1], counters(q, q_idx.shape[2])
     scores = score_pages(q_idx, cache, config, arrivals)

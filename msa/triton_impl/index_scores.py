@@ -21,7 +21,8 @@ from jaxtyping import Float
 
 from msa.config import MSAConfig
 from msa.ir import Array, BlockScores, Sequences
-from msa.triton_impl.tiles import is_exact, pad, require_kernels, tile_table
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import along, is_exact, pad, require_kernels, tile_table
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -31,7 +32,7 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
                  BK: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """One tile of BM rows times RUN blocks."""
-    p_tile = tiles + tl.program_id(0) * 5
+    p_tile = tiles + tl.program_id(0).to(tl.int64) * 5
     start, stop, own, first_key = (tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2),
                                    tl.load(p_tile + 3))  # fmt: skip
     o_m = tl.arange(0, BM)
@@ -39,8 +40,8 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
     b_own = own + o_m // HKV  # [BM] its own key
     m_m = o_t < stop
     o_d = tl.arange(0, BD)
-    p_q = q + o_t.to(tl.int64)[:, None] * stride_qt + (o_m % HKV)[:, None] * stride_qr
-    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    p_q = q + along(o_t, stride_qt) + along(o_m % HKV, stride_qr)  # [BM]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
     p_out = out + (o_t.to(tl.int64) * HKV + o_m % HKV) * n_blocks  # [BM]
 
     last_own = own + stop - start - 1
@@ -50,7 +51,7 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
         if first_key + i_b * BK <= last_own:
             for n in tl.static_range(0, BK, BN):
                 o_n = first_key + i_b * BK + n + tl.arange(0, BN)
-                p_k = k + o_n.to(tl.int64)[None, :] * stride_kt + o_d[:, None]
+                p_k = k + along(o_n, stride_kt)[None, :] + o_d[:, None]
                 m_k = (o_n <= last_own)[None, :] & (o_d < DIM)[:, None]
                 b_s = tl.dot(b_q, tl.load(p_k, mask=m_k, other=0.0), input_precision=PRECISION)
                 if first_key + i_b * BK + n + BN > own:
@@ -60,6 +61,7 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
         tl.store(p_out + i_b, b_max * scale, mask=m_m)
 
 
+@on_its_device
 def score_blocks(
     q_idx: Float[Array, "Tq Hkv Di"],
     k_idx: Float[Array, "Tk Di"],

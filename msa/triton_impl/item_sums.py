@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Schedule
-from msa.triton_impl.tiles import block_table, pad
+from msa.triton_impl.tiles import along, block_table, pad
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blo
             b_sum += tl.load(p_x, mask=m_d, other=0.0)
     o_t = tl.load(first_keys + i_b) + o_n
     m_x = (o_t < tl.load(key_stops + i_b))[:, None] & m_d
-    p_out = out + o_t.to(tl.int64)[:, None] * stride_t + i_h * stride_h + o_d[None, :]
+    p_out = out + along(o_t, stride_t)[:, None] + along(i_h, stride_h) + o_d[None, :]
     b_sum = b_sum * scale
     if ADD:
         b_sum += tl.load(p_out, mask=m_x, other=0.0)

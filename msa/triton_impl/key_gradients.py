@@ -27,7 +27,7 @@ from torch import Tensor
 
 from msa.triton_impl.item_sums import sum_items
 from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, block_table, heads_of, is_exact, load_keys, pad
+from msa.triton_impl.tiles import LOG2E, along, block_table, heads_of, is_exact, load_keys, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -47,7 +47,8 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
         first, key_stop = tl.load(first_keys + i_b) + i_n, tl.load(key_stops + i_b)
         o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), first + tl.arange(0, BN)
         o_i, o_g = tl.arange(0, BM) // HEADS, tl.arange(0, BM) % HEADS
-        p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
+        p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+        p_tile = q + along(o_i, stride_qt) + along(i_r * G + o_g, stride_qh)  # [BM]
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
         b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
@@ -57,7 +58,7 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
             for i_c in tl.static_range(0, G, HEADS):
                 m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
                 o_h = i_r * G + i_c + o_g
-                p_q = q + i_t.to(tl.int64) * stride_qt + (o_i * stride_qt + o_h * stride_qh)
+                p_q = p_tile + (along(i_t, stride_qt) + along(i_c, stride_qh))
                 b_q = tl.load(p_q[:, None] + o_d[None, :],
                               mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
                 p_x = i_t.to(tl.int64) * (HKV * G)
@@ -91,8 +92,16 @@ def key_gradients(
     edges: TileEdges,
     softmax_scale: float,
     tile: TileConfig | None = None,
+    add_to: tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]] | None = None,
 ) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
-    """dK and dV in the dtypes of k and v; d_out is contiguous, lse and delta are float32."""
+    """dK and dV in the dtypes of k and v; d_out is contiguous, lse and delta are float32.
+
+    The items leave 4 * Bk * (D + Dv) bytes each: one item for each block and group that is read,
+    and one more for every KEY_TILES tiles that read it.
+
+    Args:
+        add_to: add to these tensors instead of making new ones.
+    """
     schedule, index = edges.schedule, edges.schedule.reverse_index
     items, sequences, block = len(schedule.rows), index.sequences, index.block_size
     (_, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
@@ -112,7 +121,10 @@ def key_gradients(
             DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block, BN=tile.keys,
             BM=positions * some, PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
-    d_k, d_v = torch.empty_like(k), torch.empty_like(v)
-    sum_items(parts[0], schedule, d_k, softmax_scale)
-    sum_items(parts[1], schedule, d_v)
+    if add_to is None:
+        d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    else:
+        d_k, d_v = add_to
+    sum_items(parts[0], schedule, d_k, softmax_scale, add=add_to is not None)
+    sum_items(parts[1], schedule, d_v, add=add_to is not None)
     return d_k, d_v

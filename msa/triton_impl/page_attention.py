@@ -12,8 +12,8 @@ What the fast form changes:
     partial result in a slot of its own; the program that arrives last adds up all of them in the
     order of their slots (R16), so who is last changes no bit (R19), and one launch is saved.
  2. Each of these programs selects for itself, from scores that lie in L2: two microseconds at a
-    million tokens, where a launch costs as much and a wait. With many rows, or very many blocks,
-    a kernel of its own selects once (`page_topk_kernel`).
+    million tokens, where a launch costs as much and a wait. It compares all pairs of some maxima,
+    so beyond MOST_PLACES places the kernel of `block_topk` selects before, once for each row.
  3. As in `page_scores`, lengths are read on the device.
 """
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import PagedKV
+from msa.triton_impl.block_topk import select_rows
 from msa.triton_impl.early import early_launch, wait_for_others
 from msa.triton_impl.tiles import (
     LN2,
@@ -36,6 +37,7 @@ from msa.triton_impl.tiles import (
     LOWEST,
     NO_BLOCK,
     NO_SCORE,
+    along,
     is_exact,
     pad,
     score_key,
@@ -46,6 +48,8 @@ STEP = 64
 """Blocks of each piece that are held in registers at a time."""
 WIDE = 2**12
 """From so many blocks on a row of scores is worth fewer splits: each of them reads it whole."""
+MOST_PLACES = 128
+"""Places for which a program selects by itself."""
 HIGHEST_RANK = tl.constexpr(2**63 - 1)
 
 
@@ -116,6 +120,7 @@ def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
     b_lse = tl.load(part_lses + o_x[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :],
                     mask=m_x[:, None], other=0.0)  # fmt: skip
     b_top = tl.max(b_lse, 1)  # [R]
+    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
     b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
     p_x = parts + o_x[:, None] * (SPLITS * DIM_V) + o_dv[None, :]
     m_part = m_x[:, None] & (o_dv < DIM_V)[None, :]
@@ -130,14 +135,15 @@ def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
 def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_lses,
                        arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
                        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-                       stride_table, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
+                       stride_ts, stride_tb, stride_ls, stride_ksp, stride_ksh, stride_vsp,
+                       stride_vsh, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                        HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
                        BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
                        TOP_K: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr,
                        LOCAL: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr,
                        LENGTH: tl.constexpr, STEP: tl.constexpr, PP: tl.constexpr,
-                       SPLITS: tl.constexpr, EIGHT: tl.constexpr, EARLY: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
+                       SPLITS: tl.constexpr, KNOWN: tl.constexpr, EIGHT: tl.constexpr,
+                       EARLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """HEADS heads of one query and group, and every SPLITS-th part of its selected blocks."""
     i_x, i_c, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_q, i_r = i_x // HKV, i_x % HKV
@@ -150,9 +156,9 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
     m_o = m_g[:, None] & (o_dv < DIM_V)[None, :]
     p_out = out + o_x[:, None] * DIM_V + o_dv[None, :]
     p_id = ids + i_x.to(tl.int64) * TOP_K
-    position = tl.load(lengths + i_s) - N + i_n
-    p_q = q + i_s.to(tl.int64) * stride_qb + i_n * stride_qn + o_h[:, None] * stride_qh
-    b_q = tl.load(p_q + o_d[None, :], mask=m_g[:, None] & (o_d < DIM)[None, :], other=0.0)
+    position = tl.load(lengths + along(i_s, stride_ls)).to(tl.int32) - N + i_n
+    p_q = q + along(i_s, stride_qb) + along(i_n, stride_qn) + along(o_h, stride_qh)  # [HEADS]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_g[:, None] & (o_d < DIM)[None, :], other=0.0)
     wait_for_others(EARLY)
     if position < 0:  # an empty slot of the batch
         if i_c == 0:
@@ -163,33 +169,42 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         own = position // BK
         n_first = tl.minimum(own + 1, SINK)  # forced first blocks
         recent = tl.maximum(own - LOCAL + 1, SINK)  # first of the forced recent blocks
-        p_score = scores + i_x.to(tl.int64) * (PIECES * LENGTH)
-        o_b, m_best = best_of_scores(p_score, SINK, recent, PLACES, PP, PIECES, LENGTH, STEP)
-        b_count = tl.sum(m_best.to(tl.int32), 1)  # [PP]
-        n_kept = n_first + tl.sum(b_count, 0)
-        b_rank = tl.cumsum(m_best.to(tl.int32), 1) + (tl.cumsum(b_count, 0) - b_count)[:, None]
-        p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
-        p_table = table + i_s.to(tl.int64) * stride_table
+        if not KNOWN:
+            p_score = scores + i_x.to(tl.int64) * (PIECES * LENGTH)
+            o_b, m_best = best_of_scores(p_score, SINK, recent, PLACES, PP, PIECES, LENGTH, STEP)
+            b_count = tl.sum(m_best.to(tl.int32), 1)  # [PP]
+            n_kept = n_first + tl.sum(b_count, 0)
+            b_rank = tl.cumsum(m_best.to(tl.int32), 1) + (tl.cumsum(b_count, 0) - b_count)[:, None]
+        p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+        p_k_scale, p_v_scale = k_scales + along(i_r, stride_ksh), v_scales + along(i_r, stride_vsh)
+        p_table = table + along(i_s, stride_ts)
+        o_nk, o_nv = along(o_n, stride_kt), along(o_n, stride_vt)  # [BN]
         b_top = tl.full([HEADS], LOWEST, tl.float32)
         b_sum = tl.zeros([HEADS], tl.float32)
         b_o = tl.zeros([HEADS, BDV], tl.float32)
         STEPS: tl.constexpr = BK // BN  # products per block
         for i in range(i_c * (P // SPLITS) * STEPS, (i_c + 1) * (P // SPLITS) * STEPS):
             i_j = i // STEPS  # place in the selection
-            i_b = tl.sum(tl.where(m_best & (b_rank == i_j - n_first + 1), o_b, 0))
-            i_b = tl.where(i_j < n_kept, i_b, recent + i_j - n_kept)
-            i_b = tl.where(i_j < n_first, i_j, tl.where(i_b <= own, i_b, -1))
+            if KNOWN:
+                i_b = tl.load(p_id + i_j, mask=i_j < TOP_K, other=-1)
+            else:
+                i_b = tl.sum(tl.where(m_best & (b_rank == i_j - n_first + 1), o_b, 0))
+                i_b = tl.where(i_j < n_kept, i_b, recent + i_j - n_kept)
+                i_b = tl.where(i_j < n_first, i_j, tl.where(i_b <= own, i_b, -1))
             m_page = (i_b >= 0) & (i_j < TOP_K)
-            page = tl.load(p_table + i_b, mask=m_page, other=0).to(tl.int64)
-            o_t = (i % STEPS) * BN + o_n  # [BN] token of the page
+            page = tl.load(p_table + along(i_b, stride_tb), mask=m_page, other=0)
+            i_t = (i % STEPS) * BN
+            o_t = i_t + o_n  # [BN] token of the page
             m_n = o_t < tl.where(m_page, position + 1 - i_b * BK, 0)
-            b_k = tl.load(p_k + page * stride_kp + o_t[:, None] * stride_kt + o_d[None, :],
+            p_n = p_k + along(page, stride_kp) + along(i_t, stride_kt) + o_nk
+            b_k = tl.load(p_n[:, None] + o_d[None, :],
                           mask=m_n[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
-            b_v = tl.load(p_v + page * stride_vp + o_t[:, None] * stride_vt + o_dv[None, :],
+            p_n = p_v + along(page, stride_vp) + along(i_t, stride_vt) + o_nv
+            b_v = tl.load(p_n[:, None] + o_dv[None, :],
                           mask=m_n[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
             b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
             if EIGHT:
-                b_s *= tl.load(k_scales + page * HKV + i_r)
+                b_s *= tl.load(p_k_scale + along(page, stride_ksp))
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))  # [HEADS, BN]
             b_new = tl.maximum(b_top, tl.max(b_s, 1))
             b_p = tl.exp2((b_s - b_new[:, None]) * scale)
@@ -199,11 +214,12 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
             b_v = b_v.to(b_q.dtype)
             b_pv = tl.dot(b_p.to(b_q.dtype), b_v, input_precision=PRECISION)
             if EIGHT:
-                b_pv *= tl.load(v_scales + page * HKV + i_r)
+                b_pv *= tl.load(p_v_scale + along(page, stride_vsp))
             b_o = b_o * b_decay[:, None] + b_pv
-            i_out = n_first + tl.sum((m_best & (o_b < i_b)).to(tl.int32))  # place by id (R8)
-            i_out = tl.where((i_j < n_first) | (i_j >= n_kept), i_j, i_out)
-            tl.store(p_id + i_out, i_b, mask=i_j < TOP_K)
+            if not KNOWN:
+                i_out = n_first + tl.sum((m_best & (o_b < i_b)).to(tl.int32))  # place by id (R8)
+                i_out = tl.where((i_j < n_first) | (i_j >= n_kept), i_j, i_out)
+                tl.store(p_id + i_out, i_b, mask=i_j < TOP_K)
         b_lse = b_top * (scale * LN2) + tl.log(b_sum)  # natural logarithm; -inf without a token
         if SPLITS == 1:
             tl.store(p_out, (b_o / b_sum[:, None]).to(out.dtype.element_ty), mask=m_o)
@@ -214,7 +230,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
             tl.store(p_part + i_c * DIM_V, b_o.to(parts.dtype.element_ty), mask=m_o)
             tl.store(part_lses + o_x * SPLITS + i_c, b_lse, mask=m_g)
             tl.debug_barrier()  # all of it is written before the arrival is told
-            p_arrival = arrivals + i_x * tl.num_programs(2) + i_h
+            p_arrival = arrivals + i_x.to(tl.int64) * tl.num_programs(2) + i_h
             if tl.atomic_add(p_arrival, 1, sem="acq_rel") == SPLITS - 1:
                 b_o, b_lse = add_up(parts, part_lses, o_x, m_g, DIM_V, BDV, SPLITS)
                 tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_o)
@@ -234,30 +250,50 @@ def attend_pages(
     group, rows, width, device = heads // groups, batch * n * groups, scores.shape[-1], q.device
     out = torch.empty((batch, n, heads, dim_v), dtype=q.dtype, device=device)
     lse = torch.empty((batch, n, heads), dtype=torch.float32, device=device)
-    ids = torch.empty((batch, n, groups, config.top_k), dtype=torch.int32, device=device)
+    places = config.top_k - config.forced_blocks
+    known = places > MOST_PLACES
+    if known:
+        ids = best_pages(cache, config, scores)
+        places = 1  # nothing is left to select
+    else:
+        ids = torch.empty((batch, n, groups, config.top_k), dtype=torch.int32, device=device)
     tile = tile or choose("paged", q.dtype, max(pad(dim), pad(dim_v)), block)
     some, slots = head_tile(group), pad(config.top_k, 2)
     tiles = triton.cdiv(group, some)
     splits = splits_of(rows * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
     parts = torch.empty((rows * group, splits, dim_v), dtype=q.dtype, device=device)
     part_lses = torch.empty((rows * group, splits), dtype=torch.float32, device=device)
-    places = config.top_k - config.forced_blocks
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
+        unread = out[0, 0]  # in the place of scales, where there are none
+        scales = (cache.k_scales, cache.v_scales) if eight else (unread, unread)
         launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[rows, splits, tiles](
-            q, cache.k_pages, cache.v_pages, cache.k_scales if eight else lse,
-            cache.v_scales if eight else lse, cache.page_table, cache.lengths, scores, ids, parts,
-            part_lses, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
+            q, cache.k_pages, cache.v_pages, *scales, cache.page_table, cache.lengths, scores, ids,
+            parts, part_lses, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
             *q.stride()[:3], *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
-            cache.page_table.stride(0), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),
+            *cache.page_table.stride(), cache.lengths.stride(0), *scales[0].stride(),
+            *scales[1].stride(), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),
             BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=config.top_k, P=slots,
             SINK=config.sink_blocks, LOCAL=config.local_blocks, PLACES=places, PP=pad(places, 1),
             PIECES=pieces, LENGTH=width // pieces, STEP=min(width // pieces, STEP), SPLITS=splits,
-            EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **launch,
+            KNOWN=known, EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **launch,
         )  # fmt: skip
     return out, lse, ids
+
+
+def best_pages(
+    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"]
+) -> Int[Tensor, "B n Hkv k"]:
+    """The selected ids of each row, by a kernel that has room for many; those of an empty slot of
+    the batch mean nothing."""
+    batch, n, groups, width = scores.shape
+    new = torch.arange(n, dtype=torch.int32, device=scores.device) - n
+    positions = (cache.lengths[:, None] + new).int().flatten()
+    block = cache.k_pages.shape[1]
+    ids = select_rows(scores.view(batch * n, groups, width), positions, block, config)
+    return ids.view(batch, n, groups, config.top_k)
 
 
 def head_tile(group: int) -> int:

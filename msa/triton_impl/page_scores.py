@@ -30,7 +30,7 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.early import early_launch, is_hopper, wait_for_others
-from msa.triton_impl.tiles import can_describe, describe, is_exact, pad
+from msa.triton_impl.tiles import along, can_describe, describe, is_exact, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -58,40 +58,44 @@ def three_parts(b_q):
 
 @triton.jit
 def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, n_arrivals,
-                       width, stride_qb, stride_qn, stride_qr, stride_kp, stride_kt,
-                       stride_table, N: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
-                       BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-                       SINK: tl.constexpr, LOCAL: tl.constexpr, EIGHT: tl.constexpr,
-                       PARTS: tl.constexpr, TMA: tl.constexpr, EARLY: tl.constexpr,
-                       A: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       width, stride_qb, stride_qn, stride_qr, stride_kp, stride_kt, stride_ts,
+                       stride_tb, stride_ls, stride_sp, N: tl.constexpr, HKV: tl.constexpr,
+                       DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                       BN: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
+                       EIGHT: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+                       EARLY: tl.constexpr, A: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
     """Every n-th block of one sequence, for BM rows of (query, group)."""
     i_p, i_s, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_others(EARLY)
     if (i_p == 0) & (i_m == 0):  # nobody has arrived yet in the next kernel
-        o_a = i_s * n_arrivals + tl.arange(0, A)
-        tl.store(arrivals + o_a, tl.zeros_like(o_a), mask=tl.arange(0, A) < n_arrivals)
-    stop = (tl.load(lengths + i_s) - 1) // BK - LOCAL + 1  # blocks from here on are forced
+        o_a = tl.arange(0, A)
+        p_a = arrivals + i_s.to(tl.int64) * n_arrivals + o_a
+        tl.store(p_a, tl.zeros_like(o_a), mask=o_a < n_arrivals)
+    length = tl.load(lengths + along(i_s, stride_ls)).to(tl.int32)
+    stop = (length - 1) // BK - LOCAL + 1  # blocks from here on are forced
     if SINK + i_p < stop:
         o_m = i_m * BM + tl.arange(0, BM)  # row: query, then group
         m_m = o_m < N * HKV
         o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-        p_q = q + i_s.to(tl.int64) * stride_qb + (o_m // HKV) * stride_qn + (o_m % HKV) * stride_qr
+        p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
         b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :],
                       other=0.0)  # fmt: skip
         if PARTS:
             b_high, b_middle, b_low, b_shrink = three_parts(b_q)
-        p_table = table + i_s.to(tl.int64) * stride_table
+        p_table = table + along(i_s, stride_ts)
+        o_nk = along(o_n, stride_kt)  # [BN]
         p_score = scores + (i_s.to(tl.int64) * (N * HKV) + o_m) * width
         STEPS: tl.constexpr = BK // BN  # products per block
         for i_b in range(SINK + i_p, stop, tl.num_programs(0)):
-            page = tl.load(p_table + i_b).to(tl.int64)
+            page = tl.load(p_table + along(i_b, stride_tb)).to(tl.int64)
             b_max = tl.full([BM], float("-inf"), tl.float32)
             for i in tl.static_range(STEPS):
                 if TMA:
                     b_k = k.load([(page * BK + i * BN).to(tl.int32), 0])  # [BN, BD]
                 else:
-                    p_k = k + page * stride_kp + (i * BN + o_n)[:, None] * stride_kt + o_d[None, :]
-                    b_k = tl.load(p_k, mask=(o_d < DIM)[None, :], other=0.0)
+                    p_k = k + along(page, stride_kp) + along(i * BN, stride_kt) + o_nk
+                    b_k = tl.load(p_k[:, None] + o_d[None, :], mask=(o_d < DIM)[None, :], other=0.0)
                 if PARTS:
                     b_s = tl.dot(b_k, tl.trans(b_low))  # the smallest first
                     b_s = tl.dot(b_k, tl.trans(b_middle), b_s)
@@ -102,7 +106,7 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
             if PARTS:
                 b_max *= b_shrink
             if EIGHT:
-                b_max *= tl.load(k_scales + page)
+                b_max *= tl.load(k_scales + along(page, stride_sp))
             tl.store(p_score + i_b, b_max * scale, mask=m_m)
 
 
@@ -127,14 +131,15 @@ def score_pages(
     rows = min(pad(n * groups), tile.rows)
     programs = max(1, min(columns, programs_for(batch * columns, tile) // max(batch, 1)))
     eight = cache.k_idx_scales is not None
+    scales = cache.k_idx_scales if eight else pages  # which are not read in the place of scales
     parts = eight and not wide and is_hopper(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
     page_scores_kernel[programs, batch, triton.cdiv(n * groups, rows)](
-        q_idx, describe(tokens, tile.keys) if tma else pages,
-        cache.k_idx_scales if eight else pages, cache.page_table, cache.lengths, scores, arrivals,
-        config.index_scale_for(dim), arrivals.shape[1], width, *q_idx.stride()[:3],
-        *pages.stride()[:2], cache.page_table.stride(0), N=n, HKV=groups, DIM=dim,
+        q_idx, describe(tokens, tile.keys) if tma else pages, scales, cache.page_table,
+        cache.lengths, scores, arrivals, config.index_scale_for(dim), arrivals.shape[1], width,
+        *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
+        cache.lengths.stride(0), scales.stride(0), N=n, HKV=groups, DIM=dim,
         BD=pad(dim, 32 if parts else 16), BM=rows, BK=block, BN=tile.keys,
         SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
         A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),

@@ -24,11 +24,14 @@ import triton.language as tl
 from jaxtyping import Float
 
 from msa.ir import Array, Partials, Schedule
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tiles import (
     LN2,
     LOG2E,
     LOWEST,
+    along,
     block_table,
+    contiguous,
     is_exact,
     load_keys,
     pad,
@@ -55,7 +58,8 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         o_d, o_dv, o_m = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BM)
         o_g = tl.program_id(1) * HEADS + o_m % HEADS  # [BM] head within its group
         o_h = i_r * G + o_g
-        p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
+        p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+        p_h = q + along(o_h, stride_qh)  # [BM]
         if BN == BK:
             b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BK)  # [BK, BD]
             b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BK)  # [BK, BDV]
@@ -68,15 +72,15 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
             b_slot = tl.load(slots + start + o_e, mask=m_e, other=0)
             b_own = tl.load(own_keys + b_t, mask=m_e, other=0)
             m_m = m_e & (o_g < G)
-            p_q = q + b_t.to(tl.int64)[:, None] * stride_qt + o_h[:, None] * stride_qh
-            b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+            p_q = (p_h + along(b_t, stride_qt))[:, None] + o_d[None, :]
+            b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
             p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
             if BN == BK:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
                 if masked:
                     o_n = first + tl.arange(0, BK)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
-                b_top = tl.max(b_s, 1)  # [BM]
+                b_top = tl.maximum(tl.max(b_s, 1), LOWEST)  # [BM]
                 b_p = tl.exp2((b_s - b_top[:, None]) * scale)
                 b_sum = tl.sum(b_p, 1)
                 b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
@@ -97,12 +101,13 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                     b_sum = b_sum * b_decay + tl.sum(b_p, 1)
                     b_o = b_o * b_decay[:, None]
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
-            b_o = b_o / b_sum[:, None]
+            b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # 0 if all scores are -inf
             tl.store(out + p_o[:, None] * DIM_V + o_dv[None, :], b_o.to(out.dtype.element_ty),
                      mask=m_m[:, None] & (o_dv < DIM_V)[None, :])  # fmt: skip
             tl.store(lse + p_o, b_top * (scale * LN2) + tl.log(b_sum), mask=m_m)
 
 
+@on_its_device
 def attend_chunks(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],
@@ -115,8 +120,8 @@ def attend_chunks(
 
     out has q's dtype, lse is float32; slots that no edge owns are not written.
     """
-    index = schedule.reverse_index
-    require_kernels(index.block_size, q=q, k=k, v=v)
+    index, schedule = contiguous(schedule.reverse_index), contiguous(schedule)
+    require_kernels(index.block_size, index.top_k, q=q, k=k, v=v)
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
     out = torch.empty((n_q, heads, index.top_k, dim_v), dtype=q.dtype, device=q.device)

@@ -24,6 +24,7 @@ from msa.ir import Selection
 from msa.triton_impl.tile_union import SplitUnion
 from msa.triton_impl.tiles import (
     LOG2E,
+    along,
     can_describe,
     describe,
     heads_of,
@@ -58,14 +59,14 @@ def gradient_step(b_q, b_do, b_lse, b_delta, b_dq, k, v, p_k, p_v, i_r, first, k
 
 @triton.jit
 def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, tiles, ids, masks,
-                           counts, d_q, delta, scale, softmax_scale, stride_u, stride_qt,
+                           counts, d_q, delta, scale, softmax_scale, U, stride_qt,
                            stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
                            HEADS: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
                            DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                            BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr,
                            PRECISION: tl.constexpr):  # fmt: skip
     """One tile of query positions x HEADS = BM rows."""
-    i_t, i_r = tl.program_id(0), tl.program_id(1)
+    i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_tile = tiles + i_t * 5
     start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
     first_key, key_stop = tl.load(p_tile + 3), tl.load(p_tile + 4)
@@ -79,17 +80,17 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     m_q, m_o = m_m[:, None] & (o_d < DIM)[None, :], m_m[:, None] & (o_dv < DIM_V)[None, :]
-    p_q = q + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_q, other=0.0)
+    p_q = q + along(o_t, stride_qt) + along(o_h, stride_qh)  # [BM]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
     b_do = tl.load(d_out + o_x[:, None] * DIM_V + o_dv[None, :], mask=m_o, other=0.0)
     b_out = tl.load(out + o_x[:, None] * DIM_V + o_dv[None, :], mask=m_o, other=0.0)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     b_delta -= tl.load(d_lse + o_x, mask=m_m, other=0.0)
     tl.store(delta + o_x, b_delta, mask=m_m)
     b_lse = tl.load(lse + o_x, mask=m_m, other=0.0) * LOG2E
-    p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
-    i_tr = i_t.to(tl.int64) * HKV + i_r
-    p_id, p_mask = ids + i_tr * stride_u, masks + i_tr * stride_u
+    p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+    i_tr = i_t * HKV + i_r
+    p_id, p_mask = ids + i_tr * U, masks + i_tr * U
     count = tl.load(counts + i_tr)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -134,11 +135,16 @@ def query_gradients(
     selection: Selection,
     softmax_scale: float,
     tile: TileConfig | None = None,
+    into: Float[Tensor, "Tq Hq D"] | None = None,
 ) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tq Hq"]]:
-    """dQ in q's dtype, and delta in float32; all but q, k and v are contiguous."""
+    """dQ in q's dtype, and delta in float32; all but q, k and v are contiguous.
+
+    Args:
+        into: write dQ to this contiguous tensor instead of a new one.
+    """
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group, block = heads // groups, selection.block_size
-    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if into is None else into
     delta = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
     if not n_q:
         return d_q, delta
@@ -151,7 +157,7 @@ def query_gradients(
     query_gradients_kernel[len(tiles), groups, triton.cdiv(group, some)](
         q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, tiles, union.block_ids,
         union.row_masks, union.counts, d_q, delta, softmax_scale * LOG2E.value, softmax_scale,
-        union.block_ids.stride(1), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group,
+        union.block_ids.shape[2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group,
         HEADS=some, HKV=groups, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block,
         BN=tile.keys, BM=positions * some, TMA=tma, PRECISION=is_exact(q), **tile.launch(),
     )  # fmt: skip

@@ -20,24 +20,33 @@ import triton.language as tl
 from jaxtyping import Int
 from torch import Tensor
 
-from msa.ir import ReverseIndex, Selection
-from msa.triton_impl.tiles import count_bits, pad, query_table
+from msa.ir import ReverseIndex, Selection, Sequences
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import contiguous, count_bits, pad, query_table, require_top_k
 
 TILE = 32  # queries per word
+
+
+def mark_bytes(sequences: Sequences, block_size: int, groups: int) -> int:
+    """What one more query adds to the marks: a bit for each row, and 32 of a prefix sum for 32.
+
+    >>> mark_bytes(Sequences.one(2048, 2048), 128, 4)
+    16
+    """
+    return groups * sequences.cu_blocks(block_size)[-1] * 2 * 4 // TILE
 
 
 @triton.jit
 def mark_kernel(indices, first_block, words, n_q, n_blocks, n_rows, HKV: tl.constexpr,
                 TOP_K: tl.constexpr, P: tl.constexpr, R: tl.constexpr):  # fmt: skip
     """Set the bit of each edge; R (query, group) pairs."""
-    o_r = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # [R, 1]
-    o_s = tl.arange(0, P)[None, :]
-    m_x = (o_r < n_q * HKV) & (o_s < TOP_K)
-    b_id = tl.load(indices + o_r.to(tl.int64) * TOP_K + o_s, mask=m_x, other=-1)
-    o_t = o_r // HKV
+    o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]  # [R, 1]
+    o_t, o_s = o_r // HKV, tl.arange(0, P)[None, :]
+    m_x = (o_t < n_q) & (o_s < TOP_K)
+    b_id = tl.load(indices + o_r * TOP_K + o_s, mask=m_x, other=-1)
     b_base = tl.load(first_block + o_t, mask=o_t < n_q, other=0)
     o_row = (o_r % HKV) * n_blocks + b_base + b_id
-    p_word = words + (o_t // 32).to(tl.int64) * n_rows + o_row
+    p_word = words + (o_t // 32) * n_rows + o_row
     b_bit = tl.full([R, P], 1, tl.uint32) << (o_t % 32).to(tl.uint32)
     tl.atomic_or(p_word, b_bit, mask=b_id >= 0, sem="relaxed")
 
@@ -63,23 +72,21 @@ def fill_kernel(indices, first_block, words, before, offsets, query_ids, slots, 
                 n_blocks, n_rows, HKV: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
                 R: tl.constexpr):  # fmt: skip
     """Write each edge to its place; R (query, group) pairs."""
-    o_r = tl.program_id(0) * R + tl.arange(0, R)[:, None]
-    o_s = tl.arange(0, P)[None, :]
-    m_x = (o_r < n_q * HKV) & (o_s < TOP_K)
-    b_id = tl.load(indices + o_r.to(tl.int64) * TOP_K + o_s, mask=m_x, other=-1)
+    o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    o_t, o_s = o_r // HKV, tl.arange(0, P)[None, :]
+    m_r = o_t < n_q
+    b_id = tl.load(indices + o_r * TOP_K + o_s, mask=m_r & (o_s < TOP_K), other=-1)
     m_x = b_id >= 0
-    o_t = o_r // HKV
     b_base = tl.load(first_block + o_t, mask=o_t < n_q, other=0)
     o_row = (o_r % HKV) * n_blocks + b_base + b_id
-    p_word = (o_t // 32).to(tl.int64) * n_rows + o_row
+    p_word = (o_t // 32) * n_rows + o_row
     b_below = (tl.full([R, P], 1, tl.uint32) << (o_t % 32).to(tl.uint32)) - 1
     b_word = tl.load(words + p_word, mask=m_x, other=0).to(tl.uint32)
     b_rank = tl.load(before + p_word, mask=m_x, other=0) + count_bits(b_word & b_below)
     p_edge = tl.load(offsets + o_row, mask=m_x, other=0) + b_rank
-    tl.store(query_ids + p_edge, o_t + tl.zeros_like(b_id), mask=m_x)
+    tl.store(query_ids + p_edge, o_t.to(tl.int32) + tl.zeros_like(b_id), mask=m_x)
     tl.store(slots + p_edge, o_s + tl.zeros_like(b_id), mask=m_x)
-    o_r = tl.program_id(0) * R + tl.arange(0, R)
-    tl.store(counts + o_r, tl.sum(m_x.to(tl.int32), 1), mask=o_r < n_q * HKV)
+    tl.store(counts + o_r, tl.sum(m_x.to(tl.int32), 1)[:, None], mask=m_r)
 
 
 def reverse_edges(selection: Selection) -> ReverseIndex:
@@ -116,9 +123,15 @@ def reverse_edges(selection: Selection) -> ReverseIndex:
     return ReverseIndex(offsets, query_ids, slots, counts, sequences, selection.block_size, top_k)
 
 
+@on_its_device
 def reverse_selection(selection: Selection) -> ReverseIndex:
-    """The same edges sorted by group and block, queries ascending within each (R13)."""
-    index = reverse_edges(selection)
+    """The same edges sorted by group and block, queries ascending within each (R13).
+
+    Beside its result it holds `mark_bytes` for each query, which grow with the number of blocks:
+    for long sequences take queries in super-tiles, as attention does.
+    """
+    require_top_k(selection.top_k)
+    index = reverse_edges(contiguous(selection))
     edges: Int[Tensor, ""] = index.row_offsets[-1]
     n = int(edges)
     return ReverseIndex(

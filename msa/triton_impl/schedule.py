@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 
 from msa.ir import ReverseIndex, Schedule
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import contiguous
 
 
 @triton.jit
@@ -53,9 +55,10 @@ def schedule_edges(reverse_index: ReverseIndex, chunk_size: int) -> Schedule:
     return Schedule(rows, starts, stops, chunk_size, reverse_index)
 
 
+@on_its_device
 def schedule_chunks(reverse_index: ReverseIndex, chunk_size: int) -> Schedule:
     """Every row becomes ceil(length / chunk_size) items, in row order; an empty row has none."""
-    schedule = schedule_edges(reverse_index, chunk_size)
+    schedule = schedule_edges(contiguous(reverse_index), chunk_size)
     n = int((schedule.stops > schedule.starts).sum())
     return Schedule(
         schedule.rows[:n], schedule.starts[:n], schedule.stops[:n], chunk_size, reverse_index

@@ -25,7 +25,6 @@ What the fast form changes:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -37,10 +36,12 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl.block_topk import select_blocks
+from msa.triton_impl.places import device_table, on_its_device
 from msa.triton_impl.quantize import to_fp8
 from msa.triton_impl.tiles import (
     NO_BLOCK,
     NO_SCORE,
+    along,
     can_describe,
     describe,
     is_exact,
@@ -61,6 +62,7 @@ CHECK = 8  # blocks between two looks at the fill of the buffers
 SLACK = 6  # candidates beyond `places` that may stay when a buffer is cut back
 PROGRAMS = 132 * 3  # items that keep the device evenly loaded
 SHORTEST = 16  # blocks of one item, at least
+WIDEST = 2**15  # candidates that the finishing kernel looks at, at most, unless one buffer has more
 
 
 @triton.jit
@@ -98,21 +100,22 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
                 CAP: tl.constexpr, CHECK: tl.constexpr, SLACK: tl.constexpr,
                 SLICE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One item: BM rows against a run of blocks; leaves its candidates in its buffer."""
-    p_item = items + tl.program_id(0) * 7
+    p_item = items + tl.program_id(0).to(tl.int64) * 7
     start, stop, position, first_key = (tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2),
                                         tl.load(p_item + 3))  # fmt: skip
-    b_first, b_stop, slot = tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
+    b_first, b_stop = tl.load(p_item + 4), tl.load(p_item + 5)
+    slot = tl.load(p_item + 6).to(tl.int64)
     o_m = tl.arange(0, BM)
     o_t = start + o_m // HKV  # [BM] query
     m_m = o_t < stop
     b_limit = (position + o_m // HKV) // BK - LOCAL + 1  # [BM] blocks from here on are forced
     b_limit = tl.where(m_m, b_limit, 0)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-    p_q = q + o_t.to(tl.int64)[:, None] * stride_qt + (o_m % HKV)[:, None] * stride_qr
-    b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    p_q = q + along(o_t, stride_qt) + along(o_m % HKV, stride_qr)  # [BM]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
 
-    keys += slot.to(tl.int64) * (CAP * BM)
-    ids += slot.to(tl.int64) * (CAP * BM)
+    keys += slot * (CAP * BM)
+    ids += slot * (CAP * BM)
     b_threshold = tl.full([BM], NO_SCORE, tl.int32)
     b_count = tl.zeros([BM], tl.int32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
@@ -122,7 +125,7 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
             if TMA:
                 b_k = tl.trans(k.load([first_key + i * BN, 0]))  # [BD, BN]
             else:
-                p_k = k + (first_key + i * BN + o_n).to(tl.int64)[None, :] * stride_kt
+                p_k = k + along(first_key + i * BN + o_n, stride_kt)[None, :]
                 if DIM == BD:
                     b_k = tl.load(p_k + o_d[:, None])
                 else:
@@ -148,9 +151,9 @@ def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.conste
                   CAP: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
                   R: tl.constexpr):  # fmt: skip
     """R rows: the best of the first C candidates of up to SPLITS buffers, and the forced blocks."""
-    p_tile = tiles + tl.program_id(0) * 5
+    p_tile = tiles + tl.program_id(0).to(tl.int64) * 5
     start, stop, position = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
-    slot, n_slots = tl.load(p_tile + 3), tl.load(p_tile + 4)
+    slot, n_slots = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
     first = tl.program_id(1) * R
     if start + first // HKV < stop:
         o_m = first + tl.arange(0, R)
@@ -160,7 +163,7 @@ def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.conste
         p_fill = fills + (slot + o_s)[:, None] * BM + o_m[None, :]
         b_fill = tl.load(p_fill, mask=(o_s < n_slots)[:, None], other=0)
         m_x = o_c[:, None] < b_fill  # [SPLITS * C, R]
-        p_x = ((slot + o_s).to(tl.int64) * CAP + o_c)[:, None] * BM + o_m[None, :]
+        p_x = ((slot + o_s) * CAP + o_c)[:, None] * BM + o_m[None, :]
         b_key = tl.load(keys + p_x, mask=m_x, other=NO_SCORE)
         b_low = tl.min(tl.where(m_x, b_key, NO_BLOCK), 0)
         b_low = threshold_of(b_key, m_x, b_low, PLACES, 0, 0)
@@ -184,7 +187,12 @@ class ScanPlan:
     """Blocks of the longest item: no buffer holds more candidates."""
 
 
-@lru_cache(maxsize=64)
+def capacity_for(config: MSAConfig) -> int:
+    """Candidates of one row's buffer: the best, and room for some more before it is cut back."""
+    return pad(config.top_k - config.forced_blocks + SLACK + CHECK, CAPACITY)
+
+
+@device_table
 def plan_scan(
     sequences: Sequences, config: MSAConfig, queries: int, device: torch.device
 ) -> ScanPlan:
@@ -202,6 +210,8 @@ def plan_scan(
     table = np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
     lengths = table[:, 4] - config.sink_blocks
     span = max(SHORTEST, -(-int(lengths.sum()) // PROGRAMS))
+    buffers = max(1, WIDEST // capacity_for(config))
+    span = max(span, -(-int(lengths.max(initial=0)) // buffers))
     splits = -(-lengths // span)  # 0 where nothing is scored
     first_slot = np.cumsum(splits) - splits
     span_of = -(-lengths // np.maximum(splits, 1))  # even pieces
@@ -217,6 +227,7 @@ def plan_scan(
     return ScanPlan(to_device(items, device), to_device(tiles, device), most, longest)
 
 
+@on_its_device
 def select_fused(
     q_idx: Float[Array, "Tq Hkv Di"],
     k_idx: Float[Array, "Tk Di"],
@@ -232,7 +243,7 @@ def select_fused(
             `msa.triton_impl.quantize`): faster, and no longer the same function.
         tile: launch parameters; None takes the measured ones.
     """
-    require_kernels(config.block_size, q_idx=q_idx, k_idx=k_idx)
+    require_kernels(config.block_size, config.top_k, q_idx=q_idx, k_idx=k_idx)
     n_q, groups, dim = q_idx.shape
     scale = config.index_scale_for(dim)
     if index_dtype is not None:
@@ -242,7 +253,7 @@ def select_fused(
     rows = max(tile.rows, pad(groups))
     plan = plan_scan(sequences, config, rows // groups, q_idx.device)
     places = config.top_k - config.forced_blocks
-    capacity = pad(places + SLACK + CHECK, CAPACITY)
+    capacity = capacity_for(config)
     shape = (len(plan.items), capacity, rows)
     keys, ids = (torch.empty(shape, dtype=torch.int32, device=out.device) for _ in range(2))
     fills, lows = torch.empty((2, len(plan.items), rows), dtype=torch.int32, device=out.device)
@@ -254,17 +265,19 @@ def select_fused(
             lows, scale, q_idx.stride(0), q_idx.stride(1), k_idx.stride(0), HKV=groups, DIM=dim,
             BD=pad(dim, least), BM=rows, BK=config.block_size, BN=tile.keys,
             LOCAL=config.local_blocks, PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
-            SLICE=min(rows, max(16, tile.warps * 512 // capacity)), TMA=tma,
+            SLICE=min(rows, max(tile.warps * 512 // capacity, min(16, 8192 // capacity))), TMA=tma,
             PRECISION=is_exact(q_idx), **tile.launch(),
         )  # fmt: skip
     if n_q:
         read = min(capacity, pad(plan.longest))
         width = read * pad(plan.most_splits, 1)  # candidates of a row, at most
-        some = min(rows, 32, max(1, 8192 // width))
+        slots = pad(config.top_k, 1)
+        room = max(width, slots)  # numbers of one row
+        some = min(rows, 32, max(1, 8192 // room))
         finish_kernel[len(plan.tiles), rows // some](
             keys, ids, fills, plan.tiles, out, HKV=groups, BM=rows, BK=config.block_size,
-            TOP_K=config.top_k, P=pad(config.top_k, 1), SINK=config.sink_blocks,
+            TOP_K=config.top_k, P=slots, SINK=config.sink_blocks,
             LOCAL=config.local_blocks, PLACES=places, CAP=capacity, C=read,
-            SPLITS=width // read, R=some, num_warps=min(16, max(1, width * some // 1024)),
+            SPLITS=width // read, R=some, num_warps=min(16, max(1, room * some // 1024)),
         )  # fmt: skip
     return Selection(out, sequences, config.block_size)

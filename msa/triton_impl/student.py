@@ -24,6 +24,7 @@ from torch import Tensor
 from msa.ir import Schedule
 from msa.triton_impl.item_sums import sum_items, sum_slots
 from msa.triton_impl.tiles import (
+    along,
     block_table,
     edge_rows,
     fast_log,
@@ -57,8 +58,10 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
             b_t, _, m_m = edge_rows(query_ids + start, x, length, 1, 1, BM)
             b_slot = tl.load(slots + start + x + tl.arange(0, BM), mask=m_m, other=0)
             b_own = tl.load(own_keys + b_t, mask=m_m, other=-1)
-            p_q = q_idx + b_t[:, None] * stride_qt + i_r * stride_qh + o_d[None, :]
-            b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+            p_q = q_idx + along(b_t, stride_qt) + along(i_r, stride_qh)  # [BM]
+            b_q = tl.load(
+                p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0
+            )
             o_x = b_t * HKV + i_r
             b_top = tl.load(top + o_x, mask=m_m, other=0.0)[:, None]
             b_log = tl.load(log_total + o_x, mask=m_m, other=0.0)[:, None]
@@ -69,7 +72,7 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
             b_s = tl.where(m_s & (b_s == b_s), b_s, float("-inf"))
             b_student = tl.where(b_s == b_top, 0.0, (b_s - b_top) * scale) - b_log
             b_gap = b_p * (fast_log(b_p) - b_student)
-            b_loss = tl.sum(tl.where(m_s & (b_p > 0), b_gap, 0.0), 1)
+            b_loss = tl.sum(tl.where(m_s & (b_p != 0.0), b_gap, 0.0), 1)  # NaN is not 0
             p_x = (o_x * TOP_K + b_slot) * PIECES + i_n
             tl.store(losses + p_x, b_loss, mask=m_m)
             if GRADIENT:

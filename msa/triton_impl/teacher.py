@@ -2,7 +2,8 @@
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each edge (query t, slot s):
-            P[t, group, s] = mean over the group's heads of exp(softmax_scale * K q^T - lse)
+            P[t, group, s] = mean over the group's heads of
+                exp(softmax_scale * (K q^T - top) - log_total)    # or softmax_scale * K q^T - lse
 
 What the fast form changes:
  1. Edges are tiles of neighbouring queries (tile_edges.py), rows that did not select the block
@@ -20,13 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, block_table, heads_of, is_exact, load_keys, pad
+from msa.triton_impl.tiles import LOG2E, along, block_table, heads_of, is_exact, load_keys, pad
 from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def teacher_kernel(q, k, lse, indices, rows, starts, stops, records, first_keys, key_stops,
-                   teacher, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
+def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, first_keys,
+                   key_stops, teacher, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
                    G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr, TOP_K: tl.constexpr,
                    P: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
                    BN: tl.constexpr, E: tl.constexpr, DENSE: tl.constexpr,
@@ -41,7 +42,8 @@ def teacher_kernel(q, k, lse, indices, rows, starts, stops, records, first_keys,
         first = first_block + i_n
         o_d, o_n, o_q = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, E)
         o_i, o_g = tl.arange(0, E * HEADS) // HEADS, tl.arange(0, E * HEADS) % HEADS
-        p_k = k + i_r.to(tl.int64) * stride_kh
+        p_k = k + along(i_r, stride_kh)
+        p_tile = q + along(o_i, stride_qt) + along(i_r * G + o_g, stride_qh)  # [E * HEADS]
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
         i_id = i_b - tl.load(records + start * 4 + 3)  # the block's number in its sequence
         i_t, own, bits = load_edge(records, start)
@@ -60,13 +62,15 @@ def teacher_kernel(q, k, lse, indices, rows, starts, stops, records, first_keys,
             for i_c in tl.static_range(0, G, HEADS):
                 m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
                 o_h = i_r * G + i_c + o_g
-                p_q = q + p_t * stride_qt + (o_i * stride_qt + o_h * stride_qh)
+                p_q = p_tile + (along(i_t, stride_qt) + along(i_c, stride_qh))
                 b_q = tl.load(p_q[:, None] + o_d[None, :],
                               mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
-                b_lse = tl.load(lse + p_t * (HKV * G) + (o_i * (HKV * G) + o_h), mask=m_m,
-                                other=float("inf")) * LOG2E  # fmt: skip
+                p_x = p_t * (HKV * G) + (o_i * (HKV * G) + o_h)
+                b_log = tl.load(log_total + p_x, mask=m_m, other=float("inf")) * LOG2E
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, E * HEADS]
-                b_h = tl.exp2(b_s * scale - b_lse[None, :])
+                if top is not None:
+                    b_s -= tl.load(top + p_x, mask=m_m, other=0.0)[None, :]
+                b_h = tl.exp2(b_s * scale - b_log[None, :])
                 b_p += tl.sum(tl.reshape(b_h, [BN, E, HEADS]), 2)
             m_s = (first + o_n)[:, None] <= (own + o_q)[None, :]
             b_p = tl.where(m_s, b_p * (1.0 / G), 0.0)
@@ -78,7 +82,7 @@ def teacher_kernel(q, k, lse, indices, rows, starts, stops, records, first_keys,
 def teach(
     q: Float[Tensor, "Tq Hq D"],
     k: Float[Tensor, "Tk Hkv D"],
-    lse: Float[Tensor, "Tq Hq"],
+    sums: tuple[Float[Tensor, "Tq Hq"] | None, Float[Tensor, "Tq Hq"]],
     indices: Int[Tensor, "Tq Hkv k"],
     edges: TileEdges,
     softmax_scale: float,
@@ -87,8 +91,11 @@ def teach(
 ) -> Float[Tensor, "Tq Hkv k Bk"]:
     """The teacher in the slots of the edges, float32; slots that no edge owns are not written.
 
-    dense=True: slot b is block b, and `indices` gives the shape alone.
+    Args:
+        sums: those of `softmax_sums`; or None and the LSE, where only that is known.
+        dense: slot b is block b, and `indices` gives the shape alone.
     """
+    top, log_total = sums
     schedule, index = edges.schedule, edges.schedule.reverse_index
     items, sequences, block = len(schedule.rows), index.sequences, index.block_size
     (n_q, heads, dim), groups, top_k = q.shape, k.shape[1], indices.shape[2]
@@ -98,9 +105,9 @@ def teach(
     teacher = torch.empty((n_q, groups, top_k, block), dtype=torch.float32, device=q.device)
     if items:
         teacher_kernel[items, block // tile.keys](
-            q, k, lse, indices, schedule.rows, schedule.starts, schedule.stops, edges.records,
-            *block_table(sequences, block, q.device), teacher, softmax_scale * LOG2E.value,
-            sequences.cu_blocks(block)[-1], *q.stride()[:2],
+            q, k, top, log_total, indices, schedule.rows, schedule.starts, schedule.stops,
+            edges.records, *block_table(sequences, block, q.device), teacher,
+            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2],
             *k.stride()[:2], G=group, HEADS=some, HKV=groups, TOP_K=top_k, P=pad(top_k, 1),
             DIM=dim, BD=pad(dim), BK=block, BN=tile.keys, E=positions, DENSE=dense,
             PRECISION=is_exact(q), **tile.launch(),

@@ -41,9 +41,9 @@ def record_kernel(query_ids, slots, offsets, masks, tiles, first_blocks, records
     b_r = tl.zeros([B], tl.int32)  # rows are ordered by group
     for i_r in range(1, HKV):
         b_r += (o_e >= tl.load(offsets + i_r * n_blocks)).to(tl.int32)
-    b_t = tl.load(query_ids + o_e, mask=m_e, other=0)
+    b_t = tl.load(query_ids + o_e, mask=m_e, other=0).to(tl.int64)
     b_u = tl.load(slots + o_e, mask=m_e, other=0)
-    p_mask = masks + (b_t.to(tl.int64) * HKV + b_r) * U + b_u
+    p_mask = masks + (b_t * HKV + b_r) * U + b_u
     b_q = tl.load(tiles + b_t * 5, mask=m_e, other=0)
     p_x = records + o_e * 4
     tl.store(p_x, b_q, mask=m_e)
@@ -92,7 +92,7 @@ def reverse_union(union: SplitUnion, selection: Selection, chunk_size: int) -> T
         record_kernel[triton.cdiv(n_edges, 512),](
             index.query_ids, index.slots, index.row_offsets, union.row_masks, tiles,
             query_table(selection.sequences, selection.block_size, device)[2], records,
-            sequences.cu_blocks(selection.block_size)[-1], union.row_masks.stride(1),
+            sequences.cu_blocks(selection.block_size)[-1], union.row_masks.shape[2],
             HKV=groups, B=512,
         )  # fmt: skip
     return TileEdges(union.tile_size, records, schedule_edges(index, chunk_size))

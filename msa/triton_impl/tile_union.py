@@ -12,6 +12,8 @@ What the fast form changes:
     speaks for the block; its place is the number of speakers with smaller ids.
  2. In the split form only blocks with enough bits have a speaker. The gaps that they leave in the
     other queries' rows are closed by a prefix sum along each row.
+ 3. All pairs of more than PAIRED edges would take too long. There, each block that the tile can see
+    is looked up in each query's row, which ascends, by halving it: more blocks, but few steps each.
 """
 
 from __future__ import annotations
@@ -25,7 +27,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from msa.ir import Selection, TileUnion
-from msa.triton_impl.tiles import NO_BLOCK, count_bits, pad, tile_table
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tiles import (
+    NO_BLOCK,
+    contiguous,
+    count_bits,
+    pad,
+    require_top_k,
+    tile_table,
+)
+
+PAIRED = 1024
+"""Edges of a tile that are compared in pairs, at most; the split form has no other way."""
 
 
 @triton.jit
@@ -34,11 +47,11 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
                  CHUNK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """One tile of up to BT queries and one group: E = BT * P edges."""
     E: tl.constexpr = BT * P
-    i_t, i_r = tl.program_id(0), tl.program_id(1)
+    i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, stop = tl.load(tiles + i_t * 5), tl.load(tiles + i_t * 5 + 1)
     indices += (start.to(tl.int64) * HKV + i_r) * TOP_K
-    ids += (i_t.to(tl.int64) * HKV + i_r) * E
-    masks += (i_t.to(tl.int64) * HKV + i_r) * E
+    ids += (i_t * HKV + i_r) * E
+    masks += (i_t * HKV + i_r) * E
     o_e = tl.arange(0, E)
     o_i, o_s = o_e // P, o_e % P  # [E] query and slot
     m_e = (start + o_i < stop) & (o_s < TOP_K)
@@ -84,7 +97,45 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
         p_rest = remote + o_q * (HKV * TOP_K) + o_p
         tl.store(p_rest, tl.full([BT, P], -1, tl.int32), mask=m_rest)
         o_t = start + tl.arange(0, BT)
-        tl.store(remote_counts + o_t * HKV + i_r, b_n, mask=o_t < stop)
+        tl.store(remote_counts + o_t.to(tl.int64) * HKV + i_r, b_n, mask=o_t < stop)
+
+
+@triton.jit
+def long_union_kernel(indices, tiles, ids, masks, counts, U, HKV: tl.constexpr,
+                      TOP_K: tl.constexpr, P: tl.constexpr, HALVINGS: tl.constexpr,
+                      BK: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """One tile and one group, W of the blocks that it sees at a time."""
+    i_t, i_r = tl.program_id(0), tl.program_id(1)
+    p_tile = tiles + i_t * 5
+    start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
+    n_blocks = (own + stop - start - 1 - tl.load(p_tile + 3)) // BK + 1
+    i_x = i_t.to(tl.int64) * HKV + i_r
+    ids += i_x * U
+    masks += i_x * U
+    n = 0
+    for first in range(0, n_blocks, W):
+        o_b = first + tl.arange(0, W)
+        b_mask = tl.zeros([W], tl.int32)
+        for i in range(0, stop - start):
+            p_row = indices + ((start + i).to(tl.int64) * HKV + i_r) * TOP_K
+            b_below = tl.zeros([W], tl.int32)  # ids of the row below o_b; P - 1 at most
+            for i_half in tl.static_range(HALVINGS):
+                half = P >> (i_half + 1)
+                o_s = b_below + half - 1
+                b_id = tl.load(p_row + o_s, mask=o_s < TOP_K, other=-1)
+                b_below += tl.where((b_id >= 0) & (b_id < o_b), half, 0)
+            b_id = tl.load(p_row + b_below, mask=b_below < TOP_K, other=-1)
+            b_mask |= (b_id == o_b).to(tl.int32) << i
+        m_in = b_mask != 0
+        b_place = n + tl.cumsum(m_in.to(tl.int32), 0) - 1
+        tl.store(ids + b_place, o_b, mask=m_in)
+        tl.store(masks + b_place, b_mask, mask=m_in)
+        n += tl.sum(m_in.to(tl.int32))
+    tl.store(counts + i_x, n)
+    for first in range(n, U, W):
+        o_u = first + tl.arange(0, W)
+        tl.store(ids + o_u, tl.full([W], -1, tl.int32), mask=o_u < U)
+        tl.store(masks + o_u, tl.zeros([W], tl.int32), mask=o_u < U)
 
 
 @dataclass(frozen=True)
@@ -102,6 +153,14 @@ class SplitUnion:
     remote_counts: Int[Tensor, "Tq Hkv"] | None
 
 
+def union_width(selection: Selection, tile_size: int) -> int:
+    """Places for the blocks of one tile's whole union: as many as edges, or as there are blocks."""
+    edges = pad(tile_size, 1) * pad(selection.top_k, 1)
+    if edges > PAIRED:
+        edges = min(edges, selection.sequences.max_blocks(selection.block_size))
+    return max(edges, 2)
+
+
 def split_tiles(
     selection: Selection, tile_size: int, limits: tuple[int, int] | None = None
 ) -> SplitUnion:
@@ -116,14 +175,21 @@ def split_tiles(
     device = indices.device
     tiles = tile_table(sequences, tile_size, device)
     some, width = pad(tile_size, 1), pad(top_k, 1)
-    shape = (len(tiles), groups, max(some * width, 2))
+    paired = limits is not None or some * width <= PAIRED
+    edges = max(some * width, 2) if paired else union_width(selection, tile_size)
+    shape = (len(tiles), groups, edges)
     ids, masks = (torch.empty(shape, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.zeros(shape[:2], dtype=torch.int32, device=device)
     remote, remote_counts = ids, counts
     if limits:
         remote = torch.empty_like(indices)
         remote_counts = torch.empty((n_q, groups), dtype=torch.int32, device=device)
-    if n_q:
+    if n_q and not paired:
+        long_union_kernel[len(tiles), groups](
+            indices, tiles, ids, masks, counts, edges, HKV=groups, TOP_K=top_k, P=width,
+            HALVINGS=width.bit_length() - 1, BK=selection.block_size, W=512,
+        )  # fmt: skip
+    elif n_q:
         union_kernel[len(tiles), groups](
             indices, tiles, ids, masks, counts, remote, remote_counts, *(limits or (0, 0)),
             HKV=groups, TOP_K=top_k, P=shape[2] // some, BT=some, SPLIT=limits is not None,
@@ -135,9 +201,11 @@ def split_tiles(
     return SplitUnion(ids, masks, counts, tile_size, rest, remote_counts)
 
 
+@on_its_device
 def unite_tiles(selection: Selection, tile_size: int) -> TileUnion:
     """The union of the blocks of tile_size (1 to 31) neighbouring queries, with row masks (R9)."""
-    union = split_tiles(selection, tile_size)
+    require_top_k(selection.top_k)
+    union = split_tiles(contiguous(selection), tile_size)
     width = int(union.counts.max()) if union.counts.numel() else 0
     tiles = tile_table(selection.sequences, tile_size, selection.indices.device)
     return TileUnion(

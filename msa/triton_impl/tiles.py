@@ -1,12 +1,14 @@
 """What several kernels share: the tables that tell a program where its tile lies, and tile verbs.
 
 Tables are small int32 tensors made on the host from the borders of the sequences, one per
-(sequences, block size, device), and cached: a second call with the same borders copies nothing.
+(sequences, block size, device), and kept (see `places`): a second call with the same borders copies
+nothing.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,28 +19,41 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from msa.checks import check_kernels, check_triton_device
+from msa.checks import check_kernels, check_top_k, check_triton_device
 from msa.ir import Sequences
+from msa.triton_impl.places import device_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 FAST = tl.constexpr(not INTERPRETED)  # device functions are there
 NO_SCORE = tl.constexpr(-(2**31))  # below the key of any score, -inf included
 NO_BLOCK = tl.constexpr(2**31 - 1)  # behind any block id
+ABOVE_BITS = tl.constexpr(12)  # of a count of keys above a threshold, KERNEL_TOP_K and some
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)  # a running maximum that has seen nothing; finite, so no NaN
+LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32's lowest number: a maximum that saw nothing
+
+Form = TypeVar("Form", bound=Any)
 
 
 # -- host: checks ---------------------------------------------------------------------------------
-def require_kernels(block_size: int, **tensors: Tensor) -> None:
-    """What only these kernels ask for: a GPU or the interpreter, a dtype, a block size.
+def require_kernels(block_size: int, top_k: int = 1, **tensors: Tensor) -> None:
+    """What only these kernels ask for: a GPU or the interpreter, a dtype, sizes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    check_kernels(block_size, **tensors)
+    check_kernels(block_size, top_k, **tensors)
     for tensor in tensors.values():
         check_triton_device(tensor, INTERPRETED)
+
+
+def require_top_k(top_k: int) -> None:
+    """What is asked of a selection alone, where no block is read.
+
+    Raises:
+        ValueError: more blocks per query than the kernels have room for (R20).
+    """
+    check_top_k(top_k)
 
 
 def pad(size: int, least: int = 16) -> int:
@@ -66,32 +81,43 @@ def is_exact(tensor: Tensor) -> str:
 
 
 def can_describe(tensor: Tensor, dim: int) -> bool:
-    """Whether tiles of a packed [T, (heads,) dim] tensor can come by the bulk copy engine (TMA)."""
-    strides = [s * tensor.element_size() for s in tensor.stride()[:-1]]
+    """Whether tiles of a packed [T, (heads,) dim] tensor can come by the bulk copy engine (TMA).
+
+    It counts rows and columns in 32 bits, wants rows that do not overlap, fewer than 2^40 bytes and
+    a multiple of 16 apart. So a head-major view goes without it, and so does an expanded one.
+    """
+    step, size = tensor.stride(0), tensor.element_size()
     return (
         tensor.is_cuda
         and dim == pad(dim)
         and tensor.data_ptr() % 16 == 0
-        and all(s % 16 == 0 for s in strides)
+        and 0 < len(tensor) < 2**31
+        and tensor.shape[1:].numel() <= min(step, 2**31 - 1)
+        and step * size % 16 == 0
+        and step * size < 2**40
         and (tensor.dim() == 2 or tensor.stride(1) == dim)
     )
 
 
 def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
     """A packed [T, (heads,) dim] tensor as a matrix of T rows, read in tiles of `rows` by dim."""
-    columns = tensor[0].numel()
+    columns = tensor.shape[1:].numel()
     return TensorDescriptor(
         tensor, [len(tensor), columns], [tensor.stride(0), 1], [rows, tensor.shape[-1]]
     )
 
 
+def contiguous(form: Form) -> Form:
+    """The same form with every tensor contiguous: kernels find its entries by its shapes alone."""
+    tensors = {f.name: getattr(form, f.name) for f in fields(form)}
+    tensors = {name: x.contiguous() for name, x in tensors.items() if isinstance(x, Tensor)}
+    return replace(form, **tensors)
+
+
 # -- host: tables ---------------------------------------------------------------------------------
 def to_device(table: np.ndarray, device: torch.device) -> Int[Tensor, "..."]:
-    """An int32 table on the device; the copy does not wait for kernels in flight."""
-    host = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    """An int32 table on the device, copied; called by what a `device_table` keeps alone."""
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
 
 
 def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
@@ -99,7 +125,7 @@ def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
     return np.repeat(values, np.diff(np.array(borders, np.int64)))
 
 
-@lru_cache(maxsize=64)
+@device_table
 def query_table(sequences: Sequences, block_size: int, device: torch.device) -> Int[Tensor, "3 Tq"]:
     """For each query: the packed index of its own key, its position (R2), its first block's number.
 
@@ -117,7 +143,7 @@ def query_table(sequences: Sequences, block_size: int, device: torch.device) -> 
     return to_device(np.stack([own, position, first_block]), device)
 
 
-@lru_cache(maxsize=64)
+@device_table
 def block_table(
     sequences: Sequences, block_size: int, device: torch.device
 ) -> Int[Tensor, "2 blocks"]:
@@ -133,7 +159,7 @@ def block_table(
     return to_device(np.stack([first_key, _spread(cu_k[1:], cu_blocks)]), device)
 
 
-@lru_cache(maxsize=64)
+@device_table
 def tile_table(
     sequences: Sequences, tile_size: int, device: torch.device
 ) -> Int[Tensor, "tiles 5"]:
@@ -152,6 +178,17 @@ def tile_table(
         ends = np.broadcast_to(np.array([[ks.start, ks.stop]]), (len(start), 2))
         rows.append(np.column_stack([start, stop, own, ends]))
     return to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)
+
+
+# -- kernels: addresses ---------------------------------------------------------------------------
+@triton.jit
+def along(o_x, stride):
+    """How far index o_x lies along a dim of that stride, in 64 bits: a view may reach that far.
+
+    Every product of an index and a stride is this one. Offsets within a tile of a contiguous tensor
+    stay in 32 bits.
+    """
+    return tl.cast(o_x, tl.int64) * stride
 
 
 # -- kernels: scores as integers ------------------------------------------------------------------
@@ -205,13 +242,13 @@ def keep_best(b_key, m_valid, b_low, PLACES: tl.constexpr, AXIS: tl.constexpr):
     """
     b_low = tl.expand_dims(b_low, AXIS)
     m_above, m_tied = m_valid & (b_key > b_low), m_valid & (b_key == b_low)
-    b_both = tl.cumsum(m_above.to(tl.int32) + (m_tied.to(tl.int32) << 8), AXIS)
+    b_both = tl.cumsum(m_above.to(tl.int32) + (m_tied.to(tl.int32) << ABOVE_BITS), AXIS)
     b_above = tl.sum(m_above.to(tl.int32), AXIS)
     b_room = tl.maximum(PLACES - b_above, 0)
     b_kept = b_above + tl.minimum(tl.sum(m_tied.to(tl.int32), AXIS), b_room)
-    b_tied = b_both >> 8  # at most PLACES + SLACK keys lie above: 8 bits
+    b_tied = b_both >> ABOVE_BITS  # at most PLACES + SLACK keys lie above; 19 bits are left
     b_room = tl.expand_dims(b_room, AXIS)
-    b_rank = (b_both & 0xFF) + tl.minimum(b_tied, b_room) - 1
+    b_rank = b_both - (b_tied << ABOVE_BITS) + tl.minimum(b_tied, b_room) - 1
     return m_above | (m_tied & (b_tied <= b_room)), b_rank, b_kept
 
 
@@ -243,7 +280,7 @@ def load_keys(base, first, stop, stride, o_d, DIM: tl.constexpr, BD: tl.constexp
               BN: tl.constexpr):  # fmt: skip
     """Tokens first ... first + BN of one head as [BN, BD]; zeros from `stop` on."""
     o_n = first + tl.arange(0, BN)
-    p_x = base + o_n.to(tl.int64)[:, None] * stride + o_d[None, :]
+    p_x = base + along(o_n, stride)[:, None] + o_d[None, :]
     return tl.load(p_x, mask=(o_n < stop)[:, None] & (o_d < DIM)[None, :], other=0.0)
 
 

@@ -109,7 +109,9 @@ def choose(kernel: str, dtype: torch.dtype, dim: int, block_size: int) -> TileCo
 
 # -- choices between lowerings --------------------------------------------------------------------
 PARTIAL_BYTES = 9 * 2**29
-"""Bound on the memory of partial results: queries are taken in super-tiles that keep below it."""
+"""Bound on the memory of partial results, forward and backward, and of the marks of the reverse
+index: queries are taken in super-tiles that keep below it. The backward has one item for each block
+and group beside it."""
 
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""

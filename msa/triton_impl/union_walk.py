@@ -30,11 +30,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.ir import Array, Output, Partials, Sequences, TileUnion
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tiles import (
     LN2,
     LOG2E,
     LOWEST,
+    along,
     can_describe,
+    contiguous,
     describe,
     heads_of,
     is_exact,
@@ -59,8 +62,8 @@ def softmax_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
         b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
     else:
-        b_k = tl.load(p_k + o_n.to(tl.int64)[:, None] * stride_kt + o_d[None, :])
-        b_v = tl.load(p_v + o_n.to(tl.int64)[:, None] * stride_vt + o_dv[None, :])
+        b_k = tl.load(p_k + along(o_n, stride_kt)[:, None] + o_d[None, :])
+        b_v = tl.load(p_v + along(o_n, stride_vt)[:, None] + o_dv[None, :])
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
     if EDGE:
         b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
@@ -75,14 +78,14 @@ def softmax_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b
 
 @triton.jit
 def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, part_lses,
-                part_counts, out, lse, scale, stride_u, stride_qt, stride_qh, stride_kt, stride_kh,
+                part_counts, out, lse, scale, U, stride_qt, stride_qh, stride_kt, stride_kh,
                 stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr,
                 DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                 BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr,
                 P: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """One tile of query positions x HEADS = BM rows."""
-    i_t, i_r = tl.program_id(0), tl.program_id(1)
+    i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_tile = tiles + i_t * 5
     start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
     first_key, key_stop = tl.load(p_tile + 3), tl.load(p_tile + 4)
@@ -94,11 +97,11 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     m_m = (start + o_i < stop) & (o_g < G)
     o_t = (start + o_i).to(tl.int64)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    p_q = q + o_t[:, None] * stride_qt + o_h[:, None] * stride_qh + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
-    p_k, p_v = k + i_r.to(tl.int64) * stride_kh, v + i_r.to(tl.int64) * stride_vh
-    i_tr = i_t.to(tl.int64) * HKV + i_r
-    p_id, p_mask = ids + i_tr * stride_u, masks + i_tr * stride_u
+    p_q = q + along(o_t, stride_qt) + along(o_h, stride_qh)  # [BM]
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+    i_tr = i_t * HKV + i_r
+    p_id, p_mask = ids + i_tr * U, masks + i_tr * U
     count = tl.load(counts + i_tr)
 
     b_top = tl.full([BM], LOWEST, tl.float32)
@@ -195,7 +198,7 @@ def walk(
     key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else ()
     walk_kernel[len(tiles), groups, triton.cdiv(group, some)](
         q, k, v, *(key_tiles if tma else (k, v)), tiles, block_ids, row_masks, counts, parts, lses,
-        part_counts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.stride(1),
+        part_counts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.shape[2],
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, HKV=groups,
         DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size, BN=tile.keys,
         BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold, TMA=tma,
@@ -204,6 +207,7 @@ def walk(
     return into
 
 
+@on_its_device
 def attend_union(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],
@@ -213,6 +217,7 @@ def attend_union(
 ) -> Output:
     """Attention by a running softmax along each tile's union (R9, R10)."""
     require_kernels(tile_union.block_size, q=q, k=k, v=v)
+    tile_union = contiguous(tile_union)
     ids, masks = tile_union.block_ids, tile_union.row_masks
     counts = (ids >= 0).sum(-1, dtype=torch.int32)
     return walk(
