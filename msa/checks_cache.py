@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from msa import checks
 
@@ -21,31 +24,87 @@ TOKEN_DIMS = {"k": "n Hkv D", "v": "n Hkv Dv", "k_idx": "n Di"}
 PAGE_DTYPES = (*checks.FLOAT_DTYPES, checks.EIGHT_BITS)
 
 
-def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Page shapes agree; the sizes found are added to `sizes`."""
+def check_cache(
+    cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
+) -> None:
+    """Page shapes agree; the sizes found are added to `sizes`.
+
+    `counted_in` are the dtypes that the table and the lengths may have.
+    """
     for name, dims in CACHE_DIMS.items():
         array = getattr(cache, name)
         if name in PAGE_DIMS:
             checks.check_array(f"cache.{name}", array, PAGE_DTYPES)
-        elif "int" not in str(getattr(array, "dtype", None)):
-            raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
+        else:
+            checks.check_integers(f"cache.{name}", array, counted_in)
         checks.check_shape(f"cache.{name}", array, dims, sizes)
     check_scales(cache, sizes)
 
 
 def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Every page that a sequence needs is in its table and in range.
+    """Every page that a sequence needs is in its table, in range, and has good scales.
 
-    `sizes` holds Bk, pages and n, the number of queries per sequence.
+    `sizes` holds Bk, pages and n, the number of queries per sequence. Waits for the device once.
     """
-    table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
+    table, lengths, *bad = checks.read_together(
+        [cache.page_table, cache.lengths, *_pages_with_bad_scales(cache, sizes)]
+    )
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:
             raise ValueError(
                 f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
                 f"in sequence {s}"
             )
-        check_row(table[s], length, s, sizes)
+        own = check_row(table[s], length, s, sizes)
+        if any(pages[s].any() for pages in bad):
+            check_own_scales(cache, own, s)
+
+
+def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:
+    """Where the table, as far as it is in use, names a page with a scale of no use.
+
+    One array [B, table] for each kind of page with scales; on the device.
+    """
+    found = []
+    for name in SCALE_DIMS:
+        scales = getattr(cache, f"{name}_scales")
+        if scales is None or not sizes["pages"]:
+            continue
+        import torch
+
+        good = ((scales > 0) & (scales < float("inf"))).reshape(len(scales), -1).all(1)
+        place = torch.arange(cache.page_table.shape[1], device=scales.device)
+        used = place * sizes["Bk"] < cache.lengths.long()[:, None]
+        found.append(used & ~good[cache.page_table.long().clamp(0, len(scales) - 1)])
+    return found
+
+
+def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
+    """The scales of a sequence's own pages, which the host knows, are finite and positive."""
+    for name in SCALE_DIMS:
+        scales = getattr(cache, f"{name}_scales")
+        if scales is None or not len(own):
+            continue
+        import torch
+
+        found = checks.to_numpy(scales[torch.from_numpy(own).to(scales.device)])
+        bad = ~((found > 0) & (found < np.inf))
+        if bad.any():
+            block = int(np.argwhere(bad)[0, 0])
+            raise ValueError(
+                f"cache.{name}_scales must be finite and positive, got {found[bad][0]} "
+                f"in page {own[block]}, block {block} of sequence {sequence}"
+            )
+
+
+def with_index_dtypes(cache: PagedKV) -> PagedKV:
+    """The table and the lengths in dtypes that backends count with."""
+    others = {
+        name: array.long() if checks.is_torch(array) else array.astype(np.int64)
+        for name in ("page_table", "lengths")
+        if checks.dtype_name(array := getattr(cache, name)) not in checks.INDEX_DTYPES
+    }
+    return replace(cache, **others) if others else cache
 
 
 def check_scaled(cache: PagedKV, name: str) -> None:
@@ -92,16 +151,20 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
     checks.check_same_place(q=q, q_idx=q_idx, **parts)
 
 
-def check_row(row: Any, length: int, sequence: int, sizes: dict[str, int]) -> None:
-    """The entries of the table that one sequence needs; `sizes` holds Bk and pages."""
+def check_row(row: np.ndarray, length: int, sequence: int, sizes: dict[str, int]) -> np.ndarray:
+    """The entries of the table that one sequence needs, in int64; `sizes` holds Bk and pages."""
+    if length < 0:
+        raise ValueError(f"cache.lengths must be at least 0, got {length} in sequence {sequence}")
     needed = -(-length // sizes["Bk"])
     check_width(len(row), needed, length, sequence)
-    for b, page in enumerate(row[:needed].tolist()):
-        if not 0 <= page < sizes["pages"]:
-            raise ValueError(
-                f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {page} "
-                f"for block {b} of sequence {sequence}"
-            )
+    own = row[:needed]
+    bad = np.flatnonzero((own < 0) | (own >= sizes["pages"]))
+    if len(bad):
+        raise ValueError(
+            f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {own[bad[0]]} "
+            f"for block {bad[0]} of sequence {sequence}"
+        )
+    return own.astype(np.int64)
 
 
 def check_width(width: int, needed: int, length: int, sequence: int) -> None:
@@ -113,11 +176,12 @@ def check_width(width: int, needed: int, length: int, sequence: int) -> None:
         )
 
 
-def check_sequence(sequence: Any, batch: int) -> None:
+def check_sequence(sequence: Any, batch: int) -> int:
     """One of the batch's sequences; no counting from the end."""
-    checks.check_count("sequence", sequence, 0)
-    if sequence >= batch:
-        raise ValueError(f"sequence must be 0 to {batch - 1}, got {sequence}")
+    number = checks.check_count("sequence", sequence, 0)
+    if number >= batch:
+        raise ValueError(f"sequence must be 0 to {batch - 1}, got {number}")
+    return number
 
 
 def check_pages(**pages: Any) -> None:
