@@ -309,7 +309,7 @@ def lower(
     if chunk_size is None:
         chunk_size = 2 * config.top_k * config.block_size
     chunk_size = checks.check_count("chunk_size", chunk_size, 1)
-    checks.check_at_most("chunk_size", chunk_size, "LARGEST_CHUNK_SIZE")
+    checks.check_at_most("chunk_size", chunk_size, LARGEST_CHUNK_SIZE=checks.LARGEST_CHUNK_SIZE)
     tile_size = checks.check_count("tile_size", tile_size, 1)
     if tile_size > 31:
         raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")

@@ -9,7 +9,7 @@ checks run before any work is done.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +80,9 @@ def check_count(name: str, value: Any, least: int) -> int:
     return number
 
 
-def check_at_most(name: str, value: int, constant: str) -> int:
-    """No more than a constant of this module, which the message names."""
-    most = globals()[constant]
+def check_at_most(name: str, value: int, **limit: int) -> int:
+    """No more than a constant, which the message names: give it as LARGEST_X=LARGEST_X."""
+    ((constant, most),) = limit.items()
     if value > most:
         raise ValueError(f"{name} must be at most {constant} = {most}, got {value}")
     return value
@@ -90,7 +90,7 @@ def check_at_most(name: str, value: int, constant: str) -> int:
 
 def check_block_size(name: str, value: Any) -> int:
     """1 to LARGEST_BLOCK_SIZE."""
-    return check_at_most(name, check_count(name, value, 1), "LARGEST_BLOCK_SIZE")
+    return check_at_most(name, check_count(name, value, 1), LARGEST_BLOCK_SIZE=LARGEST_BLOCK_SIZE)
 
 
 def check_scale(name: str, value: Any) -> float | None:
@@ -110,6 +110,14 @@ def check_scale(name: str, value: Any) -> float | None:
     return number
 
 
+def check_positive(name: str, value: Any) -> float:
+    """A scale that must be given."""
+    number = check_scale(name, value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got None")
+    return number
+
+
 def _to_float(value: Any) -> float:
     try:
         return float(value)
@@ -120,7 +128,9 @@ def _to_float(value: Any) -> float:
 def check_config(config: MSAConfig) -> dict[str, int | float | None]:
     """The six numbers of an MSAConfig, as Python's own."""
     block_size = check_block_size("block_size", config.block_size)
-    top_k = check_at_most("top_k", check_count("top_k", config.top_k, 1), "LARGEST_TOP_K")
+    top_k = check_at_most(
+        "top_k", check_count("top_k", config.top_k, 1), LARGEST_TOP_K=LARGEST_TOP_K
+    )
     sink_blocks = check_count("sink_blocks", config.sink_blocks, 0)
     local_blocks = check_count("local_blocks", config.local_blocks, 1)
     if sink_blocks + local_blocks > top_k:
@@ -153,7 +163,7 @@ def check_sequences(sequences: Sequences) -> dict[str, tuple[int, ...]]:
                 raise ValueError(
                     f"{name} must not decrease, got {start} then {stop} at sequence {s}"
                 )
-        check_at_most(f"{name}[{len(borders) - 1}]", borders[-1], "LARGEST_BORDER")
+        check_at_most(f"{name}[{len(borders) - 1}]", borders[-1], LARGEST_BORDER=LARGEST_BORDER)
     cu_q, cu_k = cu_seqlens.values()
     if len(cu_q) != len(cu_k):
         raise ValueError(
@@ -178,14 +188,15 @@ def _as_integers(name: str, borders: Any) -> tuple[int, ...]:
 
 
 def read_borders(name: str, borders: Any) -> tuple[int, ...]:
-    """cu_seqlens from a tuple, list, array or tensor of integers to plain integers."""
-    if not isinstance(borders, (list, tuple)):
+    """cu_seqlens from a tuple, list, range, array or tensor of integers to plain integers."""
+    if isinstance(borders, str) or not isinstance(borders, Sequence):
         check_integers(name, borders)
-        if borders.ndim != 1:
-            raise ValueError(f"{name} must have shape [batch + 1], got {list(borders.shape)}")
-        return tuple(to_numpy(borders).tolist())
+        array = to_numpy(borders)
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have shape [batch + 1], got {list(array.shape)}")
+        return tuple(array.tolist())
     for border in borders:
-        if isinstance(border, (list, tuple)) or getattr(border, "ndim", 0):
+        if isinstance(border, Sequence) or getattr(border, "ndim", 0):
             raise ValueError(
                 f"{name} must have shape [batch + 1], got {kind(border)} inside a {kind(borders)}"
             )
@@ -261,7 +272,7 @@ def _check_in_memory(name: str, tensor: Any) -> None:
         raise TypeError(f"{name} must be dense, got a nested tensor: pack it, with cu_seqlens")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got layout {tensor.layout}: give .to_dense()")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise ValueError(f"{name} must hold numbers, got a tensor on the device meta")
     if tensor.is_neg():
         raise ValueError(
@@ -366,7 +377,7 @@ def check_indices(selection: Selection) -> None:
             f"selection.indices must have shape [Tq, Hkv, k] = [{total}, any, any], "
             f"got {list(ids.shape)}"
         )
-    check_at_most("selection.indices.shape[2]", ids.shape[2], "LARGEST_TOP_K")
+    check_at_most("selection.indices.shape[2]", ids.shape[2], LARGEST_TOP_K=LARGEST_TOP_K)
 
 
 def check_selection(selection: Selection) -> None:

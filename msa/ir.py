@@ -27,7 +27,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Integer
 
 from msa import checks, checks_cache
 
@@ -314,8 +314,8 @@ class PagedKV:
     k_pages: Float[Array, "pages Bk Hkv D"]
     v_pages: Float[Array, "pages Bk Hkv Dv"]
     k_idx_pages: Float[Array, "pages Bk Di"]
-    page_table: Int[Array, "B table"]
-    lengths: Int[Array, " B"]
+    page_table: Integer[Array, "B table"]
+    lengths: Integer[Array, " B"]
     k_scales: Float32[Array, "pages Hkv"] | None = None
     v_scales: Float32[Array, "pages Hkv"] | None = None
     k_idx_scales: Float32[Array, " pages"] | None = None
