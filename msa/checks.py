@@ -417,7 +417,8 @@ def own_blocks(selection: Selection) -> Any:
     import torch
 
     device = selection.indices.device
-    counts, shift = (torch.from_numpy(x).to(device) for x in (counts, shift))
+    both = torch.from_numpy(np.stack([counts, shift]))
+    counts, shift = both.to(device, non_blocking=True)  # else it would wait for the device
     shift = torch.repeat_interleave(shift, counts, output_size=total)
     return (torch.arange(total, device=device) + shift) // selection.block_size
 

@@ -299,12 +299,13 @@ class PagedKV:
     """Keys, values and index keys in pages of one block each, in any physical order (R2, R20).
 
     Block b of sequence s lies in page `page_table[s, b]`; the first `lengths[s]` tokens are valid.
-    Entries of the table beyond a sequence's last block are not read. A `PagePool` makes one and
-    fills it.
+    Entries of the table beyond a sequence's last block are not read. Table and lengths hold
+    integers of any dtype, int32 or int64 where `append_tokens` is to write them. A `PagePool` makes
+    a cache and fills it.
 
-    Pages of torch.float8_e4m3fn have scales, one for each page and head (for index keys, each
-    page): a stored number stands for itself times the scale, in float32. k and v have 8 bits
-    together or not at all, index keys independently of them.
+    Pages of torch.float8_e4m3fn have scales, finite and positive, one for each page and head (for
+    index keys, each page): a stored number stands for itself times the scale, in float32. k and v
+    have 8 bits together or not at all, index keys independently of them.
 
     >>> pages = np.arange(6.0).reshape(3, 2, 1, 1)  # three pages of two tokens
     >>> table, lengths = np.array([[2, 0], [-1, -1]]), np.array([3, 0])
