@@ -571,6 +571,15 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+def beside(model: Any, array: np.ndarray) -> Any:
+    """An array of the host in the library, and on the device, of the model."""
+    if not is_torch(model):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(model.device)
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy view or copy of an integer or boolean array of either kind."""
     return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)

@@ -24,7 +24,7 @@ TOKEN_DIMS = {"k": "n Hkv D", "v": "n Hkv Dv", "k_idx": "n Di"}
 PAGE_DTYPES = (*checks.FLOAT_DTYPES, checks.EIGHT_BITS)
 
 
-def check_cache(
+def check_arrays(
     cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
 ) -> None:
     """Page shapes agree; the sizes found are added to `sizes`.
@@ -38,6 +38,13 @@ def check_cache(
         else:
             checks.check_integers(f"cache.{name}", array, counted_in)
         checks.check_shape(f"cache.{name}", array, dims, sizes)
+
+
+def check_cache(
+    cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
+) -> None:
+    """What a caller gives: the arrays, and scales beside 8-bit pages alone."""
+    check_arrays(cache, sizes, counted_in)
     check_scales(cache, sizes)
 
 
@@ -85,9 +92,8 @@ def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
         scales = getattr(cache, f"{name}_scales")
         if scales is None or not len(own):
             continue
-        import torch
-
-        found = checks.to_numpy(scales[torch.from_numpy(own).to(scales.device)])
+        checks.check_plain(f"cache.{name}_scales", scales)
+        found = checks.to_numpy(scales[checks.beside(scales, own)])
         bad = ~((found > 0) & (found < np.inf))
         if bad.any():
             block = int(np.argwhere(bad)[0, 0])

@@ -374,15 +374,14 @@ class PagedKV:
         array([4., 5., 0.])
         """
         sizes: dict[str, int] = {}
-        checks_cache.check_cache(self, sizes)
+        checks_cache.check_arrays(self, sizes)  # the reference has 8-bit pages in float32
         sequence = checks_cache.check_sequence(sequence, sizes["B"])
         length, row = int(self.lengths[sequence]), checks.to_numpy(self.page_table[sequence])
         own = checks_cache.check_row(row, length, sequence, sizes)
+        for name in ("k", "v", "k_idx"):
+            checks_cache.check_scaled(self, name)
         checks_cache.check_own_scales(self, own, sequence)
-        if checks.is_torch(self.k_pages):
-            import torch
-
-            own = torch.from_numpy(own).to(self.k_pages.device)
+        own = checks.beside(self.k_pages, own)
         k, v, k_idx = (
             numbers.reshape(-1, *numbers.shape[2:])[:length]
             for numbers in (self.read(name, own) for name in ("k", "v", "k_idx"))
