@@ -2,6 +2,7 @@
 
 Layouts: packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched [B, T, H, D].
 Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is of the same kind.
+They are dense and in memory: no subclasses, and nothing that a transform of torch.func wraps (R20).
 Their dtypes are taken as they are: autocast has no say inside.
 """
 
@@ -132,8 +133,8 @@ def sparse_attention(
     >>> msa.sparse_attention(np.zeros((4, 1, 1)), x, x, own_block).out.ravel()
     array([0. , 0.5, 2. , 2.5])
     """
-    checks.check_scale("softmax_scale", softmax_scale)
     checks.check_type("selection", selection, Selection)
+    checks.check_indices(selection)
     config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
     arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order}
     call = _Call(arrays, backend, config, selection=selection, options=options)
@@ -229,17 +230,18 @@ def decode(
     sizes: dict[str, int] = {"Bk": config.block_size}
     checks.check_shape("q", q, "B n Hq D", sizes)
     checks_cache.check_cache(cache, sizes)
+    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
+    checks.check_heads(sizes["Hq"], sizes["Hkv"])
+    checks_cache.check_queries(cache, q, q_idx)
     name = resolve(backend, q)
     if checks.is_captured(q):
         checks.check_capturable(name)
     else:
         checks_cache.check_contents(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
-    checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    checks_cache.check_queries(cache, q, q_idx)
     module, carrier = load_backend(name), Carrier(name, q)
     if name == "triton":
         checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
+    cache = checks_cache.with_index_dtypes(cache)
     q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
     with carrier.exactly():
         output = module.decode_step(q, q_idx, cache, config)
@@ -263,7 +265,8 @@ def append_tokens(
     the pool learns nothing of it: reserve for each sequence of the batch that has tokens.
 
     Args:
-        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place.
+        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place, so
+            that its table and lengths are int32 or int64.
         k, v, k_idx: in the dtype of the pages; for pages of 8 bits float16, bfloat16 or float32.
 
     Raises:
@@ -271,7 +274,7 @@ def append_tokens(
     """
     checks.check_type("cache", cache, PagedKV)
     sizes: dict[str, int] = {}
-    checks_cache.check_cache(cache, sizes)
+    checks_cache.check_cache(cache, sizes, checks.INDEX_DTYPES)
     checks_cache.check_tokens(cache, True, sizes["B"], {"k": k, "v": v, "k_idx": k_idx})
     checks_cache.check_written(cache)
     resolve("triton", cache.k_pages)
@@ -308,8 +311,9 @@ def lower(
     checks.check_type("config", config, MSAConfig)
     if chunk_size is None:
         chunk_size = 2 * config.top_k * config.block_size
-    checks.check_count("chunk_size", chunk_size, 1)
-    checks.check_count("tile_size", tile_size, 1)
+    chunk_size = checks.check_count("chunk_size", chunk_size, 1)
+    checks.check_at_most("chunk_size", chunk_size, LARGEST_CHUNK_SIZE=checks.LARGEST_CHUNK_SIZE)
+    tile_size = checks.check_count("tile_size", tile_size, 1)
     if tile_size > 31:
         raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}

@@ -1,15 +1,16 @@
 """Every argument check and message about bad input (R20), but for those of `checks_cache`.
 
-A message names the argument, says what was wanted and what came. Arrays are only looked at
-through `shape`, `dtype` and comparison, so that one check serves NumPy and torch alike; nothing
-here imports torch. All checks run before any work is done.
+A message names the argument, says what was wanted and what came. Arrays come through
+`check_plain` first; then they are only looked at through `shape`, `dtype` and comparison, so that
+one check serves NumPy and torch alike. torch is imported where a tensor was given, not before. All
+checks run before any work is done.
 """
 
 from __future__ import annotations
 
-import math
+import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -33,58 +34,137 @@ OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
 }
 """Options of the triton backend: their values, the default first, and why others have no choice."""
 LSE_DTYPES = ("float32", "float64")
+INDEX_DTYPES = ("int32", "int64")
+"""What backends count with; other integers are converted where they are only read."""
+INTEGER_DTYPES = ("int8", "int16", *INDEX_DTYPES, "uint8", "uint16", "uint32", "uint64")
+
+LARGEST_TOP_K = 16384
+"""Places of a query: a context of two million tokens, whole, in blocks of 128."""
+LARGEST_BLOCK_SIZE = 65536
+"""Tokens of a block. Backends fill the last block up, so even one token takes the memory of a whole
+one: here 32 MiB for each head of 128 numbers in float32."""
+LARGEST_CHUNK_SIZE = 2 * LARGEST_TOP_K * LARGEST_BLOCK_SIZE
+"""Edges of a work item: what `lower` takes by itself for the largest configuration (R14)."""
+LARGEST_BORDER = 2**63 - 1
+"""Borders of sequences are int64 on the device."""
+LEAST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
+"""The kernels compute in float32, with exp2: a scale, and a scale times log2(e), must be a normal
+number of it."""
+
+PLAIN = ("numpy.ndarray", "numpy.memmap", "torch.Tensor", "torch.nn.parameter.Parameter")
+ADVICE = {
+    "MaskedArray": "a mask would be ignored, so give .filled(...)",
+    "DTensor":
+        "give the part of each device, .to_local(), or wrap the call in "
+        "torch.distributed.tensor.experimental.local_map",
+    "NestedTensor":
+        "give .values(), packed, and .offsets() as cu_seqlens",
+    "FakeTensor": "it has no numbers; msa.ops can be traced",
+    "FunctionalTensor":
+        "it has no numbers; msa.ops can be traced",
+}  # fmt: skip
+"""What to do about the best known classes that are not PLAIN."""
 MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
 
 
 # -- configuration and sequence borders -----------------------------------------------------------
-def check_count(name: str, value: Any, least: int) -> None:
-    """An integer of at least `least`; bool does not count as one."""
+def check_integer(name: str, value: Any) -> int:
+    """An integer of Python or NumPy; bool does not count as one."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if int(value) < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return operator.index(value)
 
 
 def check_seed(name: str, value: Any) -> None:
     """What NumPy and torch both take: an integer from 0 up to 63 bits."""
-    check_count(name, value, 0)
-    if value >= 2**63:
+    if check_count(name, value, 0) >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
-def check_scale(name: str, value: Any) -> None:
-    """None, or a finite positive number."""
+def check_count(name: str, value: Any, least: int) -> int:
+    """An integer of at least `least`."""
+    number = check_integer(name, value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def check_at_most(name: str, value: int, **limit: int) -> int:
+    """No more than a constant, which the message names: give it as LARGEST_X=LARGEST_X."""
+    ((constant, most),) = limit.items()
+    if value > most:
+        raise ValueError(f"{name} must be at most {constant} = {most}, got {value}")
+    return value
+
+
+def check_block_size(name: str, value: Any) -> int:
+    """1 to LARGEST_BLOCK_SIZE."""
+    return check_at_most(name, check_count(name, value, 1), LARGEST_BLOCK_SIZE=LARGEST_BLOCK_SIZE)
+
+
+def check_scale(name: str, value: Any) -> float | None:
+    """None, or a number from LEAST_SCALE to LARGEST_SCALE."""
     if value is None:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{name} must be None or a number, got {value!r} of type {type(value).__name__}"
         )
-    if not (math.isfinite(value) and float(value) > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
-
-
-def check_config(config: MSAConfig) -> None:
-    """The six numbers of an MSAConfig."""
-    check_count("block_size", config.block_size, 1)
-    check_count("top_k", config.top_k, 1)
-    check_count("sink_blocks", config.sink_blocks, 0)
-    check_count("local_blocks", config.local_blocks, 1)
-    if config.forced_blocks > config.top_k:
+    number = _to_float(value)
+    if not LEAST_SCALE <= number <= LARGEST_SCALE:
         raise ValueError(
-            f"sink_blocks + local_blocks must be at most top_k = {config.top_k}, "
-            f"got {config.sink_blocks} + {config.local_blocks}"
+            f"{name} must be finite and positive, from LEAST_SCALE = 2^-126 to LARGEST_SCALE = "
+            f"2^127, since kernels compute in float32, got {number}"
         )
-    check_scale("softmax_scale", config.softmax_scale)
-    check_scale("index_scale", config.index_scale)
+    return number
 
 
-def check_sequences(sequences: Sequences) -> None:
-    """Borders start at 0 and never decrease; no sequence has more queries than keys (R1, R2)."""
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        borders = getattr(sequences, name)
-        if not isinstance(borders, tuple) or not all(type(b) is int for b in borders):
-            raise TypeError(f"{name} must be a tuple of int, got {borders!r}")
+def check_positive(name: str, value: Any) -> float:
+    """A scale that must be given."""
+    number = check_scale(name, value)
+    if number is None:
+        raise TypeError(f"{name} must be a number, got None")
+    return number
+
+
+def _to_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer or a fraction beyond float64
+        return float("inf") if value > 0 else float("-inf")
+
+
+def check_config(config: MSAConfig) -> dict[str, int | float | None]:
+    """The six numbers of an MSAConfig, as Python's own."""
+    block_size = check_block_size("block_size", config.block_size)
+    top_k = check_at_most(
+        "top_k", check_count("top_k", config.top_k, 1), LARGEST_TOP_K=LARGEST_TOP_K
+    )
+    sink_blocks = check_count("sink_blocks", config.sink_blocks, 0)
+    local_blocks = check_count("local_blocks", config.local_blocks, 1)
+    if sink_blocks + local_blocks > top_k:
+        raise ValueError(
+            f"sink_blocks + local_blocks must be at most top_k = {top_k}, "
+            f"got {sink_blocks} + {local_blocks}"
+        )
+    return {
+        "block_size": block_size,
+        "top_k": top_k,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+        "softmax_scale": check_scale("softmax_scale", config.softmax_scale),
+        "index_scale": check_scale("index_scale", config.index_scale),
+    }
+
+
+def check_sequences(sequences: Sequences) -> dict[str, tuple[int, ...]]:
+    """Borders start at 0 and never decrease; no sequence has more queries than keys (R1, R2).
+
+    Returns them as Python's own integers.
+    """
+    names = ("cu_seqlens_q", "cu_seqlens_k")
+    cu_seqlens = {name: _as_integers(name, getattr(sequences, name)) for name in names}
+    for name, borders in cu_seqlens.items():
         if not borders or borders[0] != 0:
             raise ValueError(f"{name} must start with 0, got {_short(borders)}")
         for s, (start, stop) in enumerate(zip(borders, borders[1:])):
@@ -92,30 +172,52 @@ def check_sequences(sequences: Sequences) -> None:
                 raise ValueError(
                     f"{name} must not decrease, got {start} then {stop} at sequence {s}"
                 )
-    if len(sequences.cu_seqlens_q) != len(sequences.cu_seqlens_k):
+        check_at_most(f"{name}[{len(borders) - 1}]", borders[-1], LARGEST_BORDER=LARGEST_BORDER)
+    cu_q, cu_k = cu_seqlens.values()
+    if len(cu_q) != len(cu_k):
         raise ValueError(
-            f"cu_seqlens_k must have as many entries as cu_seqlens_q = "
-            f"{len(sequences.cu_seqlens_q)}, got {len(sequences.cu_seqlens_k)}"
+            f"cu_seqlens_k must have as many entries as cu_seqlens_q = {len(cu_q)}, got {len(cu_k)}"
         )
-    for s, (qs, ks) in enumerate(sequences.spans()):
-        n_q, n_k = qs.stop - qs.start, ks.stop - ks.start
-        if n_q > n_k:
+    for s, (q_0, q_1, k_0, k_1) in enumerate(zip(cu_q, cu_q[1:], cu_k, cu_k[1:])):
+        if q_1 - q_0 > k_1 - k_0:
             raise ValueError(
                 f"cu_seqlens_q must give each sequence at most as many queries as keys (R2), "
-                f"got {n_q} queries for {n_k} keys in sequence {s}"
+                f"got {q_1 - q_0} queries for {k_1 - k_0} keys in sequence {s}"
             )
+    return cu_seqlens
+
+
+def _as_integers(name: str, borders: Any) -> tuple[int, ...]:
+    """A tuple of integers, of Python or NumPy."""
+    if type(borders) is not tuple:
+        raise TypeError(f"{name} must be a tuple of integers, got {kind(borders)}")
+    if all(type(border) is int for border in borders):
+        return borders
+    return tuple(check_integer(f"{name}[{i}]", border) for i, border in enumerate(borders))
 
 
 def read_borders(name: str, borders: Any) -> tuple[int, ...]:
-    """cu_seqlens from a tuple, list, array or tensor of integers to plain integers."""
-    if hasattr(borders, "detach"):
-        borders = borders.detach().cpu().numpy()
-    array = np.asarray(borders)
-    if array.ndim != 1:
-        raise ValueError(f"{name} must have shape [batch + 1], got {list(array.shape)}")
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must hold integers (int32), got {array.dtype}")
-    return tuple(int(b) for b in array)
+    """cu_seqlens from a tuple, list, range, array or tensor of integers to plain integers."""
+    if isinstance(borders, str) or not isinstance(borders, Sequence):
+        check_integers(name, borders)
+        array = to_numpy(borders)
+        if array.ndim != 1:
+            raise ValueError(f"{name} must have shape [batch + 1], got {list(array.shape)}")
+        return tuple(array.tolist())
+    for border in borders:
+        if isinstance(border, Sequence) or getattr(border, "ndim", 0):
+            raise ValueError(
+                f"{name} must have shape [batch + 1], got {kind(border)} inside a {kind(borders)}"
+            )
+    return _as_integers(name, tuple(_number(name, border) for border in borders))
+
+
+def _number(name: str, border: Any) -> Any:
+    """What an array without dims holds; anything else as it is."""
+    if isinstance(border, np.generic) or not hasattr(border, "dtype"):
+        return border
+    check_integers(name, border)
+    return border.item()
 
 
 def check_totals(sequences: Sequences, total_q: int, total_k: int, whose: str) -> None:
@@ -148,15 +250,73 @@ def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
 
 
 # -- tensors --------------------------------------------------------------------------------------
+def check_plain(name: str, array: Any) -> None:
+    """A NumPy array or a torch tensor whose numbers lie in memory as they are: the door.
+
+    Every array that a caller gives comes through here first. Subclasses are refused, for theirs
+    may mean more than its numbers (a mask, a shard, units); so are tensors without numbers, with
+    some left out, or wrapped by a transform, none of which a kernel could read.
+    """
+    found = kind(array)
+    if found not in PLAIN:
+        if isinstance(array, np.generic):
+            return
+        known = type(array).__name__
+        if isinstance(array, np.ndarray):
+            advice = ADVICE.get(known, "give numpy.asarray(...) of it")
+            raise TypeError(f"{name} must be a numpy.ndarray itself, got {found}: {advice}")
+        if "torch.Tensor" in map(_full_name, type(array).__mro__):
+            advice = ADVICE.get(known, "give .as_subclass(torch.Tensor) of it, if that means it")
+            raise TypeError(f"{name} must be a torch.Tensor itself, got {found}: {advice}")
+        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {found}")
+    if found.startswith("torch"):
+        _check_in_memory(name, array)
+
+
+def _check_in_memory(name: str, tensor: Any) -> None:
+    """Dense, with numbers, which no pending operation changes and no transform wraps."""
+    import torch
+
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be dense, got a nested tensor: pack it, with cu_seqlens")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {tensor.layout}: give .to_dense()")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold numbers, got a tensor on the device meta")
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} must hold its numbers, got a view that is yet to be negated: "
+            "give .resolve_neg()"
+        )
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError(
+            f"{name} must be a tensor outside of torch.func, got one inside a transform such as "
+            "vmap or grad: call with the whole batch, and use torch.autograd"
+        )
+    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+        raise TypeError(
+            f"{name} must have no tangent, got a dual tensor of forward-mode differentiation: "
+            "there are gradients in reverse mode alone"
+        )
+
+
 def check_array(name: str, array: Any, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> None:
     """A NumPy array or a torch tensor of one of the dtypes, its last dim contiguous."""
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{name} must be a NumPy array or a torch tensor, got {kind(array)}")
+    check_plain(name, array)
     if dtype_name(array) not in dtypes:
         raise TypeError(f"{name} must have dtype {' or '.join(dtypes)}, got {array.dtype}")
     stride = array.stride() if is_torch(array) else [s // array.itemsize for s in array.strides]
     if 0 not in array.shape and array.ndim and array.shape[-1] > 1 and stride[-1] != 1:
         raise ValueError(f"{name} must be contiguous in its last dim, got strides {list(stride)}")
+
+
+def check_integers(name: str, array: Any, dtypes: tuple[str, ...] = INTEGER_DTYPES) -> None:
+    """A NumPy array or a torch tensor of integers, of any strides; bool is none."""
+    check_plain(name, array)
+    if dtype_name(array) not in dtypes:
+        raise TypeError(f"{name} must hold integers ({_either(dtypes)}), got {array.dtype}")
 
 
 def check_same_dtype(**arrays: Any) -> None:
@@ -215,20 +375,24 @@ def check_heads(q_heads: int, kv_heads: int) -> None:
 
 
 # -- forms ----------------------------------------------------------------------------------------
-def check_selection(selection: Selection) -> None:
-    """The canonical form (R8), entry by entry; arrays stay on their device until one is bad."""
-    ids, sequences = selection.indices, selection.sequences
-    check_count("selection.block_size", selection.block_size, 1)
-    if not str(ids.dtype).endswith("int32"):
+def check_indices(selection: Selection) -> None:
+    """The kind and the shape of the ids: what can be said without looking at them."""
+    ids, total = selection.indices, selection.sequences.total_q
+    check_plain("selection.indices", ids)
+    if dtype_name(ids) != "int32":
         raise TypeError(f"selection.indices must have dtype int32, got {ids.dtype}")
-    if ids.ndim != 3 or ids.shape[0] != sequences.total_q or ids.shape[-1] < 1:
+    if ids.ndim != 3 or ids.shape[0] != total or 0 in ids.shape[1:]:
         raise ValueError(
-            f"selection.indices must have shape [Tq, Hkv, k] = [{sequences.total_q}, any, any], "
+            f"selection.indices must have shape [Tq, Hkv, k] = [{total}, any, any], "
             f"got {list(ids.shape)}"
         )
-    own = np.asarray(sequences.positions(), np.int64) // selection.block_size
-    own_ids = ids.new_tensor(own.tolist()) if is_torch(ids) else own.astype(np.int32)
-    own_ids = own_ids[:, None]
+    check_at_most("selection.indices.shape[2]", ids.shape[2], LARGEST_TOP_K=LARGEST_TOP_K)
+
+
+def check_selection(selection: Selection) -> None:
+    """The canonical form (R8), entry by entry. The ids stay on their device unless one is bad."""
+    check_indices(selection)
+    ids, own = selection.indices, own_blocks(selection)[:, None]
     valid = ids >= 0
     rules = [
         ("hold block ids or -1", ids < -1, ids),
@@ -238,22 +402,51 @@ def check_selection(selection: Selection) -> None:
             valid[..., 1:] & (ids[..., 1:] <= ids[..., :-1]),
             ids[..., 1:],
         ),
-        ("hold visible blocks only", ids > own_ids[..., None], ids),
-        ("hold each query's own block", ~(ids == own_ids[..., None]).any(-1), ids[..., 0]),
+        ("hold visible blocks only", ids > own[..., None], ids),
+        ("hold each query's own block", ~(ids == own[..., None]).any(-1), ids[..., 0]),
     ]
-    for wanted, bad, shown in rules:
-        if bool(bad.any()):
+    broken = read_together([bad.any() for _, bad, _ in rules])
+    for (wanted, bad, shown), is_broken in zip(rules, broken):
+        if is_broken:
             where = np.argwhere(to_numpy(bad))[0].tolist()
             raise ValueError(
                 f"selection.indices must {wanted} (R8), got {int(to_numpy(shown)[tuple(where)])} "
-                f"at query {where[0]}, group {where[1]}, own block {int(own[where[0]])}: "
+                f"at query {where[0]}, group {where[1]}, own block {int(own[where[0], 0])}: "
                 f"{to_numpy(ids[where[0], where[1]]).tolist()}"
             )
 
 
+def own_blocks(selection: Selection) -> Any:
+    """[Tq]: for each query the block that it stands in (R3), beside the ids."""
+    cu_q, cu_k = selection.sequences.cu_seqlens_q, selection.sequences.cu_seqlens_k
+    counts, total = np.diff(np.array(cu_q)), cu_q[-1]
+    shift = np.diff(np.array(cu_k)) - np.array(cu_q[1:], np.int64)  # from place to position (R2)
+    if not is_torch(selection.indices):
+        return (np.arange(total) + np.repeat(shift, counts)) // selection.block_size
+    import torch
+
+    device = selection.indices.device
+    both = torch.from_numpy(np.stack([counts, shift]))
+    counts, shift = both.to(device, non_blocking=True)  # else it would wait for the device
+    shift = torch.repeat_interleave(shift, counts, output_size=total)
+    return (torch.arange(total, device=device) + shift) // selection.block_size
+
+
+def read_together(arrays: list[Any]) -> list[Any]:
+    """Arrays of integers or bools of one device as NumPy's, in int64, after one wait for it."""
+    if not is_torch(arrays[0]):
+        return arrays
+    import torch
+
+    sizes = [array.numel() for array in arrays]
+    whole = torch.cat([array.reshape(-1).long() for array in arrays]).cpu().numpy()
+    parts = np.split(whole, np.cumsum(sizes)[:-1])
+    return [part.reshape(tuple(array.shape)) for part, array in zip(parts, arrays)]
+
+
 def check_selection_for(selection: Selection, arrays: dict[str, Any]) -> None:
     """A canonical Selection (R8) with the groups, kind and device of the tensors beside it."""
-    check_selection(selection)
+    check_indices(selection)
     groups = arrays["k"].shape[-2]
     if selection.indices.shape[1] != groups:
         raise ValueError(
@@ -261,6 +454,7 @@ def check_selection_for(selection: Selection, arrays: dict[str, Any]) -> None:
             f"got {selection.indices.shape[1]}"
         )
     check_same_place(q=arrays["q"], **{"selection.indices": selection.indices})
+    check_selection(selection)
 
 
 # -- backends -------------------------------------------------------------------------------------
@@ -336,9 +530,10 @@ def check_kernels(block_size: int, top_k: int = 1, **arrays: Any) -> None:
             f"got {block_size}: use backend='torch'"
         )
     for name, array in arrays.items():
-        if dtype_name(array) not in KERNEL_DTYPES:
+        dtypes = LSE_DTYPES if name == "lse" else KERNEL_DTYPES  # it is read in float32
+        if dtype_name(array) not in dtypes:
             raise TypeError(
-                f"{name} must have dtype {_either(KERNEL_DTYPES)} for backend='triton', "
+                f"{name} must have dtype {_either(dtypes)} for backend='triton', "
                 f"got {array.dtype}: use backend='torch'"
             )
         if is_interpreted() and dtype_name(array) == "bfloat16":
@@ -417,6 +612,15 @@ def dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
+def beside(model: Any, array: np.ndarray) -> Any:
+    """An array of the host in the library, and on the device, of the model."""
+    if not is_torch(model):
+        return array
+    import torch
+
+    return torch.from_numpy(array).to(model.device)
+
+
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy view or copy of an integer or boolean array of either kind."""
     return array.detach().cpu().numpy() if is_torch(array) else np.asarray(array)
@@ -430,7 +634,11 @@ def _either(values: Iterable[Any]) -> str:
 
 def kind(value: Any) -> str:
     """ "list", "numpy.ndarray" or "torch.Tensor": what came instead of what was wanted."""
-    return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    return _full_name(type(value)).removeprefix("builtins.")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__name__}"
 
 
 def _short(borders: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,15 +26,27 @@ MOST = 2**31 - 1
 """Tables and lengths are int32."""
 
 
-def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Page shapes agree; the sizes found are added to `sizes`."""
+def check_arrays(
+    cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
+) -> None:
+    """Page shapes agree; the sizes found are added to `sizes`.
+
+    `counted_in` are the dtypes that the table and the lengths may have.
+    """
     for name, dims in CACHE_DIMS.items():
         array = getattr(cache, name)
         if name in PAGE_DIMS:
             checks.check_array(f"cache.{name}", array, PAGE_DTYPES)
-        elif "int" not in str(getattr(array, "dtype", None)):
-            raise TypeError(f"cache.{name} must hold integers, got {checks.kind(array)}")
+        else:
+            checks.check_integers(f"cache.{name}", array, counted_in)
         checks.check_shape(f"cache.{name}", array, dims, sizes)
+
+
+def check_cache(
+    cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
+) -> None:
+    """What a caller gives: the arrays, and scales beside 8-bit pages alone."""
+    check_arrays(cache, sizes, counted_in)
     check_scales(cache, sizes)
     if cache.shared is not None:
         checks.check_array("cache.shared", cache.shared, ("uint8",))
@@ -43,37 +55,68 @@ def check_cache(cache: PagedKV, sizes: dict[str, int]) -> None:
 
 
 def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Every page that a sequence needs is in its table and in range.
+    """Every page that a sequence needs is in its table, in range, and has good scales.
 
-    `sizes` holds Bk, pages and n, the number of queries per sequence.
+    `sizes` holds Bk, pages and n, the number of queries per sequence. Waits for the device once.
     """
-    table, lengths = checks.to_numpy(cache.page_table), checks.to_numpy(cache.lengths)
-    used: set[int] = set()
+    table, lengths, *bad = checks.read_together(
+        [cache.page_table, cache.lengths, *_pages_with_bad_scales(cache, sizes)]
+    )
     for s, length in enumerate(lengths.tolist()):
         if length < 0 or 0 < length < sizes["n"]:
             raise ValueError(
                 f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
                 f"in sequence {s}"
             )
-        check_row(table[s], length, s, sizes)
-        used.update(table[s][: -(-length // sizes["Bk"])].tolist())
-    check_scale_values(cache, sorted(used))
+        own = check_row(table[s], length, s, sizes)
+        if any(pages[s].any() for pages in bad):
+            check_own_scales(cache, own, s)
 
 
-def check_scale_values(cache: PagedKV, used: list[int]) -> None:
-    """The scales of the pages in use are finite and positive: they change no order of scores."""
+def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:
+    """Where the table, as far as it is in use, names a page with a scale of no use.
+
+    One array [B, table] for each kind of page with scales; on the device.
+    """
+    found = []
     for name in SCALE_DIMS:
         scales = getattr(cache, f"{name}_scales")
-        if scales is None:
+        if scales is None or not sizes["pages"]:
             continue
-        found = scales[used]
-        legal = (found > 0) & (found < float("inf"))
-        if not bool(legal.all()):
-            at = np.argwhere(~checks.to_numpy(legal))[0].tolist()
+        import torch
+
+        good = ((scales > 0) & (scales < float("inf"))).reshape(len(scales), -1).all(1)
+        place = torch.arange(cache.page_table.shape[1], device=scales.device)
+        used = place * sizes["Bk"] < cache.lengths.long()[:, None]
+        found.append(used & ~good[cache.page_table.long().clamp(0, len(scales) - 1)])
+    return found
+
+
+def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
+    """The scales of a sequence's own pages, which the host knows, are finite and positive."""
+    for name in SCALE_DIMS:
+        scales = getattr(cache, f"{name}_scales")
+        if scales is None or not len(own):
+            continue
+        checks.check_plain(f"cache.{name}_scales", scales)
+        found = checks.to_numpy(scales[checks.beside(scales, own)])
+        bad = ~((found > 0) & (found < np.inf))
+        if bad.any():
+            block = int(np.argwhere(bad)[0, 0])
             raise ValueError(
-                f"cache.{name}_scales must be finite and positive, got "
-                f"{float(found[tuple(at)])} for page {used[at[0]]}"
+                f"cache.{name}_scales must be finite and positive, got {found[bad][0]} "
+                f"in page {own[block]}, block {block} of sequence {sequence}"
             )
+
+
+def with_index_dtypes(cache: PagedKV) -> PagedKV:
+    """The table and the lengths in dtypes that backends count with."""
+    others = {
+        name: array.long() if checks.is_torch(array) else array.astype(np.int64)
+        for name in ("page_table", "lengths")
+        if checks.dtype_name(array := getattr(cache, name)) not in checks.INDEX_DTYPES
+    }
+    return replace(cache, **others) if others else cache
 
 
 def check_written(cache: PagedKV) -> None:
@@ -134,16 +177,20 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
     checks.check_same_place(q=q, q_idx=q_idx, **parts)
 
 
-def check_row(row: Any, length: int, sequence: int, sizes: dict[str, int]) -> None:
-    """The entries of the table that one sequence needs; `sizes` holds Bk and pages."""
+def check_row(row: np.ndarray, length: int, sequence: int, sizes: dict[str, int]) -> np.ndarray:
+    """The entries of the table that one sequence needs, in int64; `sizes` holds Bk and pages."""
+    if length < 0:
+        raise ValueError(f"cache.lengths must be at least 0, got {length} in sequence {sequence}")
     needed = -(-length // sizes["Bk"])
     check_width(len(row), needed, length, sequence)
-    for b, page in enumerate(row[:needed].tolist()):
-        if not 0 <= page < sizes["pages"]:
-            raise ValueError(
-                f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {page} "
-                f"for block {b} of sequence {sequence}"
-            )
+    own = row[:needed]
+    bad = np.flatnonzero((own < 0) | (own >= sizes["pages"]))
+    if len(bad):
+        raise ValueError(
+            f"cache.page_table must hold pages 0 to {sizes['pages'] - 1}, got {own[bad[0]]} "
+            f"for block {bad[0]} of sequence {sequence}"
+        )
+    return own.astype(np.int64)
 
 
 def check_width(width: int, needed: int, length: int, sequence: int) -> None:
@@ -155,11 +202,12 @@ def check_width(width: int, needed: int, length: int, sequence: int) -> None:
         )
 
 
-def check_sequence(sequence: Any, batch: int) -> None:
+def check_sequence(sequence: Any, batch: int) -> int:
     """One of the batch's sequences; no counting from the end."""
-    checks.check_count("sequence", sequence, 0)
-    if sequence >= batch:
-        raise ValueError(f"sequence must be 0 to {batch - 1}, got {sequence}")
+    number = checks.check_count("sequence", sequence, 0)
+    if number >= batch:
+        raise ValueError(f"sequence must be 0 to {batch - 1}, got {number}")
+    return number
 
 
 def check_pages(**pages: Any) -> None:

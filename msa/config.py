@@ -5,20 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from msa import checks
+from msa.checks import LARGEST_BLOCK_SIZE, LARGEST_SCALE, LARGEST_TOP_K, LEAST_SCALE
+
+__all__ = ["LARGEST_BLOCK_SIZE", "LARGEST_SCALE", "LARGEST_TOP_K", "LEAST_SCALE", "MSAConfig"]
 
 
 @dataclass(frozen=True)
 class MSAConfig:
     """What is computed; never how. Every backend reads the same six numbers.
 
-    Defaults are those of the paper and of MiniMax-M3.
+    Defaults are those of the paper and of MiniMax-M3. A configuration is frozen: its numbers are
+    checked once, when it is made, so make another one with `dataclasses.replace` to change it.
+    Numbers may be Python's or NumPy's, and are kept as Python's.
+
+    Every backend takes up to LARGEST_TOP_K blocks of up to LARGEST_BLOCK_SIZE tokens, and scales
+    from LEAST_SCALE to LARGEST_SCALE; the triton backend has limits of its own beside these, which
+    its messages name.
 
     Raises:
         TypeError: a count that is not an integer, a scale that is not a number.
-        ValueError: a count out of range, a scale that is not finite and positive (R20).
+        ValueError: a count or a scale out of range (R20).
 
     >>> MSAConfig(block_size=4, top_k=2).forced_blocks
     1
+    >>> LARGEST_TOP_K, LARGEST_BLOCK_SIZE
+    (16384, 65536)
     """
 
     block_size: int = 128
@@ -35,7 +46,8 @@ class MSAConfig:
     """Factor on <q_idx, k_idx>; None means Di ** -0.5 (R4)."""
 
     def __post_init__(self) -> None:
-        checks.check_config(self)
+        for name, number in checks.check_config(self).items():
+            object.__setattr__(self, name, number)
 
     @property
     def forced_blocks(self) -> int:

@@ -27,7 +27,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int, Integer, UInt8
 
 from msa import checks, checks_cache
 
@@ -38,11 +38,12 @@ Array = Any  # a NumPy array or a torch tensor
 class Sequences:
     """How several sequences lie packed behind one another (R1), queries being the last tokens (R2).
 
-    The borders are plain integers on the host: hashable, printable, and read once per call.
+    The borders are plain integers on the host: hashable, printable, and read once per call. NumPy's
+    are kept as Python's.
 
     Raises:
-        TypeError, ValueError: borders that do not start at 0, decrease, differ in number, or give a
-            sequence more queries than keys (R20).
+        TypeError, ValueError: no tuple of integers; borders that do not start at 0, decrease,
+            differ in number, or give a sequence more queries than keys (R20).
 
     >>> chunk = Sequences((0, 2, 5), (0, 7, 10))  # 2 new tokens of 7, then 3 of 3
     >>> chunk.total_q, chunk.total_k, chunk.max_blocks(block_size=4)
@@ -55,7 +56,8 @@ class Sequences:
     cu_seqlens_k: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        checks.check_sequences(self)
+        for name, borders in checks.check_sequences(self).items():
+            object.__setattr__(self, name, borders)
 
     @classmethod
     def one(cls, n_q: int, n_k: int) -> Sequences:
@@ -156,6 +158,10 @@ class Selection:
 
     Block ids count from the start of the query's own sequence; the last valid id is its own block.
 
+    Raises:
+        TypeError, ValueError: sequences that are no Sequences, a block size that is not 1 to
+            LARGEST_BLOCK_SIZE (R20). The ids are looked at where they are used, or by `validate`.
+
     >>> selection.indices[5, 0]   # token 5 reads blocks 1 and 2
     array([1, 2], dtype=int32)
     >>> selection.counts[:, 0]
@@ -165,6 +171,11 @@ class Selection:
     indices: Int[Array, "Tq Hkv k"]
     sequences: Sequences
     block_size: int
+
+    def __post_init__(self) -> None:
+        checks.check_type("selection.sequences", self.sequences, Sequences)
+        number = checks.check_block_size("selection.block_size", self.block_size)
+        object.__setattr__(self, "block_size", number)
 
     @property
     def top_k(self) -> int:
@@ -288,12 +299,13 @@ class PagedKV:
     """Keys, values and index keys in pages of one block each, in any physical order (R2, R20).
 
     Block b of sequence s lies in page `page_table[s, b]`; the first `lengths[s]` tokens are valid.
-    Entries of the table beyond a sequence's last block are not read. A `PagePool` makes one and
-    fills it.
+    Entries of the table beyond a sequence's last block are not read. Table and lengths hold
+    integers of any dtype, int32 or int64 where `append_tokens` is to write them. A `PagePool` makes
+    a cache and fills it.
 
-    Pages of torch.float8_e4m3fn have scales, one for each page and head (for index keys, each
-    page): a stored number stands for itself times the scale, in float32. k and v have 8 bits
-    together or not at all, index keys independently of them.
+    Pages of torch.float8_e4m3fn have scales, finite and positive, one for each page and head (for
+    index keys, each page): a stored number stands for itself times the scale, in float32. k and v
+    have 8 bits together or not at all, index keys independently of them.
 
     >>> pages = np.arange(6.0).reshape(3, 2, 1, 1)  # three pages of two tokens
     >>> table, lengths = np.array([[2, 0], [-1, -1]]), np.array([3, 0])
@@ -303,8 +315,8 @@ class PagedKV:
     k_pages: Float[Array, "pages Bk Hkv D"]
     v_pages: Float[Array, "pages Bk Hkv Dv"]
     k_idx_pages: Float[Array, "pages Bk Di"]
-    page_table: Int[Array, "B table"]
-    lengths: Int[Array, " B"]
+    page_table: Integer[Array, "B table"]
+    lengths: Integer[Array, " B"]
     k_scales: Float32[Array, "pages Hkv"] | None = None
     v_scales: Float32[Array, "pages Hkv"] | None = None
     k_idx_scales: Float32[Array, " pages"] | None = None
@@ -358,18 +370,20 @@ class PagedKV:
 
         Raises:
             TypeError, ValueError: no such sequence, a table without its pages, pages of 8 bits
-                without scales (R20).
+                without scales, or with scales that are not finite and positive (R20).
 
         >>> cache.flat(0)[0].ravel()
         array([4., 5., 0.])
         """
-        checks_cache.check_sequence(sequence, len(self.lengths))
+        sizes: dict[str, int] = {}
+        checks_cache.check_arrays(self, sizes)  # the reference has 8-bit pages in float32
+        sequence = checks_cache.check_sequence(sequence, sizes["B"])
+        length, row = int(self.lengths[sequence]), checks.to_numpy(self.page_table[sequence])
+        own = checks_cache.check_row(row, length, sequence, sizes)
         for name in ("k", "v", "k_idx"):
             checks_cache.check_scaled(self, name)
-        length, (total, block) = int(self.lengths[sequence]), self.k_pages.shape[:2]
-        row = checks.to_numpy(self.page_table[sequence])
-        checks_cache.check_row(row, length, sequence, {"Bk": block, "pages": total})
-        own = self.page_table[sequence, : -(-length // block)]
+        checks_cache.check_own_scales(self, own, sequence)
+        own = checks.beside(self.k_pages, own)
         k, v, k_idx = (
             numbers.reshape(-1, *numbers.shape[2:])[:length]
             for numbers in (self.read(name, own) for name in ("k", "v", "k_idx"))

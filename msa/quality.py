@@ -65,6 +65,7 @@ def cache_quality(
     >>> found["kv"].block_recall, found["kv"].score_recall, 0 < found["kv"].output_error < 0.1
     (1.0, 1.0, True)
     """
+    checks.check_type("config", config, MSAConfig)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     sizes: dict[str, int] = {}
     for name, array in arrays.items():

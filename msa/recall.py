@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 
+from msa import checks
 from msa.ir import Array, Selection
+from msa.layout import read_layout
 
 CHUNK = 128  # queries whose dense probabilities are held at a time
 
@@ -34,6 +36,9 @@ def measure(
     A block's attention is the sum of its tokens' probabilities under dense causal attention, mean
     over the heads of a group, as the index's teacher has it (R17). Tensors only; no gradient.
 
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+
     >>> import torch
     >>> from msa.ir import Sequences
     >>> q, k = torch.ones(4, 1, 1), torch.tensor([0.0, 2, 1, 0]).view(4, 1, 1)
@@ -45,6 +50,12 @@ def measure(
     """
     import torch
 
+    checks.check_type("selection", selection, Selection)
+    for name, array in (("q", q), ("k", k)):
+        checks.check_torch(name, array)
+    read_layout({"q": q, "k": k}, sequences=selection.sequences)
+    checks.check_selection_for(selection, {"q": q, "k": k})
+    softmax_scale = checks.check_positive("softmax_scale", softmax_scale)
     width, block, groups = selection.top_k, selection.block_size, k.shape[1]
     blocks = selection.sequences.max_blocks(block)
     q, k = q.detach(), k.detach()

@@ -435,7 +435,7 @@ def test_append_tokens_beyond_2_31(dim, folder):
 def test_append_tokens_refuses_what_has_no_place_for_each_entry(name):
     parts = fresh(())
     parts[name] = expanded(parts[name])
-    with pytest.raises(ValueError, match=rf"cache.{name} must have a place for each entry.*got"):
+    with pytest.raises(ValueError, match=rf"cache.{name} must have memory for each number, got"):
         append(parts, tokens())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,24 @@ CONFIGS = [
     config("negative scale", ValueError, ("softmax_scale", "positive", "-1"), softmax_scale=-1.0),
     config("zero scale", ValueError, ("index_scale", "positive", "0"), index_scale=0.0),
     config("scale in words", TypeError, ("softmax_scale", "number", "'1'"), softmax_scale="1"),
+    config("boolean scale", TypeError, ("index_scale", "number", "True"), index_scale=True),
+    config("boolean k of NumPy", TypeError, ("top_k", "integer", "bool"), top_k=np.bool_(True)),
+    config("more than the largest k", ValueError, ("top_k", "LARGEST_TOP_K = 16384", "got 16385"),
+           top_k=16385),
+    config("k beyond int32", ValueError, ("top_k", "LARGEST_TOP_K", "got 2147483648"),
+           top_k=np.int64(2**31)),
+    config("more than the largest Bk", ValueError,
+           ("block_size", "LARGEST_BLOCK_SIZE = 65536", "got 1099511627776"), block_size=2**40),
+    config("a scale beyond float32", ValueError,
+           ("softmax_scale", "LARGEST_SCALE = 2^127", "float32", "got 1e+39"), softmax_scale=1e39),
+    config("a scale beyond float32 after log2(e)", ValueError,
+           ("softmax_scale", "LARGEST_SCALE", "got 3e+38"), softmax_scale=3e38),
+    config("a scale below float32", ValueError,
+           ("index_scale", "LEAST_SCALE = 2^-126", "got 1e-46"), index_scale=1e-46),
+    config("a scale that float32 holds in part", ValueError, ("softmax_scale", "got 1e-38"),
+           softmax_scale=Fraction(1, 10**38)),
+    config("an integer scale beyond float64", ValueError, ("index_scale", "finite", "got inf"),
+           index_scale=10**400),
 ]  # fmt: skip
 
 SHAPE_CASES = [
@@ -97,8 +116,25 @@ BORDER_CASES = [
               borders([0, 6], None)),
     attention("fractional cu_seqlens", TypeError, ("cu_seqlens_q", "integer", "float"),
               borders([0.0, 6.0], [0, 8])),
-    attention("cu_seqlens of rank 2", ValueError, ("cu_seqlens_q", "[batch + 1]", "[1, 2]"),
+    attention("cu_seqlens of rank 2", ValueError, ("cu_seqlens_q", "[batch + 1]", "list inside"),
               borders([[0, 6]], [0, 8])),
+    attention("an array of cu_seqlens of rank 2", ValueError,
+              ("cu_seqlens_k", "[batch + 1]", "[1, 2]"), borders([0, 6], np.array([[0, 8]]))),
+    attention("ragged cu_seqlens", ValueError, ("cu_seqlens_k", "[batch + 1]", "list inside"),
+              borders([0, 6], [[0], [0, 8]])),
+    attention("boolean cu_seqlens", TypeError, ("cu_seqlens_q", "integers", "bool"),
+              lambda kit: {"cu_seqlens_q": kit.integers([0, 1], "bool"), "cu_seqlens_k": [0, 8]}),
+    attention("a boolean among cu_seqlens", TypeError, ("cu_seqlens_q[1]", "integer", "True"),
+              borders([0, True], [0, 8])),
+    attention("cu_seqlens in words", TypeError, ("cu_seqlens_q", "array", "str"),
+              borders("06", [0, 8])),
+    attention("cu_seqlens beyond int64", ValueError,
+              ("cu_seqlens_k[1]", "LARGEST_BORDER", "got 18446744073709551615"),
+              borders([0, 6], np.array([0, 2**64 - 1], np.uint64))),
+    BadInput("sequences of a list", TypeError, ("cu_seqlens_q", "tuple of integers", "list"),
+             lambda kit: msa.Sequences([0, 6], (0, 8))),  # type: ignore[arg-type]
+    BadInput("fractional borders of sequences", TypeError, ("cu_seqlens_k[1]", "integer", "8.0"),
+             lambda kit: msa.Sequences((0, 6), (0, 8.0))),  # type: ignore[arg-type]
     attention("cu_seqlens with batched tensors", ValueError, ("cu_seqlens_q", "None", "batched"),
               lambda kit: {**{n: kit.array(1, *s) for n, s in SHAPES.items()},
                            "cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 8]}),
@@ -145,6 +181,28 @@ SELECTION_CASES = [
     BadInput("64-bit ids", TypeError, ("selection.indices", "int32", "int64"),
              lambda kit: kit.sparse(selection=kit.selection(
                  indices=kit.integers(np.zeros((6, 2, 2)), "int64")))),
+    BadInput("unsigned ids", TypeError, ("selection.indices", "int32", "uint32"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.integers(np.zeros((6, 2, 2)), "uint32")))),
+    BadInput("ids as a list", TypeError, ("selection.indices", "array", "got list"),
+             lambda kit: kit.sparse(selection=kit.selection(indices=[[[0, -1]]]))),
+    BadInput("ids as a list in align_index", TypeError, ("selection.indices", "array", "list"),
+             lambda kit: kit.align(selection=kit.selection(indices=[[[0, -1]]]))),
+    BadInput("more ids than the largest k", ValueError,
+             ("selection.indices.shape[2]", "LARGEST_TOP_K = 16384", "got 16385"),
+             lambda kit: kit.sparse(selection=kit.selection(
+                 indices=kit.integers(np.zeros((6, 2, 16385)))))),
+    BadInput("a selection without sequences", TypeError,
+             ("selection.sequences", "msa.Sequences", "NoneType"),
+             lambda kit: kit.sparse(selection=kit.selection(sequences=None))),
+    BadInput("a tuple as sequences", TypeError, ("selection.sequences", "Sequences", "got tuple"),
+             lambda kit: kit.align(selection=kit.selection(sequences=((0, 6), (0, 8))))),
+    BadInput("fractional block size in a selection", TypeError,
+             ("selection.block_size", "integer", "4.0"),
+             lambda kit: kit.selection(block_size=4.0)),
+    BadInput("more than the largest block size in a selection", ValueError,
+             ("selection.block_size", "LARGEST_BLOCK_SIZE = 65536", "got 65537"),
+             lambda kit: kit.selection(block_size=65537)),
     BadInput("ids of rank 2", ValueError, ("selection.indices", "[Tq, Hkv, k]", "[6, 2]"),
              lambda kit: kit.sparse(selection=kit.selection(
                  indices=kit.integers(np.zeros((6, 2)))))),
@@ -186,6 +244,16 @@ CACHE_CASES = [
              lambda kit: kit.decode({"v_pages": kit.array(2, 4, 2, 3)})),
     BadInput("fractional lengths", TypeError, ("cache.lengths", "integers"),
              lambda kit: kit.decode({"lengths": kit.array(2)})),
+    BadInput("boolean lengths", TypeError, ("cache.lengths", "integers", "bool"),
+             lambda kit: kit.decode({"lengths": kit.integers([True, True], "bool")})),
+    BadInput("a list as page table", TypeError, ("cache.page_table", "array", "list"),
+             lambda kit: kit.decode({"page_table": [[0, 2], [1, 0]]})),
+    BadInput("flat of a list as lengths", TypeError, ("cache.lengths", "array", "list"),
+             lambda kit: kit.cache(lengths=[7, 3]).flat(0)),
+    BadInput("flat of a negative length", ValueError, ("cache.lengths", "at least 0", "got -3"),
+             lambda kit: kit.cache(lengths=kit.integers([7, -3])).flat(1)),
+    BadInput("a length beyond int64", ValueError, ("cache.", "got"),
+             lambda kit: kit.decode({"lengths": kit.integers([7, 2**64 - 3], "uint64")})),
     BadInput("other batch in the table", ValueError, ("cache.page_table", "[2, any]", "[3, 2]"),
              lambda kit: kit.decode({"page_table": kit.integers([[0, 1]] * 3)})),
     BadInput("mixed dtype in the cache", TypeError, ("cache.v_pages", "dtype of q", "float16"),
@@ -264,6 +332,57 @@ POOL_CASES = [
              lambda kit: kit.append(0, 1, v=[[[1.0] * 3] * 2])),
 ]  # fmt: skip
 
+
+def masked(name: str, call: Callable[[Kit, Any], Any], *shape: int, dtype: str = "f4") -> BadInput:
+    """An argument with a mask, which no backend would look at: each comes in by the same door."""
+    says = name.partition(" ")[0], "numpy.ndarray itself", "MaskedArray", "filled"
+    array = np.ma.masked_array(np.ones(shape, dtype), mask=True)
+    return BadInput(f"a mask on {name}", TypeError, says, lambda kit: call(kit, array))
+
+
+QUERIES = {"q": (2, 1, 4, 4), "q_idx": (2, 1, 2, 2)}
+PAGES = {f"{name}_pages": (3, 4, *SHAPES[name][1:]) for name in ("k", "v", "k_idx")}
+DOOR_CASES = [
+    *(masked(f"{n} of attention", lambda kit, x, n=n: kit.attention(**{n: x}), *SHAPES[n])
+      for n in SHAPES),
+    *(masked(f"{n} of lower", lambda kit, x, n=n: kit.lower(**{n: x}), *SHAPES[n])
+      for n in SHAPES),
+    *(masked(f"{n} of select", lambda kit, x, n=n: kit.select(**{n: x}), *SHAPES[n])
+      for n in ("q_idx", "k_idx")),
+    *(masked(f"{n} of sparse_attention", lambda kit, x, n=n: kit.sparse(**{n: x}), *SHAPES[n])
+      for n in ("q", "k", "v")),
+    *(masked(f"{n} of align_index", lambda kit, x, n=n: kit.align(**{n: x}), *SHAPES[n])
+      for n in ("q", "k", "q_idx", "k_idx")),
+    masked("lse of align_index", lambda kit, x: kit.align(lse=x), 6, 4),
+    masked("selection.indices", lambda kit, x: kit.sparse(selection=kit.selection(indices=x)),
+           6, 2, 2, dtype="i4"),
+    masked("selection.indices of align_index",
+           lambda kit, x: kit.align(selection=kit.selection(indices=x)), 6, 2, 2, dtype="i4"),
+    masked("selection.indices to be validated",
+           lambda kit, x: kit.selection(indices=x).validate(), 6, 2, 2, dtype="i4"),
+    *(masked(f"cu_seqlens_{n}", lambda kit, x, n=n: kit.attention(
+        **{"cu_seqlens_q": [0, 6], "cu_seqlens_k": [0, 8], f"cu_seqlens_{n}": x}), 2, dtype="i4")
+      for n in "qk"),
+    *(masked(f"{n} of decode", lambda kit, x, n=n: kit.decode(**{n: x}), *shape)
+      for n, shape in QUERIES.items()),
+    *(masked(f"cache.{n}", lambda kit, x, n=n: kit.decode({n: x}), *shape)
+      for n, shape in PAGES.items()),
+    masked("cache.page_table", lambda kit, x: kit.decode({"page_table": x}), 2, 2, dtype="i4"),
+    masked("cache.lengths", lambda kit, x: kit.decode({"lengths": x}), 2, dtype="i4"),
+    masked("cache.page_table of flat", lambda kit, x: kit.cache(page_table=x).flat(0), 2, 2,
+           dtype="i4"),
+    *(masked(f"{n} of a pool", lambda kit, x, n=n: kit.pool(**{n: x}), *shape)
+      for n, shape in PAGES.items()),
+    *(masked(f"{n} of append", lambda kit, x, n=n: kit.append(0, 1, **{n: x}), 1, *SHAPES[n][1:])
+      for n in ("k", "v", "k_idx")),
+    attention("a matrix", TypeError, ("q", "numpy.ndarray itself", "matrix", "numpy.asarray"),
+              lambda kit: {"q": np.ones((6, 4)).view(np.matrix)}),
+    attention("an array of objects", TypeError, ("k", "float16", "got object"),
+              lambda kit: {"k": np.ones(SHAPES["k"], object)}),
+    attention("the other order of bytes", TypeError, ("q", "float16", "got >f4"),
+              lambda kit: {"q": np.ones(SHAPES["q"], ">f4")}),
+]  # fmt: skip
+
 BAD_INPUTS: tuple[BadInput, ...] = (
     *CONFIGS,
     *SHAPE_CASES,
@@ -272,6 +391,7 @@ BAD_INPUTS: tuple[BadInput, ...] = (
     *SELECTION_CASES,
     *CACHE_CASES,
     *POOL_CASES,
+    *DOOR_CASES,
     *BACKEND_CASES,
 )
 """The whole of R20, case by case."""

@@ -66,6 +66,9 @@ def check_result(name: str, array: Any, dims: str, shape: tuple[int, ...], kind:
     >>> check_result("indices", np.zeros((2, 3)), "Hkv Tq", (2, 3), "integer")
     Traceback (most recent call last):
     msa.conformance.messages.BadTarget: indices must be integer, got float64
+    >>> check_result("out", np.zeros((2, 3), complex), "Hkv Tq", (2, 3), "floating")
+    Traceback (most recent call last):
+    msa.conformance.messages.BadTarget: out must be floating, got complex128
     """
     names = dims.split()
     wanted = f"[{', '.join(names)}]"
@@ -78,7 +81,7 @@ def check_result(name: str, array: Any, dims: str, shape: tuple[int, ...], kind:
         listed = ", ".join(str(n) for n in sizes)
         raise BadTarget(f"{name} must have shape {wanted} = [{listed}], got {list(got)}")
     dtype = checks.dtype_name(array)
-    if ("int" in dtype) != (kind == "integer") or dtype == "bool":
+    if dtype not in (checks.INTEGER_DTYPES if kind == "integer" else checks.FLOAT_DTYPES):
         raise BadTarget(f"{name} must be {kind}, got {dtype}")
 
 

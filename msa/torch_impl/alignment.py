@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
-from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.numerics import rounds_coarsely, working_dtype
 from msa.torch_impl.verdicts import dense_verdicts, sparse_verdicts
 
 
@@ -28,7 +28,8 @@ def align_index(
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
-    main branch's over that support (None: found here). The gradient reaches q_idx and k_idx only;
+    main branch's over that support (None, or so large that it is too coarse: found here). The
+    gradient reaches q_idx and k_idx only;
     the loss is float32, or float64 for float64 inputs.
 
     >>> x = torch.zeros(3, 1, 2)
@@ -49,9 +50,12 @@ class Alignment(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         """Add up the tiles in order; keep the two small gradients, never a score (R19)."""
         q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
-        dtype = torch.promote_types(working_dtype(q, k), working_dtype(q_idx, k_idx))
+        dtype = torch.promote_types(
+            working_dtype(q, k, config.softmax_scale_for(q.shape[-1])),
+            working_dtype(q_idx, k_idx, config.index_scale_for(q_idx.shape[-1])),
+        )
         tensors = tuple(x.to(dtype) for x in (q, k, q_idx, k_idx))
-        known = None if lse is None else lse.to(dtype)
+        known = None if lse is None or rounds_coarsely(lse) else lse.to(dtype)
         loss = torch.zeros((), dtype=torch.float64, device=q.device)
         d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
         if selection is None:

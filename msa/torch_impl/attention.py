@@ -15,7 +15,7 @@ from msa.torch_impl.alignment import align_index
 from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.items import edges_per_item
-from msa.torch_impl.lowering import queries_per_tile, schedule_tiles
+from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
 from msa.torch_impl.selection import select_fused
@@ -84,7 +84,7 @@ class SelectedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
         """Run each tile of queries down to its combined output; lse in the working precision."""
-        dtype = working_dtype(q, k)
+        dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
         out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
         lse = q.new_empty(q.shape[:2], dtype=dtype)
         q_, k_, v_ = (x.to(dtype) for x in (q, k, v))

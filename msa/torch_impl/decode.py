@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Sequences
-from msa.torch_impl.lowering import queries_per_tile
+from msa.torch_impl.lowering import queries_per_tile, trimmed
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.selection import select_fused
 from msa.torch_impl.tiles import borders, owners, query_positions
@@ -48,9 +48,10 @@ def decode_step(
     tables = cache.page_table[slots].repeat_interleave(n, 0)
     positions, scale = query_positions(sequences, q.device), config.softmax_scale_for(q.shape[-1])
     value_dim = cache.v_pages.shape[-1]
-    tokens = q_idx.shape[2] * config.top_k * config.block_size
+    ids = trimmed(selection).indices
+    tokens = ids[0].numel() * config.block_size if len(ids) else 1
     size = queries_per_tile(tokens * (q.shape[-1] + value_dim), queries)
-    tiles = zip(*(x.split(size) for x in (queries, selection.indices, tables, positions)))
+    tiles = zip(*(x.split(size) for x in (queries, ids, tables, positions)))
     outs, lses = zip(*(attend_pages(q, i, t, p, cache, scale) for q, i, t, p in tiles))
     out = q.new_zeros(batch, n, heads, value_dim)
     lse = torch.full((batch, n, heads), -torch.inf, device=q.device)
@@ -105,7 +106,7 @@ def attend_pages(
         cache.read(name, (page, place, group)).flatten(2, 3).masked_fill(hidden[..., None], 0.0)
         for name in ("k", "v")
     )
-    dtype = working_dtype(q, k)
+    dtype = working_dtype(q, k, softmax_scale)
     lanes = q.to(dtype).unflatten(1, (groups, -1))
     logits = (lanes @ k.to(dtype).mT * softmax_scale).masked_fill(hidden[:, :, None], -torch.inf)
     out = logits.softmax(-1) @ v.to(dtype)

@@ -5,6 +5,9 @@ With P = exp(S - lse) recomputed, for each edge and head
     dV += P^T dO          dP = dO V^T            delta = <dO, O> - dlse
     dS  = P (dP - delta)  dQ += scale dS K       dK += scale dS^T Q
 
+Where lse is so large that its own rounding would be seen in P, the row's highest logit takes its
+place, and dO and delta are divided by the row's sum: the same P, exactly normalised.
+
 Each edge writes its dQ to its own slot, and the slots of a query are added up in order; dK and dV
 of a block are added up item by item, in order.
 """
@@ -17,7 +20,9 @@ from torch import Tensor
 
 from msa.ir import Selection
 from msa.torch_impl.items import ItemBatch, edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import ScheduledTile, queries_per_tile, schedule_tiles
+from msa.torch_impl.lowering import ScheduledTile, queries_per_tile, schedule_tiles, trimmed
+from msa.torch_impl.numerics import rounds_coarsely
+from msa.torch_impl.partials import row_sums
 from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
 
 Three = tuple[Tensor, Tensor, Tensor]
@@ -32,16 +37,20 @@ def selection_gradients(
 ) -> Three:
     """Gradients of q [Tq, Hq, D], k [Tk, Hkv, D] and v [Tk, Hkv, Dv], each in its input's dtype."""
     q, k, v = (x.to(outputs[0].dtype) for x in inputs)
+    selection = trimmed(selection)
     d_out, d_lse = (d.to(q.dtype) for d in d_outputs)
-    delta = (d_out * outputs[0]).sum(-1) - d_lse
+    out, lse = outputs
+    delta, coarse = (d_out * out).sum(-1) - d_lse, rounds_coarsely(lse)
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     per_query = q.shape[1] * selection.top_k * q.shape[2]
     chunk = edges_per_item(q.shape[1] // k.shape[1])
     for tile in schedule_tiles(selection, queries_per_tile(per_query, q), chunk):
         qs, ks = tile.queries, tile.keys
-        d_tile = tile_gradients(
-            (q[qs], k[ks], v[ks]), (d_out[qs], outputs[1][qs], delta[qs]), tile, softmax_scale
-        )
+        upstream = d_out[qs], lse[qs], delta[qs]
+        if coarse:
+            top, total = row_sums(q[qs], k[ks], tile.schedule, softmax_scale)
+            upstream = d_out[qs] / total[..., None], top, delta[qs] / total
+        d_tile = tile_gradients((q[qs], k[ks], v[ks]), upstream, tile, softmax_scale)
         d_q[qs] = d_tile[0]
         d_k[ks] += d_tile[1]
         d_v[ks] += d_tile[2]

@@ -33,14 +33,13 @@ def score_blocks(
     tensor([1., 3., 4.])
     """
     n_q, groups, dim = q_idx.shape
-    block = config.block_size
+    block, scale = config.block_size, config.index_scale_for(dim)
     values = torch.full(
         (n_q, groups, sequences.max_blocks(block)),
         -torch.inf,
-        dtype=working_dtype(q_idx, k_idx),
+        dtype=working_dtype(q_idx, k_idx, scale),
         device=q_idx.device,
     )
-    scale = config.index_scale_for(dim)
     for tile, scores in scored_tiles(q_idx, k_idx, sequences, block, scale):
         values[tile.queries, :, : scores.values.shape[-1]] = scores.values
     return BlockScores(values, sequences, block)

@@ -32,7 +32,7 @@ def scored_tiles(
     What the tile cannot see is never multiplied. `scale` is positive, so that it may wait until
     only the maxima are left: rounding keeps the order.
     """
-    dtype, on_cpu = working_dtype(q_idx, k_idx), q_idx.device.type == "cpu"
+    dtype, on_cpu = working_dtype(q_idx, k_idx, scale), q_idx.device.type == "cpu"
     keys, groups = k_idx.to(dtype), q_idx.shape[1]
     size = (512 if on_cpu else 4096) // groups
     most = MAXIMA // (groups * max(1, sequences.max_blocks(block_size)))

@@ -30,6 +30,20 @@ def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
     return min(max(1, total // elements_per_query), max(1, like.shape[0]))
 
 
+def trimmed(selection: Selection) -> Selection:
+    """With no more places than the longest sequence has blocks: a large k takes no memory.
+
+    >>> import torch
+    >>> from msa.ir import Sequences
+    >>> ids = torch.tensor([[[0, -1, -1, -1]]], dtype=torch.int32)
+    >>> trimmed(Selection(ids, Sequences.one(1, 3), block_size=2)).top_k
+    2
+    """
+    sequences, block_size = selection.sequences, selection.block_size
+    width = max(1, sequences.max_blocks(block_size))
+    return Selection(selection.indices[..., :width], sequences, block_size)
+
+
 def schedule_tiles(selection: Selection, size: int, chunk_size: int) -> Iterator[ScheduledTile]:
     """Tiles of `size` queries, lowered as far as the schedule."""
     for queries, keys, sequences in selection.sequences.tiles(size):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FINE = 2.0**-18
+"""How far float32 may round a logarithm whose exponential is to be a probability: that of 32."""
 
-def working_dtype(left: Tensor, right: Tensor) -> torch.dtype:
-    """The precision for products of rows of `left` with rows of `right`.
+
+def working_dtype(left: Tensor, right: Tensor, scale: float = 1.0) -> torch.dtype:
+    """The precision for products of rows of `left` with rows of `right`, times the scale.
 
     float32 for every input type up to float32, so that products of small integers stay exact (R4).
-    float64 for float64 inputs, and for rows so large that a float32 sum could overflow: inf - inf
-    would put a NaN where the definition has none.
+    float64 for float64 inputs, and for rows so large that a float32 sum, or a sum times the scale,
+    could overflow: inf - inf would put a NaN where the definition has none.
 
     >>> working_dtype(torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(3, 4))
     torch.float32
@@ -20,9 +23,11 @@ def working_dtype(left: Tensor, right: Tensor) -> torch.dtype:
     """
     if torch.float64 in (left.dtype, right.dtype):
         return torch.float64
-    if left.dtype == right.dtype == torch.float16 or not (left.numel() and right.numel()):
+    if not (left.numel() and right.numel()):
         return torch.float32
-    bound = largest(left) * largest(right) * left.shape[-1]
+    bound = left.shape[-1] * max(1.0, scale)
+    for x in (left, right):
+        bound *= torch.finfo(x.dtype).max if x.dtype == torch.float16 else largest(x)
     return torch.float64 if bound > torch.finfo(torch.float32).max else torch.float32
 
 
@@ -30,3 +35,14 @@ def largest(x: Tensor) -> float:
     """The highest magnitude in x; aminmax makes no copy as abs would."""
     low, high = torch.aminmax(x.detach())
     return max(-float(low), float(high))
+
+
+def rounds_coarsely(lse: Tensor) -> bool:
+    """Whether exp(logits - lse) would be off by more than FINE, for lse itself was rounded.
+
+    Not so where it holds NaN or infinities, which are to be seen in what is made of it.
+
+    >>> [rounds_coarsely(torch.tensor([x, 1.0])) for x in (30.0, -1e3, torch.inf)]
+    [False, True, False]
+    """
+    return bool(lse.numel()) and FINE < largest(lse) * torch.finfo(lse.dtype).eps < torch.inf

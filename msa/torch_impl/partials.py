@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Partials, Schedule
+from msa.torch_impl.combine import Slots, row_shares
 from msa.torch_impl.items import ItemBatch, item_batches, item_logits
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.rows import to_rows
@@ -26,7 +27,8 @@ def attend_chunks(
     Not recorded by autograd: the gradients of R18 are those of `attend_selection`.
 
     Returns:
-        out [Tq, Hq, k, Dv], lse [Tq, Hq, k] in the working precision; unowned slots hold anything.
+        out [Tq, Hq, k, Dv] in the working precision, lse float64 [Tq, Hq, k], so that it knows how
+        many tokens a block has beside logits of any size; unowned slots hold anything.
 
     >>> from msa.ir import Selection, Sequences
     >>> from msa.torch_impl import reverse_selection, schedule_chunks
@@ -37,18 +39,20 @@ def attend_chunks(
     >>> attend_chunks(x, x, values, schedule_chunks(index, 4), 1.0).out[2].flatten()
     tensor([1.5000, 5.0000])
     """
-    index, dtype = schedule.reverse_index, working_dtype(q, k)
+    index, dtype = schedule.reverse_index, working_dtype(q, k, softmax_scale)
     buffers = slot_buffers(q.to(dtype), v, index.top_k, q.shape[0])
-    return fill_slots(q.to(dtype), k.to(dtype), v.to(dtype), schedule, softmax_scale, buffers)
+    slots = fill_slots(q.to(dtype), k.to(dtype), v.to(dtype), schedule, softmax_scale, buffers)
+    assert slots.total is not None
+    return Partials(slots.out, slots.top.double() + slots.total.double().log(), slots.counts)
 
 
-Buffers = tuple[Float[Tensor, "slots Dv"], Float[Tensor, " slots"]]
+Buffers = tuple[Float[Tensor, "slots Dv"], Float[Tensor, " slots"], Float[Tensor, " slots"]]
 
 
 def slot_buffers(q: Tensor, v: Tensor, top_k: int, queries: int) -> Buffers:
     """Room for the partials of so many queries, and one place more for what nobody wants."""
     slots = queries * q.shape[1] * top_k + 1
-    return q.new_empty(slots, v.shape[2]), q.new_empty(slots)
+    return q.new_empty(slots, v.shape[2]), q.new_empty(slots), q.new_empty(slots)
 
 
 def fill_slots(
@@ -58,7 +62,7 @@ def fill_slots(
     schedule: Schedule,
     softmax_scale: float,
     buffers: Buffers,
-) -> Partials:
+) -> Slots:
     """attend_chunks into buffers that are there already, which may be larger than needed.
 
     A caller with many tiles lends the same memory to all of them: touching fresh memory for the
@@ -69,17 +73,14 @@ def fill_slots(
     group, slots = heads // groups, n_q * heads * top_k
     lanes = q.reshape(n_q * groups, group, q.shape[2])
     keys, values = (to_rows(x, index.sequences, index.block_size) for x in (k, v))
-    out, lse = (buffer[: slots + 1] for buffer in buffers)
+    used = [buffer[: slots + 1] for buffer in buffers]
     for items in item_batches(schedule, edge_cost=group * index.block_size):
-        item_out, item_lse = attend_items(lanes, keys, values, items, softmax_scale)
+        found = attend_items(lanes, keys, values, items, softmax_scale)
         places = items.places(group)  # the one past the last takes what copies compute
-        out.index_copy_(0, places, item_out)
-        lse.index_copy_(0, places, item_lse)
-    return Partials(
-        out[:slots].view(n_q, heads, top_k, v.shape[2]),
-        lse[:slots].view(n_q, heads, top_k),
-        index.counts,
-    )
+        for buffer, numbers in zip(used, found):
+            buffer.index_copy_(0, places, numbers)
+    out, top, total = (buffer[:slots].unflatten(0, (n_q, heads, top_k)) for buffer in used)
+    return Slots(out, top, total, index.counts)
 
 
 def attend_items(
@@ -88,11 +89,38 @@ def attend_items(
     values: Float[Tensor, "rows Bk Dv"],
     items: ItemBatch,
     softmax_scale: float,
-) -> tuple[Float[Tensor, "edges_G Dv"], Float[Tensor, " edges_G"]]:
-    """Softmax of each item's heads over its one block; edges and heads in one leading dim."""
+) -> tuple[Float[Tensor, "edges_G Dv"], Float[Tensor, " edges_G"], Float[Tensor, " edges_G"]]:
+    """Softmax of each item's heads over its one block, its highest logit, and the sum beside that.
+
+    Edges and heads lie in one leading dim.
+    """
     _, logits = item_logits(lanes, keys, items, softmax_scale)
     weights = logits.softmax(-1)
-    # The highest weight is exp(top - lse): the LSE comes without a second pass of exponentials.
-    lse = logits.amax(-1) - weights.amax(-1).log()
+    # The highest weight is 1 / total: it comes without a second pass of exponentials.
+    top, total = logits.amax(-1), weights.amax(-1).reciprocal_()
     out = torch.bmm(weights, values.index_select(0, items.rows))
-    return out.flatten(0, 1), lse.flatten()
+    return out.flatten(0, 1), top.flatten(), total.flatten()
+
+
+def row_sums(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    schedule: Schedule,
+    softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:
+    """The highest logit of each row, and the sum of exp(logit - that) over all of its slots."""
+    index = schedule.reverse_index
+    (n_q, heads, _), groups, top_k = q.shape, k.shape[1], index.top_k
+    lanes, keys = (
+        q.reshape(n_q * groups, -1, q.shape[2]),
+        to_rows(k, index.sequences, index.block_size),
+    )
+    tops, totals = q.new_empty(2, n_q * heads * top_k + 1)
+    for items in item_batches(schedule, edge_cost=lanes.shape[1] * index.block_size):
+        _, logits = item_logits(lanes, keys, items, softmax_scale)
+        top, places = logits.amax(-1), items.places(lanes.shape[1])
+        tops[places] = top.flatten()
+        totals[places] = logits.sub_(top[..., None]).exp_().sum(-1).flatten()
+    tops, totals = (x[:-1].view(n_q, heads, top_k) for x in (tops, totals))
+    top, shares = row_shares(tops, totals, index.counts)
+    return top, shares.sum(-1)

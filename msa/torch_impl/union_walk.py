@@ -38,7 +38,8 @@ def attend_union(
     >>> attend_union(torch.zeros(3, 1, 1), v, v, union, 1.0).out.flatten()
     tensor([1., 2., 4.])
     """
-    dtype, device, block = working_dtype(q, k), q.device, tile_union.block_size
+    dtype, device = working_dtype(q, k, softmax_scale), q.device
+    block = tile_union.block_size
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     lanes = q.to(dtype).reshape(q.shape[0], groups, group, q.shape[2])
     keys, values = (to_rows(x.to(dtype), tile_union.sequences, block) for x in (k, v))

@@ -13,7 +13,7 @@ from msa.config import MSAConfig
 from msa.ir import Schedule, Selection, Sequences
 from msa.torch_impl.divergence import judge
 from msa.torch_impl.items import edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import queries_per_tile, schedule_tiles
+from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
 from msa.torch_impl.tiles import query_positions, sequence_tiles
 
@@ -76,6 +76,7 @@ def sparse_verdicts(
 ) -> Iterator[Verdict]:
     """The selected blocks only: every edge brings its scores to its slot."""
     q, k, q_idx, k_idx = tensors
+    selection = trimmed(selection)
     group, top_k = q.shape[1] // k.shape[1], selection.top_k
     per_query = q.shape[1] * top_k * selection.block_size
     scale = config.index_scale_for(q_idx.shape[-1])
