@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,12 @@ def working_dtype(left: Tensor, right: Tensor) -> torch.dtype:
 
 
 def largest(x: Tensor) -> float:
-    """The highest magnitude in x; aminmax makes no copy as abs would."""
-    low, high = torch.aminmax(x.detach())
-    return max(-float(low), float(high))
+    """The highest finite magnitude in x; aminmax makes no copy as abs would.
+
+    >>> largest(torch.tensor([1.0, torch.nan, -3.0, torch.inf]))
+    3.0
+    """
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):  # rare: it must not decide for the others
+        low, high = (float(end) for end in torch.aminmax(x.detach().nan_to_num(0.0, 0.0, 0.0)))
+    return max(-low, high)
