@@ -59,7 +59,7 @@ class Domain:
     """Sizes of D, Dv and Di; None: any from 1."""
     missing: frozenset[str] = frozenset()
     """Functions of the contract that are not there, "backward" (R18), "api" (R20), "lse" (R10),
-    "tensors" (torch is installed) or "threads" (R21) among them."""
+    "tensors" (torch is installed), "threads" (R21) or "eight_bits" (R12) among them."""
     options: frozenset[str] = frozenset()
     """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
     product_roundoff: dict[str, float] | None = None
@@ -152,7 +152,7 @@ NUMPY_DTYPES = ("float64", "float32", "float16")
 def reference_subject() -> list[Subject]:
     """The spec under its own test: NumPy has no bfloat16, and the spec no backward."""
     no_tensors = () if importlib.util.find_spec("torch") else ("tensors",)
-    domain = Domain(dtypes=NUMPY_DTYPES, missing=frozenset({"backward", *no_tensors}))
+    domain = Domain(dtypes=NUMPY_DTYPES, missing=frozenset({"backward", "eight_bits", *no_tensors}))
     return [Subject("reference", REFERENCE, "numpy", domain)]
 
 

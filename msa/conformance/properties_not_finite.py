@@ -36,10 +36,10 @@ def plant(case: Case, tensor: str, place: int, value: float) -> Case:
 def spoiled(
     draw: DrawFn, domain: Domain, in_k: tuple[float, ...] = NOT_FINITE, tensors: str = "kv"
 ) -> Case:
-    """One entry of k or v is not finite."""
+    """One entry of k or v (or of another of `tensors`) is not finite."""
     case = draw(strategies.cases(domain, KEYS))
     tensor = draw(st.sampled_from(tensors))
-    value = draw(st.sampled_from(in_k if tensor == "k" else NOT_FINITE))
+    value = draw(st.sampled_from(NOT_FINITE if tensor == "v" else in_k))
     return plant(case, tensor, draw(st.integers(0, 9999)), value)
 
 
@@ -175,8 +175,8 @@ def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
 
 
 def before(case: Case) -> Case:
-    """Without what was planted in k and v."""
-    return replace(case, k=replace(case.k, planted=()), v=replace(case.v, planted=()))
+    """Without what was planted in q, k and v."""
+    return replace(case, **{name: replace(getattr(case, name), planted=()) for name in "qkv"})
 
 
 @holds_for(spoiled, needs=("attend_selection",))
@@ -234,13 +234,14 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
     return worst(*found)
 
 
-@holds_for(partial(spoiled, in_k=NAN, tensors="k"), needs=("align_index",))
+@holds_for(partial(spoiled, in_k=NAN, tensors="qk"), needs=("align_index",))
 def r17_a_teacher_that_is_not_a_number_is_told(subject: Subject, case: Case) -> Measure:
-    """A NaN in a key that some query reads makes the loss NaN, by a selection and in the warm-up."""
+    """A NaN in a query, or in a key that some query reads, makes the loss NaN, in both its forms."""
     reach = Reach(before(case).inputs, case.inputs, case.selection)
     args = (*case.inputs.main[:2], *case.inputs.index)
+    read = reach.readers.any() or np.isnan(args[0]).any()
     for selection in (case.selection, None):
         given = (*args, selection, case.sequences, case.config)
         loss = float(subject.run("align_index", *given, cast=case.dtype))
-        require(np.isnan(loss) or not reach.readers.any(), f"loss must be nan, got {loss!r}")
+        require(np.isnan(loss) or not read, f"loss must be nan, got {loss!r}")
     return AGREES
