@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import Any, Literal
@@ -228,3 +228,171 @@ def r21_strides_of_pages_change_no_bit(subject: Subject, given: LaidPages) -> Me
         return {name: subject.read(array) for name, array in found.items()}
 
     return same_bits(step(laid=True), step(laid=False))
+
+
+# -- threads, defaults ----------------------------------------------------------------------------
+def whole_call(subject: Subject, case: Case) -> Bits:
+    """The whole path, its loss, and gradients where there are any, from fresh tensors."""
+    plain = LaidOut(case, "attention", tuple(Stride() for _ in NAMES))
+    return call(subject, plain, laid=False)
+
+
+@holds_for(strategies.cases, needs=("api", "threads"))
+def r21_several_threads_get_the_same_bits(subject: Subject, case: Case) -> Measure:
+    """The first calls of one shape, by several threads at once: what one thread gets."""
+    together = Barrier(THREADS)
+
+    def work(_: int) -> Bits:
+        together.wait()
+        with own_stream(subject):
+            return whole_call(subject, case)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(work, range(THREADS)))
+    want = whole_call(subject, case)
+    for bits in found:
+        same_bits(bits, want)
+    return AGREES
+
+
+@contextmanager
+def own_stream(subject: Subject) -> Iterator[None]:
+    """A CUDA stream of the thread's own; nothing without a GPU."""
+    if not subject.domain.has("streams"):
+        yield
+        return
+    import torch
+
+    with torch.cuda.stream(torch.cuda.Stream()) as stream:
+        yield
+        stream.synchronize()
+
+
+def torch_modes() -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
+    """What a caller may have set in torch: it is about the caller's own tensors."""
+    import torch
+
+    @contextmanager
+    def float64_by_default() -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+    return float64_by_default, lambda: torch.device("meta"), torch.no_grad, torch.inference_mode
+
+
+@dataclass(frozen=True, repr=False)
+class InMode(Brief):
+    """A call or a decoding step under one of `torch_modes`."""
+
+    of: Case | PagedCase
+    mode: int = 0
+
+
+def in_mode(domain: Domain) -> st.SearchStrategy[InMode]:
+    """Any call, step and mode."""
+    either = st.one_of(strategies.cases(domain), strategies.paged_cases(domain))
+    return st.builds(InMode, either, st.integers(0, 3))
+
+
+def arrays_of(subject: Subject, of: Case | PagedCase) -> list[Any]:
+    """The arguments of `run`, all of them made before the place changes."""
+    if isinstance(of, PagedCase):
+        return [subject.give(x, of.case.dtype) for x in (*of.queries, of.cache)]
+    return [subject.give(x, of.dtype) for x in (*of.inputs.main, *of.inputs.index)]
+
+
+def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
+    """attention with its loss, or decode; what comes out, and its dtypes."""
+    case = of.case if isinstance(of, PagedCase) else of
+    kinds: dict[str, Any] = {"config": case.config, "backend": subject.name}
+    if isinstance(of, PagedCase):
+        output = msa.decode(*arrays, **kinds)
+    else:
+        borders = {f"cu_seqlens_{n}": getattr(case.sequences, f"cu_seqlens_{n}") for n in "qk"}
+        output = msa.attention(*arrays, align=True, **borders, **kinds)
+    assert output.selection is not None
+    found = {"out": output.out, "lse": output.lse, "indices": output.selection.indices}
+    found |= {} if output.kl is None else {"kl": output.kl}
+    dtypes = {f"dtype of {name}": np.array(str(x.dtype)) for name, x in found.items()}
+    return dtypes | {name: subject.read(array) for name, array in found.items()}
+
+
+@holds_for(in_mode, needs=("api", "tensors", "decode_step"))
+def r21_the_defaults_of_torch_change_no_bit(subject: Subject, given: InMode) -> Measure:
+    """Default dtype float64, default device meta, no_grad, inference_mode: results as without."""
+    tensors = replace(subject, kind="torch")  # the spec's answers are tensors then, too
+    arrays = arrays_of(tensors, given.of)
+    want, mode = run(tensors, given.of, arrays), torch_modes()[given.mode]
+    with mode():
+        return same_bits(run(tensors, given.of, arrays), want)
+
+
+# -- on a GPU -------------------------------------------------------------------------------------
+def long_work(subject: Subject) -> None:
+    """Tens of milliseconds for the GPU: whoever does not wait for it comes too early."""
+    import torch
+
+    square = torch.ones(4096, 4096, device=subject.device)
+    for _ in range(20):
+        square = square @ square
+
+
+@holds_for(strategies.cases, needs=("api", "streams"))
+def r21_any_stream_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
+    """The first call of a shape on a stream that is busy, the next at once on another one."""
+    import torch
+
+    streams = [torch.cuda.Stream(subject.device) for _ in range(2)]
+    found: list[Bits] = []
+    with ThreadPoolExecutor(1) as pool:  # a call reads its results back, which waits for them
+
+        def on(stream: Any, busy: bool) -> Bits:
+            with torch.cuda.stream(stream):
+                if busy:
+                    long_work(subject)
+                return whole_call(subject, case)
+
+        slow = pool.submit(on, streams[0], True)
+        found += [on(streams[1], False), slow.result()]
+    want = whole_call(subject, case)
+    for bits in found:
+        same_bits(bits, want)
+    return AGREES
+
+
+@holds_for(in_mode, needs=("api", "decode_step", "devices"))
+def r21_any_device_gives_the_same_bits(subject: Subject, given: InMode) -> Measure:
+    """Tensors on another device than the current one, whichever of the two is the first."""
+    import torch
+
+    def results(device: str) -> Bits:
+        there = replace(subject, device=device)
+        bits = run(there, given.of, arrays_of(there, given.of))
+        return bits if isinstance(given.of, PagedCase) else bits | whole_call(there, given.of)
+
+    want = results("cuda:0")
+    same_bits(results("cuda:1"), want)
+    with torch.cuda.device(1):
+        return same_bits(results("cuda:0"), want)
+
+
+@holds_for(strategies.paged_cases, needs=("api", "decode_step", "graphs"))
+def r21_a_graph_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
+    """Decoding captured in a CUDA graph, and replayed over results that were spoiled."""
+    import torch
+
+    step = [subject.give(x, paged.case.dtype) for x in (*paged.queries, paged.cache)]
+    kinds: dict[str, Any] = {"config": paged.case.config, "backend": subject.name}
+    want = msa.decode(*step, **kinds)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = msa.decode(*step, **kinds)
+    got.out.fill_(torch.nan)
+    got.lse.fill_(torch.nan)
+    graph.replay()
+    same("out", subject.read(got.out), subject.read(want.out))
+    return same("lse", subject.read(got.lse), subject.read(want.lse))
