@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from msa import checks
 from msa.checks import is_torch
 from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
@@ -48,6 +49,10 @@ OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "de
 row) of select_fused. Places (R21): CUDA streams, several CUDA devices, decode_step in a graph."""
 
 
+LARGEST_TOP_K: int = getattr(checks, "LARGEST_TOP_K", 16384)
+KERNEL_TOP_K: int = getattr(checks, "KERNEL_TOP_K", 1024)
+
+
 @dataclass(frozen=True)
 class Domain:
     """What a backend claims. Strategies draw only from it; nothing is drawn and then skipped."""
@@ -66,6 +71,8 @@ class Domain:
     """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
     units: dict[str, MatrixUnit] | None = None
     """For dtypes whose products a matrix unit adds, as tensor cores do."""
+    largest_top_k: int = LARGEST_TOP_K
+    """The most blocks that a query may keep."""
     sinks: bool = True
     """Whether the first blocks can be forced."""
     more_local: bool = True
@@ -188,6 +195,7 @@ def triton_subjects() -> list[Subject]:
         if interpreted
         else frozenset({"loop_order", "index_dtype", "graphs"}) | cuda_places(),
         units=None if interpreted else HOPPER,
+        largest_top_k=KERNEL_TOP_K,
         cost=3 if interpreted else 6,
     )
     return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]

@@ -17,7 +17,7 @@ Cases = Callable[[Domain], SearchStrategy[Any]]
 
 FILES = (
     "sequences", "index", "selection", "attention", "lowering", "alignment", "training",
-    "behaviour", "options", "not_finite", "places",
+    "behaviour", "options", "not_finite", "places", "sizes",
 )  # fmt: skip
 
 RULES = {
