@@ -20,7 +20,7 @@ from msa.conformance.calls import (
     selected,
     spec,
 )
-from msa.conformance.cases import Case, Fill
+from msa.conformance.cases import Case, Fill, Picks
 from msa.conformance.properties import holds_for
 from msa.conformance.tolerances import Measure, compare, require, same
 from msa.conformance.yardstick import Attention, causal_mask
@@ -45,6 +45,16 @@ LOW_LOGITS = replace(
     v=Fill("integers", seed=1),
 )
 """Every logit of a row is -1e34: a running maximum that begins higher loses all of them."""
+THREE_BLOCKS = tuple((place, 2.0**12) for place in range(48))
+EQUAL_LOGITS = replace(
+    HUGE_LOGIT,
+    config=MSAConfig(block_size=16, top_k=3),
+    sequences=Sequences.one(48, 48),
+    q=Fill(planted=THREE_BLOCKS),
+    k=Fill(planted=THREE_BLOCKS),
+    picks=Picks("full"),
+)
+"""All logits are 2^24: their LSE, rounded to float32, is the same for 3 tokens as for 48."""
 
 wild = partial(strategies.cases, want=strategies.WILD)
 
@@ -65,7 +75,9 @@ def r9_the_whole_path_is_the_definition(subject: Subject, case: Case) -> Measure
     return judge(subject, case.inputs, output, dense(case.inputs, want.indices))
 
 
-@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS))
+@holds_for(
+    wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS, EQUAL_LOGITS)
+)
 def r9_the_weights_of_a_query_sum_to_1(subject: Subject, case: Case) -> Measure:
     """Where all values are 1, so is out: whatever is lost of large logits is lost in all weights."""
     inputs = case.inputs

@@ -53,10 +53,10 @@ def log_softmax(
 def divergence(
     teacher: Float[Tensor, "*rows n"], log_student: Float[Tensor, "*rows n"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(P || P_idx) = sum of P (log P - log P_idx); terms with P = 0 are 0, with P = NaN NaN.
+    """KL(P || P_idx) = sum of P (log P - log P_idx); terms with P = 0 are 0.
 
     >>> divergence(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.75, 0.0]).log())
     tensor(0.1438)
     """
     terms = teacher * (teacher.log() - log_student)
-    return torch.where(teacher == 0, 0.0, terms).sum(-1)
+    return torch.where(teacher > 0, terms, 0.0).sum(-1)

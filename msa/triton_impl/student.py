@@ -69,7 +69,7 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
             b_s = tl.where(m_s & (b_s == b_s), b_s, float("-inf"))
             b_student = tl.where(b_s == b_top, 0.0, (b_s - b_top) * scale) - b_log
             b_gap = b_p * (fast_log(b_p) - b_student)
-            b_loss = tl.sum(tl.where(m_s & (b_p != 0), b_gap, 0.0), 1)
+            b_loss = tl.sum(tl.where(m_s & (b_p > 0), b_gap, 0.0), 1)
             p_x = (o_x * TOP_K + b_slot) * PIECES + i_n
             tl.store(losses + p_x, b_loss, mask=m_m)
             if GRADIENT:
