@@ -45,13 +45,12 @@ LOW_LOGITS = replace(
     v=Fill("integers", seed=1),
 )
 """Every logit of a row is -1e34: a running maximum that begins higher loses all of them."""
-THREE_BLOCKS = tuple((place, 2.0**12) for place in range(48))
 EQUAL_LOGITS = replace(
     HUGE_LOGIT,
-    config=MSAConfig(block_size=16, top_k=3),
+    config=MSAConfig(block_size=16, top_k=3, softmax_scale=2.0**24),
     sequences=Sequences.one(48, 48),
-    q=Fill(planted=THREE_BLOCKS),
-    k=Fill(planted=THREE_BLOCKS),
+    q=Fill("ones"),
+    k=Fill("ones"),
     picks=Picks("full"),
 )
 """All logits are 2^24: their LSE, rounded to float32, is the same for 3 tokens as for 48."""
