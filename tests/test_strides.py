@@ -1,4 +1,4 @@
-"""R21 beside the properties: tensors that lie anyhow, where a call writes or only torch is meant."""
+"""R21 beside the properties: tensors that lie anyhow where a call writes, or is for torch alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def drawn(seed, *lead, names=CACHED):
 
 def empty_pages(kind, eight=()):
     """Pages of NaN, in the library of `kind`."""
-    made = {name: kind(np.full((PAGES, BLOCK, *SHAPES[name]), np.nan, np.float32)) for name in CACHED}
+    made = {
+        name: kind(np.full((PAGES, BLOCK, *SHAPES[name]), np.nan, np.float32)) for name in CACHED
+    }
     return made | {name: made[name].to(E4M3) for name in eight}
 
 
@@ -46,7 +48,9 @@ def same(found, wanted):
         got = getattr(found, name)
         assert (got is None) == (want is None), name
         if want is not None:
-            got, want = (np.asarray(x.double().cpu() if torch.is_tensor(x) else x) for x in (got, want))
+            got, want = (
+                np.asarray(x.double().cpu() if torch.is_tensor(x) else x) for x in (got, want)
+            )
             assert np.array_equal(got, want, equal_nan=True), name
 
 
@@ -92,7 +96,9 @@ def test_the_kernel_appends_to_a_cache_that_lies_anyhow(eight, ways, token_ways,
     def cache(laid_out):
         pages = empty_pages(lambda x: torch.tensor(x, device=DEVICE), eight)
         pool = msa.PagePool(*pages.values(), batch=BATCH)
-        first = {n: torch.tensor(x, device=DEVICE) for n, x in drawn(seed, BATCH, BLOCK - 1).items()}
+        first = {
+            n: torch.tensor(x, device=DEVICE) for n, x in drawn(seed, BATCH, BLOCK - 1).items()
+        }
         pool.append([0, 1], *first.values())
         pool.reserve([0, 1], N)  # over the border of a page
         parts = {name: getattr(pool.cache, name) for name in PARTS}
@@ -123,7 +129,9 @@ def test_quality_of_tensors_that_lie_anyhow(ways, seed):
     tensors = {n: torch.tensor(way.values(x)) for (n, x), way in zip(arrays.items(), ways)}
     config = msa.MSAConfig(block_size=4, top_k=2)
     strided = laid(tensors, ways)
-    assert msa.cache_quality(**strided, config=config) == msa.cache_quality(**tensors, config=config)
+    assert msa.cache_quality(**strided, config=config) == msa.cache_quality(
+        **tensors, config=config
+    )
     q, k = (strided[name] for name in "qk")
     selection = msa.select(tensors["q_idx"], tensors["k_idx"], config=config)
     turned = replace(selection, indices=ways[2].lay(selection.indices, floats=False))

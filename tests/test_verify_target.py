@@ -206,7 +206,7 @@ def test_every_seed_has_a_property_and_a_planted_bug():
          "tensors of convention vllm must be one of cpu, cuda, got 'numpy'"),
         (["targets:honest", "--backend", "torch"], "backend must not come with --target"),
         (["targets:honest", "--dtypes", "int8"], "dtype must be one of float64, float32"),
-        (["targets:honest", "--rule", "R99"], "rule must be one of R1 to R20, got R99"),
+        (["targets:honest", "--rule", "R99"], "rule must be one of R1 to R21, got R99"),
         (["targets:honest", "--convention", "jax"], "jax"),
     ],
 )  # fmt: skip

@@ -178,8 +178,8 @@ def torch_subjects() -> list[Subject]:
 def triton_subjects() -> list[Subject]:
     """On a GPU; else in Triton's interpreter, if TRITON_INTERPRET=1 was set before its import.
 
-    The interpreter multiplies bfloat16 wrongly, so there bfloat16 is not claimed. It keeps the place
-    of the program that it runs in variables of its module, so there threads are not claimed.
+    The interpreter multiplies bfloat16 wrongly, and keeps the place of the program that it runs in
+    global variables: there neither bfloat16 nor threads are claimed.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "triton", "msa.triton_impl")):
         return []

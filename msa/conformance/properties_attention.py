@@ -74,11 +74,9 @@ def r9_the_whole_path_is_the_definition(subject: Subject, case: Case) -> Measure
     return judge(subject, case.inputs, output, dense(case.inputs, want.indices))
 
 
-@holds_for(
-    wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS, EQUAL_LOGITS)
-)
+@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS, EQUAL_LOGITS))
 def r9_the_weights_of_a_query_sum_to_1(subject: Subject, case: Case) -> Measure:
-    """Where all values are 1, so is out: whatever is lost of large logits is lost in all weights."""
+    """Where all values are 1, so is out, however coarsely large logits are rounded."""
     inputs = case.inputs
     q, k, v = inputs.main
     inputs = replace(inputs, main=(q, k, np.ones_like(v)))

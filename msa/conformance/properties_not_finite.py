@@ -62,7 +62,7 @@ class Reach:
 
     @cached_property
     def where(self) -> tuple[str, tuple[int, int, int]] | None:
-        """"k" or "v", and (token, group, column); None where there are no keys."""
+        """ "k" or "v", and (token, group, column); None where there are no keys."""
         for name, x in zip("kv", self.spoiled.main[1:]):
             for at in np.argwhere(~np.isfinite(x)).tolist():
                 return name, (at[0], at[1], at[2])
@@ -221,7 +221,7 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
     attention = Attention(*reach.clean.main, reach.mask, reach.clean.scale, parts=case.config.top_k)
     want = Gradients(attention, *d_outs)
     values, bounds = want.values(), want.bounds(subject.domain.precision(case.dtype))
-    through_p = reach.where is not None and reach.where[0] == "k"  # dv = p^T dout, without v
+    through_p = reach.where is not None and reach.where[0] == "k"  # dv knows p, but not v
     lost = {"q": reach.readers, "k": reach.read_with_it, "v": reach.read_with_it & through_p}
     near = {"q": reach.near, "k": reach.near_tokens, "v": reach.near_tokens}
     found: list[Measure] = []
@@ -236,7 +236,7 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
 
 @holds_for(partial(spoiled, in_k=NAN, tensors="qk"), needs=("align_index",))
 def r17_a_teacher_that_is_not_a_number_is_told(subject: Subject, case: Case) -> Measure:
-    """A NaN in a query, or in a key that some query reads, makes the loss NaN, in both its forms."""
+    """A NaN in a query, or in a key that some query reads, makes the loss NaN."""
     reach = Reach(before(case).inputs, case.inputs, case.selection)
     args = (*case.inputs.main[:2], *case.inputs.index)
     read = reach.readers.any() or np.isnan(args[0]).any()

@@ -35,9 +35,7 @@ ONE_INFINITY = Case(
 """Where it decides the stretch, nothing is left of the finite numbers."""
 
 
-@holds_for(
-    strategies.long_unions, needs=("attend_selection", "loop_order"), seeds=(LOW_LOGITS,)
-)
+@holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"), seeds=(LOW_LOGITS,))
 def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measure:
     """out and lse by each order of the loops, over selections whose neighbours agree or not."""
     want = dense(case.inputs, case.selection.indices)

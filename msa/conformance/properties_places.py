@@ -22,7 +22,7 @@ from msa.conformance.properties import holds_for
 from msa.conformance.properties_training import upstream
 from msa.conformance.strides import Stride, strides
 from msa.conformance.tolerances import AGREES, Measure, same
-from msa.ir import Array, PagedKV, Selection, Sequences
+from msa.ir import Array, Output, PagedKV, Selection, Sequences
 
 Bits = dict[str, Array]
 THREADS = 4
@@ -305,15 +305,21 @@ def arrays_of(subject: Subject, of: Case | PagedCase) -> list[Any]:
     return [subject.give(x, of.dtype) for x in (*of.inputs.main, *of.inputs.index)]
 
 
-def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
-    """attention with its loss, or decode; what comes out, and its dtypes."""
+def output_of(
+    subject: Subject, of: Case | PagedCase, arrays: list[Any], align: bool = False
+) -> Output:
+    """By decode or attention."""
     case = of.case if isinstance(of, PagedCase) else of
     kinds: dict[str, Any] = {"config": case.config, "backend": subject.name}
     if isinstance(of, PagedCase):
-        output = msa.decode(*arrays, **kinds)
-    else:
-        borders = {f"cu_seqlens_{n}": getattr(case.sequences, f"cu_seqlens_{n}") for n in "qk"}
-        output = msa.attention(*arrays, align=True, **borders, **kinds)
+        return msa.decode(*arrays, **kinds)
+    borders = {f"cu_seqlens_{n}": getattr(case.sequences, f"cu_seqlens_{n}") for n in "qk"}
+    return msa.attention(*arrays, align=align, **borders, **kinds)
+
+
+def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
+    """attention with its loss, or decode; what comes out, and its dtypes."""
+    output = output_of(subject, of, arrays, align=True)
     assert output.selection is not None
     found = {"out": output.out, "lse": output.lse, "indices": output.selection.indices}
     found |= {} if output.kl is None else {"kl": output.kl}
@@ -380,17 +386,16 @@ def r21_any_device_gives_the_same_bits(subject: Subject, given: InMode) -> Measu
         return same_bits(results("cuda:0"), want)
 
 
-@holds_for(strategies.paged_cases, needs=("api", "decode_step", "graphs"))
-def r21_a_graph_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
-    """Decoding captured in a CUDA graph, and replayed over results that were spoiled."""
+@holds_for(in_mode, needs=("api", "decode_step", "graphs"))
+def r21_a_graph_gives_the_same_bits(subject: Subject, given: InMode) -> Measure:
+    """attention or decode captured in a CUDA graph, and replayed over results that were spoiled."""
     import torch
 
-    step = [subject.give(x, paged.case.dtype) for x in (*paged.queries, paged.cache)]
-    kinds: dict[str, Any] = {"config": paged.case.config, "backend": subject.name}
-    want = msa.decode(*step, **kinds)
+    arrays = arrays_of(subject, given.of)
+    want = output_of(subject, given.of, arrays)  # the first call of a shape cannot be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = msa.decode(*step, **kinds)
+        got = output_of(subject, given.of, arrays)
     got.out.fill_(torch.nan)
     got.lse.fill_(torch.nan)
     graph.replay()

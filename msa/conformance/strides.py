@@ -73,7 +73,11 @@ class Stride(Brief):
                 return permute(fresh(turned, turned.shape, ()), back)
             case "expanded":
                 one = array[(slice(None),) * dim + (slice(0, 1),)]
-                return one.expand(array.shape) if is_torch(array) else np.broadcast_to(one, array.shape)
+                return (
+                    one.expand(array.shape)
+                    if is_torch(array)
+                    else np.broadcast_to(one, array.shape)
+                )
             case "columns":
                 wide = (*array.shape[:-1], array.shape[-1] + 3)
                 return fresh(array, wide, (..., slice(1, 1 + array.shape[-1])))
