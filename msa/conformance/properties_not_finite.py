@@ -201,8 +201,8 @@ def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
     for one in (paged, clean):
         args = (*one.queries, one.cache, case.config)
         found = subject.run("decode_step", *args, cast=case.dtype)
-        flat = (x[live].reshape(-1, *x.shape[2:]) for x in (found.out, found.lse))
-        outputs.append(Output(*flat, found.selection))
+        out, lse = (x[live].reshape(-1, *x.shape[2:]) for x in (found.out, found.lse))
+        outputs.append(Output(out, lse, found.selection))
     got, want = outputs
     same("selection", selected(got), selected(want))
     assert got.selection is not None

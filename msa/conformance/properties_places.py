@@ -16,6 +16,7 @@ from hypothesis.strategies import DrawFn
 import msa
 from msa.conformance import strategies
 from msa.conformance.backends import Domain, Subject
+from msa.conformance.calls import selected
 from msa.conformance.cases import Brief, Case, PagedCase
 from msa.conformance.gradients import pull_back
 from msa.conformance.properties import holds_for
@@ -109,7 +110,7 @@ def call(subject: Subject, given: LaidOut, laid: bool) -> Bits:
         return stride.lay(array, floats=False) if laid else array
 
     names = ARGUMENTS[given.function]
-    args = [argument(name, case.dtype) for name in names]
+    args: list[Any] = [argument(name, case.dtype) for name in names]
     differs = subject.domain.has("backward") and given.function != "select"
     if differs:
         args = [x.detach().requires_grad_() for x in args]
@@ -122,15 +123,15 @@ def call(subject: Subject, given: LaidOut, laid: bool) -> Bits:
         case "attention":
             output = msa.attention(*args, config=case.config, align=True, **kinds)
             found = {"out": output.out, "lse": output.lse, "kl": output.kl}
-            found["indices"] = output.selection.indices
+            found["indices"] = selected(output)
         case "select":
             found = {"indices": msa.select(*args, config=case.config, **kinds).indices}
         case "sparse_attention":
-            output = msa.sparse_attention(*args, selection, **kinds)
+            output = msa.sparse_attention(*args, selection=selection, **kinds)
             found = {"out": output.out, "lse": output.lse}
         case "align_index":
             kinds["lse"] = argument("lse", "float32")
-            found = {"kl": msa.align_index(*args, selection, config=case.config, **kinds)}
+            found = {"kl": msa.align_index(*args, selection=selection, config=case.config, **kinds)}
     bits = {name: subject.read(array) for name, array in found.items()}
     if differs and q.size:
         up = {"out": ("d_out", case.dtype), "lse": ("d_lse", "float32")}
@@ -222,9 +223,9 @@ def r21_strides_of_pages_change_no_bit(subject: Subject, given: LaidPages) -> Me
     def step(laid: bool) -> Bits:
         parts = page_parts(subject, given, laid)
         q, q_idx, cache = parts.pop("q"), parts.pop("q_idx"), PagedKV(**parts)
-        output = msa.decode(q, q_idx, cache, config=given.paged.case.config, backend=subject.name)
-        assert output.selection is not None
-        found = {"out": output.out, "lse": output.lse, "indices": output.selection.indices}
+        kinds: dict[str, Any] = {"config": given.paged.case.config, "backend": subject.name}
+        output = msa.decode(q, q_idx, cache, **kinds)
+        found = {"out": output.out, "lse": output.lse, "indices": selected(output)}
         return {name: subject.read(array) for name, array in found.items()}
 
     return same_bits(step(laid=True), step(laid=False))
@@ -263,9 +264,10 @@ def own_stream(subject: Subject) -> Iterator[None]:
         return
     import torch
 
-    with torch.cuda.stream(torch.cuda.Stream()) as stream:
+    stream = torch.cuda.Stream(subject.device)
+    with torch.cuda.stream(stream):
         yield
-        stream.synchronize()
+    stream.synchronize()
 
 
 def torch_modes() -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
@@ -320,8 +322,7 @@ def output_of(
 def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
     """attention with its loss, or decode; what comes out, and its dtypes."""
     output = output_of(subject, of, arrays, align=True)
-    assert output.selection is not None
-    found = {"out": output.out, "lse": output.lse, "indices": output.selection.indices}
+    found = {"out": output.out, "lse": output.lse, "indices": selected(output)}
     found |= {} if output.kl is None else {"kl": output.kl}
     dtypes = {f"dtype of {name}": np.array(str(x.dtype)) for name, x in found.items()}
     return dtypes | {name: subject.read(array) for name, array in found.items()}

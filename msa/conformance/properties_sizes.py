@@ -24,16 +24,22 @@ LARGE = strategies.large_cases
 large_reals = partial(LARGE, want=MILD)
 
 
-def many(n_q: int, blocks: int, top_k: int, **more: Fill | Picks) -> Case:
+def many(n_q: int, blocks: int, top_k: int) -> Case:
     """A few queries of one head over many blocks of 16 tokens; more of them than places."""
-    filled: dict[str, Fill | Picks] = {
-        "q": Fill("normal", 1), "k": Fill("normal", 2), "v": Fill("normal", 3),
-        "q_idx": Fill("ties", 4), "k_idx": Fill("integers", 5), "picks": Picks("spread", 6),
-    }  # fmt: skip
     return Case(
-        MSAConfig(16, top_k), Sequences.one(n_q, 16 * blocks), 1, 1, (1, 1, 2), "float32",
-        **filled | more,
-    )  # fmt: skip
+        config=MSAConfig(16, top_k),
+        sequences=Sequences.one(n_q, 16 * blocks),
+        groups=1,
+        group=1,
+        dims=(1, 1, 2),
+        dtype="float32",
+        q=Fill("normal", 1),
+        k=Fill("normal", 2),
+        v=Fill("normal", 3),
+        q_idx=Fill("ties", 4),
+        k_idx=Fill("integers", 5),
+        picks=Picks("spread", 6),
+    )
 
 
 PLACES = tuple(many(2, k + 40, k) for k in (255, 256, 257, 300))

@@ -187,7 +187,7 @@ def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
         case "k and blocks":
             config = replace(config, top_k=draw(st.sampled_from([k for k in places if k < 400])))
             blocks = config.top_k + draw(st.integers(1, 9))
-        case "blocks":
+        case _:
             blocks = draw(st.integers(100, 300))
     return replace(case, config=config, sequences=Sequences.one(n_q, blocks * block))
 
