@@ -172,6 +172,7 @@ def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
     case = draw(cases(domain, replace(want, tokens=12, batch=(1, 2))))
     block, n_q = min(domain.block_sizes or (1,)), draw(st.integers(1, 3))
     places = [k for k in MANY_PLACES if k < domain.largest_top_k]
+    most = min(300, 2400 // block)
     config = replace(case.config, block_size=block)
     match draw(st.sampled_from(("heads", "sequences", "k", "k and blocks", "blocks"))):
         case "heads":
@@ -185,10 +186,10 @@ def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
             top_k = draw(st.sampled_from((*places, domain.largest_top_k)))
             return replace(case, config=replace(case.config, top_k=top_k))
         case "k and blocks":
-            config = replace(config, top_k=draw(st.sampled_from([k for k in places if k < 400])))
+            config = replace(config, top_k=draw(st.sampled_from([k for k in places if k < most])))
             blocks = config.top_k + draw(st.integers(1, 9))
         case _:
-            blocks = draw(st.integers(100, 300))
+            blocks = draw(st.integers(most // 3, most))
     return replace(case, config=config, sequences=Sequences.one(n_q, blocks * block))
 
 
