@@ -172,7 +172,7 @@ def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
     case = draw(cases(domain, replace(want, tokens=12, batch=(1, 2))))
     block, n_q = min(domain.block_sizes or (1,)), draw(st.integers(1, 3))
     places = [k for k in MANY_PLACES if k < domain.largest_top_k]
-    most = min(300, 2400 // block)
+    most = max(40, min(300, 2400 // block))
     config = replace(case.config, block_size=block)
     match draw(st.sampled_from(("heads", "sequences", "k", "k and blocks", "blocks"))):
         case "heads":
