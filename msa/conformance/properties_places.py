@@ -27,7 +27,7 @@ from msa.ir import Array, Output, PagedKV, Selection, Sequences
 
 Bits = dict[str, Array]
 THREADS = 4
-INTEGERS = ("int64", "int32", "int16", "int8", "uint8")
+INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 """Dtypes of borders, page tables and lengths."""
 
 
