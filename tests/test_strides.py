@@ -167,3 +167,35 @@ def test_each_way_to_lie_keeps_the_numbers():
                 found = way.lay(torch.tensor(want), floats)
                 assert np.array_equal(found.numpy(), want)
                 assert not floats or found.stride(-1) == 1
+
+
+LAST = {
+    "attention": ("q", "k", "v", "q_idx", "k_idx"),
+    "select": ("q_idx", "k_idx"),
+    "sparse_attention": ("q", "k", "v"),
+    "align_index": ("q", "k", "q_idx", "k_idx"),
+    "cache_quality": ("q", "k", "v", "q_idx", "k_idx"),
+}
+
+
+@pytest.mark.parametrize(("function", "name"), [(f, n) for f, names in LAST.items() for n in names])
+def test_a_last_dim_that_is_not_contiguous_is_refused(function, name, as_users_run_it):
+    arrays = {n: torch.tensor(x) for n, x in drawn(0, 12, names=LAST[function]).items()}
+    arrays[name] = torch.repeat_interleave(arrays[name], 2, -1)[..., ::2]
+    more = {}
+    if function == "sparse_attention":
+        index = (torch.zeros(12, 2, 1), torch.zeros(12, 1))
+        more["selection"] = msa.select(*index, config=msa.MSAConfig(block_size=4, top_k=2))
+    with pytest.raises(ValueError, match=rf"^{name} must be contiguous in its last dim, got strid"):
+        getattr(msa, function)(**arrays, **more)
+
+
+@pytest.mark.parametrize("name", ["q", "q_idx", *(f"cache.{n}_pages" for n in CACHED)])
+def test_decoding_refuses_a_last_dim_that_is_not_contiguous(name, as_users_run_it):
+    pool = msa.PagePool(*empty_pages(torch.tensor).values(), batch=BATCH)
+    given = {n: torch.tensor(x) for n, x in drawn(0, BATCH, 1, names=("q", "q_idx")).items()}
+    parts = given | {f"cache.{n}_pages": getattr(pool.cache, f"{n}_pages") for n in CACHED}
+    parts[name] = torch.repeat_interleave(parts[name], 2, -1)[..., ::2]
+    cache = replace(pool.cache, **{f"{n}_pages": parts[f"cache.{n}_pages"] for n in CACHED})
+    with pytest.raises(ValueError, match=rf"^{name} must be contiguous in its last dim, got strid"):
+        msa.decode(parts["q"], parts["q_idx"], cache, config=msa.MSAConfig(BLOCK, 2))
