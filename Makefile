@@ -2,12 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs docs-serve docs-look package sanitize install bench bench-crossing clean
+.PHONY: demo test test-seeds lint docs docs-serve docs-look package sanitize install bench bench-crossing clean
 demo: install
 	$(BIN)/msa demo --backend torch --html demo.html
 
 test: install
 	$(BIN)/python -m pytest
+
+# Every property on every backend, with cases that no run had before: other seeds, other cases.
+SEEDS ?= 1 2 3 4 5 6 7 8 9 10
+test-seeds: install
+	for seed in $(SEEDS); do \
+		$(BIN)/python -m pytest tests/test_properties.py --hypothesis-seed=$$seed || exit 1; \
+	done
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ MiniMax Sparse Attention from math to metal.
 
 commands:
   explain             a 12-token example through every form of the lowering
-  verify              rules R1-R20 on this machine's backends, or on a function of yours
+  verify              rules R1-R21 on this machine's backends, or on a function of yours
   demo                a trained model answers questions about pictures hidden in a long text
   ask                 the same for your own text and pictures of digits
   demo digits         attention as a classifier of real images: dense, MSA, window, random

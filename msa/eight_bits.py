@@ -100,7 +100,7 @@ def write_tokens(
     tokens, owner = tokens.detach().float(), places.owner
     heads = [1] * (scales.ndim - 1)
     new = _largest_finite(tokens)
-    largest = torch.zeros((len(places.touched), *new.shape[1:]), device=new.device)
+    largest = new.new_zeros(len(places.touched), *new.shape[1:])
     largest.scatter_reduce_(0, owner.view(-1, *heads).expand_as(new), new, "amax")
     known = scales[places.touched].masked_fill(places.fresh.view(-1, *heads), LEAST_SCALE)
     grown = torch.maximum(known, scale_for(largest))

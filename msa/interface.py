@@ -2,7 +2,7 @@
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
 Arguments arrive checked (`msa.checks`, called by `msa.api`), packed (R1) and in the backend's own
-array type; letters are explained in `msa.ir`. Rules R1-R20 are those of docs/spec.md.
+array type; letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The rules R1-R20 as properties that any backend can be tried against.
+"""The rules R1-R21 as properties that any backend can be tried against.
 
 cases        what is drawn: a description of tensors that fits on a line
 strategies   how it is drawn: every shape and value that the rules allow
@@ -6,6 +6,7 @@ yardstick    the definition in float64, written a second time
 tolerances   the one error budget, and its derivation
 backends     what can be tried here
 properties_* the rules, each a plain function of a backend and a case
+strides      how a tensor lies in memory (R21)
 bad_input    R20, case by case
 seeds        known kinds of bugs, tried first
 conventions  how other projects call selection and attention; adapters, packing: there and back

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from msa import checks
 from msa.checks import is_torch
 from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
@@ -42,9 +43,14 @@ STAGES = (
     "decode_step",
 )
 
-OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding"})
-"""Keywords beyond the contract: loop_order of attend_selection ("auto", "kv_outer", "union"), and
-index_dtype ("fp8_e4m3") and left_padding (tokens of rubbish before each row) of select_fused."""
+OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "devices", "graphs"})
+"""What a backend may claim beyond the contract. Keywords: loop_order of attend_selection ("auto",
+"kv_outer", "union"), and index_dtype ("fp8_e4m3") and left_padding (tokens of rubbish before each
+row) of select_fused. Places (R21): CUDA streams, several CUDA devices, decode_step in a graph."""
+
+
+LARGEST_TOP_K: int = getattr(checks, "LARGEST_TOP_K", 16384)
+KERNEL_TOP_K: int = getattr(checks, "KERNEL_TOP_K", 1024)
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,16 @@ class Domain:
     dims: tuple[int, ...] | None = None
     """Sizes of D, Dv and Di; None: any from 1."""
     missing: frozenset[str] = frozenset()
-    """Functions of the contract that are not there, "backward" (R18), "api" (R20) or "lse" (R10)
-    among them."""
+    """Functions of the contract that are not there, "backward" (R18), "api" (R20), "lse" (R10),
+    "tensors" (torch is installed), "threads" (R21) or "eight_bits" (R12) among them."""
     options: frozenset[str] = frozenset()
     """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
     product_roundoff: dict[str, float] | None = None
     """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
     units: dict[str, MatrixUnit] | None = None
     """For dtypes whose products a matrix unit adds, as tensor cores do."""
+    largest_top_k: int = LARGEST_TOP_K
+    """The most blocks that a query may keep."""
     sinks: bool = True
     """Whether the first blocks can be forced."""
     more_local: bool = True
@@ -150,7 +158,8 @@ NUMPY_DTYPES = ("float64", "float32", "float16")
 
 def reference_subject() -> list[Subject]:
     """The spec under its own test: NumPy has no bfloat16, and the spec no backward."""
-    domain = Domain(dtypes=NUMPY_DTYPES, missing=frozenset({"backward"}))
+    no_tensors = () if importlib.util.find_spec("torch") else ("tensors",)
+    domain = Domain(dtypes=NUMPY_DTYPES, missing=frozenset({"backward", "eight_bits", *no_tensors}))
     return [Subject("reference", REFERENCE, "numpy", domain)]
 
 
@@ -158,14 +167,19 @@ def torch_subjects() -> list[Subject]:
     """On the CPU, and on a GPU where there is one."""
     if not importlib.util.find_spec("torch"):
         return []
-    devices = ["cpu", "cuda"] if cuda_here() else ["cpu"]
-    return [Subject("torch", load_backend("torch"), "torch", device=d) for d in devices]
+    module = load_backend("torch")
+    found = [Subject("torch", module, "torch")]
+    if cuda_here():
+        domain = Domain(options=cuda_places())
+        found.append(Subject("torch", module, "torch", domain, "cuda"))
+    return found
 
 
 def triton_subjects() -> list[Subject]:
     """On a GPU; else in Triton's interpreter, if TRITON_INTERPRET=1 was set before its import.
 
-    The interpreter multiplies bfloat16 wrongly, so there bfloat16 is not claimed.
+    The interpreter multiplies bfloat16 wrongly, and keeps the place of the program that it runs in
+    global variables: there neither bfloat16 nor threads are claimed.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "triton", "msa.triton_impl")):
         return []
@@ -176,8 +190,12 @@ def triton_subjects() -> list[Subject]:
     domain = Domain(
         dtypes=("float32", "float16") if interpreted else ("float32", "float16", "bfloat16"),
         block_sizes=(16, 32) if interpreted else (16, 32, 64, 128, 256),
-        options=frozenset({"loop_order"}) if interpreted else OPTIONS,
+        missing=frozenset({"threads"}) if interpreted else frozenset(),
+        options=frozenset({"loop_order"})
+        if interpreted
+        else frozenset({"loop_order", "index_dtype", "graphs"}) | cuda_places(),
         units=None if interpreted else HOPPER,
+        largest_top_k=KERNEL_TOP_K,
         cost=3 if interpreted else 6,
     )
     return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]
@@ -188,6 +206,13 @@ def cuda_here() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def cuda_places() -> frozenset[str]:
+    """Streams on one GPU, and other devices than the current one where there are two."""
+    import torch
+
+    return frozenset({"streams", "devices"} if torch.cuda.device_count() > 1 else {"streams"})
 
 
 FINDERS: dict[str, Callable[[], list[Subject]]] = {

@@ -15,7 +15,7 @@ import numpy as np
 from msa.config import MSAConfig
 from msa.ir import Array, BlockScores, PagedKV, Selection, Sequences
 
-Kind = Literal["zeros", "ties", "integers", "normal", "tiny", "large", "enormous"]
+Kind = Literal["zeros", "ones", "ties", "integers", "normal", "tiny", "large", "enormous"]
 Rows = slice | list[int]
 INTEGER_KINDS: tuple[Kind, ...] = ("zeros", "ties", "integers")
 MILD_KINDS: tuple[Kind, ...] = (*INTEGER_KINDS, "normal")
@@ -55,6 +55,8 @@ class Fill(Brief):
         match self.kind:
             case "zeros":
                 values = np.zeros(shape)
+            case "ones":
+                values = np.ones(shape)
             case "ties":
                 values = rng.integers(-1, 2, shape).astype(float)
             case "integers":

@@ -17,7 +17,7 @@ Cases = Callable[[Domain], SearchStrategy[Any]]
 
 FILES = (
     "sequences", "index", "selection", "attention", "lowering", "alignment", "training",
-    "behaviour", "options",
+    "behaviour", "options", "not_finite", "places", "sizes",
 )  # fmt: skip
 
 RULES = {
@@ -25,7 +25,7 @@ RULES = {
     "R6": "Forced blocks", "R7": "Top-k", "R8": "Canonical form", "R9": "Attention", "R10": "LSE",
     "R11": "Dense limit", "R12": "Dtypes", "R13": "Reverse index", "R14": "Schedule",
     "R15": "Partials", "R16": "Combine", "R17": "KL alignment", "R18": "Gradients",
-    "R19": "Determinism", "R20": "Bad input",
+    "R19": "Determinism", "R20": "Bad input", "R21": "Places",
 }  # fmt: skip
 """What each rule of docs/spec.md is about."""
 
@@ -49,7 +49,7 @@ class Property:
 
     @property
     def rule(self) -> str:
-        """R1 to R20."""
+        """R1 to R21."""
         return self.name.partition("_")[0].upper()
 
     @property
@@ -66,6 +66,6 @@ def holds_for(
 
 
 def all_properties() -> tuple[Property, ...]:
-    """R1 to R20."""
+    """R1 to R21."""
     modules = (importlib.import_module(f"msa.conformance.properties_{name}") for name in FILES)
     return tuple(p for m in modules for p in vars(m).values() if isinstance(p, Property))

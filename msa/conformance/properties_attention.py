@@ -20,7 +20,7 @@ from msa.conformance.calls import (
     selected,
     spec,
 )
-from msa.conformance.cases import Case, Fill
+from msa.conformance.cases import Case, Fill, Picks
 from msa.conformance.properties import holds_for
 from msa.conformance.tolerances import Measure, compare, require, same
 from msa.conformance.yardstick import Attention, causal_mask
@@ -37,11 +37,28 @@ HUGE_LOGIT = Case(
     k=Fill(kind="enormous"),
 )
 """Fused into one multiply-add, logit - top is off from 0 by half an ulp of 1e14 (GPU only)."""
+LOW_LOGITS = replace(
+    HUGE_LOGIT,
+    sequences=Sequences.one(2, 2),
+    q=Fill(planted=((0, 1e17), (1, 1e17))),
+    k=Fill(planted=((0, -1e17), (1, -1e17))),
+    v=Fill("integers", seed=1),
+)
+"""Every logit of a row is -1e34: a running maximum that begins higher loses all of them."""
+EQUAL_LOGITS = replace(
+    HUGE_LOGIT,
+    config=MSAConfig(block_size=16, top_k=3, softmax_scale=2.0**24),
+    sequences=Sequences.one(48, 48),
+    q=Fill("ones"),
+    k=Fill("ones"),
+    picks=Picks("full"),
+)
+"""All logits are 2^24: their LSE, rounded to float32, is the same for 3 tokens as for 48."""
 
 wild = partial(strategies.cases, want=strategies.WILD)
 
 
-@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT,))
+@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r9_attention_over_a_selection_is_the_definition(subject: Subject, case: Case) -> Measure:
     """Over any canonical selection, at any magnitude: softmax over the selected visible tokens."""
     output = attend_selection(subject, case.inputs, case.selection)
@@ -55,6 +72,16 @@ def r9_the_whole_path_is_the_definition(subject: Subject, case: Case) -> Measure
     want = select_fused(spec(subject), case.inputs)
     same("selection", selected(output), want.indices)
     return judge(subject, case.inputs, output, dense(case.inputs, want.indices))
+
+
+@holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS, EQUAL_LOGITS))
+def r9_the_weights_of_a_query_sum_to_1(subject: Subject, case: Case) -> Measure:
+    """Where all values are 1, so is out, however coarsely large logits are rounded."""
+    inputs = case.inputs
+    q, k, v = inputs.main
+    inputs = replace(inputs, main=(q, k, np.ones_like(v)))
+    output = attend_selection(subject, inputs, case.selection)
+    return judge(subject, inputs, output, dense(inputs, case.selection.indices))
 
 
 @holds_for(strategies.cases, needs=("attend_selection",))
@@ -72,7 +99,7 @@ def r9_blocks_not_selected_do_not_matter(subject: Subject, case: Case) -> Measur
     return judge(subject, inputs, output, dense(inputs, selection.indices), spared)
 
 
-@holds_for(wild, needs=("unite_tiles", "attend_union"), seeds=(HUGE_LOGIT,))
+@holds_for(wild, needs=("unite_tiles", "attend_union"), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure:
     """The other loop order: a running softmax along the union of neighbouring queries' blocks."""
     inputs = case.inputs
@@ -84,7 +111,7 @@ def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure
     return judge(subject, inputs, output, dense(inputs, case.selection.indices))
 
 
-@holds_for(wild, needs=("attend_selection", "lse"), seeds=(HUGE_LOGIT,))
+@holds_for(wild, needs=("attend_selection", "lse"), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r10_lse_is_the_natural_logarithm_in_float32(subject: Subject, case: Case) -> Measure:
     """lse = log of the sum of exp of the scaled scores over the support, whatever the dtype."""
     output = attend_selection(subject, case.inputs, case.selection)

@@ -13,6 +13,7 @@ from msa.conformance.backends import Subject
 from msa.conformance.calls import attend_selection, dense, judge, select_fused, spec
 from msa.conformance.cases import Case, Fill, round_to_e4m3
 from msa.conformance.properties import holds_for
+from msa.conformance.properties_attention import LOW_LOGITS
 from msa.conformance.properties_index import REAL, require_equal_up_to_rounding
 from msa.conformance.tolerances import Measure, same, worst
 from msa.ir import Sequences
@@ -34,7 +35,7 @@ ONE_INFINITY = Case(
 """Where it decides the stretch, nothing is left of the finite numbers."""
 
 
-@holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"))
+@holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"), seeds=(LOW_LOGITS,))
 def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measure:
     """out and lse by each order of the loops, over selections whose neighbours agree or not."""
     want = dense(case.inputs, case.selection.indices)

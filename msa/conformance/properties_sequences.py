@@ -12,7 +12,7 @@ import msa
 from msa.conformance import strategies
 from msa.conformance.backends import REFERENCE, Subject
 from msa.conformance.calls import attend, dense, judge, select_fused, selected, spec
-from msa.conformance.cases import Case, PagedCase
+from msa.conformance.cases import Case, Fill, PagedCase
 from msa.conformance.properties import holds_for
 from msa.conformance.strategies import Want
 from msa.conformance.tolerances import AGREES, Measure, compare, require, same, worst
@@ -103,7 +103,22 @@ def r2_a_chunk_is_the_tail_of_the_whole(subject: Subject, case: Case) -> Measure
     )
 
 
-@holds_for(strategies.paged_cases, needs=("decode_step",))
+LOW_PAGES = PagedCase(
+    case=replace(
+        TWO_OF_ONE,
+        q=Fill(planted=((0, 1e17), (1, 1e17))),
+        k=Fill(planted=((0, -1e17), (1, -1e17))),
+        v=Fill("integers", seed=1),
+    ),
+    live=(True, True),
+    seed=0,
+    spare_pages=0,
+    spare_columns=0,
+)
+"""Every logit is -1e34."""
+
+
+@holds_for(strategies.paged_cases, needs=("decode_step",), seeds=(LOW_PAGES,))
 def r2_decoding_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     """Decoding from shuffled pages equals attention over packed keys; no rubbish is read."""
     inputs, live = paged.case.inputs, np.array(paged.live, bool)

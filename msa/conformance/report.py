@@ -38,9 +38,11 @@ class VerifyOptions(TargetOptions):
     backend: tuple[str, ...] = ()
     """Backends to try: reference, torch, triton. All that run here by default."""
     rule: tuple[str, ...] = ()
-    """Rules to try, such as R7 R16. All twenty by default."""
+    """Rules to try, such as R7 R16. All by default."""
     examples: int = 25
     """Cases that Hypothesis draws for each property and backend."""
+    seed: int | None = None
+    """Which cases: other ones for every number. The same ones every time by default."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def chosen_properties(rules: tuple[str, ...]) -> list[Property]:
     wanted = {rule.upper() for rule in rules}
     unknown = wanted - {p.rule for p in everything}
     if unknown:
-        raise ValueError(f"rule must be one of R1 to R20, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"rule must be one of R1 to R21, got {', '.join(sorted(unknown))}")
     chosen = [p for p in everything if not wanted or p.rule in wanted]
     return sorted(chosen, key=lambda p: int(p.rule[1:]))
 
@@ -86,6 +88,7 @@ def verify(
     rules: tuple[str, ...] = (),
     examples: int = 25,
     on_example: Callable[[str], None] = lambda label: None,
+    seed: int | None = None,
 ) -> list[Result]:
     """Search for counterexamples to every property, on every backend that runs here.
 
@@ -93,9 +96,10 @@ def verify(
         backends, rules: see VerifyOptions; empty means all.
         examples: how many cases are drawn for each property and backend.
         on_example: called with "R7 torch" or the like before each case.
+        seed: see VerifyOptions.
     """
     pairs = [(p, s) for p in chosen_properties(rules) for s in subjects(backends)]
-    return [try_one(p, s, examples, on_example) for p, s in pairs]
+    return [try_one(p, s, examples, on_example, seed) for p, s in pairs]
 
 
 def verify_target(
@@ -103,6 +107,7 @@ def verify_target(
     rules: tuple[str, ...] = (),
     examples: int = 25,
     on_example: Callable[[str], None] = lambda label: None,
+    seed: int | None = None,
 ) -> list[Result]:
     """The same for a function of one's own: every rule, and of each what speaks of the function.
 
@@ -113,23 +118,28 @@ def verify_target(
         asked = target.asked(chosen_properties((rule,)))
         subject = target.tried_for(rule)
         with np.errstate(all="ignore"):  # what it makes of NaN is judged, not warned of
-            results += [try_one(p, subject, examples, on_example) for p in asked]
+            results += [try_one(p, subject, examples, on_example, seed) for p in asked]
         if not asked:
             results.append(Result(rule, rule, RULES[rule], subject.label, claimed=False))
     return results
 
 
 def try_one(
-    prop: Property, subject: Subject, examples: int, on_example: Callable[[str], None]
+    prop: Property,
+    subject: Subject,
+    examples: int,
+    on_example: Callable[[str], None],
+    seed: int | None = None,
 ) -> Result:
-    """One property on one backend; the same cases every time."""
+    """One property on one backend; the same cases every time, for each seed."""
     about = (prop.rule, prop.name, prop.statement, subject.label)
     if not subject.domain.has(*prop.needs):
         return Result(*about, claimed=False)
     tally = Tally()
     options = settings(max_examples=examples, database=None, derandomize=True, phases=PHASES)
+    label = f"{prop.rule} {subject.label}"
     try:
-        search(prop, subject, options, tally, lambda: on_example(f"{prop.rule} {subject.label}"))
+        search(prop, subject, options, tally, lambda: on_example(label), seed)
     except Exception as error:
         found = tally.error or error
         message = f"{type(found).__name__}: {found}"
@@ -165,10 +175,11 @@ def run(options: VerifyOptions) -> int:
             progress.update(task, advance=1, description=label)
 
         with home_elsewhere():
+            asked = options.rule, options.examples, advance, options.seed
             if target:
-                results = verify_target(target, options.rule, options.examples, advance)
+                results = verify_target(target, *asked)
             else:
-                results = verify(options.backend, options.rule, options.examples, advance)
+                results = verify(options.backend, *asked)
     print_results(console, results, "not asked" if target else "not claimed")
     if target:
         print_verdicts(console, results)

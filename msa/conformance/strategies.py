@@ -30,7 +30,10 @@ from msa.ir import Sequences
 BLOCK_SIZES = (1, 2, 3, 4, 5, 7, 8, 16)
 DIMS = (1, 2, 3, 4, 5, 7, 8, 16)
 GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (2, 4), (1, 5), (1, 8), (1, 16))
-"""(Hkv, G)."""
+MANY_HEADS = ((3, 2), (5, 1), (6, 1), (7, 2), (3, 5), (2, 7), (5, 3), (9, 1), (1, 24))
+"""(Hkv, G); of the many, none has two powers of two."""
+MANY_PLACES = (31, 32, 33, 64, 100, 127, 128, 255, 256, 257, 300, 512, 1000, 4096)
+"""Values of k, beside the largest."""
 SCALES = (None, 1.0, 0.25, 1.7)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 Shape = Literal["prefill", "chunk", "decode"]
@@ -157,6 +160,37 @@ def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
         sequences=Sequences((0, n_q, n_q + short), (0, n_k, n_k + short)),
         picks=draw(st.builds(Picks, st.sampled_from(("spread", "random", "sink")), seeds)),
     )
+
+
+@st.composite
+def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
+    """One size is large, the others are as small as they come.
+
+    k up to the largest, with fewer blocks than that or more; heads that are no powers of two;
+    more than 16 sequences; hundreds of blocks for a few queries.
+    """
+    case = draw(cases(domain, replace(want, tokens=12, batch=(1, 2))))
+    block, n_q = min(domain.block_sizes or (1,)), draw(st.integers(1, 3))
+    places = [k for k in MANY_PLACES if k < domain.largest_top_k]
+    most = max(40, min(300, 2400 // block))
+    config = replace(case.config, block_size=block)
+    match draw(st.sampled_from(("heads", "sequences", "k", "k and blocks", "blocks"))):
+        case "heads":
+            groups, group = draw(st.sampled_from(MANY_HEADS))
+            return replace(case, groups=groups, group=group)
+        case "sequences":
+            lengths = draw(st.lists(st.integers(0, 3), min_size=17, max_size=40))
+            borders = tuple(sum(lengths[:s]) for s in range(len(lengths) + 1))
+            return replace(case, sequences=Sequences(borders, borders))
+        case "k":
+            top_k = draw(st.sampled_from((*places, domain.largest_top_k)))
+            return replace(case, config=replace(case.config, top_k=top_k))
+        case "k and blocks":
+            config = replace(config, top_k=draw(st.sampled_from([k for k in places if k < most])))
+            blocks = config.top_k + draw(st.integers(1, 9))
+        case _:
+            blocks = draw(st.integers(most // 3, most))
+    return replace(case, config=config, sequences=Sequences.one(n_q, blocks * block))
 
 
 def mild(domain: Domain) -> SearchStrategy[Case]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
+from hypothesis import seed as seeded
 
 from msa.conformance.backends import Subject
 from msa.conformance.properties import Property
@@ -32,8 +33,12 @@ def search(
     options: settings,
     tally: Tally,
     on_example: Callable[[], None] = lambda: None,
+    seed: int | None = None,
 ) -> None:
     """Look for a case in which the property does not hold.
+
+    Args:
+        seed: of the search, instead of what `options` say: other cases for every other number.
 
     Raises:
         AssertionError: for the smallest such case. The tally has it as well.
@@ -50,8 +55,10 @@ def search(
 
     check.__name__ = prop.name
     test = given(prop.cases(subject.domain))(check)
-    for seed in seeds_of(prop, subject.domain):
-        test = example(seed)(test)
+    if seed is not None:
+        test = seeded(seed)(test)
+    for known in seeds_of(prop, subject.domain):
+        test = example(known)(test)
     settings(
         options,
         max_examples=max(1, options.max_examples // subject.domain.cost),

@@ -54,7 +54,7 @@ def decode_step(
     tiles = zip(*(x.split(size) for x in (queries, ids, tables, positions)))
     outs, lses = zip(*(attend_pages(q, i, t, p, cache, scale) for q, i, t, p in tiles))
     out = q.new_zeros(batch, n, heads, value_dim)
-    lse = torch.full((batch, n, heads), -torch.inf, device=q.device)
+    lse = torch.full((batch, n, heads), -torch.inf, dtype=torch.float32, device=q.device)
     out[slots] = torch.cat(outs).to(q.dtype).unflatten(0, (len(live), n))
     lse[slots] = torch.cat(lses).float().unflatten(0, (len(live), n))
     return Output(out, lse, selection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,21 @@ def working_dtype(left: Tensor, right: Tensor, scale: float = 1.0) -> torch.dtyp
 
 
 def largest(x: Tensor) -> float:
-    """The highest magnitude in x; aminmax makes no copy as abs would."""
+    """The highest finite magnitude in x.
+
+    >>> largest(torch.tensor([1.0, torch.nan, -3.0, torch.inf]))
+    3.0
+    """
+    highest = _highest(x)
+    if math.isfinite(highest):
+        return highest
+    return _highest(x.nan_to_num(0.0, 0.0, 0.0))  # rare: it must not decide for the others
+
+
+def _highest(x: Tensor) -> float:
+    """The highest magnitude, NaN if there is one; aminmax makes no copy as abs would."""
     low, high = torch.aminmax(x.detach())
-    return max(-float(low), float(high))
+    return float(torch.maximum(-low, high))
 
 
 def rounds_coarsely(lse: Tensor) -> bool:
@@ -45,4 +59,4 @@ def rounds_coarsely(lse: Tensor) -> bool:
     >>> [rounds_coarsely(torch.tensor([x, 1.0])) for x in (30.0, -1e3, torch.inf)]
     [False, True, False]
     """
-    return bool(lse.numel()) and FINE < largest(lse) * torch.finfo(lse.dtype).eps < torch.inf
+    return bool(lse.numel()) and FINE < _highest(lse) * torch.finfo(lse.dtype).eps < torch.inf

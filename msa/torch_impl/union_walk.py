@@ -67,14 +67,18 @@ def attend_union(
 
 
 def key_rows(tile_union: TileUnion) -> Int[Tensor, "tiles Hkv U"]:
-    """The row of each entry among all groups' blocks; row 0 where there is none (never read)."""
+    """The row of each entry among all groups' blocks.
+
+    Where there is no entry, that of the walk's first: its weights are 0, and 0 times what is not
+    finite must not reach another sequence or group (R9).
+    """
     ids, device = tile_union.block_ids, tile_union.block_ids.device
     sequences = tile_union.sequences
     cu_blocks = sequences.cu_blocks(tile_union.block_size)
     sequence = owners(sequences.cu_seqlens_q, device)[tile_union.starts.long()]
     first = borders(cu_blocks, device)[sequence][:, None, None]
     group = torch.arange(ids.shape[1], device=device)[:, None]
-    return torch.where(ids >= 0, group * cu_blocks[-1] + first + ids, 0)
+    return group * cu_blocks[-1] + first + torch.where(ids >= 0, ids, ids[..., :1])
 
 
 def reading(
