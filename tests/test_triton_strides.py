@@ -276,7 +276,7 @@ def test_scores_that_are_written_out_beyond_2_31(dim, folder):
 
 
 # -- decoding -------------------------------------------------------------------------------------
-BATCH, NEW, PAGES = 3, 3, 9
+BATCH, PAGES = 3, 9
 EIGHTS = [(), ("k", "v", "k_idx")]
 INTEGERS = ("page_table", "lengths")  # the others are contiguous in their last dim (R20)
 
@@ -299,8 +299,8 @@ def cached(eight=()):
     return made | {"page_table": table.to(DEVICE), "lengths": lengths.to(DEVICE)}
 
 
-def asked():
-    return {"q": normal(7, BATCH, NEW, HEADS, DIM), "q_idx": normal(8, BATCH, NEW, GROUPS, DIM)}
+def asked(n=1):
+    return {"q": normal(7, BATCH, n, HEADS, DIM), "q_idx": normal(8, BATCH, n, GROUPS, DIM)}
 
 
 def step(parts, queries, backend="triton"):
@@ -310,26 +310,22 @@ def step(parts, queries, backend="triton"):
     return [*live, output.selection.indices]
 
 
-def loose(name, x):
-    """A layout of each argument that is not contiguous, as far as the checks allow."""
-    return columns(x) if name in INTEGERS else spaced(x)
+def every(change, change_integers, home):
+    """All arguments in another layout, as far as the checks allow."""
+    return {n: (change_integers if n in INTEGERS else change)(x) for n, x in home.items()}
+
+
+LAYOUTS = [(spaced, columns), (turned, transposed)]
 
 
 @pytest.mark.parametrize("eight", EIGHTS, ids=["wide", "8 bits"])
 def test_decode(eight):
-    """Each argument alone, in two layouts; then all at once."""
     parts, queries = cached(eight), asked()
     want = step(parts, queries)
-    for name, x in parts.items():
-        same(step(parts | {name: loose(name, x)}, queries), want)
-        if x.dim() > 1:
-            turn = transposed if name in INTEGERS else turned
-            same(step(parts | {name: turn(x)}, queries), want)
-    for name, x in queries.items():
-        same(step(parts, queries | {name: spaced(x)}), want)
-        same(step(parts, queries | {name: turned(x)}), want)
-    every = {name: loose(name, x) for name, x in parts.items()}
-    same(step(every, {name: spaced(x) for name, x in queries.items()}), want)
+    for layout in LAYOUTS:
+        same(step(every(*layout, parts), every(*layout, queries)), want)
+    for name in INTEGERS:
+        same(step(parts | {name: columns(parts[name])}, queries), want)
 
 
 @pytest.mark.parametrize("name", [*(n for n in cached(EIGHTS[1]) if n != "k_idx_scales"), *asked()])
@@ -360,7 +356,7 @@ def test_decode_with_any_integers(dtype, as_users_run_it):
 @pytest.mark.parametrize("eight", EIGHTS, ids=["wide", "8 bits"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_decode_beyond_2_31(eight, dim, folder):
-    parts, queries = cached(eight), asked()
+    parts, queries = cached(eight), asked(n=3)
     want = step(parts, queries)
     parts = {name: far_if_long(name, x, dim, folder) for name, x in parts.items()}
     queries = {name: far_if_long(name, x, dim, folder) for name, x in queries.items()}
@@ -398,18 +394,11 @@ def test_append_tokens(eight):
     """The caller's own tensors are written, whatever their strides."""
     want = append(fresh(eight), tokens())
     assert want[-1].tolist() == [2 * BLOCK + 10, 0 + 3, 2 * BLOCK + 2]
-    for name, x in fresh(eight).items():
-        same(append(fresh(eight) | {name: loose(name, x)}, tokens()), want)
-        if x.dim() > 1:
-            turn = transposed if name in INTEGERS else turned
-            same(append(fresh(eight) | {name: turn(x)}, tokens()), want)
-    for name, x in tokens().items():
-        same(append(fresh(eight), tokens() | {name: spaced(x)}), want)
-        same(append(fresh(eight), tokens() | {name: turned(x)}), want)
-        one = tokens() | {name: expanded(x)}
-        same(
-            append(fresh(eight), one), append(fresh(eight), {n: y.clone() for n, y in one.items()})
-        )
+    for layout in LAYOUTS:
+        same(append(every(*layout, fresh(eight)), every(*layout, tokens())), want)
+    shared = {name: expanded(x) for name, x in tokens().items()}
+    whole = {name: x.contiguous() for name, x in shared.items()}
+    same(append(fresh(eight), shared), append(fresh(eight), whole))
 
 
 def test_append_tokens_writes_only_what_it_should():

@@ -1,7 +1,7 @@
 """Training: how far the index branch is from the main branch (eq. 9-10, R17).
 
     for each super-tile of queries, and the blocks that they read (selected, or all visible ones):
-        lse                 of the main branch, where the caller does not have it
+        top, log_total      of the main branch, where the caller does not have its lse
         top, log_total      of the index scores
         teacher             mean of the heads' probabilities, in the slots of the edges
         loss, gradients     KL, d_q_idx, d_k_idx
