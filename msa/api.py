@@ -270,7 +270,9 @@ def append_tokens(
         k, v, k_idx: in the dtype of the pages; for pages of 8 bits float16, bfloat16 or float32.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit the pages (R20).
+        TypeError, ValueError: shapes, dtypes or devices that do not fit the pages; expanded pages,
+            scales or lengths, in which entries share a place; pages of 8 bits in Triton's
+            interpreter (R20).
     """
     checks.check_type("cache", cache, PagedKV)
     sizes: dict[str, int] = {}
@@ -279,6 +281,7 @@ def append_tokens(
     checks_cache.check_written(cache)
     resolve("triton", cache.k_pages)
     checks.check_kernels(sizes["Bk"], k=k, v=v, k_idx=k_idx)
+    checks_cache.check_written(cache)
     kernels: Any = load_backend("triton")  # beyond the contract of a backend
     kernels.append_tokens(cache, k, v, k_idx)
 
