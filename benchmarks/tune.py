@@ -133,11 +133,11 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
     for tile in SUMS:
         yield (
             "sums main", tile, flops / 2,
-            lambda tile=tile: softmax_sums(x.q, x.k, schedule, scale, tile, is_index=False),
+            lambda tile=tile: softmax_sums(x.q, x.k, schedule, scale, False, tile),
         )  # fmt: skip
         yield (
             "sums index", tile, flops / 32,
-            lambda tile=tile: softmax_sums(x.q_idx, shared, schedule, scale, tile, is_index=True),
+            lambda tile=tile: softmax_sums(x.q_idx, shared, schedule, scale, True, tile),
         )  # fmt: skip
     student = softmax_sums(x.q_idx, shared, schedule, scale, is_index=True)
     gradients = torch.empty_like(x.q_idx).float(), torch.zeros_like(x.k_idx).float()

