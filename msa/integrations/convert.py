@@ -5,6 +5,7 @@
     set_phase(model, ...)   what these layers do: "sparse", or one of the phases of training
     index_loss(model)       the loss of the last forward pass, to be added to the model's own
     measure_recall(...)     how many of the best blocks each layer finds
+    remove_index(model)     takes the projections away again
 
 Llama, Mistral, Qwen2 and Qwen3, by the class of their attention. With k >= all blocks the logits
 are those of the model before (R11). The projections follow MiniMax-M3's: linear, RMS norm, rotary;
@@ -61,30 +62,39 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class IndexProjections(nn.Module):
-    """The index branch of one layer, and what it last found out."""
+    """The index branch of one layer, and what it last found out.
 
-    def __init__(self, attention: nn.Module, config: MSAConfig, dim: int) -> None:
+    Its projections are called otherwise than the attention's: what goes by the ends of names, as
+    LoRA does by "q_proj", leaves them alone.
+    """
+
+    def __init__(
+        self, attention: nn.Module, config: MSAConfig, dim: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         text: Any = attention.config
-        like = next(attention.parameters())
-        options = {"dtype": like.dtype, "device": like.device}
+        options = {"dtype": dtype, "device": device_of(attention)}
         groups = text.num_key_value_heads
         self.config, self.groups = config, groups
-        self.q_proj = nn.Linear(text.hidden_size, groups * dim, bias=False, **options)
-        self.k_proj = nn.Linear(text.hidden_size, dim, bias=False, **options)
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim, eps=1e-6, **options) for _ in range(2))
+        self.query = nn.Linear(text.hidden_size, groups * dim, bias=False, **options)
+        self.key = nn.Linear(text.hidden_size, dim, bias=False, **options)
+        self.query_norm, self.key_norm = (nn.RMSNorm(dim, eps=1e-6, **options) for _ in range(2))
         self.phase: Phase = "sparse"
         self.kl: Tensor | None = None
         self.recall: Recall | None = None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden [B, T, width] to q_idx [B, T, Hkv, Di] and k_idx [B, T, 1, Di]."""
-        hidden = hidden.detach().to(self.q_proj.weight.dtype)
-        q_idx = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.groups, -1)))
-        k_idx = self.k_norm(self.k_proj(hidden)[:, :, None])
+        hidden = hidden.detach().to(self.query.weight.dtype)
+        q_idx = self.query_norm(self.query(hidden).unflatten(-1, (self.groups, -1)))
+        k_idx = self.key_norm(self.key(hidden)[:, :, None])
         cos, sin = (narrow(x, q_idx.shape[-1]) for x in (cos, sin))
         q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
         return q_idx, k_idx
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the last loss, which belongs to its graph."""
+        return super().__getstate__() | {"kl": None}
 
 
 def narrow(x: Tensor, dim: int) -> Tensor:
