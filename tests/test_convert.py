@@ -183,7 +183,7 @@ def test_the_teacher_has_the_scale_of_the_model(way, phase):
     new, ids, losses = converted(make(), implementation=way), words(1, 40), []
     c.set_phase(new, phase)
     for index in c.indexes(new).values():
-        torch.nn.init.zeros_(index.q_proj.weight)
+        torch.nn.init.zeros_(index.query)
     for scale in (0.25, 1e-9):
         for layer in new.model.layers:
             layer.self_attn.scaling = scale
@@ -285,7 +285,7 @@ def test_the_command(tmp_path):
 
 def test_files_that_do_not_fit(tmp_path):
     save_index(converted(make()), tmp_path / "index")
-    with pytest.raises(ValueError, match=r"index must hold q_proj.weight of layer 1 in shape"):
+    with pytest.raises(ValueError, match=r"index must hold query of layer 1 as floating numbers in shape"):
         load_index(make(hidden_size=64), tmp_path / "index")
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"path must be a file written by save_index, got .*other"):

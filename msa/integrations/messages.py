@@ -248,12 +248,13 @@ def check_loaded(device: str, layer: int) -> None:
         )
 
 
-def check_compute_dtype(dtypes: list[str]) -> None:
+def check_compute_dtype(found: list[Any], wide: tuple[Any, ...]) -> None:
     """A dtype to compute in."""
-    raise ValueError(
-        "model must have a weight in float16, bfloat16, float32 or float64, which says what the "
-        f"index computes in, got {', '.join(dtypes) or 'no weights'}"
-    )
+    if not set(found) & set(wide):
+        raise ValueError(
+            f"model must have a weight in one of {', '.join(map(str, wide))}, in which the index "
+            f"would compute, got {', '.join(sorted({str(x) for x in found}))}"
+        )
 
 
 def check_loss_has_gradient(layers: list[int]) -> None:
@@ -313,13 +314,28 @@ def check_index_file(path: Any, made: dict[str, Any]) -> None:
         raise ValueError(f"path must be a file written by save_index, got {path}")
 
 
-def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
-    """Of the sizes that this model needs."""
-    for name, weight in found.items():
-        if weight.shape != own[name].shape:
+def check_one_config(configs: dict[int, Any]) -> None:
+    """The file holds one configuration."""
+    first, *others = configs
+    for layer in others:
+        if configs[layer] != configs[first]:
             raise ValueError(
-                f"{path} must hold {name} of layer {layer} in shape {list(own[name].shape)}, "
-                f"got {list(weight.shape)}"
+                f"indexer.config must be the same in all layers of one file, got {configs[first]} in "
+                f"layer {first} and {configs[layer]} in layer {layer}"
+            )
+
+
+def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
+    """All that this model needs, floating, in its sizes."""
+    if own.keys() != found.keys():
+        raise ValueError(
+            f"{path} must hold {', '.join(own)} of layer {layer}, got {', '.join(found) or 'none'}"
+        )
+    for name, weight in found.items():
+        if weight.shape != own[name].shape or not weight.is_floating_point():
+            raise ValueError(
+                f"{path} must hold {name} of layer {layer} as floating numbers in shape "
+                f"{list(own[name].shape)}, got {weight.dtype} {list(weight.shape)}"
             )
 
 
