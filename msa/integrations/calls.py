@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def cache_of(call: Mapping[str, Any]) -> Any:
     return next((call[name] for name in CACHES if call.get(name) is not None), None)
 
 
-@lru_cache
+@cache
 def names(forward: Callable[..., Any]) -> tuple[str, ...]:
     """What a forward calls its arguments, without self.
 

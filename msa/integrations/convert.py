@@ -308,20 +308,15 @@ def hand_over(
     """Before a converted layer's forward: run its index branch, for the attention function."""
     if attention.config._attn_implementation not in BACKENDS or index_of(attention) is None:
         return None
-    call = calls.read_call(type(attention).forward, args, options)
-    branch = run_index(
-        attention, call["hidden_states"], call["position_embeddings"], calls.cache_of(call)
-    )
-    return args, options | {"block_indices": branch}
+    return args, options | {"block_indices": run_index(attention, args, options)}
 
 
 @uncompiled
-def run_index(
-    attention: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Any
-) -> TrainedBranch:
+def run_index(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> TrainedBranch:
     """What the attention selects by, the index keys of the cache included."""
-    q_idx, k_idx = attention.indexer(hidden, *position_embeddings)
-    index, k_idx = attention.indexer.active, k_idx.transpose(1, 2)
+    call = calls.read_call(type(attention).forward, args, options)
+    q_idx, k_idx = attention.indexer(call["hidden_states"], *call["position_embeddings"])
+    index, k_idx, cache = attention.indexer.active, k_idx.transpose(1, 2), calls.cache_of(call)
     if cache is not None:
         k_idx = cache_layer(cache, attention.layer_idx).update_index(k_idx)
     return TrainedBranch(q_idx, k_idx[:, 0], index.config, index)

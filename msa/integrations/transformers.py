@@ -142,19 +142,17 @@ class Indexer(MiniMaxM3VLIndexer):
         """Project, normalise, rotate, remember; with another implementation also score."""
         if self.config._attn_implementation not in BACKENDS:
             return super().forward(*args, **options)
-        call = calls.read_call(MiniMaxM3VLIndexer.forward, args, options)
-        cache = calls.cache_of(call)
-        return self.branch(call["hidden_states"], call["position_embeddings"], cache)
+        return self.branch(args, options)
 
     @uncompiled
-    def branch(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], cache: Any
-    ) -> IndexBranch:
+    def branch(self, args: tuple[Any, ...], options: dict[str, Any]) -> IndexBranch:
         """What the attention selects by, the index keys of the cache included."""
+        call = calls.read_call(MiniMaxM3VLIndexer.forward, args, options)
+        hidden_states, cache = call["hidden_states"], calls.cache_of(call)
         lead = hidden_states.shape[:2]
         q_idx = self.q_norm(self.q_proj(hidden_states).view(*lead, -1, self.head_dim))
         k_idx = self.k_norm(self.k_proj(hidden_states).view(*lead, 1, self.head_dim))
-        cos, sin = (x[..., : self.head_dim] for x in position_embeddings)
+        cos, sin = (x[..., : self.head_dim] for x in call["position_embeddings"])
         q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
         k_idx = k_idx.transpose(1, 2)
         if cache is not None:
