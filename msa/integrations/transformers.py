@@ -58,7 +58,8 @@ BACKENDS: dict[str, BackendName] = {
 M = TypeVar("M", bound=nn.Module)
 uncompiled: Any = torch.compiler.disable(
     reason="msa reads the mask and the positions, so this part runs between graphs: compile without "
-    "fullgraph=True, or compile msa.ops, whose borders of sequences are integers"
+    "fullgraph=True, export with attn_implementation='sdpa', or build a graph of msa.ops, where "
+    "borders of sequences are integers"
 )
 """A decorator for what reads tensors in order to plan: with fullgraph=True torch says the reason."""
 
