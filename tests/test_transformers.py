@@ -158,8 +158,7 @@ def test_logits_in_chunks(config, n, data):
             cache = StaticCache(config=config, max_cache_len=n + 5)
         with torch.no_grad():
             parts = [
-                changed(ids[:, a:b], **behind(changed, cache)).logits
-                for a, b in pairwise(cuts)
+                changed(ids[:, a:b], **behind(changed, cache)).logits for a, b in pairwise(cuts)
             ]
             close(torch.cat(parts, 1), model(ids).logits)
 
@@ -561,6 +560,9 @@ def test_plans_hold_the_ones_of_a_mask(batch, n_k, data):
     slots = torch.arange(batch * n_k).view(batch, n_k)
     live = mask & mask[:, cached:].any(1, keepdim=True)
     assert made.pack_keys(slots).tolist() == slots[live].tolist()
-    assert made.pack_queries(slots[:, cached:]).tolist() == slots[:, cached:][mask[:, cached:]].tolist()
+    assert (
+        made.pack_queries(slots[:, cached:]).tolist()
+        == slots[:, cached:][mask[:, cached:]].tolist()
+    )
     assert [b - a for a, b in pairwise(made.cu_seqlens_k)] == live.sum(1).tolist()
     assert [b - a for a, b in pairwise(made.cu_seqlens_q)] == mask[:, cached:].sum(1).tolist()

@@ -265,7 +265,9 @@ def make_index(
     """Random projections for one layer, on its device, in the dtype that the model computes in."""
     dim = attention.head_dim if index_dim is None else index_dim
     messages.check_index_dim(dim)
-    own = next(chain(attention.parameters(), attention.buffers()))  # quantised: perhaps no parameter
+    own = next(
+        chain(attention.parameters(), attention.buffers())
+    )  # quantised: perhaps no parameter
     messages.check_loaded(own.device.type, attention.layer_idx)
     text = attention.config
     options = {"dtype": compute_dtype(own, model), "device": own.device}
@@ -384,9 +386,7 @@ def index_loss(model: nn.Module) -> Tensor:
     losses = index_losses(model)
     messages.check_has_layers(len(losses), "had a forward pass in phase train or warm_up", model)
     if torch.is_grad_enabled():
-        learning = {
-            layer for layer, index in indexes(model).items() if index.query.requires_grad
-        }
+        learning = {layer for layer, index in indexes(model).items() if index.query.requires_grad}
         still = [n for n, loss in losses.items() if n in learning and not loss.requires_grad]
         messages.check_loss_has_gradient(still)
     return torch.stack(list(losses.values())).mean()
