@@ -68,6 +68,12 @@ def behind(model, cache):
     return {next(name for name in calls.CACHES if name in taken): cache, "use_cache": True}
 
 
+def keep_activations_out(model, **options):
+    """Checkpointing, under the name that this release of transformers has for it."""
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    next(getattr(model, name) for name in names if hasattr(model, name))(options or None)
+
+
 def padded_rows(texts, left, width):
     """Texts as rows with so many zeros before each: ids and mask [B, width]."""
     ids = torch.zeros(len(texts), width, dtype=torch.long)
@@ -353,7 +359,7 @@ def test_gradients(way, checkpointing):
     for each in (model, changed):
         each.train()
         if checkpointing and each is changed:
-            each.gradient_checkpointing_enable()
+            keep_activations_out(each)
         each(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         gradients.append({n: p.grad for n, p in each.named_parameters()})
     wanted, found = gradients

@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,11 @@ M = TypeVar("M", bound=nn.Module)
 class IndexProjections(nn.Module):
     """The index branch of one layer, and what it last found out.
 
-    Its projections are plain parameters, under names of their own: what looks for `nn.Linear` or for
+    Its projections are plain parameters with names of their own: what looks for `nn.Linear` or for
     names that end in q_proj, as adapters (LoRA) and quantisation do, leaves them alone.
     """
 
-    OLD_NAMES = {
+    OLD_NAMES: ClassVar = {
         "q_proj.weight": "query", "k_proj.weight": "key",
         "q_norm.weight": "query_norm.weight", "k_norm.weight": "key_norm.weight",
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from msa import checks
 from msa.ir import Array, PagedKV, Sequences
 
@@ -89,10 +90,10 @@ def check_padding(mask: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> Non
         if not mask[row, first:end].all():
             gap = int(first + np.argmin(mask[row, first:end]))
             raise ValueError(
-                "attention_mask must have one run of ones in each row, padding before or behind it, "
+                "attention_mask must have one run of ones in each row, padding before or behind, "
                 f"got a zero between ones at row {row}, token {gap}: padding between tokens would "
-                "shift the blocks behind it. Pad all of a row on one side; to generate, on the left "
-                "(tokenizer.padding_side = 'left')"
+                "shift the blocks behind it. Pad before or behind the tokens; to generate, before "
+                "them (tokenizer.padding_side = 'left')"
             )
 
 
@@ -234,8 +235,8 @@ def check_one_decoder(layers: list[int]) -> None:
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
         raise ValueError(
-            f"model must be one decoder, got several layers of the numbers {twice}: convert each of "
-            "its decoders by itself"
+            f"model must be one decoder, got several layers of the numbers {twice}: convert each "
+            "of its decoders by itself"
         )
 
 
@@ -261,10 +262,9 @@ def check_loss_has_gradient(layers: list[int]) -> None:
     """A forward pass without gradients gives a loss that trains nothing."""
     if layers:
         raise ValueError(
-            f"the loss of the index must have a gradient, got none in layers {layers}: their forward "
-            "pass ran under no_grad. Under gradient checkpointing pass use_reentrant=False "
-            "(gradient_checkpointing_kwargs={'use_reentrant': False}); to read the number alone, "
-            "call this under torch.no_grad() too"
+            f"the loss of the index must have a gradient, got none in layers {layers}: their "
+            "forward pass ran under no_grad. Checkpointing of activations needs "
+            "use_reentrant=False; to read the number alone, call this under torch.no_grad() too"
         )
 
 
@@ -320,8 +320,8 @@ def check_one_config(configs: dict[int, Any]) -> None:
     for layer in others:
         if configs[layer] != configs[first]:
             raise ValueError(
-                f"indexer.config must be the same in all layers of one file, got {configs[first]} in "
-                f"layer {first} and {configs[layer]} in layer {layer}"
+                f"indexer.config must be the same in all layers of one file, got {configs[first]} "
+                f"in layer {first} and {configs[layer]} in layer {layer}"
             )
 
 

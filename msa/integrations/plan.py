@@ -4,7 +4,7 @@ transformers says it by a mask [B, seen tokens] and by positions. What is read h
 
     no mask, positions count up     every row is one sequence, its queries the last tokens (R2)
     mask 0 0 1 1 1 0                a sequence starts and ends with the ones of its row: padding on
-                                    either side is no token, and blocks count from the first one (R3)
+                                    either side is no token, blocks count from the first one (R3)
     positions 0 1 2 0 1 0 1 2       packed: a sequence starts wherever they start again
 
 Padded rows are packed like these: padding is left out of queries and keys. All else is refused.

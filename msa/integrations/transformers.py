@@ -57,11 +57,11 @@ BACKENDS: dict[str, BackendName] = {
 }
 M = TypeVar("M", bound=nn.Module)
 uncompiled: Any = torch.compiler.disable(
-    reason="msa reads the mask and the positions, so this part runs between graphs: compile without "
-    "fullgraph=True, export with attn_implementation='sdpa', or build a graph of msa.ops, where "
-    "borders of sequences are integers"
+    reason="msa reads the mask and the positions, so this part runs between graphs: compile "
+    "without fullgraph=True, export with attn_implementation='sdpa', or build a graph of msa.ops, "
+    "where borders of sequences are integers"
 )
-"""A decorator for what reads tensors in order to plan: with fullgraph=True torch says the reason."""
+"""A decorator for what reads tensors to plan with: under fullgraph=True torch gives the reason."""
 
 
 def register() -> None:

@@ -42,7 +42,7 @@ class Ranks:
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Make of each tensor the sum over all processes: one message of float32, one of integers."""
+        """Make of each tensor the sum over all processes: a message of float32, one of integers."""
         if self.count == 1:
             return
         for dtype in (torch.float32, torch.int64):
