@@ -28,7 +28,6 @@ def save(model: Model, folder: Path | str, half: bool = False) -> None:
     """Write both files; each is whole or as it was before, also if the power fails.
 
     With half, weights are rounded to bfloat16: as a model that computes in it reads them anyway.
-    The biases of routers, which are no parameters, stay as they are.
 
     >>> import tempfile
     >>> from msa.model.presets import PRESETS
@@ -43,7 +42,7 @@ def save(model: Model, folder: Path | str, half: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach().contiguous() for name, weight in model.state_dict().items()}
     if half:
-        weights |= {n: weights[n].bfloat16() for n, _ in model.named_parameters()}
+        weights = {n: w.bfloat16() if w.is_floating_point() else w for n, w in weights.items()}
     text = json.dumps(model.config.to_dict(), indent=2) + "\n"
     write(folder / CONFIG, lambda path: path.write_text(text))
     write(folder / WEIGHTS, lambda path: save_file(weights, path))
