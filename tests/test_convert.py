@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,11 @@ if sys.version_info < (3, 11):
     pytest.skip("transformers 5.23 needs Python 3.11", allow_module_level=True)
 
 import transformers
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
@@ -26,6 +31,7 @@ from msa.integrations import convert as c
 from msa.integrations import convert_run
 from msa.integrations.index_file import load_index, save_index
 from msa.recall import CHUNK, measure
+from tests.test_transformers import CACHES, GENERATED, behind, keep_activations_out, padded_rows
 
 BOUND = 1e-4
 ROOT = Path(__file__).parent.parent
@@ -100,6 +106,45 @@ def test_generation_with_every_cache(family):
         assert torch.equal(sparse.generate(ids, **options, **extra), wanted), extra
 
 
+@pytest.mark.parametrize("extra", CACHES)
+def test_generations_padded_on_the_left(extra):
+    """Each text gets the tokens that it gets alone (R3)."""
+    sparse, texts = converted(make()), [words(n, seed=n) for n in (29, 11, 20)]
+    ids, mask = padded_rows(texts, [0, 18, 9], 29)
+    beams = {"num_beams": CACHES[extra].get("num_beams", 1)}
+    wanted = [sparse.generate(t[None], **GENERATED, **beams)[0, len(t) :] for t in texts]
+    found = sparse.generate(ids, attention_mask=mask, **GENERATED | CACHES[extra])[:, 29:]
+    assert torch.equal(found, torch.stack(wanted))
+
+
+def test_assisted_generation_padded_on_the_left():
+    sparse, text = converted(make()), words(20)
+    ids, mask = padded_rows([text], [5], 25)
+    wanted = sparse.generate(text[None], **GENERATED)[0, 20:]
+    for extra in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": make()}):
+        found = sparse.generate(ids, attention_mask=mask, **GENERATED, **extra)[0, 25:]
+        assert torch.equal(found, wanted), extra
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_padding_on_either_side(way):
+    """Logits of each text, and the loss of the index: padding is no token of either."""
+    sparse, texts = converted(make(), implementation=way), [words(30), words(17, seed=2)]
+    ids, mask = padded_rows(texts, [2, 9], 34)
+    with torch.no_grad():
+        wanted = torch.cat([sparse(text[None]).logits[0] for text in texts])
+        close(sparse(ids, attention_mask=mask).logits[mask.bool()], wanted)
+        if way == "msa_reference":
+            return
+        c.set_phase(sparse, "train")
+        sparse(ids, attention_mask=mask)
+        padded, alone = c.index_loss(sparse), []
+        for text in texts:
+            sparse(text[None])
+            alone.append(len(text) * c.index_loss(sparse))
+    assert abs(padded - sum(alone) / 47) < 1e-5
+
+
 def test_chunks():
     sparse, ids = converted(make()), words(1, 50)
     caches = DynamicCache(), StaticCache(config=sparse.config, max_cache_len=60)
@@ -107,7 +152,7 @@ def test_chunks():
         wanted = sparse(ids).logits
         for cache in caches:
             parts = [
-                sparse(ids[:, a:b], past_key_values=cache, use_cache=True).logits
+                sparse(ids[:, a:b], **behind(sparse, cache)).logits
                 for a, b in pairwise((0, 20, 21, 50))
             ]
             close(torch.cat(parts, 1), wanted)
@@ -125,7 +170,7 @@ def test_packed_sequences_and_the_way_back():
         close(sparse(ids, position_ids=positions, use_cache=False).logits, torch.cat(parts, 1))
         sparse.set_attn_implementation("eager")
         cache = DynamicCache()
-        assert torch.equal(sparse(ids, past_key_values=cache).logits, model(ids).logits)
+        assert torch.equal(sparse(ids, **behind(sparse, cache)).logits, model(ids).logits)
         assert {type(layer) for layer in cache.layers} == {DynamicLayer}
 
 
@@ -183,7 +228,7 @@ def test_the_teacher_has_the_scale_of_the_model(way, phase):
     new, ids, losses = converted(make(), implementation=way), words(1, 40), []
     c.set_phase(new, phase)
     for index in c.indexes(new).values():
-        torch.nn.init.zeros_(index.q_proj.weight)
+        torch.nn.init.zeros_(index.query)
     for scale in (0.25, 1e-9):
         for layer in new.model.layers:
             layer.self_attn.scaling = scale
@@ -209,6 +254,169 @@ def test_sparse_continuation(way):
     again = new(ids, labels=ids, use_cache=False).loss
     assert torch.equal(loss, again)
     assert not c.index_losses(new)
+
+
+@pytest.mark.parametrize("phase", ["train", "warm_up"])
+def test_checkpointing_gives_the_same_gradients_or_says_why_not(phase):
+    ids, gradients = words(1, 40), []
+    for reentrant in (None, False, True):
+        new = converted(make()).train()
+        c.set_phase(new, phase)
+        if reentrant is not None:
+            keep_activations_out(new, use_reentrant=reentrant)
+        loss = new(ids, labels=ids, use_cache=False).loss
+        if reentrant:
+            with pytest.raises(
+                ValueError, match=r"got none in layers \[1, 2\].*use_reentrant=False"
+            ):
+                c.index_loss(new)
+            with torch.no_grad():
+                assert c.index_loss(new) > 0
+            return
+        (loss + c.index_loss(new)).backward()
+        gradients.append([p.grad for p in new.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+def test_copies_after_a_step_of_training():
+    """No tensor of a graph goes with them."""
+    new, ids = converted(make()).train(), words(1, 40)
+    c.set_phase(new, "train")
+    (new(ids, labels=ids, use_cache=False).loss + c.index_loss(new)).backward()
+    wanted, kl = new(ids, use_cache=False).logits, c.index_loss(new)
+    copies = copy.deepcopy(new), AveragedModel(new).module, pickle.loads(pickle.dumps(new))
+    for copied in copies:
+        assert not c.index_losses(copied)
+        assert torch.equal(copied(ids, use_cache=False).logits, wanted)
+        assert torch.equal(c.index_loss(copied), kl)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of its own."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("phase", ["train", "warm_up"])
+@pytest.mark.parametrize("unused", [True, False])
+def test_several_processes(one_process, unused, phase):
+    """DistributedDataParallel waits for the gradients of the index, which no output depends on."""
+    new, ids = converted(make()).train(), words(2, 40)
+    alone = copy.deepcopy(new)
+    for model in (DistributedDataParallel(new, find_unused_parameters=unused), alone):
+        c.set_phase(model, phase)
+        for _ in range(2):  # the second one finds what the first left unfinished
+            model.zero_grad()
+            (model(ids, labels=ids, use_cache=False).loss + c.index_loss(model)).backward()
+    for found, wanted in zip(new.parameters(), alone.parameters()):
+        assert torch.equal(found.grad, wanted.grad)
+
+
+def test_shares_of_heads_are_refused(one_process):
+    """Tensor parallelism, before the conversion and behind it."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def part(model):
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        plan = {"model.layers.1.self_attn.k_proj": ColwiseParallel()}
+        return parallelize_module(model, mesh, plan)
+
+    with pytest.raises(ValueError, match=r"whole weights, got the DTensor .*tp_plan"):
+        c.convert(part(make()))
+    new = converted(make())
+    index = c.indexes(new)[1]  # as where another process has the other key head
+    index.groups, index.query.data = 1, index.query.data[:16]
+    with pytest.raises(ValueError, match=r"one head for each of the 2 key heads .* tensor paral"):
+        new(words(1, 20))
+
+
+# -- what others do with the model ----------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_quantised_layers(dtype):
+    """The index has the dtype that the model computes in."""
+    model = make().bfloat16()
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight
+        layer.self_attn.q_proj.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    index = c.indexes(converted(model))[1]
+    assert {p.dtype for p in index.parameters()} == {torch.bfloat16}
+
+
+def test_layers_without_numbers():
+    with pytest.raises(ValueError, match=r"layer 1 on the meta device: load or materialise"):
+        c.convert(make().to("meta"))
+    narrow = make()
+    for p in narrow.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.to(torch.int8)
+    with pytest.raises(ValueError, match=r"a weight in one of torch.float16, .* got torch.int8"):
+        c.convert(narrow)
+
+
+def test_adapters_leave_the_index_alone():
+    """LoRA goes by nn.Linear and by the ends of their names."""
+    model = make()
+    new = converted(model)
+    for kind in (nn.Linear, nn.Embedding):
+        places = [
+            {n for n, m in each.named_modules() if isinstance(m, kind)} for each in (model, new)
+        ]
+        assert places[0] == places[1]
+    ends = {name.split(".")[-2] for name in model.state_dict()}
+    added = new.state_dict().keys() - model.state_dict().keys()
+    assert not ends & {part for name in added for part in name.split("indexer.")[1].split(".")}
+
+
+class Wrapper(nn.Module):
+    """As peft's modules_to_save: a copy that is trained, and everything asked of it handed on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.copy = inner, copy.deepcopy(inner)
+
+    def forward(self, *args, **options):
+        return self.copy(*args, **options)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.copy, name)
+
+
+def test_an_index_in_a_wrapper(tmp_path):
+    """The copy in use is the one that is found, trained and saved."""
+    new, ids = converted(make()), words(1, 40)
+    wanted = new(ids).logits
+    for layer in (1, 2):
+        attention = new.model.layers[layer].self_attn
+        attention.indexer = Wrapper(attention.indexer)
+    assert torch.equal(new(ids).logits, wanted)
+    copies = [new.model.layers[layer].self_attn.indexer.copy for layer in (1, 2)]
+    assert list(c.indexes(new).values()) == copies
+    c.set_phase(new, "train")
+    new(ids, use_cache=False)
+    c.index_loss(new).backward()
+    assert all(p.grad is not None for index in copies for p in index.parameters())
+    save_index(new, tmp_path / "index")
+
+
+def test_adapters_of_peft():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids, wanted = words(1, 40), ["indexer"]
+    for target in (["q_proj", "v_proj"], "all-linear"):
+        config = peft.LoraConfig(target_modules=target, r=2, modules_to_save=wanted)
+        new = peft.get_peft_model(converted(make()), config).train()
+        assert not [n for n, _ in new.named_parameters() if "indexer" in n and "lora" in n]
+        c.set_phase(new, "train")
+        (new(input_ids=ids, labels=ids, use_cache=False).loss + c.index_loss(new)).backward()
+        trained = {n for n, p in new.named_parameters() if p.grad is not None and "indexer" in n}
+        assert len(trained) == 8 and all("modules_to_save" in name for name in trained)
 
 
 # -- recall ---------------------------------------------------------------------------------------
@@ -283,10 +491,55 @@ def test_the_command(tmp_path):
     assert torch.equal(again(ids).logits, loaded(ids).logits)
 
 
+def test_files_with_the_names_of_before(tmp_path):
+    """q_proj.weight for query: index files, and weights of a whole model."""
+    sparse, fresh, ids = converted(make()), make(), words(1, 40)
+    save_index(sparse, tmp_path / "index")
+    with safe_open(tmp_path / "index", "pt") as file:
+        made = file.metadata()
+    old = {new: old for old, new in c.IndexProjections.OLD_NAMES.items()}
+    weights = {
+        f"{layer}.{old[name]}": weight
+        for (layer, _, name), weight in (
+            (n.partition("."), w) for n, w in load_file(tmp_path / "index").items()
+        )
+    }
+    assert len(weights) == 8
+    save_file(weights, tmp_path / "old", made)
+    with torch.no_grad():
+        wanted = sparse(ids).logits
+        assert torch.equal(load_index(fresh, tmp_path / "old")(ids).logits, wanted)
+        whole = {
+            f"{start}.indexer.{old[end]}" if "indexer" in name else name: weight
+            for name, weight in sparse.state_dict().items()
+            for start, _, end in [name.partition(".indexer.")]
+        }
+        other = c.convert(make(), CONFIG)
+        other.load_state_dict(whole)
+        assert torch.equal(other(ids).logits, wanted)
+
+
 def test_files_that_do_not_fit(tmp_path):
-    save_index(converted(make()), tmp_path / "index")
-    with pytest.raises(ValueError, match=r"index must hold q_proj.weight of layer 1 in shape"):
-        load_index(make(hidden_size=64), tmp_path / "index")
+    sparse = converted(make())
+    save_index(sparse, tmp_path / "index")
+    wide = make(hidden_size=64)
+    with pytest.raises(
+        ValueError, match=r"hold (key|query) of layer 1 as floating numbers in shape"
+    ):
+        load_index(wide, tmp_path / "index")
+    assert not c.indexes(wide)
+    weights = load_file(tmp_path / "index")
+    with safe_open(tmp_path / "index", "pt") as file:
+        made = file.metadata()
+    save_file({n: w.int() if "key" in n else w for n, w in weights.items()}, tmp_path / "i", made)
+    with pytest.raises(ValueError, match=r"floating numbers in shape .* got torch.int32"):
+        load_index(make(), tmp_path / "i")
+    save_file({n: w for n, w in weights.items() if n != "2.key"}, tmp_path / "less", made)
+    with pytest.raises(ValueError, match=r"hold query, key, .* of layer 2, got"):
+        load_index(make(), tmp_path / "less")
+    c.indexes(sparse)[2].config = ALL
+    with pytest.raises(ValueError, match=r"config must be the same in all layers of one file"):
+        save_index(sparse, tmp_path / "two")
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"path must be a file written by save_index, got .*other"):
         load_index(make(), tmp_path / "other")
@@ -306,6 +559,39 @@ def test_texts_that_are_too_short(tmp_path, monkeypatch):
 
 
 # -- what is refused ------------------------------------------------------------------------------
+def test_twice(tmp_path):
+    """A second index beside the first would run, and be trained, as well."""
+    new = converted(make())
+    save_index(new, tmp_path / "index")
+    hooks = [len(layer.self_attn._forward_pre_hooks) for layer in new.model.layers]
+    wanted = new(words(1, 40)).logits
+    for again in (
+        lambda: c.convert(new, CONFIG),
+        lambda: c.convert(new, CONFIG, layers=[0]),
+        lambda: load_index(new, tmp_path / "index"),
+    ):
+        with pytest.raises(ValueError, match=r"index branch in layers \[1, 2\]: .*remove_index"):
+            again()
+    assert hooks == [len(layer.self_attn._forward_pre_hooks) for layer in new.model.layers]
+    assert torch.equal(new(words(1, 40)).logits, wanted)
+    close(c.remove_index(new)(words(1, 40)).logits, make()(words(1, 40)).logits)
+    assert new.state_dict().keys() == make().state_dict().keys()
+    with pytest.raises(TypeError, match="model must have converted layers"):
+        c.remove_index(new)
+    torch.manual_seed(1)
+    again = c.convert(new, CONFIG, layers=[2])
+    assert sorted(c.indexes(again)) == [2]
+    assert torch.equal(
+        again(words(1, 40)).logits, converted(make(), layers=[2])(words(1, 40)).logits
+    )
+    assert max(len(layer.self_attn._forward_pre_hooks) for layer in new.model.layers) == 1
+
+
+def test_several_decoders():
+    with pytest.raises(ValueError, match=r"must be one decoder, got .* numbers \[0, 1, 2\]"):
+        c.convert(nn.ModuleList([make(), make()]))
+
+
 def test_refused():
     with pytest.raises(TypeError, match=r"model must have LlamaAttention, .* got torch.nn"):
         c.convert(torch.nn.Linear(2, 2))
@@ -327,4 +613,4 @@ def test_refused():
         c.index_loss(new)
     cache = transformers.DynamicCache(config=make("Mistral", sliding_window=16).config)
     with pytest.raises(TypeError, match=r"past_key_values must have dynamic or static layers, .*S"):
-        new(words(1, 9), past_key_values=cache)
+        new(words(1, 9), **behind(new, cache))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 import re
 import sys
 from itertools import pairwise
@@ -16,14 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if sys.version_info < (3, 11):
     pytest.skip("transformers 5.23 needs Python 3.11", allow_module_level=True)
 
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MiniMaxM3VLConfig, StaticCache
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MiniMaxM3VLConfig,
+    StaticCache,
+)
 from transformers import MiniMaxM3VLTextConfig as TextConfig
 from transformers.models.minimax_m3_vl import (
     MiniMaxM3SparseForConditionalGeneration,
     MiniMaxM3VLForCausalLM,
 )
 
-from msa.integrations import layouts
+from msa.integrations import calls, layouts, plan
 from msa.integrations.transformers import Indexer, enable, register
 from msa.ops import kernels
 from msa.torch_impl import score_blocks
@@ -45,7 +53,35 @@ WAYS = {
     "enabled, torch": lambda model: enable(model, "msa_torch"),
     "enabled, reference": lambda model: enable(model, "msa_reference"),
 }
+PADDED = [way for way in WAYS if way.startswith("enabled")]
+GENERATED = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+CACHES = {
+    "dynamic": {}, "static": {"cache_implementation": "static"}, "none": {"use_cache": False},
+    "beams": {"num_beams": 2}, "static beams": {"num_beams": 3, "cache_implementation": "static"},
+}  # fmt: skip
 register()
+
+
+def behind(model, cache):
+    """The option by which this release of transformers takes a cache."""
+    taken = inspect.signature(type(model).forward).parameters
+    return {next(name for name in calls.CACHES if name in taken): cache, "use_cache": True}
+
+
+def keep_activations_out(model, **options):
+    """Checkpointing, under the name that this release of transformers has for it."""
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    next(getattr(model, name) for name in names if hasattr(model, name))(options or None)
+
+
+def padded_rows(texts, left, width):
+    """Texts as rows with so many zeros before each: ids and mask [B, width]."""
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (text, start) in enumerate(zip(texts, left)):
+        ids[row, start : start + len(text)] = text
+        mask[row, start : start + len(text)] = 1
+    return ids, mask
 
 
 def text_config(layers="dmm", **options):
@@ -128,8 +164,7 @@ def test_logits_in_chunks(config, n, data):
             cache = StaticCache(config=config, max_cache_len=n + 5)
         with torch.no_grad():
             parts = [
-                changed(ids[:, a:b], past_key_values=cache, use_cache=True).logits
-                for a, b in pairwise(cuts)
+                changed(ids[:, a:b], **behind(changed, cache)).logits for a, b in pairwise(cuts)
             ]
             close(torch.cat(parts, 1), model(ids).logits)
 
@@ -149,13 +184,53 @@ def test_a_padded_batch_in_chunks():
         changed, cache = in_the_way(model, way), DynamicCache(config=model.config)
         with torch.no_grad():
             parts = [
-                changed(
-                    ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache, use_cache=True
-                ).logits
+                changed(ids[:, a:b], attention_mask=mask[:, :b], **behind(changed, cache)).logits
                 for a, b in ((0, 16), (16, 20), (20, 30))
             ]
             wanted = model(ids, attention_mask=mask).logits
         close(torch.cat(parts, 1)[mask.bool()], wanted[mask.bool()])
+
+
+@settings(max_examples=20)
+@given(configs(), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.data())
+def test_padding_on_either_side_shifts_no_block(config, lengths, data):
+    """R3: each text has the logits that it has alone, whole or in chunks behind every cache."""
+    model, texts = make(config), [words(n, seed=n) for n in lengths]
+    left = [data.draw(st.integers(0, 20)) for _ in texts]
+    longest = max(start + n for start, n in zip(left, lengths))
+    width = longest + data.draw(st.integers(0, 5))
+    ids, mask = padded_rows(texts, left, width)
+    cuts = data.draw(st.sets(st.integers(1, width), max_size=3)) | {0, width}
+    changed = in_the_way(model, data.draw(st.sampled_from(PADDED)))
+    from_text = data.draw(st.booleans())  # positions of generate(), or those of the row
+    positions = (mask.cumsum(1) - 1).clamp(min=0) if from_text else torch.arange(width)[None]
+    kind = data.draw(st.sampled_from(["none", "dynamic", "static"]))
+    cuts = [0, width] if kind == "none" else sorted(cuts)
+    cache = {
+        "none": lambda: None, "dynamic": lambda: DynamicCache(config=config),
+        "static": lambda: StaticCache(config=config, max_cache_len=width + 3),
+    }[kind]()  # fmt: skip
+    options = {"use_cache": False} if cache is None else behind(changed, cache)
+    with torch.no_grad():
+        parts = [
+            changed(
+                ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **options
+            ).logits
+            for a, b in pairwise(cuts)
+        ]
+        found = torch.cat(parts, 1)[mask.bool()]
+        close(found, torch.cat([model(text[None]).logits[0] for text in texts]))
+
+
+def test_padding_on_the_left_shifts_the_blocks_of_transformers():
+    """What is departed from: on its own attention the same rows have other logits."""
+    model, text = make(text_config("m")), words(60)
+    ids, mask = padded_rows([text], [3], 63)
+    with torch.no_grad():
+        wanted, theirs = model(text[None]).logits[0], model(ids, attention_mask=mask).logits[0, 3:]
+        found = in_the_way(model, "enabled")(ids, attention_mask=mask).logits[0, 3:]
+    close(found, wanted)
+    assert (theirs - wanted).abs().max() > 100 * BOUND
 
 
 def test_a_plan_is_not_kept_for_other_masks():
@@ -235,6 +310,43 @@ def test_greedy_generations(way):
         assert torch.equal(changed.generate(ids, **options, **extra), again), extra
 
 
+@pytest.mark.parametrize(
+    ("way", "extra"), [*(("enabled", extra) for extra in CACHES), ("enabled, torch", "dynamic")]
+)
+def test_generations_padded_on_the_left(way, extra):
+    """Each text gets the tokens that it gets alone."""
+    model, texts = make(seed=6), [words(n, seed=n) for n in (29, 11, 20)]
+    ids, mask = padded_rows(texts, [0, 18, 9], 29)
+    beams = {"num_beams": CACHES[extra].get("num_beams", 1)}
+    wanted = [model.generate(t[None], **GENERATED, **beams)[0, len(t) :] for t in texts]
+    assert len({tuple(tokens.tolist()) for tokens in wanted}) == 3
+    options = GENERATED | CACHES[extra]
+    found = in_the_way(model, way).generate(ids, attention_mask=mask, **options)[:, 29:]
+    assert torch.equal(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("left", [0, 5])
+def test_assisted_generations(left):
+    """Drafts of another model, and of the prompt itself; what is rejected leaves the cache."""
+    model, text = make(seed=6), words(20)
+    ids, mask = padded_rows([text], [left], 20 + left)
+    wanted = model.generate(text[None], **GENERATED)[0, 20:]
+    changed, draft = in_the_way(model, "enabled"), make(text_config("d"), seed=3)
+    for extra in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+        found = changed.generate(ids, attention_mask=mask, **GENERATED, **extra)[0, 20 + left :]
+        assert torch.equal(found, wanted), extra
+
+
+@pytest.mark.parametrize("way", ["msa", "enabled"])
+def test_compiled(way):
+    """As generate() does by itself for a static cache on a GPU: nothing of msa is in the graphs."""
+    model, ids = make(text_config("m")), words(1, 29)
+    torch.compiler.reset()
+    compiled = torch.compile(in_the_way(model, way).model, backend="eager")
+    with torch.no_grad():
+        close(compiled(ids, use_cache=False)[0], model.model(ids, use_cache=False)[0])
+
+
 # -- training -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("way", ["msa", "enabled", "enabled, torch"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -247,7 +359,7 @@ def test_gradients(way, checkpointing):
     for each in (model, changed):
         each.train()
         if checkpointing and each is changed:
-            each.activation_checkpointing_enable()
+            keep_activations_out(each)
         each(ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         gradients.append({n: p.grad for n, p in each.named_parameters()})
     wanted, found = gradients
@@ -303,6 +415,45 @@ def test_the_way_back():
     assert torch.equal(changed(ids).logits, model(ids).logits)
 
 
+def test_twice_is_once():
+    model, ids = make(), words(1, 40)
+    changed = in_the_way(model, "enabled, reference")
+    register()
+    enable(enable(changed))
+    assert changed.config._attn_implementation == "msa"
+    assert not any(m._forward_pre_hooks for m in changed.modules())
+    with torch.no_grad():
+        close(changed(ids).logits, model(ids).logits)
+
+
+def test_copies_after_a_step_of_training():
+    model, ids = in_the_way(make(), "enabled").train(), words(1, 40)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(ids).logits, model(ids).logits)
+
+
+def test_an_indexer_that_an_adapter_wraps():
+    """Found by itself, whatever stands between it and its attention."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **options):
+            return self.inner(*args, **options)
+
+    model, ids = make(text_config("m")), words(1, 40)
+    changed = copy.deepcopy(model)
+    attention = changed.model.layers[0].self_attn
+    attention.indexer = Wrapper(attention.indexer)
+    enable(changed)
+    assert type(attention.indexer.inner) is Indexer
+    with torch.no_grad():
+        close(changed(ids).logits, model(ids).logits)
+
+
 def test_their_order_of_blocks_is_what_layouts_say():
     """Own block first, then by falling score (R8 otherwise)."""
     model, ids = make(text_config("m")), words(2, 40)
@@ -327,26 +478,28 @@ def test_their_order_of_blocks_is_what_layouts_say():
 def test_refused(way):
     changed, ids = in_the_way(make(), way), words(2, 20)
     ones = torch.ones(2, 20).long()
-    left = ones.clone()
-    left[1, :4] = 0
+    left, gap, right = ones.clone(), ones.clone(), ones.clone()
+    left[1, :4], gap[1, 8:11], right[1, 15:] = 0, 0, 0
+    if way == "msa":
+        with pytest.raises(ValueError, match=r"got 4 tokens of padding before row 1.* call msa.in"):
+            changed(ids, attention_mask=left)
     with pytest.raises(
-        ValueError, match=r"ones and then zeros .* got a zero before a one at row 1"
+        ValueError, match=r"one run of ones .* got a zero between ones at row 1, token 8"
     ):
-        changed(ids, attention_mask=left)
-    with pytest.raises(ValueError, match=r"padding_side = 'right'"):
-        changed.generate(ids, attention_mask=left, max_new_tokens=2)
-    right = ones.clone()
-    right[1, 15:] = 0
-    with pytest.raises(ValueError, match=r"one length at a time"):
+        changed(ids, attention_mask=gap)
+    with pytest.raises(ValueError, match=r"padding_side = 'left'"):
         changed.generate(ids, attention_mask=right, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"position_ids must count up .* got 3 in place of 0"):
+        positions = torch.stack([torch.arange(20), torch.arange(20) - 1])
+        changed(ids, attention_mask=left, position_ids=positions, use_cache=False)
     with pytest.raises(ValueError, match=re.escape("None or have shape [B, T]")):
         changed(ids, attention_mask=torch.zeros(2, 1, 20, 20))
     with pytest.raises(ValueError, match=r"position_ids must count up .* got 3 in place of 0"):
         changed(ids, position_ids=torch.arange(3, 23)[None], use_cache=False)
     cache = DynamicCache(config=changed.config)
-    changed(ids, past_key_values=cache, use_cache=True)
+    changed(ids, **behind(changed, cache))
     with pytest.raises(ValueError, match=re.escape("attention_mask must have shape [B, 40]")):
-        changed(ids, attention_mask=ones, past_key_values=cache, use_cache=True)
+        changed(ids, attention_mask=ones, **behind(changed, cache))
 
 
 def test_refused_configurations():
@@ -374,3 +527,48 @@ def test_refused_configurations():
         enable(make(text_config("m", index_local_blocks=0)))
     with pytest.raises(ValueError, match="attention_dropout must be 0"):
         in_the_way(make(text_config("m", attention_dropout=0.5)), "enabled").train()(words(1, 9))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_graphs_that_are_refused(strict):
+    """With what is wanted and why."""
+    model, ids = in_the_way(make(text_config("m")), "enabled"), words(1, 20)
+    torch.compiler.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"msa reads the mask .* fullgraph"):
+        torch.compile(model, fullgraph=True, backend="eager")(ids, use_cache=False)
+    torch.compiler.reset()
+    with pytest.raises(
+        (ValueError, torch._dynamo.exc.Unsupported),
+        match="msa reads the mask" if strict else "must hold numbers .* being exported",
+    ):
+        torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, strict=strict)
+
+
+def test_a_cache_under_a_name_that_is_not_known():
+    """It would be forgotten, and every token would be the first one."""
+
+    def forward(self, hidden_states, memory=None): ...
+
+    with pytest.raises(TypeError, match=r"forward must take its cache as cache or past_key_values"):
+        calls.read_call(forward, (), {"hidden_states": None})
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.data())
+def test_plans_hold_the_ones_of_a_mask(batch, n_k, data):
+    """By hand: packed queries and keys are the tokens of the rows that have a query."""
+    spans = [sorted(data.draw(st.tuples(*[st.integers(0, n_k)] * 2))) for _ in range(batch)]
+    mask = torch.zeros(batch, n_k, dtype=torch.bool)
+    for row, (first, end) in enumerate(spans):
+        mask[row, first:end] = True
+    n_q = data.draw(st.integers(1, n_k))
+    cached = n_k - n_q
+    made = plan.make_plan(torch.arange(cached, n_k)[None], mask, batch, n_k)
+    slots = torch.arange(batch * n_k).view(batch, n_k)
+    live = mask & mask[:, cached:].any(1, keepdim=True)
+    assert made.pack_keys(slots).tolist() == slots[live].tolist()
+    assert (
+        made.pack_queries(slots[:, cached:]).tolist()
+        == slots[:, cached:][mask[:, cached:]].tolist()
+    )
+    assert [b - a for a, b in pairwise(made.cu_seqlens_k)] == live.sum(1).tolist()
+    assert [b - a for a, b in pairwise(made.cu_seqlens_q)] == mask[:, cached:].sum(1).tolist()

@@ -25,6 +25,19 @@ def test_logits_and_generations(way):
         assert torch.equal(changed.generate(ids, **options, **extra), wanted), extra
 
 
+@pytest.mark.parametrize("extra", here.CACHES)
+def test_generations_padded_on_the_left(extra):
+    """Each text gets the tokens that it gets alone; transformers compiles for a static cache."""
+    model = here.make(here.text_config("dmm", index_block_size=16), seed=6).cuda()
+    texts = [here.words(n, seed=n).cuda() for n in (70, 11, 40)]
+    ids, mask = (x.cuda() for x in here.padded_rows(texts, [0, 59, 30], 70))
+    options, beams = here.GENERATED, {"num_beams": here.CACHES[extra].get("num_beams", 1)}
+    wanted = [model.generate(t[None], **options, **beams)[0, len(t) :] for t in texts]
+    changed = here.in_the_way(model, "enabled")
+    found = changed.generate(ids, attention_mask=mask, **options | here.CACHES[extra])[:, 70:]
+    assert torch.equal(found, torch.stack(wanted))
+
+
 def test_gradients_of_hugging_face():
     model = here.make(here.text_config("dmm", index_block_size=16)).cuda()
     changed, ids = here.in_the_way(model, "enabled"), here.words(2, 60).cuda()

@@ -5,6 +5,7 @@
     set_phase(model, ...)   what these layers do: "sparse", or one of the phases of training
     index_loss(model)       the loss of the last forward pass, to be added to the model's own
     measure_recall(...)     how many of the best blocks each layer finds
+    remove_index(model)     takes the projections away again
 
 Llama, Mistral, Qwen2 and Qwen3, by the class of their attention. With k >= all blocks the logits
 are those of the model before (R11). The projections follow MiniMax-M3's: linear, RMS norm, rotary;
@@ -30,10 +31,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from itertools import chain
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
@@ -49,42 +52,94 @@ import msa
 from msa import ops
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
-from msa.integrations import messages
+from msa.integrations import calls, messages
 from msa.integrations.plan import Plan
-from msa.integrations.transformers import BACKENDS, IndexBranch, attend_densely, register
+from msa.integrations.transformers import (
+    BACKENDS,
+    IndexBranch,
+    attend_densely,
+    register,
+    uncompiled,
+)
 from msa.ir import Selection, Sequences
 from msa.recall import Recall, measure
 
+CONVERTED = "converted layers (msa.integrations.convert)"
 KINDS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
 Phase = Literal["sparse", "train", "warm_up", "measure"]
 M = TypeVar("M", bound=nn.Module)
 
 
 class IndexProjections(nn.Module):
-    """The index branch of one layer, and what it last found out."""
+    """The index branch of one layer, and what it last found out.
 
-    def __init__(self, attention: nn.Module, config: MSAConfig, dim: int) -> None:
+    Its projections are plain parameters with names of their own: what looks for `nn.Linear` or for
+    names that end in q_proj, as adapters (LoRA) and quantisation do, leaves them alone.
+    """
+
+    OLD_NAMES: ClassVar = {
+        "q_proj.weight": "query", "k_proj.weight": "key",
+        "q_norm.weight": "query_norm.weight", "k_norm.weight": "key_norm.weight",
+    }  # fmt: skip
+    """Names that files before this release have; they are read as well."""
+
+    def __init__(
+        self, groups: int, dim: int, width: int, config: MSAConfig, **options: Any
+    ) -> None:
         super().__init__()
-        text: Any = attention.config
-        like = next(attention.parameters())
-        options = {"dtype": like.dtype, "device": like.device}
-        groups = text.num_key_value_heads
         self.config, self.groups = config, groups
-        self.q_proj = nn.Linear(text.hidden_size, groups * dim, bias=False, **options)
-        self.k_proj = nn.Linear(text.hidden_size, dim, bias=False, **options)
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim, eps=1e-6, **options) for _ in range(2))
+        self.query = nn.Parameter(torch.empty(groups * dim, width, **options))
+        self.key = nn.Parameter(torch.empty(dim, width, **options))
+        for weight in (self.query, self.key):
+            nn.init.kaiming_uniform_(weight, a=5**0.5)  # as nn.Linear
+        self.query_norm, self.key_norm = (nn.RMSNorm(dim, eps=1e-6, **options) for _ in range(2))
         self.phase: Phase = "sparse"
         self.kl: Tensor | None = None
         self.recall: Recall | None = None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden [B, T, width] to q_idx [B, T, Hkv, Di] and k_idx [B, T, 1, Di]."""
-        hidden = hidden.detach().to(self.q_proj.weight.dtype)
-        q_idx = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.groups, -1)))
-        k_idx = self.k_norm(self.k_proj(hidden)[:, :, None])
+        hidden = hidden.detach().to(self.query.dtype)
+        q_idx = self.query_norm(linear(hidden, self.query).unflatten(-1, (self.groups, -1)))
+        k_idx = self.key_norm(linear(hidden, self.key)[:, :, None])
         cos, sin = (narrow(x, q_idx.shape[-1]) for x in (cos, sin))
         q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
         return q_idx, k_idx
+
+    @property
+    def active(self) -> IndexProjections:
+        """Itself; an adapter that wraps it (peft's modules_to_save) hands on the copy in use."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the last loss, which belongs to a graph."""
+        return super().__getstate__() | {"kl": None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        for old, new in self.OLD_NAMES.items():
+            if prefix + old in state_dict:
+                state_dict[prefix + new] = state_dict.pop(prefix + old)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+
+
+class Beside(torch.autograd.Function):
+    """Out as it is, with a loss beside it in its graph, to which no gradient flows from there.
+
+    DistributedDataParallel(find_unused_parameters=True) looks for parameters behind a model's
+    outputs, and takes the others for unused: it would not wait for the gradients of the index.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
+        """A view of out."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Straight through."""
+        return grads[0], None
 
 
 def narrow(x: Tensor, dim: int) -> Tensor:
@@ -116,14 +171,20 @@ class TrainedBranch(IndexBranch):
                 return self.run(*args).out
             case "train":
                 output = self.run(*args, align=True)
-                index.kl = output.kl
-                return output.out
+                return self.keep(output.out, output.kl)
             case "warm_up":
-                index.kl = self.dense_loss(q, k, plan, scale, backend)
+                out = attend_densely(q, k, v, plan, scale)
+                return self.keep(out, self.dense_loss(q, k, plan, scale, backend))
             case "measure":
                 selection = self.select(plan, backend)
                 index.recall = measure(q, k, selection, scale)
         return attend_densely(q, k, v, plan, scale)
+
+    def keep(self, out: Tensor, kl: Tensor | None) -> Tensor:
+        """Keep the loss for `index_loss`; returns out."""
+        self.index.kl = kl
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return out if kl is None or not several else Beside.apply(out, kl)
 
     def select(self, plan: Plan, backend: BackendName) -> Selection:
         """What "sparse" would attend to."""
@@ -167,28 +228,79 @@ def convert(
         implementation: "msa", "msa_torch" or "msa_reference", as in `transformers.register`.
 
     The projections are new parameters, `...self_attn.indexer.*`, random by torch's generator. They
-    choose little better than chance until they are trained.
+    choose little better than chance until they are trained. They lie where the layer's weights do,
+    in the dtype that the model computes in, also where the layer's weights are quantised.
 
     Raises:
         TypeError: no attention of a known class.
-        ValueError: no such layer, sliding windows, an odd index_dim.
+        ValueError: a model that is converted already, is tensor-parallel, has its weights on the
+            meta device or holds several decoders; no such layer, sliding windows, an odd index_dim.
     """
     register()
     messages.check_implementation(implementation, tuple(BACKENDS))
-    found = {m.layer_idx: m for m in model.modules() if isinstance(m, KINDS)}
+    layers_here = [m for m in model.modules() if isinstance(m, KINDS)]
+    found = {m.layer_idx: m for m in layers_here}
     messages.check_has_layers(len(found), f"{', '.join(k.__name__ for k in KINDS)} layers", model)
+    messages.check_one_decoder([m.layer_idx for m in layers_here])
+    messages.check_not_converted(sorted(indexes(model)))
+    calls.check_whole(model)
     chosen = sorted(found)[1:] if layers is None else list(layers)
     messages.check_chosen_layers(chosen, sorted(found))
     for attention in found.values():
         messages.check_no_window(attention)
-    for layer in chosen:
+    made = {layer: make_index(found[layer], config, index_dim, model) for layer in chosen}
+    for layer, index in made.items():
         attention = found[layer]
-        dim = attention.head_dim if index_dim is None else index_dim
-        messages.check_index_dim(dim)
-        attention.indexer = IndexProjections(attention, config, dim)
-        attention.register_forward_pre_hook(hand_over, with_kwargs=True)
+        attention.indexer = index
+        if hand_over not in attention._forward_pre_hooks.values():  # from an index that was removed
+            attention.register_forward_pre_hook(hand_over, with_kwargs=True)
     for attention in found.values():
         attention.config._attn_implementation = implementation
+    return model
+
+
+def make_index(
+    attention: Any, config: MSAConfig, index_dim: int | None, model: nn.Module
+) -> IndexProjections:
+    """Random projections for one layer, on its device, in the dtype that the model computes in."""
+    dim = attention.head_dim if index_dim is None else index_dim
+    messages.check_index_dim(dim)
+    own = next(
+        chain(attention.parameters(), attention.buffers())
+    )  # quantised: perhaps no parameter
+    messages.check_loaded(own.device.type, attention.layer_idx)
+    text = attention.config
+    options = {"dtype": compute_dtype(own, model), "device": own.device}
+    return IndexProjections(text.num_key_value_heads, dim, text.hidden_size, config, **options)
+
+
+def compute_dtype(own: Tensor, model: nn.Module) -> torch.dtype:
+    """That of the layer's weights; where they are quantised, of the model's first one that is not.
+
+    >>> own = torch.zeros(1, dtype=torch.int8)
+    >>> compute_dtype(own, nn.ModuleList([nn.LayerNorm(2, dtype=torch.bfloat16)]))
+    torch.bfloat16
+    """
+    wide = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    found = [x.dtype for x in (own, *model.parameters())]
+    messages.check_compute_dtype(found, wide)
+    return next(dtype for dtype in found if dtype in wide)
+
+
+def remove_index(model: M) -> M:
+    """Take every index branch away, so that `convert` can begin anew; returns the model.
+
+    Attention is dense afterwards. It is this project's until another one is chosen by
+    `model.set_attn_implementation`.
+
+    Raises:
+        TypeError: a model that is not converted.
+    """
+    found = {m: index_of(m) for m in model.modules() if isinstance(m, KINDS)}
+    converted = [m for m, index in found.items() if index is not None]
+    messages.check_has_layers(len(converted), CONVERTED, model)
+    for attention in converted:
+        del attention.indexer
     return model
 
 
@@ -196,16 +308,20 @@ def hand_over(
     attention: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a converted layer's forward: run its index branch, for the attention function."""
-    if attention.config._attn_implementation not in BACKENDS:
+    if attention.config._attn_implementation not in BACKENDS or index_of(attention) is None:
         return None
-    index: IndexProjections = attention.indexer
-    q_idx, k_idx = index(options["hidden_states"], *options["position_embeddings"])
-    k_idx = k_idx.transpose(1, 2)
-    cache = options.get("past_key_values")
+    return args, options | {"block_indices": run_index(attention, args, options)}
+
+
+@uncompiled
+def run_index(attention: Any, args: tuple[Any, ...], options: dict[str, Any]) -> TrainedBranch:
+    """What the attention selects by, the index keys of the cache included."""
+    call = calls.read_call(type(attention).forward, args, options)
+    q_idx, k_idx = attention.indexer(call["hidden_states"], *call["position_embeddings"])
+    index, k_idx, cache = attention.indexer.active, k_idx.transpose(1, 2), calls.cache_of(call)
     if cache is not None:
         k_idx = cache_layer(cache, attention.layer_idx).update_index(k_idx)
-    branch = TrainedBranch(q_idx, k_idx[:, 0], index.config, index)
-    return args, options | {"block_indices": branch}
+    return TrainedBranch(q_idx, k_idx[:, 0], index.config, index)
 
 
 def cache_layer(cache: Any, layer: int) -> Any:
@@ -224,11 +340,17 @@ def cache_layer(cache: Any, layer: int) -> Any:
 
 
 # -- training -------------------------------------------------------------------------------------
+def index_of(attention: Any) -> IndexProjections | None:
+    """The index branch of a layer, if it has one; under an adapter the copy in use."""
+    index = getattr(getattr(attention, "indexer", None), "active", None)
+    return index if isinstance(index, IndexProjections) else None
+
+
 def indexes(model: nn.Module) -> dict[int, IndexProjections]:
     """The index branch of each converted layer, by the layer's number."""
     layers = (m for m in model.modules() if isinstance(m, KINDS))
-    found = ((layer.layer_idx, getattr(layer, "indexer", None)) for layer in layers)
-    return {number: index for number, index in found if isinstance(index, IndexProjections)}
+    found = ((layer.layer_idx, index_of(layer)) for layer in layers)
+    return {number: index for number, index in found if index is not None}
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
@@ -243,7 +365,7 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     """
     messages.check_phase(phase)
     found = indexes(model)
-    messages.check_has_layers(len(found), "converted layers (msa.integrations.convert)", model)
+    messages.check_has_layers(len(found), CONVERTED, model)
     for index in found.values():
         index.phase, index.kl, index.recall = phase, None, None
 
@@ -258,9 +380,15 @@ def index_loss(model: nn.Module) -> Tensor:
 
     Raises:
         TypeError: no forward pass in "train" or "warm_up" before.
+        ValueError: gradients are wanted, and that pass ran under no_grad, as under gradient
+            checkpointing with use_reentrant=True.
     """
     losses = index_losses(model)
     messages.check_has_layers(len(losses), "had a forward pass in phase train or warm_up", model)
+    if torch.is_grad_enabled():
+        learning = {layer for layer, index in indexes(model).items() if index.query.requires_grad}
+        still = [n for n, loss in losses.items() if n in learning and not loss.requires_grad]
+        messages.check_loss_has_gradient(still)
     return torch.stack(list(losses.values())).mean()
 
 

@@ -26,11 +26,11 @@ from typing import Any, TypeVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from msa.config import MSAConfig
 from msa.integrations import messages
-from msa.integrations.convert import convert, indexes
+from msa.integrations.convert import CONVERTED, IndexProjections, convert, indexes, remove_index
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,14 +40,16 @@ def save_index(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         TypeError: a model that is not converted.
+        ValueError: layers whose configurations differ.
     """
     found = indexes(model)
-    messages.check_has_layers(len(found), "converted layers (msa.integrations.convert)", model)
+    messages.check_has_layers(len(found), CONVERTED, model)
     first = next(iter(found.values()))
+    messages.check_one_config({layer: index.config for layer, index in found.items()})
     made = {
         "config": asdict(first.config),
         "layers": sorted(found),
-        "index_dim": first.k_proj.out_features,
+        "index_dim": len(first.key),
     }
     weights = {
         f"{layer}.{name}": weight.detach().contiguous()
@@ -60,16 +62,34 @@ def save_index(model: nn.Module, path: str | Path) -> None:
 def load_index(model: M, path: str | Path, implementation: str = "msa") -> M:
     """Convert a model as the one was that the file was written from; returns the model.
 
+    Where the file does not fit, the model has no index afterwards.
+
     Raises:
-        ValueError: no file of `save_index`, or one of a model of other sizes.
+        ValueError: no file of `save_index`, or one of a model of other sizes; a model that is
+            converted already.
     """
     with safe_open(path, "pt") as file:
         made: dict[str, Any] = json.loads((file.metadata() or {}).get("msa", "{}"))
         messages.check_index_file(path, made)
-        config, layers = MSAConfig(**made["config"]), made["layers"]
-        model = convert(model, config, layers, made["index_dim"], implementation)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config, layers = MSAConfig(**made["config"]), made["layers"]
+    model = convert(model, config, layers, made["index_dim"], implementation)
+    try:
         for layer, index in indexes(model).items():
-            weights = {name: file.get_tensor(f"{layer}.{name}") for name in index.state_dict()}
-            messages.check_index_weights(path, layer, index.state_dict(), weights)
-            index.load_state_dict(weights)
+            own = renamed({n: w for n, w in weights.items() if n.startswith(f"{layer}.")})
+            messages.check_index_weights(path, layer, index.state_dict(), own)
+            index.load_state_dict(own)
+    except ValueError:
+        remove_index(model)
+        raise
     return model
+
+
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's weights as its index calls them, from names in the file, old ones too.
+
+    >>> list(renamed({"3.q_proj.weight": None, "3.key": None}))
+    ['query', 'key']
+    """
+    names = {name: name.partition(".")[2] for name in weights}
+    return {IndexProjections.OLD_NAMES.get(names[n], names[n]): w for n, w in weights.items()}

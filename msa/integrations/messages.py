@@ -84,22 +84,32 @@ def check_whole_pages(name: str, bad: Array) -> None:
 
 
 # -- transformers ---------------------------------------------------------------------------------
-def check_right_padding(ones: np.ndarray, lengths: list[int]) -> None:
-    """Ones, then zeros."""
-    for row, length in enumerate(lengths):
-        if not ones[row, :length].all():
-            first = int(np.argmin(ones[row, :length]))
+def check_padding(mask: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
+    """The ones of a row are one run."""
+    for row, (first, end) in enumerate(zip(firsts, ends)):
+        if not mask[row, first:end].all():
+            gap = int(first + np.argmin(mask[row, first:end]))
             raise ValueError(
-                "attention_mask must be ones and then zeros in each row, got a zero before a one "
-                f"at row {row}, token {first}: blocks are counted from a row's first token, so "
-                "padding before or between tokens would shift them. Pad on the right "
-                "(tokenizer.padding_side = 'right'); to generate from prompts of several lengths, "
-                "give generate() one length at a time"
+                "attention_mask must have one run of ones in each row, padding before or behind, "
+                f"got a zero between ones at row {row}, token {gap}: padding between tokens would "
+                "shift the blocks behind it. Pad before or behind the tokens; to generate, before "
+                "them (tokenizer.padding_side = 'left')"
+            )
+
+
+def check_not_shifted(firsts: tuple[int, ...]) -> None:
+    """transformers' own indexer counts blocks from the start of the row, padding included."""
+    for row, first in enumerate(firsts):
+        if first:
+            raise ValueError(
+                "attention_mask must start with a one in each row for attn_implementation='msa' "
+                f"alone, got {first} tokens of padding before row {row}, which shift the blocks of "
+                "transformers' indexer: call msa.integrations.transformers.enable(model)"
             )
 
 
 def check_positions(row: int, found: np.ndarray, wanted: np.ndarray) -> None:
-    """Positions count the tokens of each sequence from 0, cached ones included."""
+    """Positions count the tokens of each sequence from 0, or from where its row has the first."""
     bad = np.flatnonzero(found != wanted)
     if len(bad):
         raise ValueError(
@@ -171,7 +181,93 @@ def check_implementation(name: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
 
 
+def check_cache_name(forward: str, found: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """A cache under an unknown name would be forgotten."""
+    if not set(found) & set(known):
+        raise TypeError(
+            f"{forward} must take its cache as {' or '.join(known)}, got {', '.join(found)}: "
+            "this release of transformers is not known here"
+        )
+
+
+def check_whole_weights(shares: list[str], tp_size: int | None) -> None:
+    """Each process holds every head."""
+    if shares or (tp_size or 1) > 1:
+        got = f"the DTensor {shares[0]}" if shares else f"one of tp_size = {tp_size}"
+        raise ValueError(
+            f"model must hold whole weights, got {got}: a share of the heads has not all groups of "
+            "the index. Load the model without tp_plan; several devices can share the batch instead"
+        )
+
+
+def check_groups(index_groups: int, kv_heads: int) -> None:
+    """Every key head has its index head, and every process all of them."""
+    if index_groups != kv_heads:
+        raise ValueError(
+            f"the index must have one head for each of the {kv_heads} key heads of this process, "
+            f"got {index_groups}: tensor parallelism is not supported"
+        )
+
+
+def check_not_traced(traced: bool) -> None:
+    """Masks and positions are read, so they must hold numbers."""
+    if traced:
+        raise ValueError(
+            "attention_mask and position_ids must hold numbers for attn_implementation='msa', got "
+            "a graph that is being exported: the sequences of a pass are planned by what they say. "
+            "Export the model with attn_implementation='sdpa', or build a graph of msa.ops, where "
+            "borders of sequences are integers"
+        )
+
+
 # -- conversion -----------------------------------------------------------------------------------
+def check_not_converted(layers: list[int]) -> None:
+    """A second index branch beside the first would be run as well."""
+    if layers:
+        raise ValueError(
+            f"model must not be converted yet, got one with an index branch in layers {layers}: "
+            "take it away first, by msa.integrations.convert.remove_index(model)"
+        )
+
+
+def check_one_decoder(layers: list[int]) -> None:
+    """Layers are told apart by their numbers."""
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ValueError(
+            f"model must be one decoder, got several layers of the numbers {twice}: convert each "
+            "of its decoders by itself"
+        )
+
+
+def check_loaded(device: str, layer: int) -> None:
+    """Weights that hold numbers."""
+    if device == "meta":
+        raise ValueError(
+            f"model must have its weights, got those of layer {layer} on the meta device: load or "
+            "materialise the model first, since the index is drawn on the device of the layer"
+        )
+
+
+def check_compute_dtype(found: list[Any], wide: tuple[Any, ...]) -> None:
+    """A dtype to compute in."""
+    if not set(found) & set(wide):
+        raise ValueError(
+            f"model must have a weight in one of {', '.join(map(str, wide))}, in which the index "
+            f"would compute, got {', '.join(sorted({str(x) for x in found}))}"
+        )
+
+
+def check_loss_has_gradient(layers: list[int]) -> None:
+    """A forward pass without gradients gives a loss that trains nothing."""
+    if layers:
+        raise ValueError(
+            f"the loss of the index must have a gradient, got none in layers {layers}: their "
+            "forward pass ran under no_grad. Checkpointing of activations needs "
+            "use_reentrant=False; to read the number alone, call this under torch.no_grad() too"
+        )
+
+
 def check_chosen_layers(chosen: list[int], known: list[int]) -> None:
     """Numbers of layers, one at least, each once."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
@@ -218,13 +314,28 @@ def check_index_file(path: Any, made: dict[str, Any]) -> None:
         raise ValueError(f"path must be a file written by save_index, got {path}")
 
 
-def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
-    """Of the sizes that this model needs."""
-    for name, weight in found.items():
-        if weight.shape != own[name].shape:
+def check_one_config(configs: dict[int, Any]) -> None:
+    """The file holds one configuration."""
+    first, *others = configs
+    for layer in others:
+        if configs[layer] != configs[first]:
             raise ValueError(
-                f"{path} must hold {name} of layer {layer} in shape {list(own[name].shape)}, "
-                f"got {list(weight.shape)}"
+                f"indexer.config must be the same in all layers of one file, got {configs[first]} "
+                f"in layer {first} and {configs[layer]} in layer {layer}"
+            )
+
+
+def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
+    """All that this model needs, floating, in its sizes."""
+    if own.keys() != found.keys():
+        raise ValueError(
+            f"{path} must hold {', '.join(own)} of layer {layer}, got {', '.join(found) or 'none'}"
+        )
+    for name, weight in found.items():
+        if weight.shape != own[name].shape or not weight.is_floating_point():
+            raise ValueError(
+                f"{path} must hold {name} of layer {layer} as floating numbers in shape "
+                f"{list(own[name].shape)}, got {weight.dtype} {list(weight.shape)}"
             )
 
 

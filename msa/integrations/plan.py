@@ -3,10 +3,11 @@
 transformers says it by a mask [B, seen tokens] and by positions. What is read here:
 
     no mask, positions count up     every row is one sequence, its queries the last tokens (R2)
-    mask 1 1 1 0 0                  right padding: the row ends where the ones end
+    mask 0 0 1 1 1 0                a sequence starts and ends with the ones of its row: padding on
+                                    either side is no token, blocks count from the first one (R3)
     positions 0 1 2 0 1 0 1 2       packed: a sequence starts wherever they start again
 
-All else is refused: padding on the left shifts the blocks of transformers' own MSA (R3).
+Padded rows are packed like these: padding is left out of queries and keys. All else is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Plan:
     queries: Int[Tensor, " Tq"] | None
     """Where the packed queries lie in [B * n_q]; None: everywhere."""
     keys: Int[Tensor, " Tk"] | None
+    """Where the packed keys lie in [B * n_k]; None: everywhere."""
+    first: tuple[int, ...]
+    """Where in each row its first token lies."""
 
     def pack_queries(self, x: Tensor) -> Tensor:
         """[B, n_q, ...] to [Tq, ...]."""
@@ -94,45 +98,60 @@ def make_plan(
     """Read positions and mask; see the module.
 
     Raises:
-        ValueError: padding that is not on the right, positions that do not count up.
+        ValueError: ones that are not one run in each row, positions that do not count up.
 
     >>> plan = make_plan(torch.tensor([[0, 1, 2, 0, 1]]), None, batch=1, slots=5)
     >>> plan.cu_seqlens_q, plan.packs
     ((0, 3, 5), True)
-    >>> mask = torch.tensor([[True, True, False], [True, True, True]])
-    >>> plan = make_plan(torch.tensor([[1, 2]]), mask, batch=2, slots=3)  # the last two of three
-    >>> plan.cu_seqlens_q, plan.cu_seqlens_k, plan.queries.tolist()
-    ((0, 1, 3), (0, 2, 5), [0, 2, 3])
+    >>> mask = torch.tensor([[False, True, True], [True, True, True]])
+    >>> plan = make_plan(torch.tensor([[0, 1], [1, 2]]), mask, batch=2, slots=3)  # behind one token
+    >>> plan.cu_seqlens_q, plan.cu_seqlens_k, plan.keys.tolist()
+    ((0, 2, 4), (0, 2, 5), [1, 2, 3, 4, 5])
     """
     device = position_ids.device
     positions = np.broadcast_to(position_ids.cpu().numpy(), (batch, position_ids.shape[-1]))
     n_q, n_k = positions.shape[1], slots if mask is None else mask.shape[1]
-    offset = n_k - n_q
-    ones = None if mask is None else mask.cpu().numpy().astype(bool)
-    lengths = [n_k] * batch if ones is None else ones.sum(1).tolist()
-    if ones is not None:
-        messages.check_right_padding(ones, lengths)
+    cached = n_k - n_q
+    spans = [(0, n_k)] * batch if mask is None else read_padding(mask.cpu().numpy().astype(bool))
     count_q: list[int] = []
     count_k: list[int] = []
-    for row, length in enumerate(lengths):
-        valid = max(0, length - offset)
-        found = positions[row, :valid]
+    for row, (first, end) in enumerate(spans):
+        start = max(first, cached)  # of the queries
+        found = positions[row, start - cached : max(start, end) - cached]
         starts = [0]
-        if offset == 0 and mask is None:
+        if cached == 0 and mask is None:
             starts = [0, *(np.flatnonzero(np.diff(found) != 1) + 1).tolist()]
-        runs = [b - a for a, b in zip(starts, [*starts[1:], valid])]
-        wanted = np.concatenate([offset + np.arange(run) for run in runs])
+        runs = [b - a for a, b in zip(starts, [*starts[1:], len(found)])]
+        wanted = np.concatenate([start - first + np.arange(run) for run in runs])
+        if first and len(found) and found[0] == start:  # counted from the row's start: only turned
+            wanted = wanted + first
         messages.check_positions(row, found, wanted)
         count_q += runs
-        count_k += runs if len(runs) > 1 else [length if valid else 0]
-    whole = all(length == n_k for length in lengths)
+        count_k += runs if len(runs) > 1 else [end - first if len(found) else 0]
     queries = keys = None
-    if not whole:
-        here = np.array(lengths)[:, None]
-        queries = _places(offset + np.arange(n_q)[None] < here, device)
-        keys = _places((np.arange(n_k)[None] < here) & (here > offset), device)
+    if any(span != (0, n_k) for span in spans):
+        firsts, ends = (np.array(x)[:, None] for x in zip(*spans))
+        slot = np.arange(n_k)[None]
+        tokens = (firsts <= slot) & (slot < ends)
+        queries = _places(tokens[:, cached:], device)
+        keys = _places(tokens & (ends > cached), device)
     cu_q, cu_k = (tuple(accumulate(counts, initial=0)) for counts in (count_q, count_k))
-    return Plan(cu_q, cu_k, batch, n_q, n_k, queries, keys)
+    return Plan(cu_q, cu_k, batch, n_q, n_k, queries, keys, tuple(first for first, _ in spans))
+
+
+def read_padding(mask: Bool[np.ndarray, "B n_k"]) -> list[tuple[int, int]]:
+    """First token of each row, and the place behind its last; an empty row ends where it starts.
+
+    Raises:
+        ValueError: a row with padding between its tokens.
+
+    >>> read_padding(np.array([[False, True, True, False], [False, False, False, False]]))
+    [(1, 3), (0, 0)]
+    """
+    firsts = mask.argmax(1)
+    ends = firsts + mask.sum(1)
+    messages.check_padding(mask, firsts, ends)
+    return list(zip(firsts.tolist(), ends.tolist()))
 
 
 def _places(which: np.ndarray, device: torch.device) -> Int[Tensor, " places"]:

@@ -5,9 +5,11 @@
                     "msa_torch" and "msa_reference" are the same on a backend that is named.
     enable(model)   also selects here: nothing of size [heads, T, T] or [T, blocks] is ever built.
 
-Both do prefill, generate() with dynamic and static caches, right padding and gradients; packed
-sequences (position_ids that start again) need enable(). What cannot be done raises and says what to
-do. Layers without an indexer run on torch's own causal attention.
+Both do prefill, generate() with dynamic and static caches, padding on the right and gradients.
+Padding on the left and packed sequences (position_ids that start again) need enable(): the blocks
+of transformers' own indexer count from the start of a row, those of R3 from a text's first token.
+What cannot be done raises and says what to do. Layers without an indexer run on torch's own causal
+attention. torch.compile leaves attention and indexer out of its graphs; see `uncompiled`.
 
 >>> import transformers
 >>> from msa.integrations.transformers import enable
@@ -44,7 +46,7 @@ import msa
 from msa import ops
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
-from msa.integrations import layouts, messages
+from msa.integrations import calls, layouts, messages
 from msa.integrations.plan import Plan, plan_for
 from msa.ir import Output, Sequences
 
@@ -54,6 +56,12 @@ BACKENDS: dict[str, BackendName] = {
     "msa_reference": "reference",
 }
 M = TypeVar("M", bound=nn.Module)
+uncompiled: Any = torch.compiler.disable(
+    reason="msa reads the mask and the positions, so this part runs between graphs: compile "
+    "without fullgraph=True, export with attn_implementation='sdpa', or build a graph of msa.ops, "
+    "where borders of sequences are integers"
+)
+"""A decorator for what reads tensors to plan with: under fullgraph=True torch gives the reason."""
 
 
 def register() -> None:
@@ -76,20 +84,22 @@ def enable(model: M, implementation: str = "msa") -> M:
 
     Raises:
         TypeError: no MiniMax-M3 attention in the model.
-        ValueError: an unknown implementation, index heads that fit no groups.
+        ValueError: an unknown implementation, index heads that fit no groups, tensor parallelism.
     """
     register()
     messages.check_implementation(implementation, tuple(BACKENDS))
     found = [m for m in model.modules() if isinstance(m, MiniMaxM3VLAttention)]
     messages.check_has_layers(len(found), "MiniMaxM3VLAttention layers", model)
+    calls.check_whole(model)
+    # anywhere in the model: an adapter may have wrapped the one that an attention knows
+    indexers = [m for m in model.modules() if isinstance(m, MiniMaxM3VLIndexer)]
+    for indexer in indexers:
+        messages.check_index_heads(indexer.num_heads, indexer.config.num_key_value_heads)
+        config_of(indexer)  # or the error that says what is out of range
     for attention in found:
         attention.config._attn_implementation = implementation
-        indexer = attention.indexer
-        if isinstance(indexer, MiniMaxM3VLIndexer):
-            heads = attention.config.num_key_value_heads
-            messages.check_index_heads(indexer.num_heads, heads)
-            config_of(indexer)  # or the error that says what is out of range
-            indexer.__class__ = Indexer
+    for indexer in indexers:
+        indexer.__class__ = Indexer
     return model
 
 
@@ -114,6 +124,7 @@ class IndexBranch:
         align: bool = False,
     ) -> ops.Attended | Output:  # fmt: skip
         """MSA in one call; with align=True also the loss that trains the index (R17)."""
+        messages.check_groups(self.q_idx.shape[2], k.shape[1])
         q_idx, k_idx = plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
         config = replace(self.config, softmax_scale=scale)
         cu_q, cu_k = plan.cu_seqlens_q, plan.cu_seqlens_k
@@ -128,26 +139,25 @@ class IndexBranch:
 class Indexer(MiniMaxM3VLIndexer):
     """transformers' indexer up to its scores, which nobody needs to see."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: Any,
-        position_ids: Tensor,
-    ) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """Project, normalise, rotate, remember; with another implementation also score."""
         if self.config._attn_implementation not in BACKENDS:
-            return super().forward(
-                hidden_states, position_embeddings, past_key_values, position_ids
-            )
+            return super().forward(*args, **options)
+        return self.branch(args, options)
+
+    @uncompiled
+    def branch(self, args: tuple[Any, ...], options: dict[str, Any]) -> IndexBranch:
+        """What the attention selects by, the index keys of the cache included."""
+        call = calls.read_call(MiniMaxM3VLIndexer.forward, args, options)
+        hidden_states, cache = call["hidden_states"], calls.cache_of(call)
         lead = hidden_states.shape[:2]
         q_idx = self.q_norm(self.q_proj(hidden_states).view(*lead, -1, self.head_dim))
         k_idx = self.k_norm(self.k_proj(hidden_states).view(*lead, 1, self.head_dim))
-        cos, sin = (x[..., : self.head_dim] for x in position_embeddings)
+        cos, sin = (x[..., : self.head_dim] for x in call["position_embeddings"])
         q_idx, k_idx = apply_rotary_pos_emb(q_idx, k_idx, cos, sin, unsqueeze_dim=2)
         k_idx = k_idx.transpose(1, 2)
-        if past_key_values is not None:
-            k_idx = past_key_values.layers[self.layer_idx].update_index(k_idx)
+        if cache is not None:
+            k_idx = cache.layers[self.layer_idx].update_index(k_idx)
         groups = self.config.num_key_value_heads // self.num_heads
         return IndexBranch(q_idx.repeat_interleave(groups, 2), k_idx[:, 0], config_of(self))
 
@@ -159,6 +169,7 @@ def config_of(indexer: MiniMaxM3VLIndexer) -> MSAConfig:
 
 
 # -- what transformers calls ----------------------------------------------------------------------
+@uncompiled
 def seen_tokens(
     batch_size: int,
     q_length: int,
@@ -169,6 +180,7 @@ def seen_tokens(
     **_: Any,
 ) -> Tensor | None:
     """The mask as the layers get it: bool [B, tokens seen], or None if that is all there are."""
+    messages.check_not_traced(calls.is_traced(q_offset, attention_mask))
     messages.check_mask_form(attention_mask)
     seen = int(q_offset) + q_length
     if attention_mask is None:
@@ -178,6 +190,7 @@ def seen_tokens(
     return None if seen == kv_length and bool(mask.all()) else mask
 
 
+@uncompiled
 def attention_forward(
     backend: BackendName,
     module: nn.Module,
@@ -194,13 +207,15 @@ def attention_forward(
     """Attention as transformers asks for it: query [B, Hq, T, D] to out [B, T, Hq, Dv].
 
     Raises:
-        ValueError: left padding, masks of other forms, dropout, sliding windows: see `messages`.
+        ValueError: padding between tokens, masks of other forms, dropout, sliding windows, a graph
+            that is being exported: see `messages`.
     """
     if not getattr(module, "is_causal", True):  # a vision tower under the same name
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
     messages.check_plain_attention(dropout, options)
+    messages.check_not_traced(calls.is_traced(query, attention_mask, position_ids))
     messages.check_mask_form(attention_mask)
     batch, _, n_q, dim = query.shape
     if position_ids is None:
@@ -227,6 +242,7 @@ def attend_blocks(
 ) -> Tensor:  # fmt: skip
     """Attend to the blocks that transformers' indexer chose, checked (R8)."""
     messages.check_not_packed(plan.packs)
+    messages.check_not_shifted(plan.first)
     messages.check_index_heads(block_indices.shape[1], k.shape[1])
     ids = plan.pack_queries(block_indices.transpose(1, 2))
     ids = ids.repeat_interleave(k.shape[1] // ids.shape[1], 1)

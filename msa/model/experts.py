@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -43,6 +45,7 @@ class Router(nn.Module):
     The score of an expert is sigmoid(<weight, x>), by itself and not against the others. A bias
     that plays no other part is added for the choice alone: `balance` raises it for experts that had
     less than their share, lowers it for the others, so no auxiliary loss has to pull at the model.
+    Counts are integers and the bias is float32, whatever dtype the module has.
     """
 
     bias: Tensor
@@ -53,7 +56,8 @@ class Router(nn.Module):
         self.chosen = config.experts_per_token
         self.weight = nn.Parameter(torch.zeros(config.experts, config.width))
         self.register_buffer("bias", torch.zeros(config.experts))
-        self.register_buffer("load", torch.zeros(config.experts), persistent=False)
+        load = torch.zeros(config.experts, dtype=torch.int64)
+        self.register_buffer("load", load, persistent=False)
 
     def forward(
         self, x: Float[Tensor, "T width"]
@@ -67,18 +71,26 @@ class Router(nn.Module):
             self.load += torch.bincount(ids.flatten(), minlength=len(self.bias))
         return ids, weights / weights.sum(-1, keepdim=True)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """As in any module, but the bias, a sum of many small steps, stays float32."""
+        exact = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != exact.dtype:
+            self.bias = exact.to(self.bias.device)
+        return self
+
     @torch.no_grad()
     def balance(self, rate: float) -> None:
         """Move each bias by `rate` against its expert's load since the last call, and forget it.
 
         >>> from msa.model.presets import PRESETS
         >>> router = Router(PRESETS["tiny"].model)
-        >>> _ = router.load.copy_(torch.tensor([9.0, 1.0, 5.0, 5.0]))
+        >>> _ = router.load.copy_(torch.tensor([9, 1, 5, 5]))
         >>> router.balance(0.5)
         >>> router.bias
         tensor([-0.5000,  0.5000,  0.0000,  0.0000])
         """
-        self.bias += rate * (self.load.mean() - self.load).sign()
+        self.bias += rate * (self.load.sum() - self.load * len(self.load)).sign()
         self.load.zero_()
 
 

@@ -2,7 +2,7 @@
 
 The classes of transformers are not imported: a configuration is read by its attributes, weights by
 their names. What a configuration asks for and this model does not have is refused by name.
-Written against transformers 5.23; release 5.17 turns pictures by (frame, row) and forgets the
+Tested with transformers 5.23 and 5.24; release 5.17 turns pictures by (frame, row) and forgets the
 column, and up to 5.22.0 patches of different images attend to one another.
 """
 

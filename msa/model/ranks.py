@@ -4,7 +4,7 @@
 
 Gradients are added up by hand and not by DistributedDataParallel: a step has two losses, means over
 different things, two parts of the weights that are clipped each by itself, and the load of the
-experts; all of it goes in one message, after which every process takes the same step.
+experts; after they are added up every process takes the same step.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ class Ranks:
 
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Make of each tensor the sum over all processes, in one message of float32."""
+        """Make of each tensor the sum over all processes: a message of float32, one of integers."""
         if self.count == 1:
             return
-        flat = torch.cat([x.flatten().float() for x in tensors])
-        dist.all_reduce(flat)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(total.view_as(x))
+        for dtype in (torch.float32, torch.int64):
+            own = [x for x in tensors if x.is_floating_point() == dtype.is_floating_point]
+            if own:
+                flat = torch.cat([x.flatten().to(dtype) for x in own])
+                dist.all_reduce(flat)
+                for x, total in zip(own, flat.split([x.numel() for x in own])):
+                    x.copy_(total.view_as(x))
 
     def most(self, values: Sequence[float]) -> list[float]:
         """The largest of each number among all processes."""
