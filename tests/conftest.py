@@ -5,6 +5,7 @@ Nothing of msa may be imported here: jaxtyping's hook has to see its modules fir
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import defaultdict
 
@@ -19,6 +20,8 @@ GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and
 
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("quick_interpreter").quicken()
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that tests start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
