@@ -13,6 +13,7 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import providers
 
 CUDA = torch.cuda.is_available()
 EXAMPLES = 50
@@ -34,6 +35,9 @@ settings.register_profile(
     "thorough", max_examples=10 * EXAMPLES, deadline=None, phases=PHASES, print_blob=True
 )
 settings.load_profile("ci")
+# Hypothesis draws numbers from the source of modules that are imported: which these are depends on
+# the worker and on the order of the tests, and none of it may change what is drawn.
+providers.is_local_module_file = lambda path: False
 
 
 def pytest_configure(config):
