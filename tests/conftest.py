@@ -1,4 +1,4 @@
-"""Profiles, the GPU marker, NaN in fresh buffers, and the count of examples at the end.
+"""Profiles, the GPU marker, the order, NaN in fresh buffers, and what is told at the end.
 
 Nothing of msa may be imported here: jaxtyping's hook has to see its modules first.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import time
 from collections import defaultdict
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -15,6 +18,7 @@ import torch
 from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import providers
 
+STARTED = time.monotonic()
 CUDA = torch.cuda.is_available()
 EXAMPLES = 50
 GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
@@ -40,8 +44,19 @@ settings.load_profile("ci")
 providers.is_local_module_file = lambda path: False
 
 
+def pytest_addoption(parser):
+    orders = "of the tests: slowest (these first), reversed, shuffled:SEED"
+    parser.addoption("--order", default="slowest", metavar="ORDER", help=orders)
+    parser.addoption("--record", type=Path, metavar="FILE", help="write down what the run found")
+    parser.addoption("--record-commit", default="", help="recorded where git is not")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs by itself where there is a CUDA device")
+
+
+def pytest_report_header(config):
+    return f"order of the tests: {config.option.order}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -49,6 +64,23 @@ def pytest_collection_modifyitems(config, items):
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    items[:] = in_order(items, config.option.order)
+
+
+def in_order(items, order):
+    """The items in another order. Files stay together when shuffled: they share what they made."""
+    kind, _, seed = order.partition(":")
+    if order == "slowest":  # those in Triton's interpreter, so that no worker ends on one
+        return sorted(items, key=lambda item: "-triton" not in item.name)
+    if order == "reversed":
+        return items[::-1]
+    if kind == "shuffled" and seed.isdecimal():
+        rng, files = random.Random(int(seed)), defaultdict(list)
+        for item in items:
+            files[item.path].append(item)
+        return [item for file in rng.sample(list(files.values()), len(files))
+                for item in rng.sample(file, len(file))]  # fmt: skip
+    raise pytest.UsageError(f"--order must be slowest, reversed or shuffled:SEED, got {order!r}")
 
 
 @pytest.fixture
@@ -86,8 +118,18 @@ def _filling(make):
     return make_and_fill
 
 
-def pytest_terminal_summary(terminalreporter):
-    """How many examples each property saw, and how close to its bound it came."""
+def pytest_terminal_summary(terminalreporter, config):
+    """How many examples each property saw, and how close to its bound it came; the record.
+
+    With workers, only the process that started them comes here.
+    """
+    if config.option.record:
+        kinds = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}
+        counts = {name: len(terminalreporter.getreports(kind)) for name, kind in kinds.items()}
+        seconds = time.monotonic() - STARTED
+        importlib.import_module("recording").record(
+            config.option.record, counts, seconds, config.option.record_commit
+        )
     seen = defaultdict(list)
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for key, value in report.user_properties:
