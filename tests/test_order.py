@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import in_order
 from hypothesis.internal.conjecture import providers
+from recording import commit_of, record
+
+from docs.hooks import measured
 
 DRAW = """
 import sys
@@ -77,14 +82,34 @@ def test_an_order_that_is_none_is_refused(order):
         in_order(ITEMS, order)
 
 
-@pytest.mark.parametrize("workers", ["-n0", "-n2"])
-def test_a_run_is_recorded_once(workers, tmp_path):
+def test_a_run_with_a_worker_is_recorded(tmp_path):
     file, root = tmp_path / "new" / "run.json", Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", workers, "--order", "shuffled:5", "--record",
+    command = [sys.executable, "-m", "pytest", "-q", "-n1", "--order", "shuffled:5", "--record",
                str(file), "--record-commit", "abc", "tests/test_interface.py"]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     assert found["passed"] >= 1 and found["failed"] == found["errors"] == 0
     assert found["commit"] == "abc" and found["seconds"] > 0
-    assert {"device", "driver", "torch", "triton", "python", "date", "skipped"} <= set(found)
+    measured.check(found, measured.SCHEMAS["tests"], "tests_gpu")  # as the site reads it
+
+
+def test_the_site_tells_what_is_recorded(tmp_path):
+    with mock.patch.object(measured, "RESULTS", tmp_path):
+        assert "No run" in measured.tests()
+        counts = {"passed": 90, "failed": 2, "errors": 1, "skipped": 4}
+        record(tmp_path / "tests_gpu.json", counts, 300.0, "0123456789ab dirty")
+        said = measured.tests()
+    assert (
+        "commit 0123456789ab dirty: 90 tests passed, 3 failed and 4 were skipped in 5 min" in said
+    )
+
+
+def test_a_commit_is_asked_of_git(tmp_path):
+    assert commit_of(tmp_path) == "unknown"
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm one"):
+        (tmp_path / "file").touch()
+        subprocess.run(["git", *words.split()], cwd=tmp_path, check=True)
+    assert re.fullmatch("[0-9a-f]{12}", commit_of(tmp_path))
+    (tmp_path / "file").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{12} dirty", commit_of(tmp_path))
