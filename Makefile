@@ -1,20 +1,43 @@
 # Every target sets up what it needs: .venv, with the versions in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := pip install --quiet --disable-pip-version-check
+SEED := $(shell date +%s)
 
-.PHONY: demo test test-seeds lint docs docs-serve docs-look package sanitize install bench bench-crossing clean
-demo: install
+.PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look package \
+	sanitize install bench bench-crossing clean
+.NOTPARALLEL:  # there is one .venv
+
+demo: .venv/demo.installed
 	$(BIN)/msa demo --backend torch --html demo.html
 
-test: install
+test: .venv/test.installed
 	$(BIN)/python -m pytest
 
 # Every property on every backend, with cases that no run had before: other seeds, other cases.
 SEEDS ?= 1 2 3 4 5 6 7 8 9 10
-test-seeds: install
+test-seeds: .venv/test.installed
 	for seed in $(SEEDS); do \
 		$(BIN)/python -m pytest tests/test_properties.py --hypothesis-seed=$$seed || exit 1; \
 	done
+
+# The same result in any order, with any number of workers. SEED=N shuffles as another run did.
+test-shuffled: .venv/test.installed
+	$(BIN)/python -m pytest -n0 --order reversed
+	$(BIN)/python -m pytest -n1 --order shuffled:$(SEED)
+	$(BIN)/python -m pytest -n2 --order shuffled:$(SEED)1
+	$(BIN)/python -m pytest -n4 --order reversed
+
+# What others release, as of today: whatever is imported from it here is tried. torch stays, with the
+# triton that belongs to it: its newest release is a build for CUDA of several GB.
+NEWEST := .venv/newest/bin
+test-newest:
+	$(PYTHON) -m venv --clear .venv/newest
+	grep -E '^(torch|triton)==' constraints.txt > .venv/newest/kept.txt
+	$(NEWEST)/$(PIP) --upgrade -c .venv/newest/kept.txt -e '.[$(EXTRAS_test)]'
+	$(NEWEST)/pip list --disable-pip-version-check
+	$(NEWEST)/python -m pytest tests/test_transformers.py tests/test_model_transformers.py \
+		tests/test_convert.py tests/test_ops.py tests/test_verify_target.py tests/test_order.py
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -53,7 +76,11 @@ sanitize: install
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		--target-processes all $(SANITIZED)
 
-install: .venv/installed
+# Each kind of environment is a list of extras, installed into .venv beside the others.
+EXTRAS_demo := demo,model
+EXTRAS_test := torch,triton,verify,demo,model,transformers,dev
+EXTRAS_all := all
+install: .venv/all.installed
 
 bench: install
 	$(BIN)/msa bench prefill --plots docs
@@ -62,9 +89,9 @@ bench: install
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+.venv/%.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/$(PIP) -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	touch $@
 
 clean:

@@ -1,24 +1,34 @@
-"""Profiles, the GPU marker, NaN in fresh buffers, and the count of examples at the end.
+"""Profiles, the GPU marker, the order, NaN in fresh buffers, and what is told at the end.
 
 Nothing of msa may be imported here: jaxtyping's hook has to see its modules first.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
+import random
+import tempfile
+import time
 from collections import defaultdict
+from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 from hypothesis import Phase, settings
+from hypothesis.internal.conjecture import providers
 
+STARTED = time.monotonic()
 CUDA = torch.cuda.is_available()
 EXAMPLES = 50
 GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
 
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("quick_interpreter").quicken()
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that tests start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -31,10 +41,25 @@ settings.register_profile(
     "thorough", max_examples=10 * EXAMPLES, deadline=None, phases=PHASES, print_blob=True
 )
 settings.load_profile("ci")
+# Hypothesis draws numbers from the source of modules that are imported: which these are depends on
+# the worker and on the order of the tests, and none of it may change what is drawn.
+providers.is_local_module_file = lambda path: False
+
+
+def pytest_addoption(parser):
+    orders = "of the tests: slowest (these first), reversed, shuffled:SEED"
+    parser.addoption("--order", default="slowest", metavar="ORDER", help=orders)
+    parser.addoption("--record", type=Path, metavar="FILE", help="write down what the run found")
+    parser.addoption("--record-commit", default="", help="recorded where git is not")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs by itself where there is a CUDA device")
+    config.addinivalue_line("markers", "large: takes much of a device, which others then may not")
+
+
+def pytest_report_header(config):
+    return f"order of the tests: {config.option.order}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,6 +67,38 @@ def pytest_collection_modifyitems(config, items):
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    items[:] = in_order(items, config.option.order)
+
+
+def in_order(items, order):
+    """The items in another order. Files stay together when shuffled: they share what they made."""
+    kind, _, seed = order.partition(":")
+    if order == "slowest":  # those in Triton's interpreter, so that no worker ends on one
+        return sorted(items, key=lambda item: "-triton" not in item.name)
+    if order == "reversed":
+        return items[::-1]
+    if kind == "shuffled" and seed.isdecimal():
+        rng, files = random.Random(int(seed)), defaultdict(list)
+        for item in items:
+            files[item.path].append(item)
+        return [item for file in rng.sample(list(files.values()), len(files))
+                for item in rng.sample(file, len(file))]  # fmt: skip
+    raise pytest.UsageError(f"--order must be slowest, reversed or shuffled:SEED, got {order!r}")
+
+
+@pytest.fixture(autouse=True)
+def one_large_test_at_a_time(request):
+    """The workers share a device, and several tests of tens of GB do not fit it."""
+    if not CUDA or request.node.get_closest_marker("large") is None:
+        yield
+        return
+    import fcntl
+
+    with open(Path(tempfile.gettempdir()) / "msa-large-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -79,8 +136,18 @@ def _filling(make):
     return make_and_fill
 
 
-def pytest_terminal_summary(terminalreporter):
-    """How many examples each property saw, and how close to its bound it came."""
+def pytest_terminal_summary(terminalreporter, config):
+    """How many examples each property saw, and how close to its bound it came; the record.
+
+    With workers, only the process that started them comes here.
+    """
+    if config.option.record:
+        kinds = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}
+        counts = {name: len(terminalreporter.getreports(kind)) for name, kind in kinds.items()}
+        seconds = time.monotonic() - STARTED
+        importlib.import_module("recording").record(
+            config.option.record, counts, seconds, config.option.record_commit
+        )
     seen = defaultdict(list)
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         for key, value in report.user_properties:

@@ -21,7 +21,7 @@ from msa.ir import BlockScores, Selection, Sequences
 from msa.triton_impl import selection as selecting
 from msa.triton_impl import tuning
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.large]
 ORDERS = ["auto", "kv_outer", "union"]
 PRECISION = replace(PRECISIONS["bfloat16"], unit=HOPPER["bfloat16"])
 MIB = 2**20

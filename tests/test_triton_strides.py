@@ -173,6 +173,7 @@ def test_attention_and_its_gradients(wanted, layout):
     check_all({name: layout(x) for name, x in packed().items()}, wanted)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dim", [0, 1])
 def test_attention_and_its_gradients_beyond_2_31(wanted, dim, folder):
     """Tokens far apart; heads far apart, as in a view of head-major tensors."""
@@ -266,6 +267,7 @@ def test_every_form_of_the_lowering():
     same((loose.out, loose.lse), (whole.out, whole.lse))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dim", [0, 1])
 def test_scores_that_are_written_out_beyond_2_31(dim, folder):
     q_idx, k_idx = list(packed().values())[3:]
@@ -353,6 +355,7 @@ def test_decode_with_any_integers(dtype, as_users_run_it):
     same(step(parts | {"page_table": parts["page_table"].to(dtype)}, queries), want)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("eight", EIGHTS, ids=["wide", "8 bits"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_decode_beyond_2_31(eight, dim, folder):
@@ -410,6 +413,7 @@ def test_append_tokens_writes_only_what_it_should():
     assert both.tolist() == [[2 * BLOCK + 10, 55], [3, 55], [2 * BLOCK + 2, 55]]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_append_tokens_beyond_2_31(dim, folder):
     want = append(fresh(APPENDED[-1]), tokens())

@@ -20,7 +20,7 @@ class NotFound(Exception):
     """A planted bug passed the property that should have seen it."""
 
 
-def hunt(name: str, examples: int = 60, **functions: Callable[..., Any]) -> str:
+def hunt(name: str, examples: int = 200, **functions: Callable[..., Any]) -> str:
     """Try one property on the spec with some of its functions replaced.
 
     Args:

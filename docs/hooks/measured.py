@@ -81,6 +81,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                   "block_recall": SHARE, "score_recall": SHARE, "steepest": SHARE,
                   "budgets": list, "lengths": list}],
     },
+    "tests": {
+        "device": str, "driver": str, "python": str, "torch": str, "triton": str, "commit": str,
+        "date": str, "seconds": NUMBER, "passed": int, "failed": int, "errors": int, "skipped": int,
+    },
 }  # fmt: skip
 """What each kind of results file must hold: more may stand beside it, less may not."""
 
@@ -168,6 +172,20 @@ def age(name: str) -> str:
         )
         return f'<p class="age old">{words} {note}</p>'
     return f'<p class="age">{words}</p>'
+
+
+def tests() -> str:
+    """One sentence: what the last recorded run of the tests on a GPU found, and where."""
+    if not (RESULTS / "tests_gpu.json").exists():
+        return "No run of the tests on a GPU is recorded."
+    found = read("tests_gpu")
+    bad = found["failed"] + found["errors"]
+    return (
+        f"{found['date']}, commit {found['commit']}: {found['passed']} tests passed, {bad} failed "
+        f"and {found['skipped']} were skipped in {found['seconds'] / 60:.0f} minutes on "
+        f"{found['device']}, driver {found['driver']}, torch {found['torch']}, triton "
+        f"{found['triton']}."
+    )
 
 
 def as_utc(moment: str) -> Any:

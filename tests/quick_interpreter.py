@@ -1,0 +1,112 @@
+"""Triton's interpreter at a third of its time: what it works out again and again is kept.
+
+It runs the same operations on the same numbers. What is saved is bookkeeping around them: at every
+launch, and at every call of one kernel function by another, it looks through all of
+`triton.language` for functions to replace; every tensor has its shape checked, named and wrapped
+anew; and every sum and product of integers is done a second time in 64 bits, for a check that
+`debug` alone switches on. The names used here are internal, so another release of Triton than the
+one that they were read in runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+READ_IN = ("3.7.1",)
+POINTER = np.dtype(np.uint64)
+
+
+def quicken() -> bool:
+    """Change the interpreter for the rest of the process; False if this release is not known."""
+    if triton.__version__ not in READ_IN:
+        return False
+    replace_functions_once()
+    keep_shapes()
+    keep_dtypes()
+    options = interpreter.interpreter_builder.options
+    if not options.debug:  # the overflow check asserts nothing then
+        object.__setattr__(options, "sanitize_overflow", False)
+    return True
+
+
+def replace_functions_once() -> None:
+    """The functions to replace are listed once; within a launch, each module is done once."""
+    owners = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    builtins = {
+        owner: [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
+        for owner in owners
+    }
+
+    def replace_builtins(owner, builder, scope):
+        for name in builtins[owner]:
+            member = getattr(owner, name)
+            if tl.core.is_builtin(member):  # it may have been replaced already
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    replace_all, PlainScope = interpreter._patch_lang, interpreter._LangPatchScope
+    languages, done = {id(tl), id(tl.core)}, set()
+
+    class Scope(PlainScope):
+        def restore(self):
+            super().restore()
+            done.clear()
+
+    def replace_what_is_left(fn):
+        used = languages.intersection(map(id, fn.__globals__.values()))
+        if used and used <= done:
+            return PlainScope()  # with nothing to put back
+        done.update(used)
+        return replace_all(fn)
+
+    interpreter._patch_builtin = replace_builtins
+    interpreter._LangPatchScope = Scope
+    interpreter._patch_lang = replace_what_is_left
+
+
+def keep_shapes() -> None:
+    """A block's shape is checked, named and wrapped once for each shape that occurs."""
+    make_block, broadcast = tl.block_type.__init__, tl.semantic.TritonSemantic.broadcast_impl_value
+    shapes, names = {}, {}
+    scalar = tl.core.tuple([]), tl.core.constexpr(1)
+
+    def init_block(self, element_ty, shape):
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        if (element_ty.name, sizes) not in names:
+            make_block(self, element_ty, shape)
+            names[element_ty.name, sizes] = self.name
+            wrapped = tl.core.tuple([tl.core.constexpr(size) for size in sizes])
+            of_tensor = wrapped, tl.core.constexpr(self.numel)
+            shapes.setdefault(sizes, (self.shape, self.numel, of_tensor))
+        self.element_ty, self.name = element_ty, names[element_ty.name, sizes]
+        self.shape, self.numel, self.of_tensor = shapes[sizes]
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = type.of_tensor if type.is_block() else scalar
+
+    def broadcast_unlike(self, lhs, rhs):
+        if lhs.shape is rhs.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    tl.block_type.__init__ = init_block
+    tl.tensor.__init__ = init_tensor
+    tl.semantic.TritonSemantic.broadcast_impl_value = broadcast_unlike
+
+
+def keep_dtypes() -> None:
+    """NumPy's dtype for one of Triton's is looked up in a table that is made once."""
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+
+    def of_any(dtype):
+        if isinstance(dtype, tl.block_type):
+            dtype = dtype.element_ty
+        return POINTER if isinstance(dtype, tl.pointer_type) else of_scalar(dtype)
+
+    interpreter._get_np_dtype = of_any

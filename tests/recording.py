@@ -1,0 +1,54 @@
+"""What one run of the tests found, as a file: `pytest -m gpu --record FILE`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+
+def record(path: Path, counts: dict[str, int], seconds: float, commit: str) -> None:
+    """Write the counts and all that they depend on; a folder that is missing is made.
+
+    Args:
+        counts: passed, failed, errors and skipped.
+        seconds: how long the run took.
+        commit: of the sources, where there is no history to ask, "" to ask it.
+    """
+    found = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "driver": driver(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "commit": commit or commit_of(Path(__file__).parent),
+        "date": date.today().isoformat(),
+        "seconds": round(seconds, 1),
+        **counts,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; "none" without one."""
+    if not shutil.which("nvidia-smi"):
+        return "none"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
+def commit_of(folder: Path) -> str:
+    """Twelve digits, "dirty" behind them if a tracked file was changed; "unknown" without git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= dirty"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
