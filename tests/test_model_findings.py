@@ -340,26 +340,25 @@ def test_what_the_page_says_holds_in_the_results():
     for row in ("gradient", "gradient-10"):
         assert mean(row, "kl") < base["kl"] and mean(row, "score_recall") > base["score_recall"]
         assert mean(row, "block_recall") > base["block_recall"]
-        assert mean(row) < base["answers"] - 0.3 and mean(row, "prose") > base["prose"]
+        assert mean(row) < base["answers"] - 0.2 and mean(row, "prose") > base["prose"]
         assert None not in values(row, "steepest")
-    assert [answers < 0.15 for answers in sorted(values("gradient", "answers"))] == [
-        True,
-        False,
-        False,
-    ]
     assert max(values("gradient-10", "answers")) < 0.15
     for row in ("kl-10", "no-warm-up", "blocks-8"):
         assert abs(mean(row) - base["answers"]) < 0.05
-    assert mean("forced") < base["answers"] - 0.1
-    assert min(values("forced", "answers")) < mean("forced") - 0.1
+    spread = max(values("base", "answers")) - min(values("base", "answers"))
+    assert 0.05 < base["answers"] - mean("forced") < min(0.07, spread)
     assert mean("blocks-40") < base["answers"] - 0.2
-    others = [mean(row, "prose") for row in ROWS if row not in ("window", "cpt")]
-    assert mean("window", "prose") < min(others) and mean("window", "far") < 0.15
-    assert mean("dense") > base["answers"]
-    twin, sparse = (
-        findings.lengths_of(found, *key) for key in (("dense", "dense"), ("base", "msa"))
-    )
-    assert {n: sum(sparse[n]) > sum(twin[n]) for n in twin} == {
+    choosing = [mean(row, "prose") for row in ROWS if row not in ("window", "dense", "cpt")]
+    assert mean("window", "prose") < min(choosing) and mean("window", "far") < 0.15
+    for row in ("dense", "cpt"):  # seed 1 is the one that has not learned
+        assert [answers < 0.15 for answers in values(row, "answers")] == [False, True, False]
+    learned = [run for run in findings.runs_of(found, "dense") if run["seed"] != 1]
+    assert sum(run["answers"] for run in learned) / 2 > base["answers"]
+    sparse = findings.lengths_of(found, "base", "msa")
+    twin = {n: sum(of["answers"] for run in learned for of in run["lengths"]
+                   if of["tokens"] == n) / 2 for n in sparse}  # fmt: skip
+    assert {n: sum(sparse[n]) / 3 > twin[n] for n in twin} == {
         512: False, 1024: False, 2048: False, 4096: True, 8192: True
     }  # fmt: skip
-    assert base["answers"] - 0.1 < mean("cpt") < base["answers"]
+    converted = [run["answers"] for run in findings.runs_of(found, "cpt") if run["seed"] != 1]
+    assert base["answers"] - 0.1 < sum(converted) / 2 < base["answers"]

@@ -201,7 +201,7 @@ def test_scales_of_pages_in_use_are_finite_and_positive(backend, name, value):
     cache = replace(cache, **{name: scales})
     assert torch.isfinite(msa.decode(q, q_idx, cache, config=CONFIG, backend=backend).out).all()
     scales[1] = value
-    wanted = rf"cache\.{name} must be finite and positive, got {value} for page 1"
+    wanted = rf"cache\.{name} must be finite and positive, got {value} in page 1,"
     with pytest.raises(ValueError, match=wanted):
         msa.decode(q, q_idx, cache, config=CONFIG, backend=backend)
 

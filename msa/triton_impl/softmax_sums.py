@@ -93,20 +93,22 @@ def merge_sums_kernel(tops, totals, counts, top, log_total, scale, n, G: tl.cons
     o_x = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_x = o_x < n
     b_count = tl.load(counts + o_x // G, mask=m_x, other=0) * PIECES
-    b_top = tl.full([R], float("-inf"), tl.float32)
+    b_most = tl.full([R, P], float("-inf"), tl.float32)
     for i_s in range(0, WIDTH, P):
         o_s = i_s + tl.arange(0, P)[None, :]
         p_x = o_x[:, None] * WIDTH + o_s
         b_tops = tl.load(tops + p_x, mask=o_s < b_count[:, None], other=float("-inf"))
-        b_top = tl.maximum(b_top, tl.max(b_tops, 1))
-    b_total = tl.zeros([R], tl.float32)
+        b_most = tl.maximum(b_most, b_tops)
+    b_top = tl.max(b_most, 1)  # [R]
+    b_sums = tl.zeros([R, P], tl.float32)
     for i_s in range(0, WIDTH, P):
         o_s = i_s + tl.arange(0, P)[None, :]
         p_x, m_s = o_x[:, None] * WIDTH + o_s, o_s < b_count[:, None]
         b_tops = tl.load(tops + p_x, mask=m_s, other=float("-inf"))
         b_totals = tl.load(totals + p_x, mask=m_s, other=0.0)
         b_x = tl.where(b_tops == b_top[:, None], 0.0, (b_tops - b_top[:, None]) * scale)
-        b_total += tl.sum(b_totals * tl.exp2(b_x), 1)
+        b_sums += b_totals * tl.exp2(b_x)
+    b_total = tl.sum(b_sums, 1)  # [R]
     if not INDEX:
         b_total = tl.where(b_total > 0.0, b_total, float("nan"))
     tl.store(top + o_x, b_top, mask=m_x)
