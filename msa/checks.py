@@ -102,6 +102,16 @@ def check_block_size(name: str, value: Any) -> int:
     return check_at_most(name, check_count(name, value, 1), LARGEST_BLOCK_SIZE=LARGEST_BLOCK_SIZE)
 
 
+def check_positive(name: str, value: Any) -> float:
+    """A finite positive number of Python or NumPy; bool does not count as one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = _to_float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be finite and positive, got {number}")
+    return number
+
+
 def check_scale(name: str, value: Any) -> float | None:
     """None, or a number from LEAST_SCALE to LARGEST_SCALE."""
     if value is None:
@@ -116,14 +126,6 @@ def check_scale(name: str, value: Any) -> float | None:
             f"{name} must be finite and positive, from LEAST_SCALE = 2^-126 to LARGEST_SCALE = "
             f"2^127, since kernels compute in float32, got {number}"
         )
-    return number
-
-
-def check_positive(name: str, value: Any) -> float:
-    """A scale that must be given."""
-    number = check_scale(name, value)
-    if number is None:
-        raise TypeError(f"{name} must be a number, got None")
     return number
 
 

@@ -56,6 +56,7 @@ def measure(
     read_layout({"q": q, "k": k}, sequences=selection.sequences)
     checks.check_selection_for(selection, {"q": q, "k": k})
     softmax_scale = checks.check_positive("softmax_scale", softmax_scale)
+    checks.check_scale("softmax_scale", softmax_scale)
     width, block, groups = selection.top_k, selection.block_size, k.shape[1]
     blocks = selection.sequences.max_blocks(block)
     q, k = q.detach(), k.detach()

@@ -98,7 +98,7 @@ def check(options: ConvertOptions) -> None:
     """Numbers in range, and a file that can be written, before anything is loaded."""
     checks.check_count("warmup", options.warmup, 0)
     checks.check_count("length", options.length, 1)
-    checks.check_scale("learning_rate", options.learning_rate)
+    checks.check_positive("learning_rate", options.learning_rate)
     checks.check_seed("seed", options.seed)
     files.check_apart("save", options.save, text=options.text)
     files.check_target("save", options.save)

@@ -42,8 +42,8 @@ def check_vision_config(config: VisionConfig) -> None:
             f"vision.width must be at least 6 per head, a pair for each of three axes, "
             f"got {config.head_dim}"
         )
-    _check_positive("vision.rope_theta", config.rope_theta)
-    _check_positive("vision.norm_eps", config.norm_eps)
+    checks.check_positive("vision.rope_theta", config.rope_theta)
+    checks.check_positive("vision.norm_eps", config.norm_eps)
 
 
 def check_model_config(config: ModelConfig) -> None:
@@ -86,7 +86,7 @@ def check_model_config(config: ModelConfig) -> None:
         "norm_eps",
         "init_std",
     ):
-        _check_positive(name, getattr(config, name))
+        checks.check_positive(name, getattr(config, name))
     checks.check_type("msa", config.msa, MSAConfig)
     checks.check_flag("tied_head", config.tied_head)
     checks.check_flag("index_gradient", config.index_gradient)
@@ -125,12 +125,6 @@ def read_kinds(name: str, kinds: Any) -> tuple[str, ...]:
     if not isinstance(kinds, (list, tuple)):
         raise TypeError(f"{name} must be a list, got {checks.kind(kinds)}")
     return tuple(kinds)
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if value is None:
-        raise TypeError(f"{name} must be a number, got None")
-    checks.check_scale(name, value)
 
 
 # -- inputs ---------------------------------------------------------------------------------------
@@ -269,7 +263,7 @@ def check_sampling(sampling: Sampling) -> None:
     """A temperature of 0 or more, an integer as seed."""
     checks.check_seed("seed", sampling.seed)
     if sampling.temperature != 0:
-        checks.check_scale("temperature", sampling.temperature)
+        checks.check_positive("temperature", sampling.temperature)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -280,7 +274,8 @@ def check_training(options: TrainOptions, presets: tuple[str, ...]) -> None:
     checks.check_seed("seed", options.seed)
     if options.steps is not None:
         checks.check_count("steps", options.steps, 1)
-    checks.check_scale("minutes", options.minutes)
+    if options.minutes is not None:
+        checks.check_positive("minutes", options.minutes)
     if options.steps is not None and options.minutes is not None:
         raise ValueError(f"minutes must be None where steps are given, got {options.minutes}")
     if options.attention not in (None, "msa", "dense", "window"):
@@ -381,7 +376,8 @@ def check_findings(options: RunOptions, known: Iterable[str]) -> None:
             raise ValueError(f"{name} must name at least one, and each once, got {values}")
     for name in ("workers", "steps", "documents"):
         checks.check_count(name, getattr(options, name), 1)
-    checks.check_scale("minutes", options.minutes)
+    if options.minutes is not None:
+        checks.check_positive("minutes", options.minutes)
 
 
 def check_same_findings(where: str, found: dict[str, Any], own: dict[str, Any]) -> None:
