@@ -247,8 +247,9 @@ def check_absent(name: str, borders: Any, reason: str) -> None:
 def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
     """Borders of queries and of keys come together."""
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
-        raise ValueError(f"{missing} must be given along with the other borders, got None")
+        names = ["cu_seqlens_q", "cu_seqlens_k"]
+        missing, given = names if cu_seqlens_q is None else names[::-1]
+        raise ValueError(f"{missing} must be given along with {given}, got None")
 
 
 # -- tensors --------------------------------------------------------------------------------------
@@ -474,9 +475,11 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
 def check_triton_device(array: Any, interpreted: bool) -> None:
     """Kernels need a GPU, or Triton's interpreter, which runs them on the CPU for tests."""
     if not interpreted and not (is_torch(array) and array.is_cuda):
-        where = f"a tensor on {array.device}" if is_torch(array) else f"a {kind(array)}"
+        where, other = f"a {kind(array)}", "reference"
+        if is_torch(array):
+            where, other = f"a tensor on {array.device}", "torch"
         raise ValueError(
-            f"backend='triton' must be given CUDA tensors, got {where}: use backend='torch', or "
+            f"backend='triton' must be given CUDA tensors, got {where}: use backend='{other}', or "
             "set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
         )
 
