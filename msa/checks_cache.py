@@ -131,6 +131,7 @@ def check_written(cache: PagedKV) -> None:
                 f"cache.{name} must not be of 8 bits under TRITON_INTERPRET=1, for Triton's "
                 f"interpreter rounds to them wrongly, got {array.dtype}: use PagePool.append"
             )
+    check_apart(**{f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS})
 
 
 def check_scaled(cache: PagedKV, name: str) -> None:
@@ -221,6 +222,7 @@ def check_pages(**pages: Any) -> None:
         check_own_memory(name, pages[name])
     checks.check_same_dtype(k_pages=pages["k_pages"], v_pages=pages["v_pages"])
     checks.check_same_place(**pages)
+    check_apart(**pages)
     check_writable(**pages)
     if sizes["pages"] > MOST:
         raise ValueError(f"k_pages must have at most {MOST} pages, got {sizes['pages']}")
@@ -268,6 +270,24 @@ def check_own_memory(name: str, array: Any) -> None:
             f"{name} must have memory for each number, got strides {list(strides)}: an expanded "
             "array must be copied"
         )
+
+
+def check_apart(**arrays: Any) -> None:
+    """No two arrays start at the same place: what is written to one would be read from the other.
+
+    Arrays that interleave, such as halves of one tensor, start at different places.
+    """
+    seen: dict[int, str] = {}
+    for name, array in arrays.items():
+        if 0 in array.shape:
+            continue
+        start = array.data_ptr() if checks.is_torch(array) else array.ctypes.data
+        if start in seen:
+            raise ValueError(
+                f"{name} must have memory of its own, got that of {seen[start]}: make one array "
+                "for each"
+            )
+        seen[start] = name
 
 
 def check_held(sequence: Any, lengths: list[int]) -> None:

@@ -156,7 +156,7 @@ def states(path):
         torch.save(thing, file)
         foreign[name] = file.getvalue()
     foreign |= {"empty": b"", "text": b"hello", "pickle": b"\x80\x02N."}
-    return foreign | {f"cut to {n}": content[:n] for n in (100, len(content) // 2, -500)}
+    return foreign | {f"cut to {n}": content[:n] for n in (100, 20_000, len(content) // 2, -500)}
 
 
 def test_a_broken_state_is_told_and_left_alone(stopped, capsys):

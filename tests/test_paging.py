@@ -399,6 +399,19 @@ def test_pages_that_cannot_be_written_make_no_pool(name, spoiled, wanted):
         msa.PagePool(**(pages | {f"{name}_pages": bad}), batch=1)
 
 
+@pytest.mark.parametrize("make", [np.zeros, torch.zeros])
+def test_keys_and_values_do_not_share_memory(make):
+    """What is written to one would be read from the other; halves of one array lie apart."""
+    both, k_idx_pages = make((3, 4, 2, 1, 2)), make((3, 4, 2))
+    k_pages, v_pages = both[:, :, 0], both[:, :, 1]
+    pool = msa.PagePool(k_pages, v_pages, k_idx_pages, batch=1)
+    assert pool.free_pages == 3
+    with pytest.raises(ValueError, match="v_pages must have memory of its own, got that of k_p"):
+        msa.PagePool(k_pages, k_pages[...], k_idx_pages, batch=1)
+    with pytest.raises(ValueError, match="k_idx_pages must have memory of its own, got that of v"):
+        msa.PagePool(make((3, 4, 1, 2)), k_pages, k_pages[:, :, 0], batch=1)
+
+
 def test_counts_beyond_32_bits_are_refused(monkeypatch):
     """Tensors on "meta" take no memory, so the door has to let them in."""
     monkeypatch.setattr(checks, "check_plain", lambda name, array: None)

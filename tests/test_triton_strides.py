@@ -404,6 +404,14 @@ def test_append_tokens(eight):
     same(append(fresh(eight), shared), append(fresh(eight), whole))
 
 
+def test_append_tokens_needs_memory_for_keys_and_for_values():
+    parts = fresh(())
+    parts["v_pages"] = parts["k_pages"]
+    wanted = "cache.v_pages must have memory of its own, got that of cache.k_pages"
+    with pytest.raises(ValueError, match=wanted):
+        append(parts, tokens())
+
+
 def test_append_tokens_writes_only_what_it_should():
     """A column of a wider tensor: the other one stays."""
     parts = fresh(())

@@ -170,8 +170,9 @@ class Trainer:
             ValueError: a file that is no whole state, or was saved under other settings.
         """
         path, broken = folder / STATE, (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+        content = io.BytesIO(path.read_bytes())  # in a cut file, torch seeks to where none is
         try:
-            state = torch.load(path, map_location=self.preset.device, weights_only=True)
+            state = torch.load(content, map_location=self.preset.device, weights_only=True)
         except (pickle.UnpicklingError, EOFError, AttributeError, *broken):
             raise checks.bad_state(path, "it cannot be read") from None
         checks.check_state(path, state, ("settings", "steps", "step", "model", "optimizer"))
