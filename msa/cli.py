@@ -108,7 +108,7 @@ def supplied(name: str, call: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "benchmarks":
             raise ValueError(
-                f"msa {name} draws or measures with the folder benchmarks of a checkout, where "
+                f"msa {name} runs from a checkout, which has the folder benchmarks; there "
                 "pip install -e '.[all]' brings what it needs"
             ) from None
         extras = COMMANDS[name][-1]

@@ -260,3 +260,21 @@ def test_no_graph_is_kept_without_need(case: Case):
     given_ = [subject.give(x, case.dtype) for x in (*case.inputs.main, *case.inputs.index)]
     output = subject.module.attend(*given_, case.sequences, case.config)
     assert not output.out.requires_grad and not output.lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["out", "kl"])
+def test_a_second_derivative_is_refused_and_not_left_out(backend, name):
+    """Only where it is asked for: a graph of the first one alone is no reason."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = (20, 2, 16), (20, 1, 16), (20, 1, 16), (20, 1, 16), (20, 16)
+    inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+    config = msa.MSAConfig(block_size=16, top_k=1)
+    output = msa.attention(*inputs, config=config, align=True, backend=backend)
+    first = torch.autograd.grad(
+        getattr(output, name).sum(), inputs, create_graph=True, allow_unused=True
+    )
+    known = [gradient for gradient in first if gradient is not None]
+    assert all(gradient.isfinite().all() for gradient in known)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        known[0].square().sum().backward()

@@ -108,6 +108,7 @@ def attend_selection(
     return forward(Kept(), q, k, v, selection, scale, *loop_order(name))
 
 
+@torch.no_grad()
 @in_given_dtypes
 def selection_gradients(
     d_out: Tensor, d_lse: Tensor, saved: tuple[Tensor, ...], indices: Tensor,
@@ -127,6 +128,7 @@ def selection_gradients(
     return d_q, d_k, d_v
 
 
+@torch.no_grad()
 @in_given_dtypes
 def align(
     tensors: dict[str, Tensor], indices: Tensor | None, lse: Tensor | None,

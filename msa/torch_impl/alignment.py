@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
-from msa.torch_impl.numerics import rounds_coarsely, working_dtype
+from msa.torch_impl.numerics import differentiable_once, rounds_coarsely, working_dtype
 from msa.torch_impl.verdicts import dense_verdicts, sparse_verdicts
 
 
@@ -73,7 +72,7 @@ class Alignment(torch.autograd.Function):
         return (loss / count).to(torch.float64 if wide else torch.float32)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward found."""
         grads = (x * d_loss for x in ctx.saved_tensors)

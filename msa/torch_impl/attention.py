@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Output, Selection, Sequences
@@ -16,7 +15,7 @@ from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.items import edges_per_item
 from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
-from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.numerics import differentiable_once, working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
 from msa.torch_impl.selection import select_fused
 
@@ -100,7 +99,7 @@ class SelectedAttention(torch.autograd.Function):
         return out.to(q.dtype), lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for q, k, v; none for the selection (R18)."""
         q, k, v, out, lse = ctx.saved_tensors

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FINE = 2.0**-18
 """How far float32 may round a logarithm whose exponential is to be a probability: that of 32."""
@@ -60,3 +64,20 @@ def rounds_coarsely(lse: Tensor) -> bool:
     [False, True, False]
     """
     return bool(lse.numel()) and FINE < _highest(lse) * torch.finfo(lse.dtype).eps < torch.inf
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that has no backward: whoever differentiates what it returns gets an error.
+
+    torch's own mark says nothing where no incoming gradient asks for one, as under
+    create_graph=True; second derivatives would be left out without a word.
+    """
+    marked = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return marked(ctx, *gradients)
+
+    return run

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl import tuning
-from msa.triton_impl.places import on_its_device
+from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
@@ -122,7 +121,7 @@ class Alignment(torch.autograd.Function):
         return (loss / count).float()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @on_its_device
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward found."""

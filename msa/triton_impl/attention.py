@@ -36,7 +36,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
@@ -46,7 +45,7 @@ from msa.triton_impl.alignment import align_index
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
-from msa.triton_impl.places import on_its_device
+from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
@@ -152,7 +151,7 @@ class SelectedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @on_its_device
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
@@ -180,8 +179,9 @@ def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> i
 
     dims: D + Dv. One item of each block and group is not counted: no super-tile has fewer.
 
-    >>> ids, sequences = torch.empty((2**18, 4, 16), device="meta"), Sequences.one(2**18, 2**18)
-    >>> gradient_tile(Selection(ids, sequences, 128), heads=64, groups=4, dims=256)
+    >>> ids = torch.empty((2**18, 4, 16), dtype=torch.int32, device="meta")
+    >>> chosen = Selection(ids, Sequences.one(2**18, 2**18), 128)
+    >>> gradient_tile(chosen, heads=64, groups=4, dims=256)
     131072
     """
     positions, block = positions_of(heads // groups), selection.block_size

@@ -28,6 +28,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from msa.checks import check_known_before_capture
 
@@ -139,3 +140,20 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         with ThreadPoolExecutor(1) as thread:
             thing = thread.submit(make_and_wait).result()
         return Kept(thing, tensors_of(thing))
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that has no backward: whoever differentiates what it returns gets an error.
+
+    torch's own mark says nothing where no incoming gradient asks for one, as under
+    create_graph=True; second derivatives would be left out without a word.
+    """
+    marked = once_differentiable(backward)
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return marked(ctx, *gradients)
+
+    return run
