@@ -187,7 +187,8 @@ def eight_bit_cache():
     pages = torch.ones(3, BLOCK, 1, 16, device=DEVICE).to(torch.float8_e4m3fn)
     table, lengths = torch.tensor([[2, 1]], device=DEVICE), torch.tensor([20], device=DEVICE)
     scales = torch.ones(3, 1, device=DEVICE)
-    return PagedKV(pages, pages, pages[:, :, 0], table, lengths, scales, scales, scales[:, 0])
+    return PagedKV(pages, pages.clone(), pages[:, :, 0].clone(), table, lengths, scales,
+                   scales.clone(), scales[:, 0].clone())  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
