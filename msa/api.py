@@ -50,7 +50,7 @@ def attention(
         backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
         loop_order: triton only. "union" walks each tile of queries along the union of its blocks,
             "kv_outer" reads each block once for all that selected it, "auto" decides by the tile.
-            The result is the same up to rounding (and up to NaN, where k or v is not finite: R9).
+            The result is the same up to rounding (R16; and NaN where k or v is not finite: R9).
         index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits: faster, and no
             longer the same function of q_idx and k_idx.
 

@@ -279,9 +279,9 @@ def check_apart(**arrays: Any) -> None:
     """
     seen: dict[int, str] = {}
     for name, array in arrays.items():
-        if 0 in array.shape:
-            continue
         start = array.data_ptr() if checks.is_torch(array) else array.ctypes.data
+        if 0 in array.shape or not start:  # without memory
+            continue
         if start in seen:
             raise ValueError(
                 f"{name} must have memory of its own, got that of {seen[start]}: make one array "

@@ -282,7 +282,7 @@ def test_the_version(capsys):
     ("demo digits", "sklearn", "msa demo digits needs sklearn; pip install 'msa-stack[demo]'"),
     ("findings run", "torch", "msa findings run needs torch; pip install 'msa-stack[model,demo]'"),
     ("convert --model x", "transformers", "needs transformers; pip install 'msa-stack[transformer"),
-    ("bench plots", "benchmarks.plots", "the folder benchmarks of a checkout"),
+    ("bench plots", "benchmarks.plots", "runs from a checkout"),
 ])  # fmt: skip
 def test_a_missing_library_is_named_with_its_extra(command, missing, message, monkeypatch, capsys):
     def lack(module):

@@ -113,7 +113,7 @@ def attend_selection(
     Differentiable in q, k and v with the selection held fixed (R18), lse included.
 
     Args:
-        loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding.
+        loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
 
     Raises:
         ValueError: a block size that the kernels do not have.
