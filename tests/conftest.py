@@ -12,6 +12,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import jaxtyping
@@ -23,6 +24,7 @@ from hypothesis.internal.conjecture import providers
 STARTED = time.monotonic()
 CUDA = torch.cuda.is_available()
 EXAMPLES = 50
+LARGE = 2**31  # bytes of a device that a test may leave to the next one of its worker
 GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
 
 if not CUDA:
@@ -89,16 +91,16 @@ def in_order(items, order):
 @pytest.fixture(autouse=True)
 def one_large_test_at_a_time(request):
     """The workers share a device, and several tests of tens of GB do not fit it."""
-    if not CUDA or request.node.get_closest_marker("large") is None:
-        yield
-        return
-    import fcntl
+    with ExitStack() as stack:
+        if CUDA and request.node.get_closest_marker("large"):
+            import fcntl
 
-    with open(Path(tempfile.gettempdir()) / "msa-large-tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held until the file is closed
+            path = Path(tempfile.gettempdir()) / "msa-large-tests.lock"
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)  # until it is closed
         yield
-        gc.collect()
-        torch.cuda.empty_cache()
+        if CUDA and torch.cuda.memory_reserved() > LARGE:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -165,6 +165,7 @@ def test_decoding_over_many_blocks(most, top_k, sink, local, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_decoding_with_the_most_blocks():
     """Of a table that has more, with scores that the kernel's own choice would have to sort."""
     cache = cache_of([(LARGEST + 5) * BLOCK], LARGEST + 5)
@@ -350,6 +351,7 @@ def test_when_the_backward_is_cut(tokens, super_tiles):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 def test_a_backward_over_256k_tokens_keeps_to_its_bound():
     """What `msa.triton_impl.attention` says, and the three gradients."""
     tokens, heads, groups, dim, top_k = 2**18, 64, 4, 128, 16
