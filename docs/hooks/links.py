@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 OUTPUT = r'</pre></div>\s*<div class="language-text highlight">.*?</div>'
 """What was printed stands right behind the code that printed it."""
-SAYS_FALSE = r"(?<!got )\bFalse\b"
-"""A counterexample may say that it got False; nothing else may."""
+SAYS_FALSE = r"(?<!got )(?<!=)\bFalse\b"
+"""A counterexample may say that it got False, a message what to set to it; nothing else may."""
 
 
 class Page(HTMLParser):
