@@ -27,6 +27,7 @@ EXAMPLES = 50
 LARGE = 2**31  # bytes of a device that a test may leave to the next one of its worker
 GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a hub
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     if importlib.util.find_spec("triton"):
