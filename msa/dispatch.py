@@ -6,7 +6,6 @@ No registry, no environment variable, no priority list, no silent fall-back.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -45,7 +44,7 @@ def resolve(backend: BackendName, array: Array) -> str:
         ValueError: triton for anything but a CUDA tensor (R20).
     """
     if backend == "triton":
-        checks.check_triton_device(array, interpreted=os.environ.get("TRITON_INTERPRET") == "1")
+        checks.check_triton_device(array, checks.is_interpreted())
     if backend != "auto":
         return backend
     if not checks.is_torch(array):

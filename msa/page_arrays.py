@@ -39,12 +39,12 @@ def make_scales(pages: Array) -> Array | None:
     """Ones for each page, and head if there are any; for pages of 8 bits only."""
     if not checks.is_eight_bits(pages):
         return None
-    return beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
+    return checks.beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
 
 
 def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Array) -> None:
     """k, v and k_idx of t tokens to their places [t]: in the dtype of the pages, or in 8 bits."""
-    where = tuple(beside(cache.k_pages, x) for x in (page, offset))
+    where = tuple(checks.beside(cache.k_pages, x) for x in (page, offset))
     places = None
     for name, tokens in new.items():
         pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
@@ -54,7 +54,7 @@ def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Arr
             continue
         if places is None:
             known = vars(eight_bits.Places.of(page, offset)).values()
-            places = eight_bits.Places(*(beside(pages, x) for x in known))
+            places = eight_bits.Places(*(checks.beside(pages, x) for x in known))
         eight_bits.write_tokens(pages, scales, tokens, places)
 
 
@@ -62,14 +62,14 @@ def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
     """Pages into others, scales included."""
     if not copies:
         return  # as in most steps of a generation
-    old, new = (beside(cache.k_pages, x) for x in np.array(copies, np.int64).T)
+    old, new = (checks.beside(cache.k_pages, x) for x in np.array(copies, np.int64).T)
     for array in _parts(cache).values():
         array[new] = array[old]
 
 
 def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
     """Copies of the pages of one sequence."""
-    own = beside(cache.k_pages, own.astype(np.int64))
+    own = checks.beside(cache.k_pages, own.astype(np.int64))
     parts = {name: _contiguous(array[own]) for name, array in _parts(cache).items()}
     for name in NAMES:
         pages = parts[name]
@@ -80,7 +80,7 @@ def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
 
 def put_in(cache: PagedKV, own: Array, pages: SequencePages) -> None:
     """The same bits into pages of this cache."""
-    own = beside(cache.k_pages, own.astype(np.int64))
+    own = checks.beside(cache.k_pages, own.astype(np.int64))
     for name, array in _parts(cache).items():
         array[own] = _carried(getattr(pages, name), array)
 
@@ -98,15 +98,6 @@ def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool
         _set(cache.lengths, (rows,), after.astype(np.int32))
 
 
-def beside(like: Array, array: np.ndarray) -> Array:
-    """An array of the host in the library, and on the device, of `like`."""
-    if not checks.is_torch(like):
-        return array
-    import torch
-
-    return torch.from_numpy(array).to(like.device)
-
-
 def _parts(cache: PagedKV) -> dict[str, Array]:
     """All that there is of each page, by the names of `SequencePages`."""
     parts: dict[str, Array] = {}
@@ -119,7 +110,7 @@ def _parts(cache: PagedKV) -> dict[str, Array]:
 
 
 def _set(array: Array, where: tuple[np.ndarray, ...], values: np.ndarray) -> None:
-    array[tuple(beside(array, x) for x in where)] = beside(array, values)
+    array[tuple(checks.beside(array, x) for x in where)] = checks.beside(array, values)
 
 
 def _carried(array: Array, like: Array) -> Array:
@@ -127,7 +118,8 @@ def _carried(array: Array, like: Array) -> Array:
     bits = _bits(_contiguous(array))
     if not checks.is_torch(like):
         return checks.to_numpy(bits).view(like.dtype)
-    return (bits if checks.is_torch(bits) else beside(like, bits)).to(like.device).view(like.dtype)
+    bits = bits if checks.is_torch(bits) else checks.beside(like, bits)
+    return bits.to(like.device).view(like.dtype)
 
 
 def _bits(array: Array) -> Array:

@@ -90,7 +90,7 @@ class PagePool:
         """Sequences with tokens that others write, and may not have written yet."""
         table, lengths = self._book.table.copy(), self._book.lengths.astype(np.int32)
         table, lengths, shared = (
-            page_arrays.beside(k_pages, x) for x in (table, lengths, np.zeros(pages, np.uint8))
+            checks.beside(k_pages, x) for x in (table, lengths, np.zeros(pages, np.uint8))
         )
         scales = (page_arrays.make_scales(x) for x in (k_pages, v_pages, k_idx_pages))
         self.cache = PagedKV(k_pages, v_pages, k_idx_pages, table, lengths, *scales, shared=shared)
