@@ -262,7 +262,7 @@ def append_tokens(
     for n more tokens, such as an empty slot of the batch, stays as it is, and its tokens are not
     looked at. So does one that would write to a page which it shares with another (`PagePool.fork`)
     because nothing was reserved for it. But one whose last page is its own and has room grows, and
-    the pool learns nothing of it: reserve for each sequence of the batch that has tokens.
+    the pool does not count those tokens: reserve for each sequence of the batch that has tokens.
 
     Args:
         cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place, so

@@ -254,7 +254,7 @@ def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
 
 # -- tensors --------------------------------------------------------------------------------------
 def check_plain(name: str, array: Any) -> None:
-    """A NumPy array or a torch tensor whose numbers lie in memory as they are: the door.
+    """A NumPy array or a torch tensor whose numbers lie in memory as they are.
 
     Every array that a caller gives comes through here first. Subclasses are refused, for theirs
     may mean more than its numbers (a mask, a shard, units); so are tensors without numbers, with

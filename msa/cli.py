@@ -59,7 +59,7 @@ COMMANDS = {
 }
 """The module that runs each command, the name of its options there, and the extras it needs."""
 REFUSED, INTERRUPTED, CLOSED = 2, 130, 141
-"""Exit codes: input that cannot be used, Ctrl-C, nobody reads the output any more."""
+"""Exit codes: input that cannot be used, Ctrl-C, an output whose reader has closed it."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -160,7 +160,7 @@ def _sync(folder: Path) -> None:
 def locked(name: str, folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder that one writes to; the system drops a dead one's lock.
 
-    Without fcntl, as on Windows, nobody is kept out.
+    Without fcntl, as on Windows, a second run is not refused.
 
     Raises:
         ValueError: another process is at work there; with its id.

@@ -1,10 +1,11 @@
 """A pool of pages, given out to sequences as they grow (R2): what serving needs beside `decode`.
 
-Two classes, because two clocks tick here. `PagedKV` is a view, arrays and nothing else: it is
-what `decode` takes, and what a CUDA graph can be captured over, for its arrays stay where they are
-while tables and lengths change inside them (`msa.page_arrays`). `PagePool` keeps the book of them
-on the host: which page is whose, and which are free (`msa.page_book`). It reads lengths back from
-the device only where tokens were reserved, for it cannot see when these are written.
+Two classes, because the device and the host advance at different times. `PagedKV` is a view,
+arrays and nothing else: it is what `decode` takes, and what a CUDA graph can be captured over, for
+its arrays stay where they are while tables and lengths change inside them (`msa.page_arrays`).
+`PagePool` keeps the book of them on the host: which sequence holds which page, and which pages are
+free (`msa.page_book`). It reads lengths back from the device only where tokens were reserved, for
+it cannot see when these are written.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ class PagePool:
         """Take in what a pool has exported: the same bits, in free pages of this one.
 
         From another device or library they are copied over. Block size, heads, dims and dtypes must
-        be those of this pool; how many pages and sequences either has is all the same.
+        be those of this pool; the two pools may have other numbers of pages and sequences.
 
         Args:
             pages: from `export`.
@@ -318,7 +319,7 @@ class PagePool:
     def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
         """A change, in the book and in the arrays, with what is written to the pages in between.
 
-        Tables and lengths come last: until then nobody reads what was written. If anything fails,
+        Tables and lengths come last: until then no call reads what was written. If anything fails,
         the book takes the change back.
         """
         checks_cache.check_changeable(self.cache)

@@ -194,7 +194,7 @@ def r9_what_is_not_finite_reaches_its_readers_alone(subject: Subject, case: Case
 def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
     subject: Subject, paged: PagedCase
 ) -> Measure:
-    """The same of decoding; tokens behind a sequence's length, which are NaN here, reach nobody."""
+    """The same of decoding. NaN behind a sequence's length changes no result."""
     live, case = np.array(paged.live, bool), paged.case
     clean = replace(paged, case=before(case))
     outputs: list[Output] = []

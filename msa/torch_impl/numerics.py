@@ -67,10 +67,10 @@ def rounds_coarsely(lse: Tensor) -> bool:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that has no backward: whoever differentiates what it returns gets an error.
+    """A backward that cannot be differentiated again: who tries gets an error.
 
     torch's own mark says nothing where no incoming gradient asks for one, as under
-    create_graph=True; second derivatives would be left out without a word.
+    create_graph=True; second derivatives would be left out silently.
     """
     marked = once_differentiable(backward)
 
