@@ -3,9 +3,10 @@
 It runs the same operations on the same numbers. What is saved is bookkeeping around them: at every
 launch, and at every call of one kernel function by another, it looks through all of
 `triton.language` for functions to replace; every tensor has its shape checked, named and wrapped
-anew; and every sum and product of integers is done a second time in 64 bits, for a check that
-`debug` alone switches on. The names used here are internal, so another release of Triton than the
-one that they were read in runs as it is.
+anew; every operator asks for the dtypes of its operands again, and makes an array of each number;
+and every sum and product of integers is done a second time in 64 bits, for a check that `debug`
+alone switches on. The names used here are internal, so another release of Triton than the one that
+they were read in runs as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def quicken() -> bool:
     replace_functions_once()
     keep_shapes()
     keep_dtypes()
+    keep_operands()
     options = interpreter.interpreter_builder.options
     if not options.debug:  # the overflow check asserts nothing then
         object.__setattr__(options, "sanitize_overflow", False)
@@ -43,11 +45,24 @@ def replace_functions_once() -> None:
         for owner in owners
     }
 
+    semantic, replacements = interpreter.interpreter_semantic, {}
+
+    def replacement_of(member):
+        if member not in replacements:
+            function = getattr(member, "__wrapped__", member)
+
+            def call(*args, **kwargs):
+                kwargs["_semantic"] = semantic
+                return function(*args, **kwargs)
+
+            replacements[member] = call
+        return replacements[member]
+
     def replace_builtins(owner, builder, scope):
         for name in builtins[owner]:
             member = getattr(owner, name)
             if tl.core.is_builtin(member):  # it may have been replaced already
-                interpreter._patch_attr(owner, name, member, builder, scope)
+                scope.set_attr(owner, name, replacement_of(member))
 
     replace_all, PlainScope = interpreter._patch_lang, interpreter._LangPatchScope
     languages, done = {id(tl), id(tl.core)}, set()
@@ -110,3 +125,44 @@ def keep_dtypes() -> None:
         return POINTER if isinstance(dtype, tl.pointer_type) else of_scalar(dtype)
 
     interpreter._get_np_dtype = of_any
+
+
+def keep_operands() -> None:
+    """Operands that agree in dtype and shape are taken as they are, and equal numbers share arrays.
+
+    The shared arrays cannot be written to, so a kernel that changed one would fail.
+    """
+    Semantic = tl.semantic.TritonSemantic
+    check = Semantic.binary_op_type_checking_impl
+    numbers, kept = (int, float, bool), {}
+
+    def check_quickly(self, lhs, rhs, lhs_ptr=False, rhs_ptr=False, arithmetic=True, div=False):
+        left, right = type(lhs), type(rhs)
+        if left is tl.tensor and right is tl.tensor:
+            same = lhs.dtype.name == rhs.dtype.name and not lhs.dtype.is_ptr()
+            if same and not (div and lhs.dtype.primitive_bitwidth == 16):
+                if lhs.shape is rhs.shape:
+                    return lhs, rhs
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic and left is tl.tensor and right in numbers and not lhs.dtype.is_ptr():
+            key = rhs, right, lhs.type.name, div
+            if key not in kept:
+                kept[key] = keep(self, *check(self, lhs, rhs, lhs_ptr, rhs_ptr, True, div), lhs)
+            if kept[key] is not None:
+                return lhs, kept[key]
+        return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, div)
+
+    def keep(self, tensor, number, given):
+        """The number as a tensor, if the other operand stays what it was given as; else None."""
+        if tensor is not given:
+            return None
+        number.handle.data = number.handle.data.copy()
+        number.handle.data.flags.writeable = False
+        return number
+
+    Semantic.binary_op_type_checking_impl = check_quickly
+
+    def init_handle(self, data, dtype, attr=None):
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+
+    interpreter.TensorHandle.__init__ = init_handle
