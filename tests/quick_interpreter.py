@@ -87,7 +87,7 @@ def replace_functions_once() -> None:
 def keep_shapes() -> None:
     """A block's shape is checked, named and wrapped once for each shape that occurs."""
     make_block, broadcast = tl.block_type.__init__, tl.semantic.TritonSemantic.broadcast_impl_value
-    shapes, names = {}, {}
+    shapes, names, broadcasts = {}, {}, {}
     scalar = tl.core.tuple([]), tl.core.constexpr(1)
 
     def init_block(self, element_ty, shape):
@@ -108,7 +108,22 @@ def keep_shapes() -> None:
     def broadcast_unlike(self, lhs, rhs):
         if lhs.shape is rhs.shape:
             return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        key = lhs.type.name, rhs.type.name
+        if key not in broadcasts:
+            pair = broadcast(self, lhs, rhs)
+            broadcasts[key] = [
+                None if new is old else (new.type, new.handle.data.shape)
+                for old, new in zip((lhs, rhs), pair)
+            ]
+            return pair
+        return [
+            tensor if new is None else spread(tensor.handle, *new)
+            for tensor, new in zip((lhs, rhs), broadcasts[key])
+        ]
+
+    def spread(handle, type, shape):
+        data = np.broadcast_to(handle.data, shape)
+        return tl.tensor(interpreter.TensorHandle(data, handle.dtype.scalar), type)
 
     tl.block_type.__init__ = init_block
     tl.tensor.__init__ = init_tensor
@@ -139,10 +154,10 @@ def keep_operands() -> None:
     def check_quickly(self, lhs, rhs, lhs_ptr=False, rhs_ptr=False, arithmetic=True, div=False):
         left, right = type(lhs), type(rhs)
         if left is tl.tensor and right is tl.tensor:
-            same = lhs.dtype.name == rhs.dtype.name and not lhs.dtype.is_ptr()
-            if same and not (div and lhs.dtype.primitive_bitwidth == 16):
-                if lhs.shape is rhs.shape:
-                    return lhs, rhs
+            is_pointer = lhs.dtype.is_ptr()
+            same = lhs.dtype.name == rhs.dtype.name and not is_pointer
+            same = same and not (div and lhs.dtype.primitive_bitwidth == 16)
+            if same or (is_pointer and lhs_ptr and rhs.dtype.is_int()):
                 return self.broadcast_impl_value(lhs, rhs)
         elif arithmetic and left is tl.tensor and right in numbers and not lhs.dtype.is_ptr():
             key = rhs, right, lhs.type.name, div
