@@ -12,9 +12,9 @@ pytest.importorskip("rich")
 import msa
 from msa.demo import digits
 from msa.demo.digits import DigitsOptions
-from msa.demo.experiment import keys_read, measure
-from msa.demo.features import load_images, split
-from msa.demo.stream import Stream, build_stream
+from msa.demo.digits.experiment import keys_read, measure
+from msa.demo.digits.features import load_images, split
+from msa.demo.digits.stream import Stream, build_stream
 
 INDEX_DIMS, BLOCK, TENTH = 16, 8, 18
 
