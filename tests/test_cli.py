@@ -320,7 +320,7 @@ def test_findings_are_shown_and_their_results_are_in_the_package(capsys):
 def test_findings_need_no_torch():
     code = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'sklearn', 'matplotlib')); "
-        "from msa import cli; sys.exit(cli.main(['findings']))"
+        "from msa.ablations.tables import FindingsOptions, run; sys.exit(run(FindingsOptions()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "MSA from scratch" in done.stdout, done.stderr

@@ -88,6 +88,7 @@ def test_held_out_images_help_no_other(stream):
             stream,
             **{name: getattr(stream, name)[i : i + 1] for name in ("q", "q_idx")},
             **{name: getattr(stream, name)[: n + 1] for name in ("k", "v", "k_idx")},
+            images=np.append(stream.images[:n], stream.images[n + i][None], axis=0),
             labels=np.append(stream.labels[:n], stream.labels[n + i]),
         )
         for i in range(few)

@@ -206,7 +206,7 @@ def test_a_converted_model_is_the_dense_one_until_it_selects(dense, tmp_path, ca
     """R11; weights as they were, and the index drawn by the seed."""
     out = str(tmp_path / "out")
     assert cli.main(["convert", str(dense), "--out", out, "--top-k", "6"]) == 0
-    assert f"lies in {out}" in capsys.readouterr().out
+    assert f"is in {out}" in capsys.readouterr().out
     old, new = checkpoint.load(dense), checkpoint.load(out)
     assert new.config == replace(
         old.config, attention=("msa",) * 2, msa=msa.MSAConfig(block_size=16, top_k=6)

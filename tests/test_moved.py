@@ -52,14 +52,12 @@ def test_the_finder_is_installed_once_by_the_package():
 
 @pytest.mark.parametrize("entry", moved.MOVED.items(), ids=moved.MOVED)
 def test_every_new_path_is_there(entry):
-    old, new = entry
-    module, _, name = new.partition(":")
-    found = importlib.import_module(module)
-    if ":" in old:
-        assert old.partition(":")[0] in moved.MOVED
-        assert name and hasattr(found, name)
-    else:
-        assert not name
-    with pytest.warns(DeprecationWarning) if ":" not in old else pytest.MonkeyPatch.context():
-        sys.modules.pop(old.partition(":")[0], None)
-        importlib.import_module(old.partition(":")[0])
+    old, new = ((*path.partition(":")[::2],) for path in entry)
+    assert old[0] in moved.MOVED
+    assert bool(old[1]) == bool(new[1])
+    found = importlib.import_module(new[0])
+    assert not new[1] or hasattr(found, new[1])
+    sys.modules.pop(old[0], None)
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        again = importlib.import_module(old[0])
+    assert not new[1] or getattr(again, old[1]) is getattr(found, new[1])

@@ -150,7 +150,7 @@ def findings(folder, **rows):
 
 
 def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
-    with mock.patch("docs.hooks.measured.RESULTS", tmp_path):
+    with mock.patch("docs.hooks.measured.FINDINGS", tmp_path):
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
         far, _, prose, gradient = claims.table().splitlines()[2:6]
         assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")

@@ -21,6 +21,8 @@ from benchmarks.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+FINDINGS = ROOT / "msa" / "ablations"
+"""The folder of the ablations' results, which are part of the package."""
 SHARED = ("tiles", "tuning")
 KERNELS = {
     "prefill": ("union_walk", "partials", "combine", "selection", "block_topk", "quantize",
@@ -125,9 +127,8 @@ def check(found: Any, schema: Any, where: str) -> None:
 
 
 def path_of(name: str) -> Path:
-    """The path of a results file; the package contains the results of the ablations."""
-    folder = ROOT / "msa" / "ablations" if name.startswith("findings") else RESULTS
-    return folder / f"{name}.json"
+    """The path of a results file such as "prefill_h100"."""
+    return (FINDINGS if name.startswith("findings") else RESULTS) / f"{name}.json"
 
 
 def read(name: str) -> dict[str, Any]:

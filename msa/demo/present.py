@@ -78,7 +78,7 @@ def summary(comparison: Comparison) -> str:
     )
 
 
-def half_blocks(picture: Float[np.ndarray, "8 8"]) -> str:
+def half_blocks(picture: Float[np.ndarray, "height width"]) -> str:
     """The picture as text. A character is two pixels high.
 
     >>> half_blocks(np.array([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]]))

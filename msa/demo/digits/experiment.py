@@ -58,7 +58,9 @@ def attend_random(stream: Stream, top_k: int, backend: BackendName) -> Output:
     return attend_blocks(stream, np.sort(draw.argsort(axis=-1)[..., : top_k - 1]), backend)
 
 
-def attend_blocks(stream: Stream, chosen: Int[Array, "Tq Hkv k-1"], backend: BackendName) -> Output:
+def attend_blocks(
+    stream: Stream, chosen: Int[Array, "Tq Hkv chosen"], backend: BackendName
+) -> Output:
     """Attend to the chosen known blocks, and to the own block of each query (R6)."""
     own = np.array(stream.sequences.positions()) // stream.block_size
     own = np.broadcast_to(own[:, None, None], (*chosen.shape[:2], 1))

@@ -64,7 +64,7 @@ def unit(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     return x / np.where(length > 0, length, 1.0)
 
 
-def album_order(known: Float[Array, "n 64"]) -> Int[Array, " n"]:
+def album_order(known: Float[Array, "n d"]) -> Int[Array, " n"]:
     """An order in which each image is followed by the most similar image that is left.
 
     >>> album_order(np.array([[1.0, 0], [0, 1], [1, 0.1], [0.2, 1]]))
