@@ -17,9 +17,9 @@ from msa.demo.digits.stream import Stream
 from msa.demo.digits.tables import at_a_tenth
 
 STYLES = {
-    "MSA": (BLUE, "o", "-", (0, (0, -18), "left")),
-    "random": ("#a0558a", "^", ":", (2, (-9, 5), "right")),
-    "window": ("#c98200", "s", "--", (2, (10, -12), "left")),
+    "MSA": (BLUE, "o", "-", (0, (0.0, -18.0), "left")),
+    "random": ("#a0558a", "^", ":", (2, (-9.0, 5.0), "right")),
+    "window": ("#c98200", "s", "--", (2, (10.0, -12.0), "left")),
 }
 """Colour, marker and dashes of each line, so that lines differ in more than colour. Then the place
 of its name: the number of a point, the distance from it in points, the side."""
@@ -117,8 +117,8 @@ def draw_recall(axes: Axes, outcomes: list[Outcome], tenth: Outcome) -> None:
     score, block = [100 * o.score_recall for o in line], [100 * o.block_recall for o in line]
     axes.plot(keys, score, "-", color=BLUE, marker="o", markersize=5.5, linewidth=1.8)
     axes.plot(keys, block, "--", color=INK, marker="D", markersize=5, linewidth=1.8)
-    put_name(axes, "weight (score recall)", keys, score, BLUE, 3, (-8, 7), "right")
-    put_name(axes, "top blocks (block recall)", keys, block, INK, 2, (6, -17), "left")
+    put_name(axes, "weight (score recall)", keys, score, BLUE, 3, (-8.0, 7.0), "right")
+    put_name(axes, "top blocks (block recall)", keys, block, INK, 2, (6.0, -17.0), "left")
     axes.set_ylim(0, 105)
     axes.set_ylabel("found, %")
     label_budgets(axes, outcomes, tenth)
