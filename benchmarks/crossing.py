@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from msa import reference, torch_impl
+from msa.ablations.run import cpu_name
 from msa.config import MSAConfig
 from msa.ir import Sequences
-from msa.model.findings_run import cpu_name
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -23,7 +23,9 @@ from benchmarks.figures import (
 )
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found
-from msa.model.findings import LINES, ROWS, about, by, lengths_of, runs_of
+from msa.ablations.results import lengths_of, readings_by, runs_of
+from msa.ablations.rows import LINES, ROWS
+from msa.ablations.tables import about
 
 COLORS = {"dense": INK, "MSA": BLUE, "window": ORANGE, "dense twin": QUIET}
 
@@ -70,7 +72,8 @@ def draw_rows(axis: Axes, found: Found) -> None:
 
 def draw_budgets(axis: Axes, found: Found) -> None:
     """Answers of the base, read with other numbers of blocks than it was trained with."""
-    curve = {k: percents(rs, "answers") for k, rs in by(found, "base", "budgets", "k").items()}
+    readings = readings_by(found, "base", "budgets", "k")
+    curve = {k: percents(rs, "answers") for k, rs in readings.items()}
     draw_curve(axis, curve, BLUE)
     axis.set_xticks(list(curve), [str(k) for k in curve])
     axis.xaxis.set_minor_locator(NullLocator())

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.figures import INK, MUTED, STYLE
 from benchmarks.plots import source
+from msa.ablations.run import cpu_name
 from msa.model.attention import Mode
 from msa.model.checkpoint import load_trained
-from msa.model.evaluate import read, unseen_documents
-from msa.model.findings_run import cpu_name
 from msa.model.model import Model
+from msa.training.evaluate import read_documents, unseen_documents
 
 MODES: dict[Mode, str] = {"dense": "Dense attention", "sparse": "MSA"}
 RECORDS = 8
@@ -55,7 +55,7 @@ def measure(options: Needle, model: Model) -> dict[str, Any]:
     for length in options.lengths:
         documents = unseen_documents(length, RECORDS, RECORDS, options.documents, options.seed)
         for mode in MODES:
-            reading = read(model, documents, mode=mode, at_once=max(1, 4096 // length))
+            reading = read_documents(model, documents, mode=mode, at_once=max(1, 4096 // length))
             found[mode][str(length)] = reading.by_depth(options.depths)
     config = model.config.msa
     return {

@@ -1,5 +1,6 @@
 """MiniMax Sparse Attention from math to metal. Importing this needs NumPy and jaxtyping alone."""
 
+from msa import moved
 from msa.api import (
     align_index,
     append_tokens,
@@ -27,6 +28,7 @@ from msa.paging import PagePool
 from msa.pipeline import Trace
 from msa.quality import CacheQuality, cache_quality
 
+moved.install()
 __version__ = "0.1.0"
 
 __all__ = [

@@ -28,9 +28,9 @@ commands:
   demo digits         attention as a classifier of real images: dense, MSA, window, random
   train               a small multimodal MiniMax-M3 learns to find pictures in long documents
   convert             a Hugging Face model gains an index branch, which --warmup trains
-  convert FOLDER      a dense model of msa train gains index branches, which msa train then trains
-  findings            what the paper found by leaving things out, found again by the tiny model
-  findings run        the trainings behind it: twelve rows, three seeds
+  convert FOLDER      add index branches to a dense model of msa train, which then trains them
+  findings            the paper's ablations, repeated with the tiny model: tables of results
+  findings run        train and read the models of these tables: twelve rows, three seeds
   bench prefill       correctness, then speed on a GPU: selection, attention, dense baselines
   bench train         the same for a training step: forward, backward, alignment loss
   bench decode        the same for a step of generation over a paged cache
@@ -43,14 +43,14 @@ commands:
 COMMANDS = {
     "explain": ("msa.explain", "ExplainOptions", "torch"),
     "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
-    "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
-    "ask": ("msa.model.ask", "AskOptions", "model,demo"),
+    "demo": ("msa.demo.demo", "DemoOptions", "model,demo"),
+    "ask": ("msa.demo.ask", "AskOptions", "model,demo"),
     "demo digits": ("msa.demo.digits", "DigitsOptions", "demo"),
-    "train": ("msa.model.train", "TrainOptions", "model,demo"),
+    "train": ("msa.training.train", "TrainOptions", "model,demo"),
     "convert": ("msa.integrations.convert_run", "ConvertOptions", "transformers"),
-    "convert FOLDER": ("msa.model.convert", "FolderOptions", "model,demo"),
-    "findings": ("msa.model.findings", "FindingsOptions", "model,demo"),
-    "findings run": ("msa.model.findings_run", "RunOptions", "model,demo"),
+    "convert FOLDER": ("msa.training.convert_dense", "ConvertDenseOptions", "model,demo"),
+    "findings": ("msa.ablations.tables", "FindingsOptions", "model,demo"),
+    "findings run": ("msa.ablations.run", "RunOptions", "model,demo"),
     "bench prefill": ("benchmarks.prefill", "PrefillOptions", "all"),
     "bench train": ("benchmarks.train", "TrainOptions", "all"),
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),

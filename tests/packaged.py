@@ -17,11 +17,11 @@ from pathlib import Path
 HEAVY = ("torch", "triton", "transformers", "hypothesis", "pytest", "matplotlib")
 WHEEL = ("msa/py.typed", "msa/model/trained/tiny/model.safetensors",
          "msa/model/trained/tiny/config.json", "msa/conformance/targets.py",
-         "msa/triton_impl/attention.py")  # fmt: skip
-FINDINGS = "msa/model/findings_tiny.json"
+         "msa/triton_impl/attention.py", "msa/ablations/findings_tiny.json")  # fmt: skip
+SMALL = "trained/small/model.safetensors"  # in the source, not in the wheel
 SOURCES = ("LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "constraints.txt", "Makefile",
            "tests/conftest.py", "docs/spec.md", "mkdocs.yml", "examples/generate_loop.py",
-           "benchmarks/results/prefill_h100.json", *WHEEL)  # fmt: skip
+           "benchmarks/results/prefill_h100.json", SMALL, *WHEEL)  # fmt: skip
 
 
 def msa(*words: str) -> str:
@@ -37,7 +37,10 @@ def check_contents(dist: Path) -> None:
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert names >= {*WHEEL, FINDINGS}, {*WHEEL, FINDINGS} - names
+    assert names >= set(WHEEL), set(WHEEL) - names
+    assert not [
+        name for name in names if name.endswith(SMALL.rpartition("/")[2]) and "tiny" not in name
+    ]
     assert all(name.startswith(("msa/", "msa_stack-")) for name in names), names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     with tarfile.open(source) as archive:
@@ -64,6 +67,7 @@ def check_commands() -> None:
     assert "verify" in msa("--help")
     assert "mask unchanged" in msa("explain")
     assert '"backend": "reference"' in msa("explain", "--json")
+    assert "MSA from scratch" in msa("findings")
     command = Path(sysconfig.get_path("scripts")) / "msa"
     done = subprocess.run([command, "verify"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 2 and "needs hypothesis; pip install 'msa-stack[verify]'" in (

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from msa import cli, files
-from msa.model import checkpoint, findings, findings_run, shown, train
+from msa.ablations import results, run
+from msa.demo import ask, demo
+from msa.model import checkpoint
 from msa.model.config import ModelConfig
-from msa.model.convert import convert
 from msa.model.model import Model
-from msa.model.presets import TINY
+from msa.training import train
+from msa.training.convert_dense import convert
+from msa.training.presets import TINY
 
 ROOT = Path(__file__).parent.parent
 HUGE = "99999999999999999999999"
@@ -131,7 +134,6 @@ CONVERT = "convert --model DIR --text FILE"
         ("convert model --out FILE", "out must be a folder to be written to, got FILE: Not a dir"),
         ("convert model --out DIR/../model", "out must be another place than folder"),
         ("findings run --out FILE", "out must be a folder to be written to, got FILE: Not a dir"),
-        ("findings --plots FILE", "plots must be a folder to be written to, got FILE: Not a dir"),
         # files to be read
         ("train --start FILE", "FILE/config.json must be the configuration of a model, got no rea"),
         ("train --start DIR", "DIR/config.json must be the configuration of a model, got no such"),
@@ -166,10 +168,10 @@ def test_one_sentence_before_any_work(command, message, place, capsys, monkeypat
         raise AssertionError("work has begun")
 
     for module, name in (
-        (shown, "load_model"), (train, "_train"), (findings_run, "outcomes"),
+        (demo, "load_model"), (ask, "load_model"), (train, "_train"), (run, "outcomes"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, work)
-    monkeypatch.setattr("msa.demo.experiment.measure", work)
+    monkeypatch.setattr("msa.demo.digits.experiment.measure", work)
     monkeypatch.setattr("msa.conformance.report.try_one", work)
     monkeypatch.setattr("msa.integrations.convert_run.load", work)
     assert message in refusal(command, capsys)
@@ -308,13 +310,30 @@ def test_verify_leaves_nothing_in_the_folder(tmp_path, monkeypatch):
 
 
 # -- results that come with the package -----------------------------------------------------------
-def test_findings_are_shown_from_a_checkout_and_go_into_the_wheel(capsys):
+def test_findings_are_shown_and_their_results_are_in_the_package(capsys):
     assert cli.main(["findings"]) == 0
     assert "MSA from scratch" in capsys.readouterr().out
-    assert findings.SHIPPED == ROOT / "benchmarks" / "results" / findings.RESULTS
-    inside = f'"benchmarks/results/{findings.RESULTS}" = "msa/model/{findings.RESULTS}"'
-    assert inside in (ROOT / "pyproject.toml").read_text()
-    assert findings.PLACES[1] == ROOT / "msa" / "model"
+    assert results.SHIPPED == ROOT / "msa" / "ablations" / results.RESULTS
+    assert results.SHIPPED.is_file()
+
+
+def test_findings_need_no_torch():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'sklearn', 'matplotlib')); "
+        "from msa.ablations.tables import FindingsOptions, run; sys.exit(run(FindingsOptions()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "MSA from scratch" in done.stdout, done.stderr
+
+
+def test_a_trained_model_that_is_not_installed_is_said_to_be_in_the_repository(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setitem(checkpoint.TRAINED, "small", tmp_path / "no")
+    wanted = "the repository has it in trained/small"
+    assert wanted in refusal("demo --model small", capsys)
+    with pytest.raises(ValueError, match=wanted):
+        checkpoint.load_trained("small")
 
 
 # -- files ----------------------------------------------------------------------------------------

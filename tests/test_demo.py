@@ -12,9 +12,9 @@ pytest.importorskip("rich")
 import msa
 from msa.demo import digits
 from msa.demo.digits import DigitsOptions
-from msa.demo.experiment import keys_read, measure
-from msa.demo.features import load_images, split
-from msa.demo.stream import Stream, build_stream
+from msa.demo.digits.experiment import keys_read, measure
+from msa.demo.digits.features import load_images, split
+from msa.demo.digits.stream import Stream, build_stream
 
 INDEX_DIMS, BLOCK, TENTH = 16, 8, 18
 
@@ -88,6 +88,7 @@ def test_held_out_images_help_no_other(stream):
             stream,
             **{name: getattr(stream, name)[i : i + 1] for name in ("q", "q_idx")},
             **{name: getattr(stream, name)[: n + 1] for name in ("k", "v", "k_idx")},
+            images=np.append(stream.images[:n], stream.images[n + i][None], axis=0),
             labels=np.append(stream.labels[:n], stream.labels[n + i]),
         )
         for i in range(few)

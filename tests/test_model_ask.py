@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msa import cli
-from msa.model import page
-from msa.model.ask import AskOptions, compose, compute
+from msa.demo import demo_html
+from msa.demo.ask import AskOptions, compose, compute
+from msa.demo.pictures import read_picture
+from msa.demo.present import half_blocks
 from msa.model.checkpoint import load_trained
-from msa.model.evaluate import read, unseen_documents
-from msa.model.pictures import read_picture
-from msa.model.records import IMAGE_TOKEN, world
-from msa.model.shown import half_blocks
+from msa.training.documents import IMAGE_TOKEN, world
+from msa.training.evaluate import read_documents, unseen_documents
 
 TEXT = bytes(world("test").prose[3000:3600].astype(np.uint8)).replace(b"right", b"other")
 """Without a word that only the page of a known answer should have."""
@@ -113,12 +113,12 @@ def test_the_shape_is_kept_and_stands_in_the_middle(tmp_path):
 def test_pictures_from_files_are_answered_nearly_as_well(tmp_path):
     """Each of the records of some unseen documents goes through a file."""
     model, documents = load_trained(backend="torch"), unseen_documents(256, 8, 8, 8, seed=5)
-    right = read(model, documents).right
+    right = read_documents(model, documents).right
     for document in documents:
         for i, picture in enumerate(document.images):
             path = save(tmp_path / "x.png", Image.fromarray(photo(picture)))
             document.images[i] = read_picture(path)
-    again = read(model, documents).right
+    again = read_documents(model, documents).right
     assert len(right) == 64
     assert int(again.sum()) >= int(right.sum()) - 4
 
@@ -154,7 +154,9 @@ def test_records_without_a_mark_stand_before_words_and_far_apart():
 
 def test_control_characters_are_shown_by_their_symbols():
     """HTML has none but the tab and the newline; a text may hold any byte."""
-    shown = page.draw_text(np.array([*range(1, 32), 127, *"\x85\x9f".encode(), 0xFF, *b"a\0b"]), 0)
+    shown = demo_html.draw_text(
+        np.array([*range(1, 32), 127, *"\x85\x9f".encode(), 0xFF, *b"a\0b"]), 0
+    )
     assert [c for c in shown if c < " " or "\x7f" <= c <= "\x9f"] == ["\t", "\n"]
     assert shown.startswith("␁␂") and "␛" in shown and shown.endswith("␡���a␀b")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msa.demo.demo import DemoOptions
+from msa.demo.options import load_model
 from msa.model import Model
 from msa.model.checkpoint import CONFIG, WEIGHTS, load, load_weights, save
-from msa.model.demo import DemoOptions
-from msa.model.presets import PRESETS
-from msa.model.shown import load_model
+from msa.training.presets import PRESETS
 
 TINY = PRESETS["tiny"].model
 

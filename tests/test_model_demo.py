@@ -15,13 +15,13 @@ from matplotlib.colors import to_hex
 
 import msa
 from msa import cli
-from msa.model import figure
+from msa.demo import figure
+from msa.demo.demo import DemoOptions, compute
 from msa.model.checkpoint import TRAINED, load_trained
-from msa.model.demo import DemoOptions, compute
-from msa.model.evaluate import read, unseen_documents
-from msa.model.presets import PRESETS
-from msa.model.records import IMAGE_TOKEN, world
-from msa.model.train import METRICS
+from msa.training.documents import IMAGE_TOKEN, world
+from msa.training.evaluate import read_documents, unseen_documents
+from msa.training.presets import PRESETS
+from msa.training.train import METRICS
 
 DOCS = (Path(__file__).parent.parent / "docs" / "model.md").read_text()
 
@@ -30,7 +30,7 @@ def test_the_trained_model_answers_for_unseen_documents():
     model = load_trained("tiny", backend="torch")
     assert model.config == PRESETS["tiny"].model
     assert not model.training
-    reading = read(model, unseen_documents(512, 8, 8, 8, seed=1))
+    reading = read_documents(model, unseen_documents(512, 8, 8, 8, seed=1))
     assert len(reading.right) == 64
     assert reading.accuracy() >= 0.9
     assert reading.prose < 1.9
@@ -44,7 +44,7 @@ def test_the_trained_model_answers_for_unseen_documents():
     ],
 )
 def test_metrics_are_those_of_the_documents(name, steps, told_steps):
-    lines = [json.loads(line) for line in (TRAINED / name / METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (TRAINED[name] / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(steps))
     assert load_trained(name).config == PRESETS[name].model
     section = DOCS[DOCS.index(f"The {name} preset") :]

@@ -1,4 +1,4 @@
-"""`msa findings`: rows that are commands, runs that go on, one file of results, a figure."""
+"""`msa findings`: rows that are commands, runs that continue, one file of results, a figure."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ import torch
 from benchmarks import plots
 from docs.hooks import measured
 from msa import cli, files
-from msa.model import checkpoint, findings, findings_run, train
-from msa.model.evaluate import read, unseen_documents
-from msa.model.findings import ROWS, RunOptions, told
-from msa.model.findings_run import Job, judge_index, missing, seen_as, trained, under, unseen
-from msa.model.train import METRICS, TrainOptions, read_preset
+from msa.ablations import readings, run, tables
+from msa.ablations.readings import attending, measure_index, unseen, with_config
+from msa.ablations.results import RESULTS, SHIPPED, lengths_of, runs_of
+from msa.ablations.rows import ROWS
+from msa.ablations.run import Job, RunOptions, missing, options_of, trained
+from msa.ablations.tables import mean_of
+from msa.model import checkpoint
+from msa.training import train
+from msa.training.evaluate import read_documents, unseen_documents
+from msa.training.options import TrainOptions, read_preset
+from msa.training.train import METRICS
 
 ROOT = Path(__file__).parent.parent
 micro = test_model_train.micro
@@ -31,28 +37,28 @@ micro = test_model_train.micro
 @pytest.fixture
 def short(monkeypatch):
     """Documents that the smallest model reads in no time."""
-    monkeypatch.setattr(findings_run, "LENGTHS", (128, 256))
-    monkeypatch.setattr(findings_run, "LONG", 1)
-    monkeypatch.setattr(findings_run, "BUDGETS", (1, 8))
+    monkeypatch.setattr(readings, "LENGTHS", (128, 256))
+    monkeypatch.setattr(readings, "LONG", 1)
+    monkeypatch.setattr(readings, "BUDGETS", (1, 8))
 
 
 def results(folder):
-    return json.loads((folder / findings.RESULTS).read_text())
+    return json.loads((folder / RESULTS).read_text())
 
 
 def start(tmp_path, *words):
-    return findings.main(
-        ["run", "--steps", "2", "--documents", "1", "--out", str(tmp_path), *words]
+    return cli.main(
+        ["findings", "run", "--steps", "2", "--documents", "1", "--out", str(tmp_path), *words]
     )
 
 
 # -- rows -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_a_row_is_one_command_of_the_same_budget(row):
-    plan = row.options(300, 1, Path("out"))
+    plan = options_of(row, 300, 1, Path("out"))
     preset = read_preset(plan)
     assert (plan.seed, preset.schedule.steps) == (1, 100 if row.name == "cpt" else 300)
-    assert preset.model.msa.block_size * preset.model.msa.top_k == findings_run.NEAR == 80
+    assert preset.model.msa.block_size * preset.model.msa.top_k == readings.NEAR == 80
     words = row.command(300, 1).rpartition("msa train ")[2].split()
     if row.after is not None:
         assert words[:2] == ["--start", "START"]
@@ -63,7 +69,7 @@ def test_a_row_is_one_command_of_the_same_budget(row):
 
 
 def test_no_two_rows_are_the_same():
-    presets = [repr(read_preset(row.options(300, 0, Path()))) for row in ROWS.values()]
+    presets = [repr(read_preset(options_of(row, 300, 0, Path()))) for row in ROWS.values()]
     assert len(set(presets)) == len(presets) == 12
 
 
@@ -98,10 +104,11 @@ def test_two_rows_end_to_end(tmp_path, short, micro, capsys):
     assert runs["cpt"]["kl"] > 0 and 0 <= runs["cpt"]["block_recall"] <= 1
     assert {len(run["budgets"]) for run in (runs["dense"], runs["cpt"])} == {0}
 
-    path = tmp_path / findings.RESULTS
-    assert cli.main(["findings", "--results", str(path), "--plots", str(tmp_path)]) == 0
+    path = tmp_path / RESULTS
+    assert cli.main(["findings", "--results", str(path)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "MSA from scratch (MSA-PT)" in said and "seeds 3" in said
+    assert cli.main(["bench", "plots", "--results", str(path), "--to", str(tmp_path)]) == 0
     assert (tmp_path / "findings_tiny.svg").read_text().count("MSA") >= 3
     del found["runs"]
     (tmp_path / "findings_less.json").write_text(json.dumps(found | {"runs": []}))
@@ -113,33 +120,31 @@ def test_what_is_there_is_not_run_again(tmp_path, short, micro, monkeypatch, cap
     assert start(tmp_path, "--rows", "no-kl", "--seeds", "0") == 0
     before = results(tmp_path)["runs"]
     calls = []
-    monkeypatch.setattr(
-        findings_run, "train", lambda *args: calls.append(args[0]) or train.train(*args)
-    )
+    monkeypatch.setattr(run, "train", lambda *args: calls.append(args[0]) or train.train(*args))
     assert start(tmp_path, "--rows", "no-kl", "forced", "--seeds", "0") == 0
     assert [options.sink_blocks for options in calls] == [1]
     assert results(tmp_path)["runs"][:1] == before
     assert "2 of 2 runs" in capsys.readouterr().out
-    assert findings.main(["run", "--steps", "3", "--out", str(tmp_path)]) == 2
+    assert cli.main(["findings", "run", "--steps", "3", "--out", str(tmp_path)]) == 2
     assert "must be of steps 3, got 2" in capsys.readouterr().err
 
 
 def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
     """The time is over when it is asked for the third time: once before the run, then in it."""
     job = Job((ROWS["cpt"],), 0, RunOptions(steps=3, documents=1, out=tmp_path), until=100.0)
-    assert findings_run.is_over(job) and not findings_run.is_over(replace(job, until=math.inf))
+    assert run.is_over(job) and not run.is_over(replace(job, until=math.inf))
     answers = iter([False, False, True])
-    monkeypatch.setattr(findings_run, "is_over", lambda _: next(answers))
-    assert findings_run.work(job) == []
+    monkeypatch.setattr(run, "is_over", lambda _: next(answers))
+    assert run.work(job) == []
     lines = (tmp_path / "dense-0" / METRICS).read_text().splitlines()
     assert len(lines) == 2
     assert not (tmp_path / "cpt-0").exists()
-    monkeypatch.setattr(findings_run, "is_over", lambda _: False)
-    (run,) = findings_run.work(job)
-    assert run["row"] == "cpt"
+    monkeypatch.setattr(run, "is_over", lambda _: False)
+    (found,) = run.work(job)
+    assert found["row"] == "cpt"
     assert (tmp_path / "dense-0" / METRICS).read_text().splitlines()[:2] == lines
-    assert findings_run.work(job) == [run]  # nothing is left to be trained, and all is the same
-    monkeypatch.setattr(findings_run, "is_over", lambda _: True)
+    assert run.work(job) == [found]  # nothing is left to be trained, and all is the same
+    monkeypatch.setattr(run, "is_over", lambda _: True)
     assert trained(ROWS["base"], job, None) is None
     assert not (tmp_path / "base-0").exists()
 
@@ -148,9 +153,9 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, short, micro, monkey
     def fail(model, documents):
         if model.config.index_gradient:
             raise RuntimeError("all is NaN")
-        return judge_index(model, documents)
+        return measure_index(model, documents)
 
-    monkeypatch.setattr(findings_run, "judge_index", fail)
+    monkeypatch.setattr(readings, "measure_index", fail)
     assert start(tmp_path, "--rows", "gradient", "no-kl", "--seeds", "0") == 1
     said = capsys.readouterr()
     assert "gradient, seed 0: RuntimeError('all is NaN')" in said.err
@@ -167,19 +172,19 @@ def test_ctrl_c_saves_what_there_is_and_the_command_goes_on(
         said = capsys.readouterr()
         assert "msa: stopped with 0 of 2 runs in" in said.err and "Traceback" not in said.err
         assert [p.name for p in (tmp_path / "a").iterdir()] == ["no-kl-0"]
-        assert len(findings_run.metrics(tmp_path / "a" / "no-kl-0")) == 1
+        assert len(run.metrics(tmp_path / "a" / "no-kl-0")) == 1
     for folder in ("a", "b"):
         assert start(tmp_path / folder, *words) == 0
     runs = [results(tmp_path / folder)["runs"] for folder in ("a", "b")]
-    for run in [*runs[0], *runs[1]]:
-        del run["seconds"]
+    for one in [*runs[0], *runs[1]]:
+        del one["seconds"]
     assert runs[0] == runs[1] and len(runs[0]) == 2
 
 
 def test_a_run_that_lost_a_line_is_told_each_time(tmp_path, short, micro, capsys):
     words = ["--rows", "no-kl", "--seeds", "0"]
     assert start(tmp_path, *words) == 0
-    (tmp_path / findings.RESULTS).unlink()
+    (tmp_path / RESULTS).unlink()
     path = tmp_path / "no-kl-0" / METRICS
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     for _ in range(2):
@@ -194,7 +199,7 @@ def test_a_library_that_all_runs_lack_is_told_once(tmp_path, short, micro, monke
     def lack(*_):
         raise ModuleNotFoundError(name="sklearn")
 
-    monkeypatch.setattr(findings_run, "train", lack)
+    monkeypatch.setattr(run, "train", lack)
     assert start(tmp_path, "--rows", "no-kl", "forced", "--seeds", "0") == 2
     assert capsys.readouterr().err == (
         "msa: msa findings run needs sklearn; pip install 'msa-stack[model,demo]' brings it\n"
@@ -209,19 +214,31 @@ def test_one_process_writes_to_a_folder(tmp_path, capsys):
 
 def test_results_of_another_kind_in_the_folder_are_told(tmp_path, capsys):
     for content in ("[]", "{}", "{", "\0"):
-        (tmp_path / findings.RESULTS).write_text(content)
+        (tmp_path / RESULTS).write_text(content)
         assert start(tmp_path) == 2
         said = capsys.readouterr().err
-        assert str(tmp_path / findings.RESULTS) in said and said.count("\n") == 1
+        assert str(tmp_path / RESULTS) in said and said.count("\n") == 1
 
 
-def test_processes_need_no_tyro(tmp_path):
-    """Two workers, the tiny model as it is."""
-    for name in ("tyro", "beartype"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
-    words = ["run", "--rows", "window", "no-kl", "--seeds", "0", "--workers", "2", "--steps", "1"]
+def test_two_workers_train_side_by_side(tmp_path):
+    """The tiny model as it is, without a library that only tests need."""
+    name = "beartype"
+    (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    words = [
+        "findings",
+        "run",
+        "--rows",
+        "window",
+        "no-kl",
+        "--seeds",
+        "0",
+        "--workers",
+        "2",
+        "--steps",
+        "1",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "msa.model.findings", *words, "--documents", "1", "--out", "out"],
+        [sys.executable, "-m", "msa.cli", *words, "--documents", "1", "--out", "out"],
         capture_output=True, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )  # fmt: skip
@@ -241,7 +258,7 @@ def test_processes_need_no_tyro(tmp_path):
 def test_bad_options_are_named(words, message, tmp_path, capsys):
     import re
 
-    assert findings.main(["run", "--out", str(tmp_path), *words.split()]) == 2
+    assert cli.main(["findings", "run", "--out", str(tmp_path), *words.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -260,13 +277,14 @@ def shipped():
 def test_other_budgets_and_windows_are_the_same_weights(shipped):
     (document,) = unseen(200, 1)
     own = shipped.config.msa
-    all_blocks = under(shipped, replace(own, top_k=13))  # R11
-    window, mode = seen_as(shipped, "window")
+    all_blocks = with_config(shipped, replace(own, top_k=13))  # R11
+    window, mode = attending(shipped, "window")
     assert (window.config.msa.local_blocks, mode) == (5, "sparse")
     text = torch.as_tensor(document.tokens)
     text[text == 256] = 32
     logits = [m(text, mode=mode).logits for m, mode in (
-        seen_as(shipped, "dense"), (all_blocks, "sparse"), (shipped, "sparse"), (window, "sparse"),
+        attending(shipped, "dense"), (all_blocks, "sparse"), (shipped, "sparse"),
+        (window, "sparse"),
     )]  # fmt: skip
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
     assert (logits[2] - logits[0]).abs().max() > 0.1
@@ -276,29 +294,31 @@ def test_other_budgets_and_windows_are_the_same_weights(shipped):
 
 def test_the_shipped_index_finds_what_a_window_does_not(shipped):
     documents = unseen_documents(512, 8, 8, 2)
-    found = judge_index(shipped, documents)
-    window = judge_index(seen_as(shipped, "window")[0], documents)
+    found = measure_index(shipped, documents)
+    window = measure_index(attending(shipped, "window")[0], documents)
     assert found["block_recall"] > window["block_recall"] + 0.1
     assert 0.8 < found["score_recall"] <= 1
     assert 0 < found["kl"] < 1
     assert window["kl"] is None
     # attention to all blocks leaves nothing to be found
-    everything = judge_index(under(shipped, replace(shipped.config.msa, top_k=32)), documents)
+    everything = measure_index(
+        with_config(shipped, replace(shipped.config.msa, top_k=32)), documents
+    )
     assert everything["block_recall"] == everything["score_recall"] == 1
 
 
 def test_far_is_the_same_in_every_row(shipped):
     documents = unseen(512, 2)
-    reading = read(shipped, documents, at_once=4)
-    found = findings_run.judge(shipped, documents)
+    reading = read_documents(shipped, documents, at_once=4)
+    found = readings.measure_answers(shipped, documents)
     assert found["far"] == reading.accuracy(80)
     assert found["prose"] == pytest.approx(reading.prose, rel=1e-6)
 
 
 def test_numbers_that_are_not_finite_are_none_and_shown_as_a_dash():
-    assert findings_run.finite(math.inf) is None
-    assert told([1.0, None]) == "-"
-    assert told([1.0, 3.0], 1, 2) == "2.00 ± 1.41"
+    assert readings.finite(math.inf) is None
+    assert mean_of([1.0, None]) == "-"
+    assert mean_of([1.0, 3.0], 1, 2) == "2.00 ± 1.41"
 
 
 def test_lines_of_the_figure_are_told_apart():
@@ -310,30 +330,30 @@ def test_lines_of_the_figure_are_told_apart():
     ]  # fmt: skip
     other = copy.deepcopy(base) | {"seed": 1}
     found = {"runs": [base, other]}
-    assert findings.lengths_of(found, "base", "msa") == {512: [0.4, 0.4], 1024: [0.4, 0.4]}
-    assert findings.lengths_table(found)[1:] == [
+    assert lengths_of(found, "base", "msa") == {512: [0.4, 0.4], 1024: [0.4, 0.4]}
+    assert tables.lengths_table(found)[1:] == [
         ("512", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
         ("1,024", *(f"{v} ± 0.0" for v in ("20.0", "40.0", "10.0")), "-"),
     ]
 
 
 def test_the_figure_of_the_site_is_that_of_the_results(tmp_path):
-    (path,) = plots.draw(findings.SHIPPED, tmp_path)
+    (path,) = plots.draw(SHIPPED, tmp_path)
     assert path.read_text() == (ROOT / "docs" / path.name).read_text()
 
 
 def test_what_the_page_says_holds_in_the_results():
     """Each line is a sentence of docs/measure/findings.md; means of three seeds."""
-    found = json.loads(findings.SHIPPED.read_text())
+    found = json.loads(SHIPPED.read_text())
 
     def values(row, name):
-        return [run[name] for run in findings.runs_of(found, row)]
+        return [run[name] for run in runs_of(found, row)]
 
     def mean(row, name="answers"):
         return sum(values(row, name)) / 3
 
-    assert all(len(findings.runs_of(found, row)) == 3 for row in ROWS)
-    base = {name: mean("base", name) for name in findings.MEASURES}
+    assert all(len(runs_of(found, row)) == 3 for row in ROWS)
+    base = {name: mean("base", name) for name in tables.MEASURES}
     assert (
         abs(mean("no-kl", "prose") - base["prose"]) < 0.05 and mean("no-kl") < base["answers"] / 3
     )
@@ -352,13 +372,13 @@ def test_what_the_page_says_holds_in_the_results():
     assert mean("window", "prose") < min(choosing) and mean("window", "far") < 0.15
     for row in ("dense", "cpt"):  # seed 1 is the one that has not learned
         assert [answers < 0.15 for answers in values(row, "answers")] == [False, True, False]
-    learned = [run for run in findings.runs_of(found, "dense") if run["seed"] != 1]
+    learned = [run for run in runs_of(found, "dense") if run["seed"] != 1]
     assert sum(run["answers"] for run in learned) / 2 > base["answers"]
-    sparse = findings.lengths_of(found, "base", "msa")
+    sparse = lengths_of(found, "base", "msa")
     twin = {n: sum(of["answers"] for run in learned for of in run["lengths"]
                    if of["tokens"] == n) / 2 for n in sparse}  # fmt: skip
     assert {n: sum(sparse[n]) / 3 > twin[n] for n in twin} == {
         512: False, 1024: False, 2048: False, 4096: True, 8192: True
     }  # fmt: skip
-    converted = [run["answers"] for run in findings.runs_of(found, "cpt") if run["seed"] != 1]
+    converted = [run["answers"] for run in runs_of(found, "cpt") if run["seed"] != 1]
     assert base["answers"] - 0.1 < sum(converted) / 2 < base["answers"]

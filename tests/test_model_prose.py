@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from msa.model.prose import BETWEEN, WINDOW, own_prose, side_of, split_prose, windows
+from msa.training.prose import BETWEEN, WINDOW, own_prose, side_of, split_prose, windows
 
 NAMES = ("break", "for", "if", "specialnames", "types", "while")
 SENTENCE = "The break statement terminates the nearest enclosing loop."

@@ -18,11 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msa.model import checkpoint, checks, train
-from msa.model.presets import PRESETS, TINY
-from msa.model.records import IMAGE_TOKEN, pack, world, write_document
-from msa.model.train import METRICS, TrainOptions
-from msa.model.trainer import Trainer
+from msa.model import checkpoint
+from msa.training import train
+from msa.training.documents import IMAGE_TOKEN, pack, world, write_document
+from msa.training.presets import PRESETS, TINY
+from msa.training.ranks import check_processes
+from msa.training.train import METRICS, TrainOptions
+from msa.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = replace(
@@ -150,6 +152,6 @@ def test_documents_of_several_lengths_are_parted_too():
 
 
 def test_more_processes_than_gpus_are_refused():
-    checks.check_processes(4, 4)
+    check_processes(4, 4)
     with pytest.raises(ValueError, match="nproc-per-node must be at most 4, the number of GPUs, g"):
-        checks.check_processes(5, 4)
+        check_processes(5, 4)

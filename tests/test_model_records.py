@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa.model.evaluate import unseen_documents
 from msa.model.model import IGNORE
-from msa.model.presets import PRESETS
-from msa.model.records import (
+from msa.training.documents import (
     IMAGE_TOKEN,
     QUESTION,
     RECORD,
@@ -21,6 +19,8 @@ from msa.model.records import (
     world,
     write_document,
 )
+from msa.training.evaluate import unseen_documents
+from msa.training.presets import PRESETS
 
 SIDES = {side: world(side) for side in ("train", "test")}
 KEYS = {side: set(w.keys) for side, w in SIDES.items()}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from msa.model import Model, checkpoint
 from msa.model.experts import Router
-from msa.model.presets import PRESETS
+from msa.training.presets import PRESETS
 
 SIZES = replace(PRESETS["tiny"].model, experts=4, experts_per_token=2)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,11 +13,11 @@ import torch
 from benchmarks import needle
 from msa.model import Model
 from msa.model.checkpoint import load_trained
-from msa.model.evaluate import unseen_documents
-from msa.model.presets import TINY
-from msa.model.records import pack
-from msa.model.study import recall_of_groups, study
 from msa.recall import measure
+from msa.training.documents import pack
+from msa.training.evaluate import unseen_documents
+from msa.training.layer_stats import measure_layers, recall_of_groups
+from msa.training.presets import TINY
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +42,7 @@ def seen_by(model, documents):
 
 
 def test_numbers_of_layers_and_groups_make_up_those_of_the_whole(model, documents):
-    found = study(model, documents)
+    found = measure_layers(model, documents)
     seen, kl = seen_by(model, documents)
     assert np.mean(found.kl) == pytest.approx(kl.item(), rel=1e-5)
     assert len(set(found.kl)) == 3
@@ -75,7 +75,7 @@ def test_an_expert_that_is_always_chosen_has_half_of_the_load(documents):
     model = Model(TINY.model, backend="torch")
     for router, favourite in zip(model.routers(), (1, 3)):
         router.bias[favourite] = 2.0
-    found = study(model, documents)
+    found = measure_layers(model, documents)
     for load, favourite in zip(found.expert_load, (1, 3)):
         assert load[favourite] == 0.5
         assert sum(load) == pytest.approx(1)
@@ -83,7 +83,7 @@ def test_an_expert_that_is_always_chosen_has_half_of_the_load(documents):
 
 def test_the_model_is_left_as_it_was(documents):
     model = Model(TINY.model, backend="torch").train()
-    study(model, documents)
+    measure_layers(model, documents)
     assert model.training
     assert all(router.load.sum() == 0 for router in model.routers())
     assert not any(module._forward_hooks for module in model.modules())
@@ -91,7 +91,7 @@ def test_the_model_is_left_as_it_was(documents):
 
 def test_a_model_without_an_index_has_no_numbers_of_it(documents):
     sizes = replace(TINY.model, attention=("dense",) * 3)
-    found = study(Model(sizes, backend="torch"), documents)
+    found = measure_layers(Model(sizes, backend="torch"), documents)
     assert found.kl == found.block_recall == found.score_recall == ()
     assert len(found.expert_load) == 2
 

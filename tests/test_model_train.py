@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 
 import msa
 from msa import cli, files
-from msa.model import checkpoint, train
-from msa.model.evaluate import read, unseen_documents
-from msa.model.presets import PRESETS, TINY
-from msa.model.records import pack
-from msa.model.train import METRICS, TrainOptions
-from msa.model.trainer import STATE, Trainer, split_parameters
+from msa.model import checkpoint
+from msa.training import train
+from msa.training.documents import pack
+from msa.training.evaluate import read_documents, unseen_documents
+from msa.training.presets import PRESETS, TINY
+from msa.training.train import METRICS, TrainOptions
+from msa.training.trainer import STATE, Trainer, split_parameters
 
 MICRO = replace(
     TINY,
@@ -96,16 +97,15 @@ def interrupted(monkeypatch, step, times):
 
 
 @pytest.mark.parametrize(("step", "times", "message"), [
-    (4, 1, "msa: stopped after step 5 of 8, which is saved in OUT; the same command goes on from"),
-    (4, 2, "msa: stopped at once; the same command goes on from the last step that was saved"),
+    (4, 1, "msa: stopped after step 5 of 8, which is saved in OUT; the same command continues"),
+    (4, 2, "msa: stopped at once; the same command continues from the last step that was saved"),
     (7, 1, None),  # the last one: the run is over
 ])  # fmt: skip
-@pytest.mark.parametrize("main", [lambda words: cli.main(["train", *words]), train.main])
-def test_ctrl_c_stops_where_the_run_can_go_on(main, step, times, message, tmp_path, whole, capsys):
-    words = ["--out", str(tmp_path)]
+def test_ctrl_c_stops_where_the_run_can_go_on(step, times, message, tmp_path, whole, capsys):
+    words = ["train", "--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
         interrupted(patch, step, times)
-        assert main(words) == (130 if message else 0)
+        assert cli.main(words) == (130 if message else 0)
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out
     lines = said.err.strip().splitlines()
@@ -114,7 +114,7 @@ def test_ctrl_c_stops_where_the_run_can_go_on(main, step, times, message, tmp_pa
     assert len(lines) == 1 + bool(message)
     assert len(metrics(tmp_path)) == (step if times == 2 else step + 1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert main(words) == 0
+    assert cli.main(words) == 0
     same_run(tmp_path, whole)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.iterdir())
 
@@ -372,12 +372,12 @@ def test_reading_measures_what_training_minimises():
     model = Trainer(MICRO, 0).model
     documents = unseen_documents(64, 2, 2, 3)
     batch = pack(documents, MICRO.model.vision, answers=0.0)
-    reading = read(model, documents)
+    reading = read_documents(model, documents)
     wanted = model.eval().losses(
         batch.tokens, batch.targets, batch.cu_seqlens, images=batch.images, weights=batch.weights
     )
     assert reading.prose == pytest.approx(wanted.language.item(), rel=1e-5)
-    alone = read(model, documents, at_once=1)
+    alone = read_documents(model, documents, at_once=1)
     assert torch.equal(alone.right, reading.right)
     assert alone.prose == pytest.approx(reading.prose, rel=1e-5)
     asked = [q.distance for document in documents for q in document.questions]
@@ -400,19 +400,16 @@ def test_a_right_answer_counts_as_one():
     documents = unseen_documents(200, 8, 8, 6)
     sevens = [q.digit == 7 for document in documents for q in document.questions]
     assert 0 < sum(sevens) < len(sevens)
-    assert read(model, documents).right.tolist() == sevens
+    assert read_documents(model, documents).right.tolist() == sevens
 
 
-@pytest.mark.parametrize("command", [["train"], []], ids=["msa train", "python -m"])
-def test_the_command_trains(command, tmp_path, capsys):
-    """With tyro and without it."""
-    main = cli.main if command else train.main
-    words = [*command, "--steps", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
-    assert main(words) == 0
+def test_the_command_trains(tmp_path, capsys):
+    words = ["train", "--steps", "1", "--warm-up", "0", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
     told = capsys.readouterr().out
     assert "step      1 unseen: prose" in told
     assert re.search(r"block recall \d+\.\d%, score recall \d+\.\d%", " ".join(told.split()))
     assert metrics(tmp_path / "out")[0]["mode"] == "sparse"
     assert checkpoint.load(tmp_path / "out").config == MICRO.model
-    assert main([*words, "--minutes", "1"]) == 2
+    assert cli.main([*words, "--minutes", "1"]) == 2
     assert "msa: minutes must be None where steps are given" in capsys.readouterr().err

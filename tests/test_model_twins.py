@@ -7,17 +7,19 @@ from dataclasses import replace
 import pytest
 import test_model_train
 import torch
+import tyro
 from test_model import make, words
 from test_model_train import MICRO, metrics
 
 import msa
 from msa import cli
-from msa.model import checkpoint, plain, train
+from msa.model import checkpoint
 from msa.model.attention import Mode, attend_densely
-from msa.model.convert import convert
-from msa.model.presets import PRESETS
-from msa.model.train import TrainOptions, read_preset
-from msa.model.trainer import Trainer
+from msa.training import train
+from msa.training.convert_dense import convert
+from msa.training.options import TrainOptions, read_preset
+from msa.training.presets import PRESETS
+from msa.training.trainer import Trainer
 
 micro = test_model_train.micro
 
@@ -48,14 +50,8 @@ micro = test_model_train.micro
         ),
     ],
 )
-@pytest.mark.parametrize("way", ["msa train", "python -m"])
-def test_options_reach_the_model_and_the_schedule(line, model, schedule, way, micro):
-    if way == "msa train":
-        import tyro
-
-        options = tyro.cli(TrainOptions, args=line.split())
-    else:
-        options = plain.read(TrainOptions, "train", line.split())
+def test_options_reach_the_model_and_the_schedule(line, model, schedule, micro):
+    options = tyro.cli(TrainOptions, args=line.split())
     wanted = replace(
         MICRO, model=replace(MICRO.model, **model), schedule=replace(MICRO.schedule, **schedule)
     )
@@ -210,7 +206,7 @@ def test_a_converted_model_is_the_dense_one_until_it_selects(dense, tmp_path, ca
     """R11; weights as they were, and the index drawn by the seed."""
     out = str(tmp_path / "out")
     assert cli.main(["convert", str(dense), "--out", out, "--top-k", "6"]) == 0
-    assert f"lies in {out}" in capsys.readouterr().out
+    assert f"is in {out}" in capsys.readouterr().out
     old, new = checkpoint.load(dense), checkpoint.load(out)
     assert new.config == replace(
         old.config, attention=("msa",) * 2, msa=msa.MSAConfig(block_size=16, top_k=6)

@@ -25,7 +25,8 @@ from docs.hooks import (
     sources,
 )
 from msa import reference
-from msa.model import demo, evaluate, page
+from msa.demo import demo, demo_html
+from msa.training import evaluate
 
 DOCS = Path(__file__).parents[1] / "docs"
 CHAPTERS = sorted((DOCS / "chapters").glob("*.md"))
@@ -149,7 +150,7 @@ def findings(folder, **rows):
 
 
 def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
-    with mock.patch("docs.hooks.measured.RESULTS", tmp_path):
+    with mock.patch("docs.hooks.measured.FINDINGS", tmp_path):
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
         far, _, prose, gradient = claims.table().splitlines()[2:6]
         assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
@@ -173,7 +174,7 @@ def test_opened_blocks_hold_the_picture_that_is_asked_for():
     for i, question in enumerate(found.questions):
         drawn = little.opened_figure(found, i)
         where = question.record // found.block_size
-        hits = page.opened_by(found.sparse[i])[..., where].sum()
+        hits = demo_html.opened_by(found.sparse[i])[..., where].sum()
         own = question.place // found.block_size == where
         assert drawn.count('class="d-own"') == (0 if own else hits)
         assert f"?{question.key}=, {question.distance} tokens behind" in drawn

@@ -1,4 +1,4 @@
-"""The paper's findings beside those of the small world: `benchmarks/results/findings_tiny.json`.
+"""The paper's findings beside those of the small world: `msa/ablations/findings_tiny.json`.
 
 That file holds runs: each has the name of its row, a way of training, its seed and its command. A
 claim names two rows, a measure, and how the paper says that they compare in it.
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from docs.hooks import measured
 from docs.hooks.curves import table as markdown
-from msa.model.findings import ROWS
+from msa.ablations.rows import ROWS
 
 NAME, PRESET = "findings_tiny", "base"
 Relation = Literal["lower", "equal", "higher"]

@@ -13,13 +13,13 @@ from matplotlib import pyplot
 from benchmarks.figures import BLUE, GREEN, INK, MUTED, ORANGE, SKY, STYLE
 from docs.hooks.measured import inline
 from docs.hooks.svg import Drawing
-from msa.model import page
+from msa.demo import demo_html
+from msa.demo.questions import Comparison
 from msa.model.checkpoint import TRAINED
 from msa.model.config import ModelConfig, VisionConfig
-from msa.model.presets import PRESETS, PresetName
-from msa.model.records import IMAGE_TOKEN, Document
-from msa.model.shown import Shown
-from msa.model.train import METRICS
+from msa.training.documents import IMAGE_TOKEN, Document
+from msa.training.presets import PRESETS, PresetName
+from msa.training.train import METRICS
 
 Box = tuple[float, float, float, str, str, str]
 """Left edge, top, width, two lines of words, style."""
@@ -149,7 +149,7 @@ def load_figure(shares: list[list[float]]) -> str:
 
 def training_figure(name: PresetName, caption: str) -> str:
     """The run that made a shipped model, from its metrics: losses by step, answers by test."""
-    path = TRAINED / name / METRICS
+    path = TRAINED[name] / METRICS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     border = sum(line["mode"] == "dense" for line in lines)
     tests = [(line["step"] + 1, line["test"]) for line in lines if "test" in line]
@@ -176,7 +176,7 @@ def training_figure(name: PresetName, caption: str) -> str:
 
 def with_pictures(html: str, images: Float[np.ndarray, "n 8 8"], name: str) -> str:
     """HTML that refers to pictures as #p0, #p1, ...; these, and ids of this name."""
-    shapes = "".join(page.symbol(i, picture) for i, picture in enumerate(images))
+    shapes = "".join(demo_html.symbol(i, picture) for i, picture in enumerate(images))
     unseen = 'width="0" height="0" style="position:absolute" aria-hidden="true"'
     whole = f"<svg {unseen}><defs>{shapes}</defs></svg>{html}"
     return re.sub(r'(?<=id="|f="#)p(?=\d)', f"{name}-p", whole)
@@ -184,7 +184,7 @@ def with_pictures(html: str, images: Float[np.ndarray, "n 8 8"], name: str) -> s
 
 def document_figure(document: Document) -> str:
     """A document as a reader sees it, with its pictures in their places."""
-    text = page.draw_text(document.tokens, 0)
+    text = demo_html.draw_text(document.tokens, 0)
     for question in document.questions:
         asked = f"?{question.key.decode()}={question.digit}"
         text = text.replace(asked, f"<b>{asked}</b>")
@@ -199,12 +199,12 @@ def document_figure(document: Document) -> str:
     return with_pictures(html, document.images, "document")
 
 
-def opened_figure(shown: Shown, question: int) -> str:
+def opened_figure(comparison: Comparison, question: int) -> str:
     """The blocks that each layer and group opened for one question, the pictures above."""
-    asked = shown.questions[question]
-    opened = page.opened_by(shown.sparse[question])
+    asked = comparison.questions[question]
+    opened = demo_html.opened_by(comparison.sparse[question])
     layers, groups, blocks = opened.shape
-    size, left = shown.block_size, 92
+    size, left = comparison.block_size, 92
     cell = 600 / blocks
     drawing = Drawing(700, 46 + layers * groups * 17)
     (places,) = np.nonzero(asked.tokens == IMAGE_TOKEN)
@@ -223,11 +223,11 @@ def opened_figure(shown: Shown, question: int) -> str:
             drawing.rect(left + block * cell, y, max(cell - 0.8, 2), 13, style, r=1)
     drawing.text(left, 42 + layers * groups * 17, "first token", "d-muted", 10.5)
     drawing.text(left + 600, 42 + layers * groups * 17, "the question", "d-muted", 10.5, "end")
-    answer = shown.sparse[question].digit
+    answer = comparison.sparse[question].digit
     caption = (
         f"What was read to answer ?{escape(asked.key)}=, {asked.distance:,} tokens behind "
         f"its picture: {answer}, {'right' if answer == asked.right else 'wrong'}. Orange: the block "
         "with the picture asked for. Grey: the own block. Blue: the others that were opened."
     )
     figure = drawing.figure(caption, "rows of mostly closed blocks, a few opened in each")
-    return with_pictures(figure, shown.images, "opened")
+    return with_pictures(figure, comparison.images, "opened")

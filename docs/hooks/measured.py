@@ -1,4 +1,4 @@
-"""Measured figures: read from `benchmarks/results`, checked against a schema, dated, drawn."""
+"""Measured figures: read from `benchmarks/results` or `msa/ablations`, checked, dated, drawn."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from benchmarks.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+FINDINGS = ROOT / "msa" / "ablations"
+"""The folder of the ablations' results, which are part of the package."""
 SHARED = ("tiles", "tuning")
 KERNELS = {
     "prefill": ("union_walk", "partials", "combine", "selection", "block_topk", "quantize",
@@ -30,8 +32,9 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
-MODEL = ("model", "attention", "experts", "vision", "trainer", "presets", "records")
-"""The files of `msa/model` that decide what a training finds."""
+MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",
+         "training/presets", "training/documents")  # fmt: skip
+"""The files of `msa` that decide the results of a training."""
 
 NUMBER = (int, float)
 SHARE = (int, float, type(None))
@@ -123,6 +126,11 @@ def check(found: Any, schema: Any, where: str) -> None:
         raise BadResults(f"{where} must be {names}, got {found!r:.40}")
 
 
+def path_of(name: str) -> Path:
+    """The path of a results file such as "prefill_h100"."""
+    return (FINDINGS if name.startswith("findings") else RESULTS) / f"{name}.json"
+
+
 def read(name: str) -> dict[str, Any]:
     """A results file such as "prefill_h100", checked.
 
@@ -130,7 +138,7 @@ def read(name: str) -> dict[str, Any]:
         BadResults: if it is not of its form.
         FileNotFoundError: if there is none.
     """
-    found = json.loads((RESULTS / f"{name}.json").read_text())
+    found = json.loads(path_of(name).read_text())
     check(found, SCHEMAS[name.partition("_")[0]], name)
     return found
 
@@ -146,7 +154,7 @@ def code_of(name: str) -> list[str]:
     """The files whose speed a results file speaks of."""
     kind = name.partition("_")[0]
     if kind == "findings":
-        return [f"msa/model/{part}.py" for part in MODEL]
+        return [f"msa/{part}.py" for part in MODEL]
     if kind == "integrations":
         return ["msa/ops", "msa/integrations/transformers.py", "msa/integrations/plan.py"]
     kernels = KERNELS.get(kind)
@@ -155,12 +163,12 @@ def code_of(name: str) -> list[str]:
 
 def age(name: str) -> str:
     """One paragraph: where a result comes from, and whether its kernels have changed since."""
-    path = RESULTS / f"{name}.json"
+    path = path_of(name)
     measured, changed = last_change(str(path)), last_change(*code_of(name))
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     versions = found.get("versions", found)
     words = (
-        f"Drawn in the build from <code>benchmarks/results/{name}.json</code> (sha256 {digest}…): "
+        f"Drawn in the build from <code>{path.relative_to(ROOT)}</code> (sha256 {digest}…): "
         f"{escape(found['device'])}, torch {escape(versions['torch'])}, {found['date'][:10]}."
     )
     if not measured or not changed:

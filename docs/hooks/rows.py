@@ -16,14 +16,14 @@ import torch
 
 from docs.hooks.widgets import widget
 from msa import Selection, Sequences
+from msa.demo.demo_html import digit, symbol
 from msa.ir import BlockScores
 from msa.model.attention import IndexBranch
 from msa.model.checkpoint import load_trained
-from msa.model.evaluate import unseen_documents
-from msa.model.page import digit, symbol
-from msa.model.records import IMAGE_TOKEN, Document
 from msa.model.vision import cut
 from msa.reference import score_blocks, select_blocks
+from msa.training.documents import IMAGE_TOKEN, Document
+from msa.training.evaluate import unseen_documents
 
 TOKENS, RECORDS = 384, 3
 

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "msa/reference": "source-reference", "msa/torch_impl": "source-torch",
     "msa/triton_impl": "source-triton", "msa/model": "source-model",
+    "msa/training": "source-training", "msa/ablations": "source-ablations",
+    "msa/demo": "source-demo",
     "msa/integrations": "source-integrations", "msa": "source-package", "tests": "source-tests",
 }  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""Demonstrations on real data. `msa demo digits`: attention as a classifier of real images."""
+"""Demonstrations on real data: `msa demo`, `msa ask`, and `msa demo digits` in `digits/`."""

@@ -1,4 +1,7 @@
-"""A small MiniMax-M3 in plain PyTorch: text, pictures, experts, sparse attention. Needs torch."""
+"""A small MiniMax-M3 in plain PyTorch: text, pictures, experts, sparse attention.
+
+It needs torch. Training is in `msa.training`.
+"""
 
 from msa.model.cache import Cache
 from msa.model.config import ModelConfig, VisionConfig

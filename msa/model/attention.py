@@ -1,7 +1,7 @@
 """An attention layer, dense or MSA: projections, per-head norms, RoPE, and one call of msa.
 
 Tokens travel packed (R1): x is [T, width], all sequences behind one another, and T counts new
-tokens only. What was read before lies in a `LayerCache`.
+tokens only. A `LayerCache` holds the tokens before them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from msa.model.config import ModelConfig
 from msa.model.norm_rope import RMSNorm, Turns
 
 Mode = Literal["sparse", "dense"]
+"""How MSA layers attend: to the selected blocks, or to all tokens."""
+MODES: tuple[Mode, ...] = ("sparse", "dense")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What an MSA layer attended with, for those who watch it: heads after norms and RoPE."""
+    """What an MSA layer attended with: its heads after norms and RoPE, and its selection."""
 
     q: Float[Tensor, "Tq Hq D"]
     k: Float[Tensor, "Tk Hkv D"]
@@ -35,18 +37,18 @@ class Seen:
 
 
 Watch = Callable[[Seen], None]
-"""Called by each MSA layer in turn, in mode "sparse", though not in single steps of decoding."""
+"""A function that each MSA layer calls in mode "sparse", except in single steps of decoding."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """What all layers of one forward pass have to know."""
+class LayerCall:
+    """What every layer of one forward pass is given besides its input."""
 
     sequences: msa.Sequences
-    """New tokens are the queries, old and new ones the keys (R2)."""
+    """The new tokens are the queries; old and new tokens are the keys (R2)."""
     turns: Turns
     slots: list[int]
-    """Where in the cache each sequence lies."""
+    """The slot of each sequence in the cache."""
     mode: Mode
     """How MSA layers attend; with align, "dense" is the index warm-up."""
     align: bool
@@ -56,19 +58,20 @@ class Call:
 
     @property
     def counts(self) -> list[int]:
-        """New tokens of each sequence."""
+        """The number of new tokens of each sequence."""
         return [queries.stop - queries.start for queries, _ in self.sequences.spans()]
 
     @property
     def one_by_one(self) -> bool:
-        """Whether this is a step of decoding, which has no loss."""
+        """Whether this is one step of decoding, without a loss."""
         return self.mode == "sparse" and not self.align and set(self.counts) == {1}
 
 
 class IndexBranch(nn.Module):
-    """One index query per group and one index key, from a hidden state that gets no gradient.
+    """One index query per group and one index key, from a hidden state without gradient.
 
-    With `config.index_gradient` it gets one: what the paper warns of, to be seen.
+    With `config.index_gradient` the hidden state has a gradient. The paper advises against it; the
+    ablations show why.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,7 +87,7 @@ class IndexBranch(nn.Module):
     ) -> tuple[Float[Tensor, "T Hkv Di"], Float[Tensor, "T Di"]]:
         """q_idx and k_idx."""
         if not self.gradient:
-            x = x.detach()  # eq. 11: the backbone must not learn to please the index
+            x = x.detach()  # eq. 11: the loss of the index must not change the backbone
         q = self.q_norm(self.q(x).unflatten(-1, (-1, self.dim)))
         k = self.k_norm(self.k(x).unflatten(-1, (1, self.dim)))
         return turns(q), turns(k)[:, 0]
@@ -93,8 +96,9 @@ class IndexBranch(nn.Module):
 class Mixing(nn.Module):
     """y[t] = x[t] + sum over i >= 1 of weight[i - 1] * x[t - i], within each sequence.
 
-    Not part of the released model: it lets a small one find "what follows this key" in one layer.
-    Each channel and distance begins with a random weight, so that the order of tokens shows.
+    The released model has no such layer. It lets a small model find "what follows this key" in one
+    layer. Each channel and distance starts with a random weight, so that the result depends on the
+    order of the tokens.
 
     >>> mixing = Mixing(width=1, tokens=2)
     >>> with torch.no_grad(): _ = mixing.weight.fill_(10.0)
@@ -111,7 +115,10 @@ class Mixing(nn.Module):
     def forward(
         self, x: Float[Tensor, "T width"], counts: list[int], before: Float[Tensor, "S reach width"]
     ) -> tuple[Float[Tensor, "T width"], Float[Tensor, "S reach width"]]:
-        """`before` are the tokens before each sequence's new ones; also gives the last of them."""
+        """The mixed tokens, and the last `reach` tokens of each sequence for the next call.
+
+        `before` holds the `reach` tokens before the new tokens of each sequence.
+        """
         if len(set(counts)) > 1:
             parts = zip(x.split(counts), before)
             mixed, last = zip(*(self(own, [len(own)], old[None]) for own, old in parts))
@@ -125,7 +132,7 @@ class Mixing(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over all earlier tokens, or over the blocks that the index chose."""
+    """Grouped-query attention, over all earlier tokens or over the blocks that the index chose."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -143,9 +150,9 @@ class Attention(nn.Module):
         self.mixing = Mixing(config.width, mixed) if mixed > 1 else None
 
     def forward(
-        self, x: Float[Tensor, "T width"], call: Call, cache: LayerCache | None
+        self, x: Float[Tensor, "T width"], call: LayerCall, cache: LayerCache | None
     ) -> tuple[Float[Tensor, "T width"], Float[Tensor, ""] | None]:
-        """The layer's answer, and with call.align the KL of its index, if it has one."""
+        """The output of the layer. With call.align also the KL of its index, if it has an index."""
         if self.mixing is not None:
             x = self._mix(self.mixing, x, call, cache)
         q, k, v = (
@@ -172,9 +179,9 @@ class Attention(nn.Module):
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, k_idx: Tensor,
-        call: Call, cache: LayerCache | None,
+        call: LayerCall, cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """MSA; in mode "dense" its teacher: attention over everything, and the warm-up loss."""
+        """MSA. In mode "dense": attention to all tokens, and the loss of the index warm-up."""
         borders = {
             "cu_seqlens_q": call.sequences.cu_seqlens_q,
             "cu_seqlens_k": call.sequences.cu_seqlens_k,
@@ -204,7 +211,7 @@ class Attention(nn.Module):
             )  # fmt: skip
         return out, kl
 
-    def _mix(self, mixing: Mixing, x: Tensor, call: Call, cache: LayerCache | None) -> Tensor:
+    def _mix(self, mixing: Mixing, x: Tensor, call: LayerCall, cache: LayerCache | None) -> Tensor:
         counts = call.counts
         if cache is None:
             return mixing(x, counts, x.new_zeros(len(counts), len(mixing.weight), x.shape[1]))[0]
@@ -220,7 +227,7 @@ def attend_densely(
     sequences: msa.Sequences,
     scale: float,
 ) -> Float[Tensor, "Tq Hq D"]:
-    """Causal attention within each sequence, the queries being its last tokens, by PyTorch's SDPA.
+    """Causal attention within each sequence, by PyTorch's SDPA. The queries are its last tokens.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
     >>> attend_densely(torch.zeros(1, 1, 1), x, x, msa.Sequences.one(1, 3), 1.0).flatten()

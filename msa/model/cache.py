@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: a pool of pages for each layer."""
+"""Keys, values and index keys of the tokens that a model has read, in pages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from msa.model.config import ModelConfig
 class LayerCache:
     """Keys, values and index keys of one layer, in pages of one block each.
 
-    A pool wants index keys. A dense layer has none, and gives it one zero per token: that is all
-    that keeping both kinds of layers in the same pages costs.
+    Every pool has index keys. A dense layer has none, so it stores one zero per token.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class LayerCache:
         self.dtype = dtype
         tail = config.mixed_tokens - 1
         self.tails = torch.zeros(batch, tail, config.width, device=device, dtype=dtype)
-        """The inputs that the next tokens are mixed with; see `attention.Mixing`."""
+        """The last inputs of each sequence, for the layer `attention.Mixing`."""
 
     def append(
         self,
@@ -47,7 +46,7 @@ class LayerCache:
         v: Float[Tensor, "T Hkv D"],
         k_idx: Float[Tensor, "T Di"] | None,
     ) -> None:
-        """Packed new tokens, `counts[i]` of them for sequence `slots[i]`."""
+        """Add packed new tokens: `counts[i]` of them to the sequence in `slots[i]`."""
         k_idx = k.new_zeros(len(k), 1) if k_idx is None else k_idx
         new = [x.to(self.dtype) for x in (k, v, k_idx)]
         if len(set(counts)) == 1:
@@ -58,24 +57,24 @@ class LayerCache:
             self.pool.append(slot, *parts)
 
     def packed(self, slots: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v, k_idx of these sequences behind one another: what `msa.attention` takes."""
+        """k, v and k_idx of these sequences, packed as `msa.attention` takes them."""
         k, v, k_idx = zip(*(self.pool.cache.flat(slot) for slot in slots))
         return torch.cat(k), torch.cat(v), torch.cat(k_idx)
 
     def view(self, slots: list[int]) -> PagedKV:
-        """The pages as a cache of these sequences alone: what `msa.decode` takes."""
+        """The cache of these sequences alone, as `msa.decode` takes it."""
         cache = self.pool.cache
         rows = torch.tensor(slots, device=cache.lengths.device)
         return replace(cache, page_table=cache.page_table[rows], lengths=cache.lengths[rows])
 
 
 class Cache:
-    """The layers' caches, which grow together. `Model.forward` fills it; `free` empties a slot.
+    """The caches of all layers. `Model.forward` adds tokens; `free` empties a slot.
 
     Args:
         config: the model's sizes.
-        batch: how many sequences there is room for.
-        max_tokens: how long each of them may become.
+        batch: the number of slots, one for a sequence.
+        max_tokens: the most tokens of a sequence.
 
     >>> config = ModelConfig(
     ...     vocab_size=9, width=8, attention=("dense", "msa"), mlp=("dense", "dense"), heads=2,
@@ -98,11 +97,11 @@ class Cache:
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each sequence."""
+        """The number of tokens of each sequence."""
         return self.layers[0].pool.lengths
 
     def free(self, slot: int) -> None:
-        """Forget a sequence; its slot and its pages can be used again."""
+        """Remove a sequence. Its slot and its pages can be used again."""
         for layer in self.layers:
             layer.pool.free(slot)
             layer.tails[slot] = 0

@@ -1,9 +1,10 @@
-"""A model on disk: `model.safetensors` for the weights, `config.json` beside it for the sizes."""
+"""A model on disk: the weights in `model.safetensors`, the sizes in `config.json` beside them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,27 @@ from torch import Tensor
 
 from msa import files
 from msa.dispatch import BackendName
-from msa.model import checks
-from msa.model.config import ModelConfig
+from msa.model.config import ModelConfig, differences
 from msa.model.model import Model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-TRAINED = Path(__file__).parent / "trained"
-"""The models that come with the package, each in a folder that `msa train` wrote."""
+PACKAGE = Path(__file__).parents[1]
+TRAINED = {
+    "tiny": PACKAGE / "model" / "trained" / "tiny",
+    "small": PACKAGE.parent / "trained" / "small",
+}
+"""The trained models and their folders, which `msa train` wrote. The package contains the tiny one;
+the small one (20 MB) is in the repository only."""
 
 
 def save(model: Model, folder: Path | str, half: bool = False) -> None:
-    """Write both files; each is whole or as it was before, see `files.write`.
+    """Write both files. A file is written as a whole or not at all: see `files.write`.
 
-    With half, parameters are rounded to bfloat16: as a model that computes in it reads them anyway.
-    Buffers stay as they are: rounding a router's bias would move tokens to other experts.
+    With half, parameters are rounded to bfloat16, as a model that computes in bfloat16 rounds them
+    anyway. Buffers are not rounded: another bias of a router would choose other experts.
 
     >>> import tempfile
-    >>> from msa.model.presets import PRESETS
+    >>> from msa.training.presets import PRESETS
     >>> model = Model(PRESETS["tiny"].model)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(model, folder)
@@ -58,8 +63,8 @@ def load(
     """The model that `save` wrote, in evaluation mode.
 
     Raises:
-        ValueError: a file that is not there, cut short or of another kind; weights that are
-            missing, not known, of another shape or no floating point numbers, each by its name.
+        ValueError: a file that does not exist, is cut short or is of another kind; weights that are
+            missing, unknown, of another shape or not floating point, each by its name.
     """
     folder = Path(folder)
     config, weights = read_config(folder), read_weights(folder / WEIGHTS)
@@ -72,26 +77,36 @@ def load(
 def load_trained(
     name: str = "tiny", *, device: torch.device | str = "cpu", backend: BackendName = "auto"
 ) -> Model:
-    """A model that comes with the package, trained by `msa train --preset name`.
+    """A model of TRAINED: the result of `msa train --preset name`.
 
     Raises:
-        ValueError: a name that is none of theirs.
+        ValueError: an unknown name, or a model that this installation does not contain.
 
     >>> load_trained("tiny").config.layers
     3
     """
-    folders = shipped()
-    checks.check_trained(name, sorted(folders))
-    return load(folders[name], device=device, backend=backend)
+    if name not in TRAINED:
+        raise ValueError(f"name must be {' or '.join(sorted(TRAINED))}, got {name!r}")
+    return load(folder_of(name), device=device, backend=backend)
 
 
-def shipped() -> dict[str, Path]:
-    """The folders of the models that come with the package, by their names."""
-    return {folder.name: folder for folder in TRAINED.iterdir()}
+def folder_of(name: str) -> Path:
+    """The folder of a trained model by its name; any other name is itself a folder.
+
+    Raises:
+        ValueError: a model of TRAINED that this installation does not contain.
+    """
+    folder = TRAINED.get(name, Path(name))
+    if name in TRAINED and not folder.exists():
+        raise ValueError(
+            f"the model {name} must be given as its folder, for the installed package does not "
+            f"contain it: the repository has it in trained/{name}"
+        )
+    return folder
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The sizes beside the weights."""
+    """The sizes that `save` wrote beside the weights."""
     path = folder / CONFIG
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -107,9 +122,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def check_sizes(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """Compare the weights with the sizes before a model of these sizes takes any memory."""
+    """Compare the weights with the sizes, before a model of these sizes takes memory."""
     path, vision = folder / WEIGHTS, config.vision
-    checks.check_layers(str(path), 0 if vision is None else vision.layers, len(weights))
+    layers = 0 if vision is None else vision.layers
+    if layers > len(weights):
+        raise ValueError(
+            f"{path} must have weights for each of vision.layers = {layers}, "
+            f"got {len(weights)} in all"
+        )
     try:
         with torch.device("meta"):
             wanted = Model(config, backend="torch").state_dict()
@@ -117,25 +137,25 @@ def check_sizes(folder: Path, config: ModelConfig, weights: dict[str, Tensor]) -
         raise ValueError(
             f"{folder / CONFIG} must have the sizes of {path}, got far larger ones"
         ) from error
-    checks.check_weights(str(path), wanted, weights)
+    check_weights(str(path), wanted, weights)
 
 
 def load_weights(model: Model, folder: Path) -> str:
-    """Give a model the weights that lie there; returns the SHA-256 of their file.
+    """Load the weights of a folder into a model. Returns the SHA-256 of their file.
 
     Raises:
-        ValueError: see `load`; or weights that are not finite.
+        ValueError: as in `load`; or weights that are not finite.
     """
     path = folder / WEIGHTS
     weights = read_weights(path)
-    checks.check_weights(str(path), model.state_dict(), weights)
-    checks.check_finite(str(path), weights)
+    check_weights(str(path), model.state_dict(), weights)
+    check_finite(str(path), weights)
     model.load_state_dict(weights)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file."""
+    """All tensors of a safetensors file, by their names."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -146,3 +166,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
+
+
+# -- checks ---------------------------------------------------------------------------------------
+def check_device(device: str) -> None:
+    """The device is cpu or an existing CUDA device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    names = {"cpu", *(("cuda",) if count else ()), *(f"cuda:{i}" for i in range(count))}
+    if device not in names:
+        known = "cpu, for this machine has no CUDA device"
+        if count:
+            known = f"cpu, cuda or cuda:N with N from 0 to {count - 1}"
+        raise ValueError(f"device must be {known}, got {device!r}")
+
+
+def check_weights(where: str, wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Both have the same names with the same shapes. Messages begin with `where`."""
+    missing, unexpected = wanted.keys() - got.keys(), got.keys() - wanted.keys()
+    if missing or unexpected:
+        raise ValueError(
+            f"{where} must have the model's weights, got{differences(missing, unexpected)}"
+        )
+    for name, weight in wanted.items():
+        if list(weight.shape) != list(got[name].shape):
+            raise ValueError(
+                f"{where} must have {name} of shape {list(weight.shape)}, "
+                f"got {list(got[name].shape)}"
+            )
+        if weight.is_floating_point() and not got[name].is_floating_point():
+            raise ValueError(
+                f"{where} must have {name} in a floating point dtype, got {got[name].dtype}"
+            )
+
+
+def check_finite(where: str, weights: Mapping[str, Tensor]) -> None:
+    """No weight is NaN or infinite."""
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{where} must have finite weights, got NaN or infinity in {name}")

@@ -15,7 +15,7 @@ from msa.model.config import ModelConfig
 def swiglu(
     gate_up: Float[Tensor, "*lead twice"], alpha: float, limit: float
 ) -> Float[Tensor, "*lead twice//2"]:
-    """gate * sigmoid(alpha * gate) * (up + 1); gate is cut off above limit, up at +- limit.
+    """gate * sigmoid(alpha * gate) * (up + 1), with gate <= limit and -limit <= up <= limit.
 
     >>> swiglu(torch.tensor([100.0, -100.0]), alpha=1.702, limit=7.0).round()
     tensor([-42.])
@@ -35,16 +35,16 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
-        """Every token by itself."""
+        """Each token is computed by itself."""
         return self.down(swiglu(self.gate_up(x), self.alpha, self.limit))
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and how much each of them counts.
+    """Chooses the experts of each token, and their weights.
 
-    The score of an expert is sigmoid(<weight, x>), by itself and not against the others. A bias
-    that plays no other part is added for the choice alone: `balance` raises it for experts that had
-    less than their share, lowers it for the others, so no auxiliary loss has to pull at the model.
+    The score of an expert is sigmoid(<weight, x>); it does not depend on the other experts. A bias
+    is added to the scores for the choice, not for the weights. `balance` raises the bias of experts
+    that got less than their share of tokens and lowers the others, in place of an auxiliary loss.
     Counts are integers and the bias is float32, whatever dtype the module has.
     """
 
@@ -62,8 +62,8 @@ class Router(nn.Module):
     def forward(
         self, x: Float[Tensor, "T width"]
     ) -> tuple[Int[Tensor, "T chosen"], Float[Tensor, "T chosen"]]:
-        """Expert ids, and weights that sum to 1, float32."""
-        with torch.autocast(x.device.type, enabled=False):  # a choice should not hang on rounding
+        """Expert ids, and their weights in float32, which sum to 1."""
+        with torch.autocast(x.device.type, enabled=False):  # rounding must not change the choice
             scores = F.linear(x.to(self.weight.dtype), self.weight).float().sigmoid()
         ids = (scores + self.bias).topk(self.chosen, dim=-1).indices
         weights = scores.gather(-1, ids)
@@ -72,7 +72,7 @@ class Router(nn.Module):
         return ids, weights / weights.sum(-1, keepdim=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """As in any module, but the bias, a sum of many small steps, stays float32."""
+        """As in any module, but the bias stays float32: it is a sum of many small steps."""
         exact = self.bias
         super()._apply(fn, recurse)
         if self.bias.dtype != exact.dtype:
@@ -81,9 +81,9 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def balance(self, rate: float) -> None:
-        """Move each bias by `rate` against its expert's load since the last call, and forget it.
+        """Move each bias by `rate` against the load of its expert, then set the loads to zero.
 
-        >>> from msa.model.presets import PRESETS
+        >>> from msa.training.presets import PRESETS
         >>> router = Router(PRESETS["tiny"].model)
         >>> _ = router.load.copy_(torch.tensor([9, 1, 5, 5]))
         >>> router.balance(0.5)
@@ -95,7 +95,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The shared expert plus the weighted sum of those the router chose."""
+    """The shared expert plus the weighted sum of the experts that the router chose."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Experts(nn.Module):
         self.shared = MLP(config, config.shared_width)
 
     def forward(self, x: Float[Tensor, "T width"]) -> Float[Tensor, "T width"]:
-        """Tokens are sorted by expert, so that each expert sees its own as one slice."""
+        """The tokens are sorted by expert, so that the tokens of an expert are one slice."""
         ids, weights = self.router(x)
         order = ids.flatten().argsort(stable=True)
         sorted_x = x.repeat_interleave(ids.shape[1], 0)[order]

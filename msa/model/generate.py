@@ -1,7 +1,7 @@
 """Text from a model, token by token: chunked prefill into pages, then one token a step.
 
-The tokens are those that a model without a cache would give, which reads everything again at every
-step; the cache saves the reading.
+The tokens are the same as without a cache. A model without a cache reads all tokens again at every
+step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from msa.model import checks
+from msa.checks import check_count, check_positive, check_seed
 from msa.model.cache import Cache
-from msa.model.model import Model
+from msa.model.model import Model, check_places
 from msa.model.vision import Pictures
 
 
@@ -28,21 +28,23 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 takes the likeliest token; else it is drawn from softmax(logits / temperature)."""
+    """0 takes the likeliest token. Else the token is drawn from softmax(logits / temperature)."""
     seed: int = 0
-    """Each prompt draws by itself: what else is in the batch plays no part."""
+    """Each prompt has its own draws, which do not depend on the other prompts of the batch."""
     stop: int | None = None
-    """The token that ends a text. It is given out too."""
+    """The token that ends a text. It is the last token of the answer."""
 
     def __post_init__(self) -> None:
-        checks.check_sampling(self)
+        check_seed("seed", self.seed)
+        if self.temperature != 0:
+            check_positive("temperature", self.temperature)
 
     def draws(self, prompts: int) -> list[torch.Generator]:
-        """A source of chance for each prompt."""
+        """A random generator for each prompt."""
         return [torch.Generator().manual_seed(hash((self.seed, row))) for row in range(prompts)]
 
     def choose(self, logits: Tensor, draw: torch.Generator) -> int:
-        """One token.
+        """Choose one token.
 
         >>> Sampling().choose(torch.tensor([0.0, 2.0, 1.0]), torch.Generator())
         1
@@ -63,7 +65,7 @@ def generate(
     chunk: int = 2048,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
-    """What follows each prompt, all at once. Arguments and errors as in `stream`."""
+    """The tokens after each prompt, once all are known. Arguments and errors as in `stream`."""
     answers: list[list[int]] = [[] for _ in prompts]
     for step in stream(
         model, prompts, new_tokens, images=images, sampling=sampling, chunk=chunk, dtype=dtype
@@ -83,27 +85,27 @@ def stream(
     chunk: int = 2048,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[list[int | None]]:
-    """One list per step, as soon as it is known: each prompt's next token, None after its end.
+    """After each step, a list with the next token of each prompt; None for prompts that ended.
 
     Args:
-        prompts: token ids, of any lengths from 1 on.
-        new_tokens: the most tokens that follow a prompt.
-        images: for each prompt the pictures in the places of its image tokens.
-        chunk: how many tokens of a prompt are read at a time.
-        dtype: of the cache; bfloat16 for a model under autocast.
+        prompts: token ids. The prompts may have different lengths, at least 1.
+        new_tokens: the most tokens after a prompt.
+        images: for each prompt the pictures of its image tokens.
+        chunk: the number of tokens of a prompt that are read at a time.
+        dtype: the dtype of the cache; bfloat16 for a model under autocast.
 
-    Tokens that stand for pictures are never given out. The model is left in evaluation mode.
+    Tokens that stand for pictures are never chosen. The model is in evaluation mode afterwards.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came.
 
-    >>> from msa.model.presets import PRESETS
+    >>> from msa.training.presets import PRESETS
     >>> model = Model(PRESETS["tiny"].model)
     >>> prompts = [torch.tensor([72, 105]), torch.tensor([65])]
     >>> [len(step) for step in stream(model, prompts, 3)]
     [2, 2, 2]
     """
-    checks.check_generation(prompts, new_tokens, images, chunk)
+    _check_arguments(prompts, new_tokens, images, chunk)
     model.eval()
     device = model.embed.weight.device
     size = max(map(len, prompts)) + new_tokens
@@ -134,16 +136,16 @@ def _read(
     model: Model, cache: Cache, prompts: Sequence[Tensor],
     images: Sequence[Pictures | None] | None, chunk: int,
 ) -> dict[int, Tensor]:  # fmt: skip
-    """Prefill, `chunk` tokens of each prompt at a time; the logits behind each prompt.
+    """Prefill, `chunk` tokens of each prompt at a time. Returns the logits after each prompt.
 
-    The tower sees a prompt's pictures once; a chunk takes as many of their tokens as it has places.
+    The vision tower reads the pictures of a prompt once. Each chunk gets its tokens of them.
     """
     device, token = model.embed.weight.device, model.config.image_token
     seen: dict[int, Tensor] = {}
     for row, given in enumerate(images or ()):
         if given is not None and model.vision is not None:
             seen[row] = model.vision(given)
-            checks.check_places("image", _count(prompts[row], token), len(seen[row]))
+            check_places("image", _count(prompts[row], token), len(seen[row]))
     last: dict[int, Tensor] = {}
     for start in range(0, max(map(len, prompts)), chunk):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) > start]
@@ -164,5 +166,22 @@ def _read(
 
 
 def _count(tokens: Tensor, token: int | None) -> int:
-    """How many of the tokens are this one."""
+    """The number of times that the tokens contain this one."""
     return 0 if token is None else int(tokens.eq(token).sum())
+
+
+def _check_arguments(
+    prompts: Sequence[Tensor], new_tokens: int, images: Sequence[Pictures | None] | None, chunk: int
+) -> None:
+    """There are prompts, none is empty, and all or none have an entry in images."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError(
+            f"prompts must hold at least one text, of at least one token each, "
+            f"got lengths {[len(prompt) for prompt in prompts]}"
+        )
+    check_count("new_tokens", new_tokens, 1)
+    check_count("chunk", chunk, 1)
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(
+            f"images must have an entry for each of the {len(prompts)} prompts, got {len(images)}"
+        )

@@ -1,8 +1,8 @@
 """The vision tower: patches, transformer layers with 3D RoPE, projection to the text's width.
 
-A picture is a grid of patches, (frames, rows, columns). Its patches travel as rows of values, all
-pictures behind one another, and inside a picture frame by frame and in little squares of merge x
-merge: so the patches that become one token are neighbours. `cut` makes such rows from pixels.
+A picture is a grid of patches: (frames, rows, columns). A patch is a row of values. The patches are
+ordered by frame, and within a frame by squares of merge x merge patches, so that the patches that
+become one token are neighbours. `cut` makes such rows from pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from msa.model import checks
 from msa.model.config import VisionConfig
 from msa.model.norm_rope import Turns, picture_turns
 
@@ -24,16 +23,16 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images or videos as the tower reads them."""
+    """Images or videos in the form that the vision tower reads."""
 
     patches: Float[Tensor, "patches values"]
-    """Each is channels x frames x patch x patch values."""
+    """A patch has channels x frames x patch x patch values."""
     grids: Sequence[Grid]
-    """For each picture how many frames, rows and columns of patches it has."""
+    """The numbers of frames, rows and columns of patches of each picture."""
 
 
 def cut(pixels: Float[Tensor, "n frames channels height width"], config: VisionConfig) -> Pictures:
-    """Pictures of one size as patches.
+    """Cut pictures of one size into patches.
 
     >>> config = VisionConfig(width=6, layers=1, heads=1, mlp_width=6, projector_width=6,
     ...                       channels=1, patch=1, frames=1, merge=2)
@@ -52,7 +51,7 @@ def cut(pixels: Float[Tensor, "n frames channels height width"], config: VisionC
 
 
 def patch_places(grids: Sequence[Grid], merge: int) -> Int[Tensor, "patches 3"]:
-    """(frame, row, column) of each patch in its picture, in the order in which patches travel.
+    """(frame, row, column) of each patch in its picture, in the order of the patches.
 
     >>> patch_places([(1, 2, 4)], merge=2)[:, 1:].tolist()
     [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
@@ -66,7 +65,7 @@ def patch_places(grids: Sequence[Grid], merge: int) -> Int[Tensor, "patches 3"]:
 
 
 class VisionLayer(nn.Module):
-    """Attention of a picture's patches to one another, then an MLP, in the manner of CLIP."""
+    """Attention among the patches of a picture, then an MLP, as in CLIP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ class VisionLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "patches width"], turns: Turns, counts: list[int]
     ) -> Float[Tensor, "patches width"]:
-        """`counts` are the patches of each picture."""
+        """`counts` has the number of patches of each picture."""
         normed = self.norm(x)
         q, k, v = (f(normed).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))
         x = x + self.out(attend_within(turns(q), turns(k), v, counts).flatten(1))
@@ -91,7 +90,7 @@ def attend_within(
     q: Float[Tensor, "N H D"], k: Float[Tensor, "N H D"], v: Float[Tensor, "N H D"],
     counts: list[int],
 ) -> Float[Tensor, "N H D"]:  # fmt: skip
-    """Each picture's patches attend to one another, and to no other picture's."""
+    """Attention of each patch to all patches of its own picture."""
     if len(set(counts)) > 1:
         parts = zip(*(x.split(counts) for x in (q, k, v)))
         return torch.cat([attend_within(q, k, v, [len(q)]) for q, k, v in parts])
@@ -100,7 +99,7 @@ def attend_within(
 
 
 class VisionTower(nn.Module):
-    """Pictures to tokens of the text's width."""
+    """Turns pictures into tokens of the text's width."""
 
     def __init__(self, config: VisionConfig, text_width: int) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class VisionTower(nn.Module):
             ValueError: patches that do not fit the grids or the tower.
         """
         config, patches = self.config, pictures.patches
-        checks.check_images("pictures", patches, pictures.grids, config)
+        _check_pictures(pictures, config)
         places = patch_places(pictures.grids, config.merge).to(patches.device)
         turns = picture_turns(places, config.head_dim, config.rope_theta)
         counts = [t * h * w for t, h, w in pictures.grids]
@@ -131,3 +130,19 @@ class VisionTower(nn.Module):
         for layer in self.layers:
             x = layer(x, turns, counts)
         return self.merge(self.project(x).unflatten(0, (-1, config.merge**2)).flatten(1))
+
+
+def _check_pictures(pictures: Pictures, config: VisionConfig) -> None:
+    """The patches have the tower's size and fill the grids, whose sides can be merged."""
+    for grid in pictures.grids:
+        if len(grid) != 3 or min(grid) < 1 or grid[1] % config.merge or grid[2] % config.merge:
+            raise ValueError(
+                f"pictures.grids must hold (frames, rows, columns), rows and columns being "
+                f"multiples of merge = {config.merge}, got {tuple(grid)}"
+            )
+    wanted = [sum(t * h * w for t, h, w in pictures.grids), config.patch_values]
+    if list(pictures.patches.shape) != wanted:
+        raise ValueError(
+            f"pictures.patches must have shape [patches, values] = {wanted}, "
+            f"got {list(pictures.patches.shape)}"
+        )

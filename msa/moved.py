@@ -1,0 +1,109 @@
+"""Old import paths of modules that have moved: they work for one release, with a warning.
+
+After `import msa.model.records`, the old module looks each name up in `msa.training.documents`, so
+that the old and the new path give the same objects. To move a module, add a line to MOVED.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, str] = {
+    # msa.model is the architecture; training has its own package
+    "msa.model.records": "msa.training.documents",
+    "msa.model.prose": "msa.training.prose",
+    "msa.model.presets": "msa.training.presets",
+    "msa.model.trainer": "msa.training.trainer",
+    "msa.model.ranks": "msa.training.ranks",
+    "msa.model.evaluate": "msa.training.evaluate",
+    "msa.model.evaluate:read": "msa.training.evaluate:read_documents",
+    "msa.model.interrupts": "msa.training.interrupts",
+    "msa.model.interrupts:deaf": "msa.training.interrupts:ignored",
+    "msa.model.study": "msa.training.layer_stats",
+    "msa.model.study:Study": "msa.training.layer_stats:LayerStats",
+    "msa.model.study:study": "msa.training.layer_stats:measure_layers",
+    "msa.model.train": "msa.training.train",
+    "msa.model.train:Twin": "msa.training.options:Twin",
+    "msa.model.train:read_model": "msa.training.options:read_model",
+    "msa.model.convert": "msa.training.convert_dense",
+    "msa.model.convert:FolderOptions": "msa.training.convert_dense:ConvertDenseOptions",
+    # the ablations
+    "msa.model.findings": "msa.ablations.tables",
+    "msa.model.findings:Row": "msa.ablations.rows:Row",
+    "msa.model.findings:RESULTS": "msa.ablations.results:RESULTS",
+    "msa.model.findings:RunOptions": "msa.ablations.run:RunOptions",
+    "msa.model.findings:by": "msa.ablations.results:readings_by",
+    "msa.model.findings:told": "msa.ablations.tables:mean_of",
+    "msa.model.findings_run": "msa.ablations.run",
+    "msa.model.findings_run:judge": "msa.ablations.readings:measure_answers",
+    "msa.model.findings_run:judge_index": "msa.ablations.readings:measure_index",
+    "msa.model.findings_run:seen_as": "msa.ablations.readings:attending",
+    "msa.model.findings_run:under": "msa.ablations.readings:with_config",
+    "msa.model.findings_run:unseen": "msa.ablations.readings:unseen",
+    # the demos
+    "msa.model.demo": "msa.demo.demo",
+    "msa.model.ask": "msa.demo.ask",
+    "msa.model.answers": "msa.demo.answers",
+    "msa.model.pictures": "msa.demo.pictures",
+    "msa.model.figure": "msa.demo.figure",
+    "msa.model.page": "msa.demo.demo_html",
+    "msa.model.shown": "msa.demo.questions",
+    "msa.model.shown:Question": "msa.demo.questions:DemoQuestion",
+    "msa.model.shown:Shown": "msa.demo.questions:Comparison",
+    "msa.model.shown:read": "msa.demo.questions:compare",
+    "msa.model.shown:ReadingOptions": "msa.demo.options:ReadingOptions",
+    "msa.model.shown:check_files": "msa.demo.options:check_files",
+    "msa.model.shown:load_model": "msa.demo.options:load_model",
+    "msa.model.shown:tell": "msa.demo.present:present",
+    "msa.model.shown:table": "msa.demo.present:table_of",
+    "msa.model.shown:summary": "msa.demo.present:summary",
+    "msa.model.shown:half_blocks": "msa.demo.present:half_blocks",
+    "msa.demo.experiment": "msa.demo.digits.experiment",
+    "msa.demo.features": "msa.demo.digits.features",
+    "msa.demo.gallery": "msa.demo.digits.gallery",
+    "msa.demo.poster": "msa.demo.digits.poster",
+    "msa.demo.report": "msa.demo.digits.tables",
+    "msa.demo.stream": "msa.demo.digits.stream",
+}
+"""Old path to new path. An entry "old.module" moves a whole module. An entry "old.module:name" says
+where one name of that module is now, if it has a new name or if it left the other names."""
+
+
+class Finder(MetaPathFinder, Loader):
+    """Finds and loads the old paths. Python asks it after its own finders."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for the modules of MOVED, None for all other modules."""
+        return ModuleSpec(fullname, self, is_package=True) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Warn, then let the old module look up its names in the new one.
+
+        Raises:
+            ModuleNotFoundError: the new module needs a library that is not installed.
+        """
+        old = module.__name__
+        message = f"{old} has moved: import {MOVED[old]}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        importlib.import_module(MOVED[old])
+
+        def look_up(name: str) -> Any:
+            new_module, _, new_name = MOVED.get(f"{old}:{name}", MOVED[old]).partition(":")
+            return getattr(importlib.import_module(new_module), new_name or name)
+
+        module.__dict__["__getattr__"] = look_up
+
+
+def install() -> None:
+    """Let Python ask the finder. A second call changes nothing."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.append(Finder())

@@ -1,0 +1,1 @@
+"""Training of a small model: documents, presets, the trainer, `msa train`, evaluation."""

@@ -1,0 +1,63 @@
+"""Old import paths of moved modules: the same objects, with a warning that names the new path."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+import msa.files
+import msa.recall
+from msa import moved
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """Two modules that never existed, and none of this table's modules imported before."""
+    rows = {
+        "msa.old_files": "msa.files",
+        "msa.old_files:find": "msa.recall:measure",
+        "msa.model.old_recall": "msa.recall",
+    }
+    monkeypatch.setattr(moved, "MOVED", rows)
+    yield rows
+    for name in rows:
+        sys.modules.pop(name, None)
+
+
+def test_an_old_path_gives_the_new_objects(table):
+    with pytest.warns(
+        DeprecationWarning, match=r"msa\.old_files has moved: import msa\.files"
+    ) as w:
+        from msa.old_files import find, write
+    assert w[0].filename == __file__
+    assert write is msa.files.write and find is msa.recall.measure
+    with pytest.warns(DeprecationWarning):
+        old = importlib.import_module("msa.model.old_recall")
+    assert old.Recall is msa.recall.Recall
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        from msa.old_files import nothing  # noqa: F401
+
+
+def test_other_modules_are_not_found(table):
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("msa.never")
+
+
+def test_the_finder_is_installed_once_by_the_package():
+    moved.install()
+    assert sum(isinstance(finder, moved.Finder) for finder in sys.meta_path) == 1
+
+
+@pytest.mark.parametrize("entry", moved.MOVED.items(), ids=moved.MOVED)
+def test_every_new_path_is_there(entry):
+    old, new = ((*path.partition(":")[::2],) for path in entry)
+    assert old[0] in moved.MOVED
+    assert bool(old[1]) == bool(new[1])
+    found = importlib.import_module(new[0])
+    assert not new[1] or hasattr(found, new[1])
+    sys.modules.pop(old[0], None)
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        again = importlib.import_module(old[0])
+    assert not new[1] or getattr(again, old[1]) is getattr(found, new[1])
