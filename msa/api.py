@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 
-from msa import checks, checks_cache, pipeline
+from msa import checks, pipeline
 from msa.config import MSAConfig
-from msa.dispatch import BackendName, Carrier, load_backend, resolve
+from msa.dispatch import BackendName
+from msa.entry import enter, enter_append, enter_cache
 from msa.ir import Array, Output, PagedKV, Selection
-from msa.layout import read_layout
+from msa.selection import check_ids
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
 IndexDtype = Literal["fp8_e4m3"]
@@ -74,13 +75,9 @@ def attention(
     checks.check_flag("align", align)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     options = {"loop_order": loop_order, "index_dtype": index_dtype}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
-    q, k, v, q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        output = call.module.attend(
-            q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
-        )
-    return call.give_output(output)
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
+    args = (*entry.arrays, entry.sequences, config)
+    return entry.run(entry.module.attend, *args, align=align, **entry.options)
 
 
 def select(
@@ -103,11 +100,9 @@ def select(
     array([[0, 2]], dtype=int32)
     """
     arrays, options = {"q_idx": q_idx, "k_idx": k_idx}, {"index_dtype": index_dtype}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
-    q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        selection = call.module.select_fused(q_idx, k_idx, call.sequences, config, **call.options)
-    return call.give(selection)
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
+    args = (*entry.arrays, entry.sequences, config)
+    return entry.run(entry.module.select_fused, *args, **entry.options)
 
 
 def sparse_attention(
@@ -134,15 +129,13 @@ def sparse_attention(
     array([0. , 0.5, 2. , 2.5])
     """
     checks.check_type("selection", selection, Selection)
-    checks.check_indices(selection)
-    config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
+    check_ids(selection)
+    scale = checks.check_scale("softmax_scale", softmax_scale)
     arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order}
-    call = _Call(arrays, backend, config, selection=selection, options=options)
-    scale = config.softmax_scale_for(q.shape[-1])
-    q, k, v = call.arrays
-    with call.carrier.exactly():
-        output = call.module.attend_selection(q, k, v, call.selection, scale, **call.options)
-    return call.give_output(replace(output, selection=call.selection))
+    entry = enter(arrays, backend, selection=selection, options=options)
+    args = (*entry.arrays, entry.selection, q.shape[-1] ** -0.5 if scale is None else scale)
+    output = entry.run(entry.module.attend_selection, *args, **entry.options)
+    return replace(output, selection=selection)
 
 
 def align_index(
@@ -179,17 +172,13 @@ def align_index(
     >>> round(float(loss), 4)
     0.4744
     """
-    if selection is not None:
-        checks.check_type("selection", selection, Selection)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     if lse is not None:
         arrays["lse"] = lse
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
-    q, k, q_idx, k_idx, *known = call.arrays
-    args = (q, k, q_idx, k_idx, call.selection, call.sequences, config, *known)
-    with call.carrier.exactly():
-        loss = call.module.align_index(*args)
-    return call.give(loss)
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, selection=selection)
+    q, k, q_idx, k_idx, *known = entry.arrays
+    args = (q, k, q_idx, k_idx, entry.selection, entry.sequences, config, *known)
+    return entry.run(entry.module.align_index, *args)
 
 
 def decode(
@@ -223,29 +212,8 @@ def decode(
     >>> msa.decode(zero, zero, cache, config=msa.MSAConfig(block_size=2, top_k=2)).out[:, 0, 0, 0]
     array([4.33333333, 0.        ])
     """
-    checks.check_type("cache", cache, PagedKV)
-    checks.check_type("config", config, MSAConfig)
-    for name, array in (("q", q), ("q_idx", q_idx)):
-        checks.check_array(name, array)
-    sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D", sizes)
-    checks_cache.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
-    checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    checks_cache.check_queries(cache, q, q_idx)
-    name = resolve(backend, q)
-    if checks.is_captured(q):
-        checks.check_capturable(name)
-    else:
-        checks_cache.check_contents(cache, sizes)
-    module, carrier = load_backend(name), Carrier(name, q)
-    if name == "triton":
-        checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
-    cache = checks_cache.with_index_dtypes(cache)
-    q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
-    with carrier.exactly():
-        output = module.decode_step(q, q_idx, cache, config)
-    return carrier.give(output)
+    entry, args = enter_cache(q, q_idx, cache, backend, config)
+    return entry.run(entry.module.decode_step, *args, config)
 
 
 def append_tokens(
@@ -274,15 +242,9 @@ def append_tokens(
             scales or lengths, in which entries share a place; pages of 8 bits in Triton's
             interpreter (R20).
     """
-    checks.check_type("cache", cache, PagedKV)
-    sizes: dict[str, int] = {}
-    checks_cache.check_cache(cache, sizes, checks.INDEX_DTYPES)
-    checks_cache.check_tokens(cache, True, sizes["B"], {"k": k, "v": v, "k_idx": k_idx})
-    resolve("triton", cache.k_pages)
-    checks.check_kernels(sizes["Bk"], k=k, v=v, k_idx=k_idx)
-    checks_cache.check_written(cache)
-    kernels: Any = load_backend("triton")  # beyond the contract of a backend
-    kernels.append_tokens(cache, k, v, k_idx)
+    entry = enter_append(cache, {"k": k, "v": v, "k_idx": k_idx})
+    kernels: Any = entry.module  # beyond the contract of a backend
+    entry.run(kernels.append_tokens, cache, k, v, k_idx)
 
 
 def lower(
@@ -315,51 +277,9 @@ def lower(
         chunk_size = 2 * config.top_k * config.block_size
     chunk_size = checks.check_count("chunk_size", chunk_size, 1)
     checks.check_at_most("chunk_size", chunk_size, LARGEST_CHUNK_SIZE=checks.LARGEST_CHUNK_SIZE)
-    tile_size = checks.check_count("tile_size", tile_size, 1)
-    if tile_size > 31:
-        raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")
+    tile_size = checks.check_tile_size("tile_size", tile_size)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
-    q, k, v, q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        trace = pipeline.lower(
-            call.module, q, k, v, q_idx, k_idx, call.sequences, config, chunk_size, tile_size
-        )
-    return call.give(trace)
-
-
-class _Call:
-    """One checked call: packed arrays in the backend's kind, and the way back to the caller's."""
-
-    def __init__(
-        self,
-        arrays: dict[str, Array],
-        backend: BackendName,
-        config: MSAConfig,
-        cu_seqlens_q: Any = None,
-        cu_seqlens_k: Any = None,
-        selection: Selection | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        checks.check_type("config", config, MSAConfig)
-        known = selection.sequences if selection is not None else None
-        self.layout = read_layout(arrays, cu_seqlens_q, cu_seqlens_k, known)
-        if selection is not None:
-            checks.check_selection_for(selection, arrays)
-        self.sequences = self.layout.sequences
-        model = next(iter(arrays.values()))
-        name = resolve(backend, model)
-        self.module = load_backend(name)
-        checks.check_options(name, model, **options or {})
-        self.options: dict[str, Any] = {}
-        if name == "triton":
-            checks.check_kernels(config.block_size, **arrays)
-            self.options = options or {}
-        self.carrier = Carrier(name, model)
-        packed = {n: self.layout.pack(array) for n, array in arrays.items()}
-        self.arrays = self.carrier.take(**packed)
-        (self.selection,) = self.carrier.take(selection=selection)
-        self.give = self.carrier.give
-
-    def give_output(self, output: Output) -> Output:
-        return self.layout.unpack(self.give(output))
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config)
+    entry.check_kernels(config.block_size, config.top_k, arrays)
+    args = (*entry.arrays, entry.sequences, config, chunk_size, tile_size)
+    return entry.run(pipeline.lower, entry.module, *args)

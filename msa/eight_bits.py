@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from msa.ir import Array
+from msa.checks.arrays import Array
 
 LEAST_SCALE = 2.0**-126
 LARGEST = 448.0  # = 1.75 * 2^8

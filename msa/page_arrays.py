@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from msa import checks, eight_bits
-from msa.ir import Array, PagedKV
+from msa.checks.arrays import Array
 from msa.page_book import Change
+from msa.paged_kv import PAGE_DIMS, PAGE_DTYPES, SCALE_DIMS, PagedKV
 
 NAMES = ("k", "v", "k_idx")
 
@@ -132,3 +133,29 @@ def _bits(array: Array) -> Array:
 
 def _contiguous(array: Array) -> Array:
     return array.contiguous() if checks.is_torch(array) else np.array(array, order="C")
+
+
+# -- checks (R20) ---------------------------------------------------------------------------------
+def check_export(cache: PagedKV, pages: SequencePages) -> None:
+    """The pages of one sequence are of the sizes and dtypes of a pool's."""
+    checks.check_count("pages.length", pages.length, 1)
+    sizes = {"blocks": -(-int(pages.length) // cache.k_pages.shape[1])}
+    for name, dims in PAGE_DIMS.items():
+        _, *letters = dims.split()
+        ours, theirs = getattr(cache, name), getattr(pages, name.removesuffix("_pages"))
+        name = f"pages.{name.removesuffix('_pages')}"
+        sizes |= dict(zip(letters, ours.shape[1:]))
+        checks.check_array(name, theirs, PAGE_DTYPES)
+        checks.check_same_dtype(**{"the pool's": ours, name: theirs})
+        checks.check_shape(name, theirs, " ".join(("blocks", *letters)), sizes)
+    for name, dims in SCALE_DIMS.items():
+        theirs, name = getattr(pages, f"{name}_scales"), f"{name}_scales"
+        if (getattr(cache, name) is None) != (theirs is None):
+            wanted = "None" if theirs is not None else "given"
+            raise ValueError(
+                f"pages.{name} must be {wanted} as the pool's are, got {checks.kind(theirs)}"
+            )
+        if theirs is not None:
+            checks.check_array(f"pages.{name}", theirs, ("float32",))
+            dims = dims.replace("pages", "blocks")
+            checks.check_shape(f"pages.{name}", theirs, dims, sizes)

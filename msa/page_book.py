@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msa import checks_cache
+from msa.paged_kv import check_width
 
+LARGEST_INT32 = 2**31 - 1
+"""Page ids, lengths and the entries of a table are counted in int32."""
 NO_PAGE = -1
 """What the page table holds where a sequence has no block."""
 
@@ -73,8 +75,8 @@ class PageBook:
         for s in sequences:
             before, width = int(self.lengths[s]), self.table.shape[1]
             have, want = self.blocks(before), self.blocks(before + n)
-            checks_cache.check_width(width, want, before + n, s)
-            checks_cache.check_total(before, n, s)
+            check_width(width, want, before + n, s)
+            check_total(before, n, s)
             if n and before % self.block:
                 last = int(self.table[s, have - 1])
                 if self.holders[last] - left[last] > 1:
@@ -82,7 +84,7 @@ class PageBook:
                     needed.append((s, have - 1, last))
             needed += [(s, b, NO_PAGE) for b in range(have, want)]
             lengths.append((s, before, before + n))
-        checks_cache.check_room(len(needed), len(self.free), n, sequences)
+        check_room(len(needed), len(self.free), n, sequences)
         pages = reversed(self.free)
         return Change([(*entry, page) for entry, page in zip(needed, pages)], lengths)
 
@@ -127,3 +129,22 @@ class PageBook:
     def blocks(self, length: int) -> int:
         """How many pages that many tokens take."""
         return -(-length // self.block)
+
+
+# -- checks (R20) ---------------------------------------------------------------------------------
+def check_total(length: int, new: int, sequence: int) -> None:
+    """Lengths are int32."""
+    if length + new > LARGEST_INT32:
+        raise ValueError(
+            f"n must leave sequence {sequence} with at most {LARGEST_INT32} tokens, got {new} more "
+            f"for its {length}"
+        )
+
+
+def check_room(needed: int, free: int, new: int, sequences: list[int]) -> None:
+    """The pool is not full."""
+    if needed > free:
+        raise ValueError(
+            f"k_pages must have {needed} free pages for {new} more tokens in each of the "
+            f"sequences {sequences}, got {free}: free a sequence, or make a larger pool"
+        )

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 import numpy as np
 from jaxtyping import Float
 
-from msa import checks, checks_cache, page_arrays
-from msa.ir import Array, PagedKV
+from msa import checks, page_arrays, page_checks
+from msa.checks.arrays import Array
 from msa.page_arrays import SequencePages
 from msa.page_book import Change, PageBook
+from msa.paged_kv import PagedKV, check_sequence, check_tokens
 
 
 class PagePool:
@@ -80,7 +81,7 @@ class PagePool:
         batch: int,
         pages_per_sequence: int | None = None,
     ) -> None:
-        checks_cache.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
+        page_checks.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
         checks.check_count("batch", batch, 1)
         pages, block = k_pages.shape[:2]
         if pages_per_sequence is None:
@@ -140,7 +141,7 @@ class PagePool:
         ([2], 2, [0, -1, -1], array([2], dtype=int32))
         """
         checks.check_count("n", n, 0)
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
         with self._counted(self._book.grow(known, int(n)), lengths=False):
             pass
         if n:
@@ -167,10 +168,10 @@ class PagePool:
                 that is too short, a pool without enough free pages, reserved tokens that have not
                 been written (R20).
         """
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
         ids = np.array(known, np.int64)
         new = {"k": k, "v": v, "k_idx": k_idx}
-        n = checks_cache.check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
+        n = check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
         self._check_written(known)
         positions = self._book.lengths[ids, None] + np.arange(n)
         with self._counted(self._book.grow(known, n)):
@@ -204,10 +205,10 @@ class PagePool:
         >>> pool.cache.flat(0)[0].ravel(), pool.free_pages
         (array([ 1.,  2., -3.]), 1)
         """
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
-        wanted = checks_cache.read_lengths(length, len(known))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
+        wanted = page_checks.read_lengths(length, len(known))
         for s, after, written in zip(known, wanted, self._written(known)):
-            checks_cache.check_length(after, min(written, int(self._book.lengths[s])), s)
+            page_checks.check_length(after, min(written, int(self._book.lengths[s])), s)
         with self._counted(self._book.shrink(known, wanted)):
             pass
         self._reserved.difference_update(known)
@@ -240,8 +241,8 @@ class PagePool:
         >>> pool.cache.flat(0)[0].ravel(), pool.cache.flat(1)[0].ravel()
         (array([1., 2., 3.]), array([ 1.,  2.,  3., -1.]))
         """
-        checks_cache.check_held(sequence, self.lengths)
-        into = checks_cache.read_slot(into, self.lengths)
+        page_checks.check_held(sequence, self.lengths)
+        into = page_checks.read_slot(into, self.lengths)
         self._check_written([int(sequence)])
         with self._counted(self._book.share(int(sequence), into)):
             pass
@@ -269,7 +270,7 @@ class PagePool:
         >>> pool.cache.flat(1)[2].ravel()
         array([1., 2., 3.])
         """
-        checks_cache.check_held(sequence, self.lengths)
+        page_checks.check_held(sequence, self.lengths)
         self._check_written([int(sequence)])
         length = int(self._book.lengths[sequence])
         own = self._book.table[sequence, : self._book.blocks(length)]
@@ -293,8 +294,8 @@ class PagePool:
                 too short, a pool without enough free pages (R20).
         """
         checks.check_type("pages", pages, SequencePages)
-        checks_cache.check_export(self.cache, pages)
-        into = checks_cache.read_slot(into, self.lengths)
+        page_arrays.check_export(self.cache, pages)
+        into = page_checks.read_slot(into, self.lengths)
         change = self._book.grow([into], int(pages.length))
         own = np.array([page for *_, page in change.entries], np.int64)
         with self._counted(change):
@@ -309,7 +310,7 @@ class PagePool:
         Raises:
             TypeError, ValueError: no such sequence (R20).
         """
-        checks_cache.check_sequence(sequence, len(self._book.lengths))
+        check_sequence(sequence, len(self._book.lengths))
         with self._counted(self._book.shrink([int(sequence)], [0])):
             pass
         self._reserved.discard(int(sequence))
@@ -322,7 +323,7 @@ class PagePool:
         Tables and lengths come last: until then no call reads what was written. If anything fails,
         the book takes the change back.
         """
-        checks_cache.check_changeable(self.cache)
+        page_checks.check_changeable(self.cache)
         turned = self._book.apply(change)
         try:
             page_arrays.copy_pages(self.cache, change.copies)
@@ -337,12 +338,12 @@ class PagePool:
         counted = self._book.lengths[sequences].tolist() if sequences else []
         if self._reserved.isdisjoint(sequences):
             return counted
-        checks_cache.check_changeable(self.cache)
+        page_checks.check_changeable(self.cache)
         written = checks.to_numpy(self.cache.lengths)
         return [int(written[s]) if s in self._reserved else n for s, n in zip(sequences, counted)]
 
     def _check_written(self, sequences: list[int]) -> None:
         """What was reserved has been written since."""
         for s, written in zip(sequences, self._written(sequences)):
-            checks_cache.check_reserved(written, int(self._book.lengths[s]), s)
+            page_checks.check_reserved(written, int(self._book.lengths[s]), s)
         self._reserved.difference_update(sequences)

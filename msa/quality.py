@@ -11,10 +11,10 @@ from msa.api import decode
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, Output
+from msa.layout import read_layout
 from msa.paging import PagePool
 
 KINDS = {"index": ("k_idx",), "kv": ("k", "v"), "both": ("k", "v", "k_idx")}
-DIMS = {"q": "n Hq D", "k": "Tk Hkv D", "v": "Tk Hkv Dv", "q_idx": "n Hkv Di", "k_idx": "Tk Di"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,10 @@ def cache_quality(
     """
     checks.check_type("config", config, MSAConfig)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    sizes: dict[str, int] = {}
     for name, array in arrays.items():
         checks.check_torch(name, array)
         checks.check_array(name, array, checks.KERNEL_DTYPES)
-        checks.check_shape(name, array, DIMS[name], sizes)
-    checks.check_lengths(sizes["n"], sizes["Tk"])
+    read_layout(arrays, batched=False)
 
     def run(eight: tuple[str, ...]) -> Output:
         pool = _filled(k, v, k_idx, config.block_size, eight)

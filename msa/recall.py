@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from msa import checks
 from msa.ir import Array, Selection
 from msa.layout import read_layout
+from msa.selection import check_selection_for
 
 CHUNK = 128  # queries whose dense probabilities are held at a time
 
@@ -54,7 +55,7 @@ def measure(
     for name, array in (("q", q), ("k", k)):
         checks.check_torch(name, array)
     read_layout({"q": q, "k": k}, sequences=selection.sequences)
-    checks.check_selection_for(selection, {"q": q, "k": k})
+    check_selection_for(selection, q, k)
     softmax_scale = checks.check_positive("softmax_scale", softmax_scale)
     checks.check_scale("softmax_scale", softmax_scale)
     width, block, groups = selection.top_k, selection.block_size, k.shape[1]

@@ -414,7 +414,7 @@ def test_keys_and_values_do_not_share_memory(make):
 
 def test_counts_beyond_32_bits_are_refused(monkeypatch):
     """Tensors on "meta" take no memory, so the door has to let them in."""
-    monkeypatch.setattr(checks, "check_plain", lambda name, array: None)
+    monkeypatch.setattr(checks.arrays, "check_plain", lambda name, array: None)
     shapes = [(2, 2**30, 1, 1)] * 2 + [(2, 2**30, 1)]
     pool = msa.PagePool(*(torch.empty(shape, device="meta") for shape in shapes), batch=1)
     pool.reserve(0, 2**31 - 1)

@@ -19,14 +19,14 @@ tensor([[0, 2]], dtype=torch.int32)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from msa import checks
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.ops import kernels
@@ -70,8 +70,7 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over blocks that were chosen before; the indices are validated (R8-R10)."""
     config = MSAConfig(block_size, indices.shape[-1], softmax_scale=softmax_scale)
-    borders = cu_seqlens_q, cu_seqlens_k
-    return kernels.attend_selection(q, k, v, indices, borders, config, validate=True)
+    return kernels.attend_selection(q, k, v, indices, (cu_seqlens_q, cu_seqlens_k), config)
 
 
 @sparse_attention.register_fake
@@ -87,13 +86,9 @@ def attention(
     local_blocks: int = 1, softmax_scale: float | None = None, index_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Select, then attend (R4-R12)."""
-    borders = cu_seqlens_q, cu_seqlens_k
     config = MSAConfig(block_size, top_k, sink_blocks, local_blocks, softmax_scale, index_scale)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    kernels.read(arrays, borders, config)
-    indices = kernels.select(q_idx, k_idx, borders, config)
-    out, lse = kernels.attend_selection(q, k, v, indices, borders, config, validate=False)
-    return out, lse, indices
+    return kernels.attend(arrays, (cu_seqlens_q, cu_seqlens_k), config)
 
 
 @attention.register_fake
@@ -182,6 +177,22 @@ def _(q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Any, lse: Any
     return q.new_empty((), dtype=dtype), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose results cannot be differentiated again: torch raises an error.
+
+    `once_differentiable` marks the results only where an incoming gradient requires one, which is
+    not so under create_graph=True. Without the mark, second derivatives would be zero silently.
+    """
+    marked = once_differentiable(backward)
+
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return marked(ctx, *gradients)
+
+    return run
+
+
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, d_q_idx, d_k_idx = output
     ctx.save_for_backward(d_q_idx, d_k_idx)
@@ -190,10 +201,19 @@ def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.with_gradient, ctx.inputs = inputs[9], len(inputs)
 
 
+@_once
 def _scale_gradients(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    checks.check_with_gradient(ctx.with_gradient)
+    check_with_gradient(ctx.with_gradient)
     d_q_idx, d_k_idx = ((x * d_loss).to(t) for x, t in zip(ctx.saved_tensors, ctx.dtypes))
     return None, None, d_q_idx, d_k_idx, *([None] * (ctx.inputs - 4))
+
+
+def check_with_gradient(with_gradient: bool) -> None:
+    """Check that the operator of the loss found the gradient that is now asked for (R20)."""
+    if not with_gradient:
+        raise ValueError(
+            "with_gradient must be True where q_idx or k_idx requires a gradient, got False"
+        )
 
 
 align_index.register_autograd(_scale_gradients, setup_context=_keep_loss)
