@@ -175,7 +175,10 @@ def align_index(
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     if lse is not None:
         arrays["lse"] = lse
-    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, selection=selection)
+    entry = enter(
+        arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, selection=selection,
+        top_k=1 if selection is None else None,
+    )  # fmt: skip
     q, k, q_idx, k_idx, *known = entry.arrays
     args = (q, k, q_idx, k_idx, entry.selection, entry.sequences, config, *known)
     return entry.run(entry.module.align_index, *args)
@@ -280,6 +283,5 @@ def lower(
     tile_size = checks.check_tile_size("tile_size", tile_size)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config)
-    entry.check_kernels(config.block_size, config.top_k, arrays)
     args = (*entry.arrays, entry.sequences, config, chunk_size, tile_size)
     return entry.run(pipeline.lower, entry.module, *args)

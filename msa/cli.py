@@ -41,7 +41,7 @@ commands:
 """
 
 COMMANDS = {
-    "explain": ("msa.explain", "ExplainOptions", "torch"),
+    "explain": ("msa.explain_print", "ExplainOptions", "torch"),
     "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
     "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
     "ask": ("msa.model.ask", "AskOptions", "model,demo"),
@@ -123,7 +123,7 @@ def check_words(words: Sequence[str], options: type) -> None:
     Raises:
         ValueError: it is given again, or no value stands behind it.
 
-    >>> from msa.explain import ExplainOptions
+    >>> from msa.explain_print import ExplainOptions
     >>> check_words(["--backend", "torch", "--backend", "reference"], ExplainOptions)
     """
     for field in fields(options):

@@ -1,12 +1,10 @@
-"""The one way in: every public call and every operator is checked here once, and leaves here.
+"""The one way in: public functions and operators check their arguments here, then call a backend.
 
-    read the layout, check the arguments    enter, enter_cache
+    read the layout, check the arguments    enter, enter_cache, enter_append
     choose the backend                      Entry
     call it, hand back                      Entry.run
 
-Checks of what the triton backend has kernels for are its own: each of its functions makes them for
-its arguments. A call of several stages makes them for all of them before the first one
-(`Entry.check_kernels`).
+Nothing of a backend is called before all checks have passed, those of the kernels' limits included.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 from msa import checks, paged_kv
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
-from msa.ir import Array, Output, PagedKV, Selection
+from msa.ir import Array, Output, PagedKV, Selection, Sequences
 from msa.layout import Layout, read_layout
 from msa.pipeline import Trace
 from msa.selection import check_selection_for, mark_canonical
@@ -29,28 +27,24 @@ class Entry:
     Args:
         backend: its name, or "auto".
         model: the argument whose kind, dtype and device the answer has.
-        layout: that of the tensors; None where the answer needs no other layout.
         options: those of the triton backend.
     """
 
     def __init__(
-        self,
-        backend: BackendName,
-        model: Array,
-        layout: Layout | None = None,
-        options: dict[str, Any] | None = None,
+        self, backend: BackendName, model: Array, options: dict[str, Any] | None = None
     ) -> None:
         self.name = resolve(backend, model)
         self.module = load_backend(self.name)
         checks.check_options(self.name, model, **options or {})
         self.options = (options or {}) if self.name == "triton" else {}
-        self.layout = layout
         self.carrier = Carrier(self.name, model)
+        self.layout: Layout | None = None
 
     def check_kernels(self, block_size: int, top_k: int, arrays: dict[str, Array]) -> None:
-        """Check all arguments of a call of several stages before the first stage."""
+        """Check what triton has kernels for, if it was chosen; its kernels read any lse."""
         if self.name == "triton":
-            checks.check_kernels(block_size, top_k, **arrays)
+            read = {name: array for name, array in arrays.items() if name != "lse"}
+            checks.check_kernels(block_size, top_k, **read)
 
     def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
         """Call a function of the backend; its answer in the caller's kind, dtype and layout."""
@@ -67,19 +61,18 @@ class Entry:
 
 
 class TensorEntry(Entry):
-    """The entry of a call whose tensors hold sequences: packed, of the backend's kind."""
+    """The entry of a call whose tensors hold sequences."""
 
-    def __init__(
-        self,
-        backend: BackendName,
-        arrays: dict[str, Array],
-        layout: Layout,
-        selection: Selection | None,
-        options: dict[str, Any] | None,
-    ) -> None:
-        super().__init__(backend, next(iter(arrays.values())), layout, options)
-        self.sequences = layout.sequences
-        self.arrays = self.carrier.take(**{n: layout.pack(array) for n, array in arrays.items()})
+    sequences: Sequences
+    arrays: list[Any]
+    """The tensors of the call, packed, of the backend's kind."""
+    selection: Selection | None
+
+    def take(self, arrays: dict[str, Array], layout: Layout, selection: Selection | None) -> None:
+        """Pack the checked arguments, and convert them for the backend."""
+        self.layout, self.sequences = layout, layout.sequences
+        packed = {name: layout.pack(array) for name, array in arrays.items()}
+        self.arrays = self.carrier.take(**packed)
         (self.selection,) = self.carrier.take(selection=selection)
 
 
@@ -92,8 +85,18 @@ def enter(
     config: MSAConfig | None = None,
     selection: Selection | None = None,
     options: dict[str, Any] | None = None,
+    top_k: int | None = None,
 ) -> TensorEntry:
-    """Check a call of packed or batched tensors, whose names are those of `msa.layout.DIMS`.
+    """Check a call of packed or batched tensors.
+
+    Args:
+        arrays: some of q, k, v, q_idx, k_idx and lse.
+        backend: as in the public functions.
+        cu_seqlens_q, cu_seqlens_k: as in the public functions.
+        config: says the block size and top_k, unless a selection does.
+        selection: brings its sequences, its block size and its top_k.
+        options: those of the triton backend.
+        top_k: how many blocks a query reads, if it is not that of the selection or config.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -106,7 +109,12 @@ def enter(
     layout = read_layout(arrays, cu_seqlens_q, cu_seqlens_k, known)
     if selection is not None:
         check_selection_for(selection, arrays["q"], arrays["k"])
-    return TensorEntry(backend, arrays, layout, selection, options)
+    entry = TensorEntry(backend, next(iter(arrays.values())), options)
+    blocks = config if selection is None else selection
+    if blocks is not None:
+        entry.check_kernels(blocks.block_size, top_k or blocks.top_k, arrays)
+    entry.take(arrays, layout, selection)
+    return entry
 
 
 def enter_cache(
@@ -132,6 +140,7 @@ def enter_cache(
         checks.check_capturable(entry.name)
     else:
         paged_kv.check_contents(cache, sizes)
+    entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
     cache = paged_kv.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
 

@@ -1,15 +1,14 @@
-"""`msa explain`: a small example on its way through every form of the lowering.
+"""The example of `msa explain`: twelve tokens in every form of the lowering, drawn as masks.
 
-Twelve tokens, blocks of four, k = 2, two groups. The index vectors are small integers, so every
-score can be checked in the head. Each form is drawn as the dense mask that it stands for, every
-cell carrying what that form adds; below it stands what changed and why it is allowed.
+Blocks have four tokens, k = 2, and there are two groups. The index vectors are small integers, so
+that a reader can compute every score. Each form is drawn as its dense mask; the cells show what the
+form adds. Below the mask stands what the step changed, and why it may.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,22 +17,12 @@ from jaxtyping import Bool, Float
 from msa import api, loop_order, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
-from msa.ir import Array, ReverseIndex, Schedule, TileUnion
+from msa.ir import ReverseIndex, Schedule, TileUnion
 from msa.pipeline import Trace
 
 TOKENS, GROUPS, CHUNK, TILE = 12, 2, 4, 4
 CONFIG = MSAConfig(block_size=4, top_k=2, index_scale=1.0)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@dataclass(frozen=True)
-class ExplainOptions:
-    """Print a 12-token example as it passes through every form of the lowering."""
-
-    backend: BackendName = "reference"
-    """Which backend takes the steps: reference, torch or triton."""
-    json: bool = False
-    """Print every form as JSON instead, for machines."""
 
 
 @dataclass(frozen=True)
@@ -253,38 +242,3 @@ def choose_orders(trace: Trace) -> dict[str, Any]:
         "mean_union": float(lengths.mean()),
         "tiles": tiles,
     }
-
-
-def to_plain(thing: Any) -> Any:
-    """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
-    if isinstance(thing, np.ndarray | np.generic):
-        return to_plain(thing.tolist())
-    if isinstance(thing, (list, tuple)):
-        return [to_plain(x) for x in thing]
-    if isinstance(thing, float) and not np.isfinite(thing):
-        return str(thing)
-    return thing
-
-
-def run(options: ExplainOptions) -> int:
-    """Print the example, for people or for machines."""
-    trace = trace_example(options.backend)
-    steps, choice = explain(trace), choose_orders(trace)
-    if options.json:
-        shown = {
-            "backend": options.backend,
-            "config": asdict(CONFIG),
-            "inputs": {name: to_plain(array) for name, array in example().items()},
-            "steps": [asdict(step) for step in steps],
-            "loop_order": choice,
-            "trace": to_plain(trace),
-        }
-        print(json.dumps(shown))
-        return 0
-    from msa import explain_print
-
-    explain_print.print_steps(steps)
-    explain_print.print_choice(choice)
-    return 0

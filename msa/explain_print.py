@@ -1,9 +1,12 @@
-"""What `msa explain` prints: one panel per form, then the rule that chooses the loop order."""
+"""`msa explain`: prints one panel per form, then the rule that chooses the loop order."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -11,7 +14,60 @@ from rich.table import Table
 from rich.text import Text
 
 from msa import loop_order
-from msa.explain import CONFIG, GROUPS, TOKENS, Step
+from msa.dispatch import BackendName
+from msa.explain import (
+    CONFIG,
+    GROUPS,
+    TOKENS,
+    Step,
+    choose_orders,
+    example,
+    explain,
+    trace_example,
+)
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """Print a 12-token example as it passes through every form of the lowering."""
+
+    backend: BackendName = "reference"
+    """Which backend takes the steps: reference, torch or triton."""
+    json: bool = False
+    """Print every form as JSON instead, for machines."""
+
+
+def run(options: ExplainOptions) -> int:
+    """Print the example, for people or for machines."""
+    trace = trace_example(options.backend)
+    steps, choice = explain(trace), choose_orders(trace)
+    if options.json:
+        shown = {
+            "backend": options.backend,
+            "config": asdict(CONFIG),
+            "inputs": {name: to_plain(array) for name, array in example().items()},
+            "steps": [asdict(step) for step in steps],
+            "loop_order": choice,
+            "trace": to_plain(trace),
+        }
+        print(json.dumps(shown))
+        return 0
+    print_steps(steps)
+    print_choice(choice)
+    return 0
+
+
+def to_plain(thing: Any) -> Any:
+    """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
+    if isinstance(thing, np.ndarray | np.generic):
+        return to_plain(thing.tolist())
+    if isinstance(thing, (list, tuple)):
+        return [to_plain(x) for x in thing]
+    if isinstance(thing, float) and not np.isfinite(thing):
+        return str(thing)
+    return thing
 
 
 def narrow_console() -> Console:

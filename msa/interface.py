@@ -2,7 +2,6 @@
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
 Arguments are checked before (`msa.entry`), packed (R1), and arrays of the backend's own library.
-Limits of one backend alone, such as the block sizes of kernels, are for its functions to check.
 Letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
 

@@ -59,6 +59,16 @@ def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Arr
         eight_bits.write_tokens(pages, scales, tokens, places)
 
 
+def apart(cache: PagedKV, arrays: dict[str, Array]) -> dict[str, Array]:
+    """The same arrays, those copied that may share memory with the cache's pages or scales.
+
+    They are read while pages are written, so they must not change with these.
+    """
+    parts = _parts(cache).values()
+    return {name: _copied(x) if any(_may_share(x, part) for part in parts) else x
+            for name, x in arrays.items()}  # fmt: skip
+
+
 def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
     """Pages into others, scales included."""
     if not copies:
@@ -79,11 +89,16 @@ def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
     return SequencePages(length, **parts)
 
 
-def put_in(cache: PagedKV, own: Array, pages: SequencePages) -> None:
-    """The same bits into pages of this cache."""
+def arrays_of(pages: SequencePages) -> dict[str, Array]:
+    """The pages and scales of one sequence by name; no scales where there are none."""
+    return {name: part for name, part in vars(pages).items() if hasattr(part, "shape")}
+
+
+def put_in(cache: PagedKV, own: Array, parts: dict[str, Array]) -> None:
+    """Put the same bits into pages of this cache."""
     own = checks.beside(cache.k_pages, own.astype(np.int64))
     for name, array in _parts(cache).items():
-        array[own] = _carried(getattr(pages, name), array)
+        array[own] = _carried(parts[name], array)
 
 
 def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool) -> None:
@@ -115,20 +130,34 @@ def _set(array: Array, where: tuple[np.ndarray, ...], values: np.ndarray) -> Non
 
 
 def _carried(array: Array, like: Array) -> Array:
-    """The same bits in the library, in the dtype and on the device of `like`."""
-    bits = _bits(_contiguous(array))
+    """The same numbers, or bits of 8, in the library and on the device of `like`."""
+    if checks.is_eight_bits(array):
+        array = _bits(array)
     if not checks.is_torch(like):
-        return checks.to_numpy(bits).view(like.dtype)
-    bits = bits if checks.is_torch(bits) else checks.beside(like, bits)
-    return bits.to(like.device).view(like.dtype)
+        return checks.to_numpy(array)
+    if not checks.is_torch(array):
+        return checks.beside(like, np.array(array, order="C"))
+    return array.detach().to(like.device)
 
 
 def _bits(array: Array) -> Array:
-    if not checks.is_torch(array):
-        return array.view(np.uint8)
+    """8-bit floats as bytes, in the same memory."""
     import torch
 
     return array.view(torch.uint8)
+
+
+def _may_share(one: Array, other: Array) -> bool:
+    """Whether two arrays may overlap in memory; never for arrays of two libraries."""
+    if checks.is_torch(one) != checks.is_torch(other):
+        return False
+    if not checks.is_torch(one):
+        return np.may_share_memory(one, other)
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+
+
+def _copied(array: Array) -> Array:
+    return array.detach().clone() if checks.is_torch(array) else array.copy()
 
 
 def _contiguous(array: Array) -> Array:

@@ -69,6 +69,15 @@ def check_writable(**arrays: Any) -> None:
                 )
 
 
+def check_table(batch: int, pages_per_sequence: int) -> None:
+    """The table of a pool has at most LARGEST_INT32 entries."""
+    if batch * pages_per_sequence > LARGEST_INT32:
+        raise ValueError(
+            f"batch must leave the page table with at most {LARGEST_INT32} entries, "
+            f"got {batch} x {pages_per_sequence} pages per sequence: {batch * pages_per_sequence}"
+        )
+
+
 # -- sequences and lengths ------------------------------------------------------------------------
 def read_sequences(sequence: Any, batch: int) -> list[int]:
     """One sequence, or several different ones, as plain integers."""

@@ -87,6 +87,7 @@ class PagePool:
         if pages_per_sequence is None:
             pages_per_sequence = max(1, pages)
         checks.check_count("pages_per_sequence", pages_per_sequence, 1)
+        page_checks.check_table(batch, pages_per_sequence)
         self._book = PageBook(pages, batch, pages_per_sequence, block)
         self._reserved: set[int] = set()
         """Sequences with tokens that others write, and may not have written yet."""
@@ -173,6 +174,7 @@ class PagePool:
         new = {"k": k, "v": v, "k_idx": k_idx}
         n = check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
         self._check_written(known)
+        new = page_arrays.apart(self.cache, new)
         positions = self._book.lengths[ids, None] + np.arange(n)
         with self._counted(self._book.grow(known, n)):
             page = self._book.table[ids[:, None], positions // self._book.block]
@@ -298,8 +300,9 @@ class PagePool:
         into = page_checks.read_slot(into, self.lengths)
         change = self._book.grow([into], int(pages.length))
         own = np.array([page for *_, page in change.entries], np.int64)
+        parts = page_arrays.apart(self.cache, page_arrays.arrays_of(pages))
         with self._counted(change):
-            page_arrays.put_in(self.cache, own, pages)
+            page_arrays.put_in(self.cache, own, parts)
         return into
 
     def free(self, sequence: int) -> None:

@@ -42,7 +42,7 @@ def selection_of(indices: Tensor, borders: Borders, block_size: int) -> Selectio
 
 def select(q_idx: Tensor, k_idx: Tensor, borders: Borders, config: MSAConfig) -> Tensor:
     """Ids int32 [Tq, Hkv, k] (R4-R8)."""
-    entry = enter({"q_idx": q_idx, "k_idx": k_idx}, backend_of(q_idx), *borders)
+    entry = enter({"q_idx": q_idx, "k_idx": k_idx}, backend_of(q_idx), *borders, config=config)
     selection = entry.run(entry.module.select_fused, *entry.arrays, entry.sequences, config)
     return selection.indices.contiguous()
 
@@ -51,8 +51,7 @@ def attend(
     arrays: dict[str, Tensor], borders: Borders, config: MSAConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out in q's dtype, lse in the working precision, ids; q, k, v, q_idx, k_idx (R4-R12)."""
-    entry = enter(arrays, backend_of(arrays["q"]), *borders)
-    entry.check_kernels(config.block_size, config.top_k, arrays)
+    entry = enter(arrays, backend_of(arrays["q"]), *borders, config=config)
     q, k, v, q_idx, k_idx = entry.arrays
     selection = entry.run(entry.module.select_fused, q_idx, k_idx, entry.sequences, config)
     scale = config.softmax_scale_for(q.shape[-1])
@@ -93,7 +92,7 @@ def align(
     arrays = tensors if lse is None else tensors | {"lse": lse}
     backend = backend_of(tensors["q"])
     if indices is None:
-        entry = enter(arrays, backend, *borders)
+        entry = enter(arrays, backend, *borders, config=config)
     else:
         selection = selection_of(indices, borders, config.block_size)
         if not validate:
