@@ -354,3 +354,15 @@ def test_exported_program():
     for n in (24, 57):
         x = torch.randn(1, n, 32)
         assert_all_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_derivative_of_the_loss_is_refused(compiled):
+    """Not left out; a graph of the first one alone is no reason."""
+    q, k, _, q_idx, k_idx = make(grad=True)
+    call = torch.compile(msa.ops.align_index, backend="eager") if compiled else msa.ops.align_index
+    loss = call(q, k, q_idx, k_idx, None, *BORDERS, config=CONFIG)
+    first = torch.autograd.grad(loss, (q_idx, k_idx), create_graph=True)
+    assert all(gradient.isfinite().all() for gradient in first)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first[0].square().sum().backward()
