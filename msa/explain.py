@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from msa import api, loop_order, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
-from msa.ir import ReverseIndex, Schedule, TileUnion
+from msa.ir import Array, ReverseIndex, Schedule, TileUnion
 from msa.pipeline import Trace
 
 TOKENS, GROUPS, CHUNK, TILE = 12, 2, 4, 4

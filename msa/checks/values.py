@@ -76,10 +76,11 @@ def check_number(name: str, value: Any, wanted: str = "a number") -> float:
     """A number of Python or NumPy; bool does not count as one."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, got {value!r} of type {type(value).__name__}")
+    number: Any = value  # Real promises no comparison
     try:
-        return float(value)
+        return float(number)
     except OverflowError:  # an integer or a fraction beyond float64
-        return float("inf") if value > 0 else float("-inf")
+        return float("inf") if number > 0 else float("-inf")
 
 
 def check_positive(name: str, value: Any) -> float:

@@ -92,9 +92,9 @@ class SelectedAttention(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for q, k, v; none for the selection (R18)."""
-        saved = ctx.saved_tensors
-        grads = attend_selection_backward(d_out, d_lse, *saved, ctx.selection, ctx.softmax_scale)
-        return *grads, None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        fixed = ctx.selection, ctx.softmax_scale
+        return *attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed), None, None
 
 
 @torch.no_grad()

@@ -150,8 +150,9 @@ class SelectedAttention(torch.autograd.Function):
     @on_its_device
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
-        saved = ctx.saved_tensors
-        grads = attend_selection_backward(d_out, d_lse, *saved, ctx.selection, ctx.scale)
+        q, k, v, out, lse = ctx.saved_tensors
+        fixed = ctx.selection, ctx.scale
+        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None
 
 
