@@ -1,9 +1,9 @@
-"""The public functions: check the arguments, choose a backend, call it, hand back the same kind.
+"""The public functions. Each checks its arguments and calls a backend, through `msa.entry`.
 
 Layouts: packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched [B, T, H, D].
 Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is of the same kind.
-They are dense and in memory: no subclasses, and nothing that a transform of torch.func wraps (R20).
-Their dtypes are taken as they are: autocast has no say inside.
+They are dense and in memory: no subclasses, and no tensors inside a transform of torch.func (R20).
+They keep their dtypes: autocast changes nothing inside.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def attention(
         q, k, v: the main branch, one dtype: float16, bfloat16, float32 or float64.
         q_idx, k_idx: the index branch, one dtype, not necessarily that of q.
         cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers [batch + 1] (R1). The
-            queries of a sequence are its last tokens (R2). None: one sequence.
+            queries of a sequence are its last tokens (R2). None means one sequence.
         config: block size, blocks kept, forced blocks, scales.
-        align: also give kl, the loss that teaches the index: `align_index` over the selection made.
+        align: also give kl, the loss that trains the index: `align_index` over this selection.
         backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
         loop_order: triton only. "union" walks each tile of queries along the union of its blocks,
             "kv_outer" reads each block once for all that selected it, "auto" decides by the tile.
             The result is the same up to rounding (R16; and NaN where k or v is not finite: R9).
-        index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits: faster, and no
-            longer the same function of q_idx and k_idx.
+        index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits. This is faster, but
+            may select other blocks.
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
@@ -117,9 +117,9 @@ def sparse_attention(
 ) -> Output:
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
-    A Selection knows its sequences and block size, so nothing is said twice. One of your own is
-    `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`; it is validated (R8).
-    Otherwise as `attention`.
+    A Selection holds its sequences and its block size. One of your own is
+    `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`. Its ids are validated
+    (R8), those of torch tensors that this package made are not. The rest is as in `attention`.
 
     >>> import numpy as np, msa
     >>> x = np.arange(4.0).reshape(4, 1, 1)
@@ -151,15 +151,15 @@ def align_index(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Float[Array, ""]:
-    """KL(main branch || index branch), the loss that teaches the index where to look (eq. 9-10).
+    """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
     With a selection both distributions run over its visible tokens; with selection=None, the
-    warm-up form, over all visible tokens. Gradient reaches q_idx and k_idx only (R17). A selection
-    brings its own sequences, so cu_seqlens belong to the warm-up form.
+    warm-up form, over all visible tokens. The gradient reaches q_idx and k_idx only (R17). A
+    selection holds its own sequences, so cu_seqlens are for the warm-up form.
 
-    lse, float32 or float64 in q's layout, is what an attention of q and k over the same tokens
-    returned: `attention`, `sparse_attention`, or in the warm-up form any causal one. It saves
-    finding it again.
+    lse, float32 or float64 in q's layout, is the LSE of an attention of q and k over the same
+    tokens: `attention`, `sparse_attention`, or in the warm-up form any causal attention. Without
+    it, the LSE is computed here.
 
     >>> import numpy as np, msa
     >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
@@ -192,17 +192,18 @@ def decode(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Output:
-    """MSA for the last n tokens of each sequence of a paged cache, which holds them already (R2).
+    """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
     layout; the Selection covers the live sequences, packed. Nothing is recorded for gradients.
 
-    Where the pages have scales (see `PagedKV`) the numbers that they stand for are what is meant:
-    the result is that of R4-R12 on page * scale, for queries of any dtype, which are not rounded.
+    Where the pages have scales (see `PagedKV`), the result is that of R4-R12 on page * scale, for
+    queries of any dtype, which are not rounded.
 
-    The triton backend can be captured in a CUDA graph: no shape depends on a length, lengths and
-    tables are read on the device, so a graph stays right while the sequences grow. During capture
-    their contents are not checked (a `PagePool` keeps them legal) and the selection is None.
+    The triton backend can be captured in a CUDA graph. No shape depends on a length, and lengths
+    and tables are read on the device, so a graph stays right while the sequences grow. During
+    capture their contents are not checked (a `PagePool` keeps them legal) and the selection is
+    None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -227,17 +228,19 @@ def append_tokens(
 ) -> None:
     """Write n more tokens of each sequence into a paged cache, by the device alone (R2).
 
-    What `PagePool.append` does from the host, for steps that a CUDA graph captures: the pages come
-    from `PagePool.reserve` beforehand, and the kernel finds them in the table, quantises where the
-    pages have 8 bits, and advances the lengths on the device. A sequence whose table has no pages
-    for n more tokens, such as an empty slot of the batch, stays as it is, and its tokens are not
-    looked at. So does one that would write to a page which it shares with another (`PagePool.fork`)
-    because nothing was reserved for it. But one whose last page is its own and has room grows, and
-    the pool does not count those tokens: reserve for each sequence of the batch that has tokens.
+    This is `PagePool.append` for steps that a CUDA graph captures. `PagePool.reserve` gives the
+    pages beforehand. The kernel finds them in the table, quantises where the pages have 8 bits, and
+    raises the lengths on the device.
+
+    A sequence whose table has no pages for n more tokens, such as an empty slot of the batch, stays
+    as it is, and its tokens are not read. So does a sequence without reserved tokens whose last
+    page is shared (`PagePool.fork`). A sequence without reserved tokens whose last page has room
+    and is not shared does grow, but the pool does not count these tokens. So reserve for each
+    sequence of the batch that has tokens.
 
     Args:
-        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place, so
-            that its table and lengths are int32 or int64.
+        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1). It is changed in
+            place; its table and lengths are int32 or int64.
         k, v, k_idx: in the dtype of the pages; for pages of 8 bits float16, bfloat16 or float32.
 
     Raises:
@@ -264,10 +267,10 @@ def lower(
     tile_size: int = 8,
     backend: BackendName = "auto",
 ) -> pipeline.Trace:
-    """`attention` in slow motion: every intermediate form of both loop orders, by name.
+    """`attention` step by step: every intermediate form of both loop orders, by name.
 
-    chunk_size is the most edges that a work item may have (None: 2 * k * Bk, as in the paper),
-    tile_size how many neighbouring queries share a union walk (1 to 31). All forms are packed.
+    chunk_size is the most edges that a work item may have (None means 2 * k * Bk, as in the paper).
+    tile_size is how many neighbouring queries share a union walk (1 to 31). All forms are packed.
 
     >>> import numpy as np, msa
     >>> x = np.ones((6, 1, 4))

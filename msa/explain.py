@@ -35,14 +35,14 @@ class Step:
     allowed: str
     legend: str
     pictures: list[list[str]]
-    """For each group, for each query, one character per token."""
+    """For each group and each query, one character per token."""
     facts: list[str]
     checked: str
-    """What was checked of this form, and how it came out."""
+    """A check of this form and its result."""
 
 
 def example() -> dict[str, Float[Array, "..."]]:
-    """q, k, v, q_idx, k_idx of the example: v_j = j, so an output tells which tokens were read.
+    """q, k, v, q_idx, k_idx of the example; v_j = j, so an output shows which tokens were read.
 
     Group 0 looks for the first index channel, group 1 for the second, with two exceptions: query 10
     of group 0 looks for the second one too, and query 9 of group 1 meets a tie.
@@ -206,7 +206,7 @@ def three(numbers: Float[Array, " n"]) -> str:
 
 
 def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
-    """What the union walk touches: every visible token of every block in a tile's union."""
+    """The tokens that the union walk reads: all visible ones of the blocks in a tile's union."""
     union, mask = trace.tile_union, np.zeros((TOKENS, GROUPS, TOKENS), bool)
     for t, r, u in np.argwhere(union.block_ids >= 0).tolist():
         first = int(union.block_ids[t, r, u]) * CONFIG.block_size
@@ -216,7 +216,7 @@ def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
 
 
 def choose_orders(trace: Trace) -> dict[str, Any]:
-    """What loop_order="auto" of the triton backend would do with the tiles of the example.
+    """How loop_order="auto" of the triton backend treats the tiles of the example.
 
     `readers` is the number of queries that read a block, on average; see msa.loop_order.
     """

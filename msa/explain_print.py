@@ -32,13 +32,13 @@ class ExplainOptions:
     """Print a 12-token example as it passes through every form of the lowering."""
 
     backend: BackendName = "reference"
-    """Which backend takes the steps: reference, torch or triton."""
+    """The backend that takes the steps: reference, torch or triton."""
     json: bool = False
-    """Print every form as JSON instead, for machines."""
+    """Print every form as JSON."""
 
 
 def run(options: ExplainOptions) -> int:
-    """Print the example, for people or for machines."""
+    """Print the example as panels or as JSON."""
     trace = trace_example(options.backend)
     steps, choice = explain(trace), choose_orders(trace)
     if options.json:
@@ -58,7 +58,7 @@ def run(options: ExplainOptions) -> int:
 
 
 def to_plain(thing: Any) -> Any:
-    """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
+    """Forms and arrays as dicts and lists; NaN and infinities as strings, since JSON has none."""
     if is_dataclass(thing) and not isinstance(thing, type):
         return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
     if isinstance(thing, np.ndarray | np.generic):
@@ -71,12 +71,12 @@ def to_plain(thing: Any) -> Any:
 
 
 def narrow_console() -> Console:
-    """At most 100 columns: the text is made for reading."""
+    """A console of at most 100 columns, for lines of a length that reads well."""
     return Console(width=min(100, Console().width))
 
 
 def print_steps(steps: list[Step]) -> None:
-    """One panel per form, the masks of the groups side by side."""
+    """Print one panel per form, with the masks of the groups side by side."""
     console = narrow_console()
     console.print(
         f"[bold]The lowering of MSA[/] on {TOKENS} tokens, blocks of {CONFIG.block_size}, "
@@ -105,7 +105,7 @@ def print_steps(steps: list[Step]) -> None:
 
 
 def print_choice(choice: dict[str, Any]) -> None:
-    """The rule of loop_order="auto", and what it means for the tiles of the example."""
+    """Print the rule of loop_order="auto", and what it does with the tiles of the example."""
     table = Table("blocks in a tile's union", "the tile", box=box.SIMPLE_HEAD, pad_edge=False)
     for when, then in loop_order.rule():
         table.add_row(when, then)
@@ -145,7 +145,7 @@ def print_choice(choice: dict[str, Any]) -> None:
 
 
 def spaced(picture: list[str]) -> str:
-    """Number the queries and leave a gap between blocks."""
+    """Number the queries, and leave a gap between blocks."""
     size = CONFIG.block_size
     lines = []
     for i, row in enumerate(picture):

@@ -2,6 +2,7 @@
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
 Arguments are checked before (`msa.entry`), packed (R1), and arrays of the backend's own library.
+The triton backend checks the limits of its kernels again, for callers without `msa.entry`.
 Letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
 

@@ -1,7 +1,7 @@
-"""What a `PagePool` does in its arrays (R2): tokens into pages, pages into others, out and in.
+"""How a `PagePool` changes its arrays (R2): writes tokens, copies pages, exports and imports them.
 
 The arrays are those of a `PagedKV`, of either library and on any device. Pages of 8 bits are moved
-as bytes, for not every release of torch indexes 8-bit floats on a GPU.
+as bytes, because not every release of torch indexes 8-bit floats on a GPU.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class SequencePages:
 
 
 def make_scales(pages: Array) -> Array | None:
-    """Ones for each page, and head if there are any; for pages of 8 bits only."""
+    """A scale of 1 for each page and head of 8-bit pages; None for other pages."""
     if not checks.is_eight_bits(pages):
         return None
     return checks.beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
 
 
 def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Array) -> None:
-    """k, v and k_idx of t tokens to their places [t]: in the dtype of the pages, or in 8 bits."""
+    """Write k, v and k_idx of t tokens to their places [t], rounded where pages have 8 bits."""
     where = tuple(checks.beside(cache.k_pages, x) for x in (page, offset))
     places = None
     for name, tokens in new.items():
@@ -60,9 +60,9 @@ def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Arr
 
 
 def apart(cache: PagedKV, arrays: dict[str, Array]) -> dict[str, Array]:
-    """The same arrays, those copied that may share memory with the cache's pages or scales.
+    """The same arrays; those that may share memory with the cache's pages are copied.
 
-    They are read while pages are written, so they must not change with these.
+    They are read while pages are written, and must not change with the pages.
     """
     parts = _parts(cache).values()
     return {name: _copied(x) if any(_may_share(x, part) for part in parts) else x
@@ -70,7 +70,7 @@ def apart(cache: PagedKV, arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
-    """Pages into others, scales included."""
+    """Copy pages into other pages, scales included."""
     if not copies:
         return  # as in most steps of a generation
     old, new = (checks.beside(cache.k_pages, x) for x in np.array(copies, np.int64).T)
@@ -79,7 +79,7 @@ def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
 
 
 def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
-    """Copies of the pages of one sequence."""
+    """Copy out the pages of one sequence."""
     own = checks.beside(cache.k_pages, own.astype(np.int64))
     parts = {name: _contiguous(array[own]) for name, array in _parts(cache).items()}
     for name in NAMES:
@@ -102,7 +102,7 @@ def put_in(cache: PagedKV, own: Array, parts: dict[str, Array]) -> None:
 
 
 def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool) -> None:
-    """What the book says: the table, which pages are shared, and lengths."""
+    """Write a change of the book into the table, the marks of shared pages, and the lengths."""
     if change.entries:
         rows, columns, _, pages = np.array(change.entries, np.int64).T
         _set(cache.page_table, (rows, columns), pages.astype(np.int32))
@@ -115,7 +115,7 @@ def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool
 
 
 def _parts(cache: PagedKV) -> dict[str, Array]:
-    """All that there is of each page, by the names of `SequencePages`."""
+    """The arrays that hold pages and scales, by the names of `SequencePages`."""
     parts: dict[str, Array] = {}
     for name in NAMES:
         pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")

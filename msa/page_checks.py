@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 from msa import checks
 from msa.page_book import LARGEST_INT32
@@ -20,7 +20,7 @@ from msa.paged_kv import (
 
 # -- pages and tokens -----------------------------------------------------------------------------
 def check_pages(**pages: Any) -> None:
-    """The three page arrays of an empty pool."""
+    """The three page arrays of a new pool fit together and can be written to."""
     sizes: dict[str, int] = {}
     for name, dims in PAGE_DIMS.items():
         checks.check_array(name, pages[name], PAGE_DTYPES)
@@ -37,7 +37,10 @@ def check_pages(**pages: Any) -> None:
 
 
 def check_changeable(cache: PagedKV) -> None:
-    """The arrays of a pool can be written to, and now: what is captured would be done again."""
+    """The arrays of a pool can be written to, and no CUDA graph is captured.
+
+    A graph would repeat the change of the arrays at each replay, but not that of the book.
+    """
     check_writable(**{f"cache.{field.name}": getattr(cache, field.name) for field in fields(cache)})
     if checks.is_captured(cache.k_pages):
         raise ValueError(
@@ -47,7 +50,7 @@ def check_changeable(cache: PagedKV) -> None:
 
 
 def check_writable(**arrays: Any) -> None:
-    """Whether writing will fail is known beforehand."""
+    """Arrays that are not read-only, need no gradient, and can be written to in this mode."""
     for name, array in arrays.items():
         if array is None:
             continue
@@ -78,9 +81,17 @@ def check_table(batch: int, pages_per_sequence: int) -> None:
         )
 
 
+def refuse_table(batch: int, pages_per_sequence: int) -> NoReturn:
+    """Name the sizes of a table for which there is no memory."""
+    raise ValueError(
+        f"batch must leave the page table with a size that fits into memory, got {batch} x "
+        f"{pages_per_sequence} pages per sequence"
+    ) from None
+
+
 # -- sequences and lengths ------------------------------------------------------------------------
 def read_sequences(sequence: Any, batch: int) -> list[int]:
-    """One sequence, or several different ones, as plain integers."""
+    """Check one sequence, or several different ones; return them as a list of integers."""
     several = list(sequence) if isinstance(sequence, Sequence) else [sequence]
     for place, s in enumerate(several):
         check_sequence(s, batch)
@@ -90,14 +101,14 @@ def read_sequences(sequence: Any, batch: int) -> list[int]:
 
 
 def check_held(sequence: Any, lengths: list[int]) -> None:
-    """One of the batch's sequences that has tokens."""
+    """A sequence of the batch that has tokens."""
     check_sequence(sequence, len(lengths))
     if not lengths[sequence]:
         raise ValueError(f"sequence must have tokens, got {sequence}, an empty slot")
 
 
 def read_slot(into: Any, lengths: list[int]) -> int:
-    """An empty slot: the one that is asked for, or the first."""
+    """Return the empty slot that is asked for, or the first one."""
     if into is None:
         if all(lengths):
             raise ValueError(
@@ -116,7 +127,7 @@ def read_slot(into: Any, lengths: list[int]) -> int:
 
 
 def read_lengths(length: Any, sequences: int) -> list[int]:
-    """One length for all sequences, or one for each, as plain integers."""
+    """Return a length for each sequence, from one number for all or a list of numbers."""
     several = list(length) if isinstance(length, Sequence) else [length] * sequences
     if len(several) != sequences:
         raise ValueError(
@@ -129,7 +140,7 @@ def read_lengths(length: Any, sequences: int) -> list[int]:
 
 
 def check_length(length: int, there: int, sequence: int) -> None:
-    """Truncating adds no tokens."""
+    """A truncated sequence gets no longer."""
     if length > there:
         raise ValueError(
             f"length must be at most the {there} tokens of sequence {sequence}, got {length}"
@@ -137,7 +148,7 @@ def check_length(length: int, there: int, sequence: int) -> None:
 
 
 def check_reserved(written: int, counted: int, sequence: int) -> None:
-    """The tokens that were reserved are there, and no others."""
+    """All reserved tokens are written, and no others."""
     if written != counted:
         raise ValueError(
             f"sequence {sequence} must have the {counted} tokens that are reserved for it, got "

@@ -55,7 +55,7 @@ class PagedKV:
     """1 for a page that several sequences hold: `append_tokens` writes to none of these."""
 
     def read(self, name: Literal["k", "v", "k_idx"], where: Any) -> Float[Array, "*where dim"]:
-        """What stands at an index into the pages of that name: times its scale, if there is one.
+        """The numbers at an index into the pages of that name, times their scales if there are any.
 
         The index leaves the last dim whole: page ids, or page ids and offsets, or these and heads.
         Nothing else is read. With scales the answer is float32.
@@ -80,7 +80,7 @@ class PagedKV:
         return bits[where].view(pages.dtype).float() * scales.expand(every)[where]
 
     def live(self, n: int) -> tuple[list[int], Sequences]:
-        """Which slots of the batch hold a sequence, and how the last n tokens of these lie packed.
+        """The slots of the batch that hold a sequence, and their last n tokens as Sequences.
 
         Reads the lengths back from the device.
 
@@ -95,9 +95,10 @@ class PagedKV:
     def flat(
         self, sequence: int
     ) -> tuple[Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"], Float[Array, "Tk Di"]]:
-        """k, v and k_idx of one sequence, copied out: what `attention` takes for chunked prefill.
+        """Copy out k, v and k_idx of one sequence, as `attention` takes them for chunked prefill.
 
-        From pages of 8 bits they come in float32, exactly; give them q's dtype for `attention`.
+        Pages of 8 bits are given in float32, which is exact; convert them to q's dtype for
+        `attention`.
 
         Raises:
             TypeError, ValueError: no such sequence, a table without its pages, pages of 8 bits
@@ -126,7 +127,7 @@ class PagedKV:
 def check_cache(
     cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
 ) -> None:
-    """What a caller gives: the arrays, and scales beside 8-bit pages alone."""
+    """The arrays agree in shape, and 8-bit pages alone have scales; sizes go to `sizes`."""
     check_arrays(cache, sizes, counted_in)
     check_scales(cache, sizes)
     if cache.shared is not None:
@@ -152,7 +153,7 @@ def check_arrays(
 
 
 def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """8-bit pages come with scales, and scales with 8-bit pages."""
+    """8-bit pages have scales, and other pages have none."""
     for name, dims in SCALE_DIMS.items():
         check_scaled(cache, name)
         pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
@@ -168,7 +169,7 @@ def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
 
 
 def check_scaled(cache: PagedKV, name: str) -> None:
-    """8-bit pages come with scales."""
+    """The pages of this name have scales if they are of 8 bits."""
     pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
     if checks.is_eight_bits(pages) and scales is None:
         raise ValueError(
@@ -178,9 +179,9 @@ def check_scaled(cache: PagedKV, name: str) -> None:
 
 
 def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
-    """Queries have the dtype of what they meet, or any where that is of 8 bits; one place for all.
+    """Queries have the dtype of the pages, or any dtype where these have 8 bits.
 
-    Keys and values have 8 bits together or not at all.
+    All arrays are on one device. Keys and values have 8 bits together or not at all.
     """
     pages = {f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS}
     k, v, k_idx = pages.values()
@@ -196,7 +197,7 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
 
 
 def check_written(cache: PagedKV) -> None:
-    """What `append_tokens` changes has a place for each entry, and can be rounded to."""
+    """`append_tokens` can write each entry of the arrays by itself, and round to their dtype."""
     for name in (*PAGE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS), "lengths"):
         array = getattr(cache, name)
         if array is None:
@@ -211,7 +212,7 @@ def check_written(cache: PagedKV) -> None:
 
 
 def check_own_memory(name: str, array: Any) -> None:
-    """Each number has a place of its own, so that writing one leaves the others as they are."""
+    """Each number of the array has memory of its own, as expanded arrays have not."""
     strides = array.stride() if checks.is_torch(array) else array.strides
     expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
     if expanded and 0 not in array.shape:
@@ -222,9 +223,9 @@ def check_own_memory(name: str, array: Any) -> None:
 
 
 def check_apart(**arrays: Any) -> None:
-    """No two arrays start at the same place: what is written to one would be read from the other.
+    """No two arrays start at the same address, where one write would change both.
 
-    Arrays that interleave, such as halves of one tensor, start at different places.
+    Arrays that interleave, such as halves of one tensor, start at different addresses.
     """
     seen: dict[int, str] = {}
     for name, array in arrays.items():
@@ -240,7 +241,7 @@ def check_apart(**arrays: Any) -> None:
 
 
 def with_index_dtypes(cache: PagedKV) -> PagedKV:
-    """The table and the lengths in dtypes that backends count with."""
+    """The same cache with its table and lengths in int32 or int64, as backends read them."""
     others = {
         name: array.long() if checks.is_torch(array) else array.astype(np.int64)
         for name in ("page_table", "lengths")
@@ -250,7 +251,7 @@ def with_index_dtypes(cache: PagedKV) -> PagedKV:
 
 
 def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[str, Any]) -> int:
-    """New keys, values and index keys fit the pages; returns how many there are per sequence.
+    """New keys, values and index keys fit the pages; return how many each sequence gets.
 
     With a leading dim there is one entry of it for each of the sequences. Pages of 8 bits take
     tokens of any KERNEL_DTYPES, those of k and v alike.
@@ -273,7 +274,7 @@ def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[s
 
 # -- checks: what tables, lengths and scales hold -------------------------------------------------
 def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Every page that a sequence needs is in its table, in range, and has good scales.
+    """Each sequence has a page in range for each block, with scales that can be used.
 
     `sizes` holds Bk, pages and n, the number of queries per sequence. Waits for the device once.
     """
@@ -292,7 +293,7 @@ def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
 
 
 def check_row(row: np.ndarray, length: int, sequence: int, sizes: dict[str, int]) -> np.ndarray:
-    """The entries of the table that one sequence needs, in int64; `sizes` holds Bk and pages."""
+    """Return the pages of one sequence, in int64; `sizes` holds Bk and pages."""
     if length < 0:
         raise ValueError(f"cache.lengths must be at least 0, got {length} in sequence {sequence}")
     needed = -(-length // sizes["Bk"])
@@ -308,7 +309,7 @@ def check_row(row: np.ndarray, length: int, sequence: int, sizes: dict[str, int]
 
 
 def check_width(width: int, needed: int, length: int, sequence: int) -> None:
-    """A row of the table has an entry for each block."""
+    """A row of the table has an entry for each block of its sequence."""
     if needed > width:
         raise ValueError(
             f"cache.page_table must have {needed} entries for the {length} tokens of "
@@ -317,7 +318,7 @@ def check_width(width: int, needed: int, length: int, sequence: int) -> None:
 
 
 def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
-    """The scales of a sequence's own pages, which the host knows, are finite and positive."""
+    """The scales of the pages of one sequence are finite and positive; `own` are its pages."""
     for name in SCALE_DIMS:
         scales = getattr(cache, f"{name}_scales")
         if scales is None or not len(own):
@@ -334,9 +335,9 @@ def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
 
 
 def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:
-    """Where the table, as far as it is in use, names a page with a scale of no use.
+    """Where the part of the table in use names a page whose scale is not finite and positive.
 
-    One array [B, table] for each kind of page with scales; on the device.
+    One array [B, table] on the device for each kind of page with scales.
     """
     found = []
     for name in SCALE_DIMS:
@@ -353,7 +354,7 @@ def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:
 
 
 def check_sequence(sequence: Any, batch: int) -> int:
-    """One of the batch's sequences; no counting from the end."""
+    """Return a sequence of the batch, 0 to batch - 1."""
     number = checks.check_count("sequence", sequence, 0)
     if number >= batch:
         raise ValueError(f"sequence must be 0 to {batch - 1}, got {number}")

@@ -1,4 +1,4 @@
-"""What 8 bits cost: decoding from rounded pages beside decoding from the tensors as they are."""
+"""How much a cache of 8 bits changes decoding, compared with a cache that is not rounded."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ KINDS = {"index": ("k_idx",), "kv": ("k", "v"), "both": ("k", "v", "k_idx")}
 
 @dataclass(frozen=True)
 class CacheQuality:
-    """How near decoding from a rounded cache comes to decoding from the cache that was rounded."""
+    """How close decoding from a rounded cache is to decoding from the exact cache."""
 
     block_recall: float
     """The share of the exact cache's blocks that are selected from the rounded one as well."""
     score_recall: float
-    """The sum of the scores of the blocks that it selects, over that of the exact cache's blocks.
+    """The scores of the blocks selected from the rounded cache, over those from the exact cache.
 
-    Scores (R5) are those of the exact tensors, in float64; own blocks, which everyone has, do not
-    count. It says something where the best scores are positive, as those of large blocks are.
+    Both are sums of scores (R5) of the exact tensors, in float64; own blocks, which are always
+    selected, do not count. The ratio is meaningful where the best scores are positive, as in large
+    blocks.
     """
     output_error: float
     """|out - exact out| / |exact out|, over all queries and heads at once."""
@@ -43,7 +44,7 @@ def cache_quality(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> dict[str, CacheQuality]:
-    """Decode the last n tokens of one sequence from rounded caches: "index", "kv" and "both".
+    """Decode the last n tokens of one sequence from three rounded caches, and compare.
 
     Args:
         q, k, v, q_idx, k_idx: torch tensors in float16, bfloat16 or float32; queries for the last n
@@ -51,8 +52,8 @@ def cache_quality(
         config, backend: as in `decode`.
 
     Returns:
-        For 8-bit index keys, 8-bit keys and values, and all three in 8 bits how near they come.
-        Rounding keys and values leaves the selection as it is: its recalls are 1.
+        A CacheQuality for 8-bit index keys ("index"), for 8-bit keys and values ("kv"), and for all
+        three ("both"). Rounding keys and values does not change the selection: its recalls are 1.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).

@@ -30,7 +30,7 @@ from pool_machine import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msa
-from msa import checks
+from msa import checks, paging
 
 PLACES = ["reference", "torch", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -629,3 +629,12 @@ def test_a_table_beyond_32_bits_is_refused(batch):
     k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))
     with pytest.raises(ValueError, match="batch must leave the page table with at most 2147483647"):
         msa.PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=batch)
+
+
+def test_a_table_without_memory_is_refused(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(paging, "PageBook", no_memory)
+    with pytest.raises(ValueError, match="batch must leave the page table with a size that fits"):
+        make_pool("reference")

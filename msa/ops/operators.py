@@ -1,7 +1,7 @@
 """torch.ops.msa.*: for each operator its schema, its shapes without data, and its gradient.
 
-All tensors are packed (R1); borders of sequences and sizes travel as integers, so that a graph
-knows them and no operator waits for the device to say them. Outputs are fixed in number:
+All tensors are packed (R1). Borders of sequences and sizes are integers, so that they are part of a
+graph and no operator reads them from the device. The number of outputs is fixed:
 
     select_blocks      -> indices                     no gradient (R18)
     sparse_attention   -> out, lse                    backward: sparse_attention_backward
@@ -33,7 +33,7 @@ from msa.ops import kernels
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
-    """The precision in which attention works (R10; float64 for float64)."""
+    """float64 for float64 inputs, else float32 (R10)."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -156,9 +156,10 @@ def align_index(
     cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], block_size: int, with_gradient: bool,
     softmax_scale: float | None = None, index_scale: float | None = None, validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, and with_gradient what its gradient will be a multiple of, else empty (R17).
+    """The loss and, with_gradient, its gradients for q_idx and k_idx; else empty tensors (R17).
 
-    indices=None is the warm-up form; others are validated (R8), unless they come from `attention`.
+    indices=None is the warm-up form. Other indices are validated (R8), unless validate is False,
+    which is for those that `attention` gave.
     """
     top_k = 1 if indices is None else indices.shape[-1]
     config = MSAConfig(block_size, top_k, softmax_scale=softmax_scale, index_scale=index_scale)
