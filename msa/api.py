@@ -1,9 +1,9 @@
-"""The public functions: check the arguments, choose a backend, call it, hand back the same kind.
+"""The public functions. Each checks its arguments and calls a backend, through `msa.entry`.
 
 Layouts: packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched [B, T, H, D].
 Arrays: NumPy or torch, any strides whose last dim is contiguous; the answer is of the same kind.
-They are dense and in memory: no subclasses, and nothing that a transform of torch.func wraps (R20).
-Their dtypes are taken as they are: autocast has no say inside.
+They are dense and in memory: no subclasses, and no tensors inside a transform of torch.func (R20).
+They keep their dtypes: autocast changes nothing inside.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 
-from msa import checks, checks_cache, pipeline
+from msa import checks, pipeline
 from msa.config import MSAConfig
-from msa.dispatch import BackendName, Carrier, load_backend, resolve
+from msa.dispatch import BackendName
+from msa.entry import enter, enter_append, enter_cache
 from msa.ir import Array, Output, PagedKV, Selection
-from msa.layout import read_layout
+from msa.selection import check_ids
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
 IndexDtype = Literal["fp8_e4m3"]
@@ -44,15 +45,15 @@ def attention(
         q, k, v: the main branch, one dtype: float16, bfloat16, float32 or float64.
         q_idx, k_idx: the index branch, one dtype, not necessarily that of q.
         cu_seqlens_q, cu_seqlens_k: borders of packed sequences, integers [batch + 1] (R1). The
-            queries of a sequence are its last tokens (R2). None: one sequence.
+            queries of a sequence are its last tokens (R2). None means one sequence.
         config: block size, blocks kept, forced blocks, scales.
-        align: also give kl, the loss that teaches the index: `align_index` over the selection made.
+        align: also give kl, the loss that trains the index: `align_index` over this selection.
         backend: "auto" is triton for CUDA tensors, torch for other tensors, reference for arrays.
         loop_order: triton only. "union" walks each tile of queries along the union of its blocks,
             "kv_outer" reads each block once for all that selected it, "auto" decides by the tile.
             The result is the same up to rounding (R16; and NaN where k or v is not finite: R9).
-        index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits: faster, and no
-            longer the same function of q_idx and k_idx.
+        index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits. This is faster, but
+            may select other blocks.
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
@@ -74,13 +75,9 @@ def attention(
     checks.check_flag("align", align)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
     options = {"loop_order": loop_order, "index_dtype": index_dtype}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
-    q, k, v, q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        output = call.module.attend(
-            q, k, v, q_idx, k_idx, call.sequences, config, align=align, **call.options
-        )
-    return call.give_output(output)
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
+    args = (*entry.arrays, entry.sequences, config)
+    return entry.run(entry.module.attend, *args, align=align, **entry.options)
 
 
 def select(
@@ -103,11 +100,9 @@ def select(
     array([[0, 2]], dtype=int32)
     """
     arrays, options = {"q_idx": q_idx, "k_idx": k_idx}, {"index_dtype": index_dtype}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, options=options)
-    q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        selection = call.module.select_fused(q_idx, k_idx, call.sequences, config, **call.options)
-    return call.give(selection)
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
+    args = (*entry.arrays, entry.sequences, config)
+    return entry.run(entry.module.select_fused, *args, **entry.options)
 
 
 def sparse_attention(
@@ -122,9 +117,9 @@ def sparse_attention(
 ) -> Output:
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
-    A Selection knows its sequences and block size, so nothing is said twice. One of your own is
-    `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`; it is validated (R8).
-    Otherwise as `attention`.
+    A Selection holds its sequences and its block size. One of your own is
+    `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`. Its ids are validated
+    (R8), those of torch tensors that this package made are not. The rest is as in `attention`.
 
     >>> import numpy as np, msa
     >>> x = np.arange(4.0).reshape(4, 1, 1)
@@ -134,15 +129,13 @@ def sparse_attention(
     array([0. , 0.5, 2. , 2.5])
     """
     checks.check_type("selection", selection, Selection)
-    checks.check_indices(selection)
-    config = MSAConfig(selection.block_size, selection.top_k, softmax_scale=softmax_scale)
+    check_ids(selection)
+    scale = checks.check_scale("softmax_scale", softmax_scale)
     arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order}
-    call = _Call(arrays, backend, config, selection=selection, options=options)
-    scale = config.softmax_scale_for(q.shape[-1])
-    q, k, v = call.arrays
-    with call.carrier.exactly():
-        output = call.module.attend_selection(q, k, v, call.selection, scale, **call.options)
-    return call.give_output(replace(output, selection=call.selection))
+    entry = enter(arrays, backend, selection=selection, options=options)
+    args = (*entry.arrays, entry.selection, q.shape[-1] ** -0.5 if scale is None else scale)
+    output = entry.run(entry.module.attend_selection, *args, **entry.options)
+    return replace(output, selection=selection)
 
 
 def align_index(
@@ -158,15 +151,15 @@ def align_index(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Float[Array, ""]:
-    """KL(main branch || index branch), the loss that teaches the index where to look (eq. 9-10).
+    """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
     With a selection both distributions run over its visible tokens; with selection=None, the
-    warm-up form, over all visible tokens. Gradient reaches q_idx and k_idx only (R17). A selection
-    brings its own sequences, so cu_seqlens belong to the warm-up form.
+    warm-up form, over all visible tokens. The gradient reaches q_idx and k_idx only (R17). A
+    selection holds its own sequences, so cu_seqlens are for the warm-up form.
 
-    lse, float32 or float64 in q's layout, is what an attention of q and k over the same tokens
-    returned: `attention`, `sparse_attention`, or in the warm-up form any causal one. It saves
-    finding it again.
+    lse, float32 or float64 in q's layout, is the LSE of an attention of q and k over the same
+    tokens: `attention`, `sparse_attention`, or in the warm-up form any causal attention. Without
+    it, the LSE is computed here.
 
     >>> import numpy as np, msa
     >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
@@ -179,17 +172,16 @@ def align_index(
     >>> round(float(loss), 4)
     0.4744
     """
-    if selection is not None:
-        checks.check_type("selection", selection, Selection)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     if lse is not None:
         arrays["lse"] = lse
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k, selection)
-    q, k, q_idx, k_idx, *known = call.arrays
-    args = (q, k, q_idx, k_idx, call.selection, call.sequences, config, *known)
-    with call.carrier.exactly():
-        loss = call.module.align_index(*args)
-    return call.give(loss)
+    entry = enter(
+        arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, selection=selection,
+        top_k=1 if selection is None else None,
+    )  # fmt: skip
+    q, k, q_idx, k_idx, *known = entry.arrays
+    args = (q, k, q_idx, k_idx, entry.selection, entry.sequences, config, *known)
+    return entry.run(entry.module.align_index, *args)
 
 
 def decode(
@@ -200,17 +192,18 @@ def decode(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Output:
-    """MSA for the last n tokens of each sequence of a paged cache, which holds them already (R2).
+    """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
     layout; the Selection covers the live sequences, packed. Nothing is recorded for gradients.
 
-    Where the pages have scales (see `PagedKV`) the numbers that they stand for are what is meant:
-    the result is that of R4-R12 on page * scale, for queries of any dtype, which are not rounded.
+    Where the pages have scales (see `PagedKV`), the result is that of R4-R12 on page * scale, for
+    queries of any dtype, which are not rounded.
 
-    The triton backend can be captured in a CUDA graph: no shape depends on a length, lengths and
-    tables are read on the device, so a graph stays right while the sequences grow. During capture
-    their contents are not checked (a `PagePool` keeps them legal) and the selection is None.
+    The triton backend can be captured in a CUDA graph. No shape depends on a length, and lengths
+    and tables are read on the device, so a graph stays right while the sequences grow. During
+    capture their contents are not checked (a `PagePool` keeps them legal) and the selection is
+    None.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -223,29 +216,8 @@ def decode(
     >>> msa.decode(zero, zero, cache, config=msa.MSAConfig(block_size=2, top_k=2)).out[:, 0, 0, 0]
     array([4.33333333, 0.        ])
     """
-    checks.check_type("cache", cache, PagedKV)
-    checks.check_type("config", config, MSAConfig)
-    for name, array in (("q", q), ("q_idx", q_idx)):
-        checks.check_array(name, array)
-    sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D", sizes)
-    checks_cache.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
-    checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    checks_cache.check_queries(cache, q, q_idx)
-    name = resolve(backend, q)
-    if checks.is_captured(q):
-        checks.check_capturable(name)
-    else:
-        checks_cache.check_contents(cache, sizes)
-    module, carrier = load_backend(name), Carrier(name, q)
-    if name == "triton":
-        checks.check_kernels(config.block_size, q=q, q_idx=q_idx)
-    cache = checks_cache.with_index_dtypes(cache)
-    q, q_idx, cache = carrier.take(q=q, q_idx=q_idx, cache=cache)
-    with carrier.exactly():
-        output = module.decode_step(q, q_idx, cache, config)
-    return carrier.give(output)
+    entry, args = enter_cache(q, q_idx, cache, backend, config)
+    return entry.run(entry.module.decode_step, *args, config)
 
 
 def append_tokens(
@@ -256,17 +228,19 @@ def append_tokens(
 ) -> None:
     """Write n more tokens of each sequence into a paged cache, by the device alone (R2).
 
-    What `PagePool.append` does from the host, for steps that a CUDA graph captures: the pages come
-    from `PagePool.reserve` beforehand, and the kernel finds them in the table, quantises where the
-    pages have 8 bits, and advances the lengths on the device. A sequence whose table has no pages
-    for n more tokens, such as an empty slot of the batch, stays as it is, and its tokens are not
-    looked at. So does one that would write to a page which it shares with another (`PagePool.fork`)
-    because nothing was reserved for it. But one whose last page is its own and has room grows, and
-    the pool does not count those tokens: reserve for each sequence of the batch that has tokens.
+    This is `PagePool.append` for steps that a CUDA graph captures. `PagePool.reserve` gives the
+    pages beforehand. The kernel finds them in the table, quantises where the pages have 8 bits, and
+    raises the lengths on the device.
+
+    A sequence whose table has no pages for n more tokens, such as an empty slot of the batch, stays
+    as it is, and its tokens are not read. So does a sequence without reserved tokens whose last
+    page is shared (`PagePool.fork`). A sequence without reserved tokens whose last page has room
+    and is not shared does grow, but the pool does not count these tokens. So reserve for each
+    sequence of the batch that has tokens.
 
     Args:
-        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1); changed in place, so
-            that its table and lengths are int32 or int64.
+        cache: torch tensors on a GPU (or anywhere under TRITON_INTERPRET=1). It is changed in
+            place; its table and lengths are int32 or int64.
         k, v, k_idx: in the dtype of the pages; for pages of 8 bits float16, bfloat16 or float32.
 
     Raises:
@@ -274,15 +248,9 @@ def append_tokens(
             scales or lengths, in which entries share a place; pages of 8 bits in Triton's
             interpreter (R20).
     """
-    checks.check_type("cache", cache, PagedKV)
-    sizes: dict[str, int] = {}
-    checks_cache.check_cache(cache, sizes, checks.INDEX_DTYPES)
-    checks_cache.check_tokens(cache, True, sizes["B"], {"k": k, "v": v, "k_idx": k_idx})
-    resolve("triton", cache.k_pages)
-    checks.check_kernels(sizes["Bk"], k=k, v=v, k_idx=k_idx)
-    checks_cache.check_written(cache)
-    kernels: Any = load_backend("triton")  # beyond the contract of a backend
-    kernels.append_tokens(cache, k, v, k_idx)
+    entry = enter_append(cache, {"k": k, "v": v, "k_idx": k_idx})
+    kernels: Any = entry.module  # beyond the contract of a backend
+    entry.run(kernels.append_tokens, cache, k, v, k_idx)
 
 
 def lower(
@@ -299,10 +267,10 @@ def lower(
     tile_size: int = 8,
     backend: BackendName = "auto",
 ) -> pipeline.Trace:
-    """`attention` in slow motion: every intermediate form of both loop orders, by name.
+    """`attention` step by step: every intermediate form of both loop orders, by name.
 
-    chunk_size is the most edges that a work item may have (None: 2 * k * Bk, as in the paper),
-    tile_size how many neighbouring queries share a union walk (1 to 31). All forms are packed.
+    chunk_size is the most edges that a work item may have (None means 2 * k * Bk, as in the paper).
+    tile_size is how many neighbouring queries share a union walk (1 to 31). All forms are packed.
 
     >>> import numpy as np, msa
     >>> x = np.ones((6, 1, 4))
@@ -315,51 +283,8 @@ def lower(
         chunk_size = 2 * config.top_k * config.block_size
     chunk_size = checks.check_count("chunk_size", chunk_size, 1)
     checks.check_at_most("chunk_size", chunk_size, LARGEST_CHUNK_SIZE=checks.LARGEST_CHUNK_SIZE)
-    tile_size = checks.check_count("tile_size", tile_size, 1)
-    if tile_size > 31:
-        raise ValueError(f"tile_size must be at most 31, one bit of an int32 each, got {tile_size}")
+    tile_size = checks.check_tile_size("tile_size", tile_size)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    call = _Call(arrays, backend, config, cu_seqlens_q, cu_seqlens_k)
-    q, k, v, q_idx, k_idx = call.arrays
-    with call.carrier.exactly():
-        trace = pipeline.lower(
-            call.module, q, k, v, q_idx, k_idx, call.sequences, config, chunk_size, tile_size
-        )
-    return call.give(trace)
-
-
-class _Call:
-    """One checked call: packed arrays in the backend's kind, and the way back to the caller's."""
-
-    def __init__(
-        self,
-        arrays: dict[str, Array],
-        backend: BackendName,
-        config: MSAConfig,
-        cu_seqlens_q: Any = None,
-        cu_seqlens_k: Any = None,
-        selection: Selection | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> None:
-        checks.check_type("config", config, MSAConfig)
-        known = selection.sequences if selection is not None else None
-        self.layout = read_layout(arrays, cu_seqlens_q, cu_seqlens_k, known)
-        if selection is not None:
-            checks.check_selection_for(selection, arrays)
-        self.sequences = self.layout.sequences
-        model = next(iter(arrays.values()))
-        name = resolve(backend, model)
-        self.module = load_backend(name)
-        checks.check_options(name, model, **options or {})
-        self.options: dict[str, Any] = {}
-        if name == "triton":
-            checks.check_kernels(config.block_size, **arrays)
-            self.options = options or {}
-        self.carrier = Carrier(name, model)
-        packed = {n: self.layout.pack(array) for n, array in arrays.items()}
-        self.arrays = self.carrier.take(**packed)
-        (self.selection,) = self.carrier.take(selection=selection)
-        self.give = self.carrier.give
-
-    def give_output(self, output: Output) -> Output:
-        return self.layout.unpack(self.give(output))
+    entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config)
+    args = (*entry.arrays, entry.sequences, config, chunk_size, tile_size)
+    return entry.run(pipeline.lower, entry.module, *args)

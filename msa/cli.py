@@ -1,6 +1,6 @@
-"""The `msa` command. Every command is a frozen dataclass of options and a function `run`.
+"""The `msa` command. Every command is a module with a frozen dataclass of options and `run`.
 
-Commands are imported only when they are called, so that `msa explain` works where torch,
+A command is imported only when it is called, so that `msa explain` works where torch,
 scikit-learn or Hypothesis are not installed.
 """
 
@@ -21,27 +21,27 @@ usage: msa COMMAND [options]
 MiniMax Sparse Attention from math to metal.
 
 commands:
-  explain             a 12-token example through every form of the lowering
-  verify              rules R1-R21 on this machine's backends, or on a function of yours
-  demo                a trained model answers questions about pictures hidden in a long text
-  ask                 the same for your own text and pictures of digits
-  demo digits         attention as a classifier of real images: dense, MSA, window, random
-  train               a small multimodal MiniMax-M3 learns to find pictures in long documents
-  convert             a Hugging Face model gains an index branch, which --warmup trains
-  convert FOLDER      add index branches to a dense model of msa train, which then trains them
-  findings            the paper's ablations, repeated with the tiny model: tables of results
-  findings run        train and read the models of these tables: twelve rows, three seeds
-  bench prefill       correctness, then speed on a GPU: selection, attention, dense baselines
-  bench train         the same for a training step: forward, backward, alignment loss
-  bench decode        the same for a step of generation over a paged cache
-  bench integrations  torch operators, and Hugging Face's MiniMax-M3 on four attentions
-  bench plots         the figures of a results file, without a GPU
+  explain             print a 12-token example in every form of the lowering
+  verify              test rules R1-R21 on the backends here, or on a function of yours
+  demo                let a trained model answer questions about pictures in a long text
+  ask                 ask the same model about your own text and pictures of digits
+  demo digits         classify real images by attention: dense, MSA, window and random
+  train               train a small multimodal MiniMax-M3 to find pictures in long documents
+  convert             add an index branch to a Hugging Face model; --warmup trains it
+  convert FOLDER      add index branches to a dense model of msa train, to train them there
+  findings            show the ablations of the paper, repeated with the tiny model
+  findings run        run the trainings of these ablations: twelve rows, three seeds
+  bench prefill       check, then time on a GPU: selection, attention and dense baselines
+  bench train         check and time a training step: forward, backward and alignment loss
+  bench decode        check and time a step of generation over a paged cache
+  bench integrations  time torch operators, and Hugging Face's MiniMax-M3 on four attentions
+  bench plots         draw the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command, `msa --version` the version.
 """
 
 COMMANDS = {
-    "explain": ("msa.explain", "ExplainOptions", "torch"),
+    "explain": ("msa.explain_print", "ExplainOptions", "torch"),
     "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
     "demo": ("msa.demo.demo", "DemoOptions", "model,demo"),
     "ask": ("msa.demo.ask", "AskOptions", "model,demo"),
@@ -59,7 +59,7 @@ COMMANDS = {
 }
 """The module that runs each command, the name of its options there, and the extras it needs."""
 REFUSED, INTERRUPTED, CLOSED = 2, 130, 141
-"""Exit codes: input that cannot be used, Ctrl-C, an output whose reader has closed it."""
+"""Exit codes for input that is refused, for Ctrl-C, and for an output that its reader closed."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,10 +98,10 @@ def run(arguments: list[str]) -> int:
 
 
 def supplied(name: str, call: Callable[[], int]) -> int:
-    """What the call returns.
+    """Return what the call returns.
 
     Raises:
-        ValueError: a library that the command of this name needs is not there; with its extra.
+        ValueError: the command needs a library that is not installed; names its extra.
     """
     try:
         return call()
@@ -118,12 +118,14 @@ def supplied(name: str, call: Callable[[], int]) -> int:
 
 
 def check_words(words: Sequence[str], options: type) -> None:
-    """An option of several values is given once, its values behind it: a second would replace them.
+    """Check that an option of several values is given once, with its values behind it.
+
+    tyro would let a second one replace the first.
 
     Raises:
-        ValueError: it is given again, or no value stands behind it.
+        ValueError: the option is given twice, or no value follows it.
 
-    >>> from msa.explain import ExplainOptions
+    >>> from msa.explain_print import ExplainOptions
     >>> check_words(["--backend", "torch", "--backend", "reference"], ExplainOptions)
     """
     for field in fields(options):
@@ -141,10 +143,10 @@ def check_words(words: Sequence[str], options: type) -> None:
 
 # -- what goes wrong ------------------------------------------------------------------------------
 def guarded(call: Callable[[], int]) -> int:
-    """The exit code of a command, and one sentence on the error stream for what a user can mend.
+    """The exit code of a command; for an error that a user can correct, one sentence on stderr.
 
-    That is what the operating system refuses (OSError), what the checks of this package refuse,
-    and Ctrl-C. Any other exception is a bug here, and its traceback is wanted.
+    These are errors of the operating system (OSError), refusals by the checks of this package, and
+    Ctrl-C. Any other exception is a bug of this package, and its traceback is shown.
     """
     try:
         code = call()
@@ -167,7 +169,7 @@ def guarded(call: Callable[[], int]) -> int:
 
 
 def is_refusal(trace: TracebackType | None) -> bool:
-    """Whether an exception comes from a `raise` of this package, and not from a slip or a library.
+    """Whether an exception comes from a `raise` statement of this package, not from a bug.
 
     >>> from msa import MSAConfig
     >>> def refusal(call):
@@ -189,14 +191,14 @@ def is_refusal(trace: TracebackType | None) -> bool:
 
 
 def say(sentence: str, code: int) -> int:
-    """One line on the error stream; the exit code is returned."""
+    """Print one line on the error stream; return the exit code."""
     with suppress(OSError):
         print(f"msa: {sentence}", file=sys.stderr, flush=True)
     return code
 
 
 def drop_output() -> None:
-    """What is still to be printed goes nowhere: otherwise Python tries, and complains, at exit."""
+    """Discard what is still to be printed; else Python would try to print it at exit, and fail."""
     with suppress(OSError, ValueError, AttributeError):
         try:
             sys.stdout.flush()

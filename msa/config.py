@@ -1,4 +1,4 @@
-"""The one configuration object: what MSA computes, whatever the backend."""
+"""MSAConfig: the numbers that say what MSA computes, on every backend."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["LARGEST_BLOCK_SIZE", "LARGEST_SCALE", "LARGEST_TOP_K", "LEAST_SCALE"
 
 @dataclass(frozen=True)
 class MSAConfig:
-    """What is computed; never how. Every backend reads the same six numbers.
+    """Six numbers that say what is computed. How it is computed is the backend's choice.
 
-    Defaults are those of the paper and of MiniMax-M3. A configuration is frozen: its numbers are
-    checked once, when it is made, so make another one with `dataclasses.replace` to change it.
-    Numbers may be Python's or NumPy's, and are kept as Python's.
+    The defaults are those of the paper and of MiniMax-M3. A configuration is frozen, and its
+    numbers are checked once, when it is made. To change a number, make a new configuration with
+    `dataclasses.replace`. Numbers may be Python's or NumPy's; they are kept as Python's.
 
     Every backend takes up to LARGEST_TOP_K blocks of up to LARGEST_BLOCK_SIZE tokens, and scales
-    from LEAST_SCALE to LARGEST_SCALE; the triton backend has limits of its own beside these, which
-    its messages name.
+    from LEAST_SCALE to LARGEST_SCALE. The triton backend has further limits, which its messages
+    name.
 
     Raises:
         TypeError: a count that is not an integer, a scale that is not a number.
@@ -41,17 +41,17 @@ class MSAConfig:
     local_blocks: int = 1
     """How many of the last visible blocks are always selected, the query's own one first (R6)."""
     softmax_scale: float | None = None
-    """Factor on <q, k>; None means D ** -0.5 (R9)."""
+    """The factor of <q, k>; None means D ** -0.5 (R9)."""
     index_scale: float | None = None
-    """Factor on <q_idx, k_idx>; None means Di ** -0.5 (R4)."""
+    """The factor of <q_idx, k_idx>; None means Di ** -0.5 (R4)."""
 
     def __post_init__(self) -> None:
-        for name, number in checks.check_config(self).items():
+        for name, number in check_config(self).items():
             object.__setattr__(self, name, number)
 
     @property
     def forced_blocks(self) -> int:
-        """Places of the top-k that are given away before any score is looked at (R6)."""
+        """Places of the top-k that forced blocks take, whatever the scores are (R6)."""
         return self.sink_blocks + self.local_blocks
 
     def softmax_scale_for(self, head_dim: int) -> float:
@@ -61,3 +61,26 @@ class MSAConfig:
     def index_scale_for(self, index_dim: int) -> float:
         """The scale of the index branch for heads of this size (R4)."""
         return self.index_scale if self.index_scale is not None else index_dim**-0.5
+
+
+def check_config(config: MSAConfig) -> dict[str, int | float | None]:
+    """Check the six numbers of an MSAConfig; return them as Python's own (R20)."""
+    block_size = checks.check_block_size("block_size", config.block_size)
+    top_k = checks.check_at_most(
+        "top_k", checks.check_count("top_k", config.top_k, 1), LARGEST_TOP_K=LARGEST_TOP_K
+    )
+    sink_blocks = checks.check_count("sink_blocks", config.sink_blocks, 0)
+    local_blocks = checks.check_count("local_blocks", config.local_blocks, 1)
+    if sink_blocks + local_blocks > top_k:
+        raise ValueError(
+            f"sink_blocks + local_blocks must be at most top_k = {top_k}, "
+            f"got {sink_blocks} + {local_blocks}"
+        )
+    return {
+        "block_size": block_size,
+        "top_k": top_k,
+        "sink_blocks": sink_blocks,
+        "local_blocks": local_blocks,
+        "softmax_scale": checks.check_scale("softmax_scale", config.softmax_scale),
+        "index_scale": checks.check_scale("index_scale", config.index_scale),
+    }

@@ -1,6 +1,7 @@
-"""Choosing a backend, and carrying arrays to it and back: the one place where the choice is made.
+"""The choice of a backend, and how arrays are converted for it and back.
 
-No registry, no environment variable, no priority list, no silent fall-back.
+The choice is made here alone, by the name and the kind of array. No registry, environment variable
+or list of priorities takes part in it, and no other backend replaces one that is missing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BackendName = Literal["auto", "reference", "torch", "triton"]
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that can be named here, judged by which libraries are installed.
+    """The backends whose libraries are installed.
 
     >>> "reference" in available_backends()
     True
@@ -38,7 +39,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def resolve(backend: BackendName, array: Array) -> str:
-    """What "auto" means: triton for CUDA tensors, torch for other tensors, reference for arrays.
+    """The name of the backend; "auto" is triton for CUDA tensors, torch for others, else reference.
 
     Raises:
         ValueError: triton for anything but a CUDA tensor (R20).
@@ -76,22 +77,25 @@ def load_backend(name: str) -> Backend:
 
 @dataclass(frozen=True)
 class Carrier:
-    """Takes arrays and forms from the caller to the backend, and back in the caller's own kind."""
+    """Converts arrays and forms to the backend's kind, and answers to the caller's kind."""
 
     name: str
     model: Array
     """The argument whose kind, dtype and device the answer has."""
 
     def exactly(self) -> AbstractContextManager[Any]:
-        """A context in which dtypes are what the arguments say, whatever autocast would like."""
+        """A context without autocast, so that products keep the dtypes of the arguments."""
         if not checks.is_torch(self.model):
             return nullcontext()
         import torch
 
-        return torch.autocast(self.model.device.type, enabled=False)
+        device = self.model.device.type
+        if not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
 
     def take(self, **things: Any) -> list[Any]:
-        """Arrays and forms as the backend wants them: NumPy for reference, else torch."""
+        """Arrays and forms of NumPy for the reference, of torch for the other backends."""
         if self.name != "reference":
             return [map_arrays(thing, _to_torch) for thing in things.values()]
         for name, thing in things.items():
@@ -100,7 +104,7 @@ class Carrier:
         return [map_arrays(thing, _to_numpy) for thing in things.values()]
 
     def give(self, thing: Any) -> Any:
-        """An array or a form as the caller had it; an Output's out in the caller's dtype (R12)."""
+        """An array or a form of the caller's kind; an Output's out in the caller's dtype (R12)."""
         if not checks.is_torch(self.model):
             return map_arrays(thing, _to_numpy)
         thing = map_arrays(thing, lambda array: _to_torch(array).to(self.model.device))

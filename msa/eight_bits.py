@@ -1,4 +1,4 @@
-"""Tokens in pages of 8 bits: what a page's scale is, and how it follows the tokens (R2).
+"""Tokens in pages of 8 bits: the scale of a page, and how new tokens change it (R2).
 
 A page (and head, for keys and values) has one scale, a power of two, and holds numbers y of e4m3
 that stand for y * scale. Each time tokens are written, for every page and head that gets some:
@@ -9,18 +9,17 @@ that stand for y * scale. Each time tokens are written, for every page and head 
     y       = y * (scale / scale')                    for each older token of the page, rounded
     y       = x / scale', limited to -448 ... 448     for each new token, rounded
 
-all in float32, rounded to the nearest e4m3, ties to even. For a page whose first token (offset 0)
-is among the new ones, scale counts as 2^-126, the least there is, whatever it was. So the scale is
-that of the largest number among the tokens so far, and only ever grows while the page fills. As a
-power of two it rounds nothing by itself: older numbers stay what they were, but for those that
-fall below 2^-6 * scale', the least normal number, where e4m3 has steps of 2^-9 * scale' left.
-Tokens that are truncated leave the scale as it is, so they count among the tokens so far, unless
-the page's first token went with them. A copy of a page has its scale.
-Numbers behind the last token are neither read nor written.
+all in float32, rounded to the nearest e4m3, ties to even. If the first token of a page (offset 0)
+is among the new ones, the old scale counts as 2^-126, the least scale. So the scale follows the
+largest number among the tokens so far, and never falls while the page fills. A change by a power of
+two rounds nothing by itself: older numbers keep their values, except those below 2^-6 * scale', the
+least normal number of e4m3, whose steps become 2^-9 * scale'.
+Truncated tokens leave the scale as it is, unless the page's first token is truncated too. A copy of
+a page has the same scale. Numbers behind the last token are neither read nor written.
 
-Nothing here waits for the device, so no tensor is refused for what it holds (R20 asks that of
-shapes and kinds). NaN stays NaN (of either sign) and an infinity becomes -448 or 448 times the
-scale; neither has a say in it. A page without finite numbers, or of zeros, has the scale 2^-126.
+Nothing here waits for the device, so no tensor is refused for its numbers (R20 asks for checks of
+shapes and kinds). NaN stays NaN (of either sign), and an infinity becomes -448 or 448 times the
+scale; neither changes the scale. A page without finite numbers, or of zeros, has the scale 2^-126.
 Numbers are read back in float32, so those from 1.9375 * 2^127 on come back as infinities.
 """
 
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
-from msa.ir import Array
+from msa.checks.arrays import Array
 
 LEAST_SCALE = 2.0**-126
 LARGEST = 448.0  # = 1.75 * 2^8
@@ -39,7 +38,7 @@ LARGEST = 448.0  # = 1.75 * 2^8
 
 @dataclass(frozen=True)
 class Places:
-    """Where new tokens go: t of them to T pages, which hold o older tokens already.
+    """The places of t new tokens in T pages, and of the o older tokens of these pages.
 
     >>> places = Places.of(np.array([5, 5, 2]), np.array([2, 3, 0]))  # two tokens of four, then one
     >>> places.touched, places.owner, places.fresh
@@ -51,7 +50,7 @@ class Places:
     page: Int[Array, " t"]
     offset: Int[Array, " t"]
     owner: Int[Array, " t"]
-    """Which of the touched pages the token is in."""
+    """Which of the touched pages gets the token."""
     touched: Int[Array, " T"]
     fresh: Array
     """Bool [T]: the page's first token is a new one."""

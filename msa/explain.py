@@ -1,15 +1,14 @@
-"""`msa explain`: a small example on its way through every form of the lowering.
+"""The example of `msa explain`: twelve tokens in every form of the lowering, drawn as masks.
 
-Twelve tokens, blocks of four, k = 2, two groups. The index vectors are small integers, so every
-score can be checked in the head. Each form is drawn as the dense mask that it stands for, every
-cell carrying what that form adds; below it stands what changed and why it is allowed.
+Blocks have four tokens, k = 2, and there are two groups. The index vectors are small integers, so
+that a reader can compute every score. Each form is drawn as its dense mask; the cells show what the
+form adds. Below the mask stands what the step changed, and why it may.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
-class ExplainOptions:
-    """Print a 12-token example as it passes through every form of the lowering."""
-
-    backend: BackendName = "reference"
-    """Which backend takes the steps: reference, torch or triton."""
-    json: bool = False
-    """Print every form as JSON instead, for machines."""
-
-
-@dataclass(frozen=True)
 class Step:
     """One form of the lowering, ready to be shown."""
 
@@ -46,14 +35,14 @@ class Step:
     allowed: str
     legend: str
     pictures: list[list[str]]
-    """For each group, for each query, one character per token."""
+    """For each group and each query, one character per token."""
     facts: list[str]
     checked: str
-    """What was checked of this form, and how it came out."""
+    """A check of this form and its result."""
 
 
 def example() -> dict[str, Float[Array, "..."]]:
-    """q, k, v, q_idx, k_idx of the example: v_j = j, so an output tells which tokens were read.
+    """q, k, v, q_idx, k_idx of the example; v_j = j, so an output shows which tokens were read.
 
     Group 0 looks for the first index channel, group 1 for the second, with two exceptions: query 10
     of group 0 looks for the second one too, and query 9 of group 1 meets a tie.
@@ -217,7 +206,7 @@ def three(numbers: Float[Array, " n"]) -> str:
 
 
 def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
-    """What the union walk touches: every visible token of every block in a tile's union."""
+    """The tokens that the union walk reads: all visible ones of the blocks in a tile's union."""
     union, mask = trace.tile_union, np.zeros((TOKENS, GROUPS, TOKENS), bool)
     for t, r, u in np.argwhere(union.block_ids >= 0).tolist():
         first = int(union.block_ids[t, r, u]) * CONFIG.block_size
@@ -227,7 +216,7 @@ def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
 
 
 def choose_orders(trace: Trace) -> dict[str, Any]:
-    """What loop_order="auto" of the triton backend would do with the tiles of the example.
+    """How loop_order="auto" of the triton backend treats the tiles of the example.
 
     `readers` is the number of queries that read a block, on average; see msa.loop_order.
     """
@@ -253,38 +242,3 @@ def choose_orders(trace: Trace) -> dict[str, Any]:
         "mean_union": float(lengths.mean()),
         "tiles": tiles,
     }
-
-
-def to_plain(thing: Any) -> Any:
-    """Forms and arrays as dicts and lists; NaN and infinities as strings, which JSON lacks."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
-    if isinstance(thing, np.ndarray | np.generic):
-        return to_plain(thing.tolist())
-    if isinstance(thing, (list, tuple)):
-        return [to_plain(x) for x in thing]
-    if isinstance(thing, float) and not np.isfinite(thing):
-        return str(thing)
-    return thing
-
-
-def run(options: ExplainOptions) -> int:
-    """Print the example, for people or for machines."""
-    trace = trace_example(options.backend)
-    steps, choice = explain(trace), choose_orders(trace)
-    if options.json:
-        shown = {
-            "backend": options.backend,
-            "config": asdict(CONFIG),
-            "inputs": {name: to_plain(array) for name, array in example().items()},
-            "steps": [asdict(step) for step in steps],
-            "loop_order": choice,
-            "trace": to_plain(trace),
-        }
-        print(json.dumps(shown))
-        return 0
-    from msa import explain_print
-
-    explain_print.print_steps(steps)
-    explain_print.print_choice(choice)
-    return 0

@@ -1,9 +1,12 @@
-"""What `msa explain` prints: one panel per form, then the rule that chooses the loop order."""
+"""`msa explain`: prints one panel per form, then the rule that chooses the loop order."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -11,16 +14,69 @@ from rich.table import Table
 from rich.text import Text
 
 from msa import loop_order
-from msa.explain import CONFIG, GROUPS, TOKENS, Step
+from msa.dispatch import BackendName
+from msa.explain import (
+    CONFIG,
+    GROUPS,
+    TOKENS,
+    Step,
+    choose_orders,
+    example,
+    explain,
+    trace_example,
+)
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """Print a 12-token example as it passes through every form of the lowering."""
+
+    backend: BackendName = "reference"
+    """The backend that takes the steps: reference, torch or triton."""
+    json: bool = False
+    """Print every form as JSON."""
+
+
+def run(options: ExplainOptions) -> int:
+    """Print the example as panels or as JSON."""
+    trace = trace_example(options.backend)
+    steps, choice = explain(trace), choose_orders(trace)
+    if options.json:
+        shown = {
+            "backend": options.backend,
+            "config": asdict(CONFIG),
+            "inputs": {name: to_plain(array) for name, array in example().items()},
+            "steps": [asdict(step) for step in steps],
+            "loop_order": choice,
+            "trace": to_plain(trace),
+        }
+        print(json.dumps(shown))
+        return 0
+    print_steps(steps)
+    print_choice(choice)
+    return 0
+
+
+def to_plain(thing: Any) -> Any:
+    """Forms and arrays as dicts and lists; NaN and infinities as strings, since JSON has none."""
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return {f.name: to_plain(getattr(thing, f.name)) for f in fields(thing)}
+    if isinstance(thing, np.ndarray | np.generic):
+        return to_plain(thing.tolist())
+    if isinstance(thing, (list, tuple)):
+        return [to_plain(x) for x in thing]
+    if isinstance(thing, float) and not np.isfinite(thing):
+        return str(thing)
+    return thing
 
 
 def narrow_console() -> Console:
-    """At most 100 columns: the text is made for reading."""
+    """A console of at most 100 columns, for lines of a length that reads well."""
     return Console(width=min(100, Console().width))
 
 
 def print_steps(steps: list[Step]) -> None:
-    """One panel per form, the masks of the groups side by side."""
+    """Print one panel per form, with the masks of the groups side by side."""
     console = narrow_console()
     console.print(
         f"[bold]The lowering of MSA[/] on {TOKENS} tokens, blocks of {CONFIG.block_size}, "
@@ -49,7 +105,7 @@ def print_steps(steps: list[Step]) -> None:
 
 
 def print_choice(choice: dict[str, Any]) -> None:
-    """The rule of loop_order="auto", and what it means for the tiles of the example."""
+    """Print the rule of loop_order="auto", and what it does with the tiles of the example."""
     table = Table("blocks in a tile's union", "the tile", box=box.SIMPLE_HEAD, pad_edge=False)
     for when, then in loop_order.rule():
         table.add_row(when, then)
@@ -89,7 +145,7 @@ def print_choice(choice: dict[str, Any]) -> None:
 
 
 def spaced(picture: list[str]) -> str:
-    """Number the queries and leave a gap between blocks."""
+    """Number the queries, and leave a gap between blocks."""
     size = CONFIG.block_size
     lines = []
     for i, row in enumerate(picture):

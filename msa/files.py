@@ -15,7 +15,7 @@ LOCK = "running.lock"
 
 # -- before the work ------------------------------------------------------------------------------
 def check_target(name: str, path: Path | None) -> None:
-    """A file that can be written; the folder that it lies in is made. None is let through.
+    """Check that a file can be written, and make its folder. None passes.
 
     Raises:
         ValueError: a folder, or a place where nothing can be written.
@@ -27,7 +27,7 @@ def check_target(name: str, path: Path | None) -> None:
             raise ValueError(f"{name} must be a file, got the folder {path}")
         there = path.exists()
         if there and not path.is_file():
-            return  # a device or a pipe: only writing tells
+            return  # a device or a pipe: it cannot be tested without writing to it
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab"):
             pass
@@ -38,7 +38,7 @@ def check_target(name: str, path: Path | None) -> None:
 
 
 def check_folder(name: str, path: Path) -> None:
-    """A folder in which files can be made; it is made itself if it is not there.
+    """Check that files can be made in a folder, and make the folder if there is none.
 
     Raises:
         ValueError: a file, or a place where nothing can be written.
@@ -54,7 +54,7 @@ def check_folder(name: str, path: Path) -> None:
 
 
 def check_apart(name: str, path: Path | None, **others: Path | None) -> None:
-    """A file or folder to be written that is none of the others, which it would destroy.
+    """Check that a file or folder to be written is none of the others, which would be lost.
 
     Raises:
         ValueError: naming the other.
@@ -66,7 +66,7 @@ def check_apart(name: str, path: Path | None, **others: Path | None) -> None:
 
 # -- reading --------------------------------------------------------------------------------------
 def read_bytes(name: str, path: Path, most: int) -> bytes:
-    """The whole of a file, of at most so many bytes: a device may have no end.
+    """Read a whole file of at most so many bytes; a device may never end.
 
     Raises:
         ValueError: a file that cannot be read, or that is larger.
@@ -82,7 +82,7 @@ def read_bytes(name: str, path: Path, most: int) -> bytes:
 
 
 def read_json(name: str, path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
         ValueError: a file that cannot be read, or that is no JSON.
@@ -112,10 +112,10 @@ def why(error: OSError) -> str:
 
 # -- writing --------------------------------------------------------------------------------------
 def write(path: Path, content: bytes) -> None:
-    """Write a file under another name, then give it its own.
+    """Write a file under another name, then rename it.
 
-    Nobody ever sees half of it: it is whole or as it was before, also if the disk is full, the
-    process is killed or the power fails. A device or a pipe is written to as it is.
+    The file is complete or as it was before, also if the disk is full, the process is killed or the
+    power fails. A device or a pipe is written to directly.
 
     Raises:
         OSError: with the name of the file.
@@ -147,7 +147,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in a folder last, where the system lets a folder be opened."""
+    """Write the names in a folder to disk, where the system lets a folder be opened."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:
@@ -158,7 +158,7 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def locked(name: str, folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder that one writes to; the system drops a dead one's lock.
+    """Lock a folder against other processes that write to it; a dead process's lock is dropped.
 
     Without fcntl, as on Windows, a second run is not refused.
 
@@ -190,7 +190,7 @@ def locked(name: str, folder: Path) -> Iterator[None]:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        file.close()  # its owner has just taken it away: another one is to be made
+        file.close()  # its owner has just deleted it, so make another one
     try:
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,8 +1,9 @@
-"""The contract that the three backends keep: one Protocol, its docstrings are the law.
+"""The contract of the backends: what each function of a backend takes and gives.
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
-Arguments arrive checked (`msa.checks`, called by `msa.api`), packed (R1) and in the backend's own
-array type; letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
+Arguments are checked before (`msa.entry`), packed (R1), and arrays of the backend's own library.
+The triton backend checks the limits of its kernels again, for callers without `msa.entry`.
+Letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
 
 from __future__ import annotations
@@ -170,5 +171,67 @@ class Backend(Protocol):
         A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
         The returned selection covers the live sequences, packed. Where pages have scales, what
         counts is number * scale (R12).
+        """
+        ...
+
+
+@runtime_checkable
+class BackendWithGradients(Backend, Protocol):
+    """What torch and triton have besides: forward and backward as functions of their own.
+
+    `attend_selection` and `align_index` of these backends call them from a torch.autograd.Function.
+    A caller with an autograd of its own, such as the operators of `msa.ops`, calls them itself.
+    Autograd records none of them.
+    """
+
+    def attend_selection_forward(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        selection: Selection,
+        softmax_scale: float,
+    ) -> tuple[Float[Array, "Tq Hq Dv"], Float[Array, "Tq Hq"]]:
+        """out and lse of `attend_selection`, for a caller who rounds out to q's dtype (R9-R12).
+
+        lse is in the precision in which the backend works (float32 or float64), and out in that
+        precision or in q's dtype.
+        """
+        ...
+
+    def attend_selection_backward(
+        self,
+        d_out: Float[Array, "Tq Hq Dv"],
+        d_lse: Float[Array, "Tq Hq"],
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        v: Float[Array, "Tk Hkv Dv"],
+        out: Float[Array, "Tq Hq Dv"],
+        lse: Float[Array, "Tq Hq"],
+        selection: Selection,
+        softmax_scale: float,
+    ) -> tuple[Float[Array, "Tq Hq D"], Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"]]:
+        """Gradients for q, k and v, in their dtypes, with the selection held fixed (R18).
+
+        out and lse are those of the forward; out may have been rounded to q's dtype since.
+        """
+        ...
+
+    def align_index_forward(
+        self,
+        q: Float[Array, "Tq Hq D"],
+        k: Float[Array, "Tk Hkv D"],
+        q_idx: Float[Array, "Tq Hkv Di"],
+        k_idx: Float[Array, "Tk Di"],
+        selection: Selection | None,
+        sequences: Sequences,
+        config: MSAConfig,
+        lse: Float[Array, "Tq Hq"] | None,
+        with_gradient: bool,
+    ) -> tuple[Float[Array, ""], Float[Array, "Tq Hkv Di"], Float[Array, "Tk Di"]]:
+        """The loss of `align_index`, and with_gradient its gradients for q_idx and k_idx (R17).
+
+        The gradients are in the precision in which the backend works; without with_gradient they
+        hold anything. A backward is a product of them with the gradient of the loss.
         """
         ...

@@ -1,4 +1,4 @@
-"""From the layouts that a caller may use to the packed one that backends know, and back (R1)."""
+"""From the layouts that a caller may use to the packed layout of the backends, and back (R1)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from msa import checks
 from msa.ir import Array, Output, Sequences
+from msa.sequences import check_absent, check_both, check_totals
 
 DIMS = {
     "q": "Tq Hq D",
@@ -20,7 +21,7 @@ DIMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The sequences that a call's tensors hold, and the leading dims of q: [Tq] or [B, T]."""
+    """The sequences in the tensors of a call, and the leading dims of q: [Tq] or [B, T]."""
 
     sequences: Sequences
     lead: tuple[int, ...]
@@ -32,7 +33,7 @@ class Layout:
         return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
 
     def unpack(self, output: Output) -> Output:
-        """Bring out and lse back to the layout of q."""
+        """Give out and lse the layout of q."""
         out, lse = (x.reshape(*self.lead, *x.shape[1:]) for x in (output.out, output.lse))
         return replace(output, out=out, lse=lse)
 
@@ -42,11 +43,15 @@ def read_layout(
     cu_seqlens_q: Any = None,
     cu_seqlens_k: Any = None,
     sequences: Sequences | None = None,
+    batched: bool | None = None,
 ) -> Layout:
     """Check the arrays against one another (R20) and find the sequences that they hold.
 
-    `arrays` maps some of q, k, v, q_idx, k_idx, lse to what the caller gave; `sequences` are known
-    beforehand where a Selection brings them.
+    Args:
+        arrays: what the caller gave for some of q, k, v, q_idx, k_idx and lse.
+        cu_seqlens_q, cu_seqlens_k: what the caller gave, or None.
+        sequences: those of a Selection, which leaves no room for cu_seqlens.
+        batched: False for packed arrays alone, True for batched ones alone, None for both.
 
     Raises:
         TypeError, ValueError: see `msa.checks`.
@@ -59,7 +64,6 @@ def read_layout(
             checks.check_same_dtype(**found)
     checks.check_same_place(**arrays)
 
-    batched = None
     sizes: dict[str, int] = {}
     for name, array in arrays.items():
         batched = checks.check_layout(name, array, DIMS[name], batched)
@@ -73,14 +77,14 @@ def read_layout(
     if sequences is not None or batched:
         reason = "tensors are batched" if batched else "a selection brings its own sequences"
         for name, given in borders:
-            checks.check_absent(name, given, reason)
+            check_absent(name, given, reason)
     if sequences is not None:
-        checks.check_totals(sequences, copies * n_q, copies * n_k, "the selection's ")
+        check_totals(sequences, copies * n_q, copies * n_k, "the selection's ")
     elif cu_seqlens_q is None and cu_seqlens_k is None:
         checks.check_lengths(n_q, n_k)
         sequences = Sequences.uniform(copies, n_q, n_k)
     else:
-        checks.check_both(cu_seqlens_q, cu_seqlens_k)
+        check_both(cu_seqlens_q, cu_seqlens_k)
         sequences = Sequences(*(checks.read_borders(name, given) for name, given in borders))
-        checks.check_totals(sequences, n_q, n_k, "")
+        check_totals(sequences, n_q, n_k, "")
     return Layout(sequences, (copies, n_q) if batched else (n_q,))

@@ -1,28 +1,29 @@
-"""Which loop order pays for a tile: the measured rule of `loop_order="auto"`, without torch.
+"""The rule of `loop_order="auto"`: which loop order is faster for a tile, without torch.
 
-Walking a tile's union costs all of its queries the work of every block in it; KV-outer costs a
-block's own readers alone, but at a lower rate, for each of them leaves a partial result that is
-written and read again. Both mean the same (R9, R13-R16), so the length of the union may decide.
-The numbers were measured on an H100 (docs/ladder.md); the triton backend decides by them on the
-device, tile by tile.
+A walk along a tile's union does the work of every block for all queries of the tile. KV-outer does
+the work of a block only for the queries that read it, but more slowly: each of them writes a
+partial result, which is read again. The results are the same (R9, R13-R16), so the length of the
+union may decide. The numbers were measured on an H100 (docs/ladder.md). The triton backend applies
+them on the device, tile by tile.
 """
 
 from __future__ import annotations
 
 WALK_ALL, WALK_PAIRS = 1.75, 3.0
-"""A tile whose union has up to WALK_ALL * k blocks walks them all; one of up to WALK_PAIRS * k
-leaves blocks of a single query to KV-outer, a longer one those of two, too (docs/ladder.md)."""
+"""A tile with a union of up to WALK_ALL * k blocks walks them all. With up to WALK_PAIRS * k blocks
+it leaves those that one query reads to KV-outer, with more also those that two queries read
+(docs/ladder.md)."""
 
 MIN_EDGES = 4.0
-"""KV-outer needs at least so many queries per block, or loading the block is not worth it."""
+"""With fewer readers per block than this, KV-outer is slower: loading a block costs too much."""
 
 LARGEST_SPLIT = 64
-"""With more blocks per query than this, every tile walks its whole union: to take a union apart
-means to compare all pairs of a tile's edges, which are then thousands."""
+"""With more blocks per query than this, every tile walks its whole union. To split a union, all
+pairs of a tile's edges are compared, and there would be thousands of edges."""
 
 
 def limits(top_k: int) -> tuple[int, int]:
-    """The longest union that is walked whole, and the longest that keeps the blocks of pairs.
+    """The longest union that is walked whole, and the longest that keeps blocks of two readers.
 
     >>> limits(16)
     (28, 48)
@@ -31,7 +32,7 @@ def limits(top_k: int) -> tuple[int, int]:
 
 
 def least_shared(union: int, top_k: int, readers: float) -> int:
-    """By how many of a tile's queries a block must be read to be walked; others go KV-outer.
+    """How many of a tile's queries must read a block for it to be walked; others go KV-outer.
 
     Args:
         union: blocks in the union of the tile's selections.
@@ -49,7 +50,7 @@ def least_shared(union: int, top_k: int, readers: float) -> int:
 
 
 def words(least: int) -> str:
-    """What a tile does that walks the blocks read by at least so many of its queries."""
+    """What a tile does, in words, if it walks the blocks that `least` of its queries read."""
     if least == 1:
         return "walks its whole union"
     return f"walks the blocks of {least} queries or more, KV-outer does the others"
@@ -65,7 +66,7 @@ def choose(union: int, top_k: int, readers: float) -> str:
 
 
 def rule() -> list[tuple[str, str]]:
-    """The blocks in a tile's union, and what the tile does then: the lines of a table."""
+    """Pairs of a number of blocks in a tile's union and what the tile does, for a table."""
     return [
         (f"up to {WALK_ALL:g}·k", words(1)),
         (f"up to {WALK_PAIRS:g}·k", words(2)),

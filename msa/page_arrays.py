@@ -1,7 +1,7 @@
-"""What a `PagePool` does in its arrays (R2): tokens into pages, pages into others, out and in.
+"""How a `PagePool` changes its arrays (R2): writes tokens, copies pages, exports and imports them.
 
 The arrays are those of a `PagedKV`, of either library and on any device. Pages of 8 bits are moved
-as bytes, for not every release of torch indexes 8-bit floats on a GPU.
+as bytes, because not every release of torch indexes 8-bit floats on a GPU.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from msa import checks, eight_bits
-from msa.ir import Array, PagedKV
+from msa.checks.arrays import Array
 from msa.page_book import Change
+from msa.paged_kv import PAGE_DIMS, PAGE_DTYPES, SCALE_DIMS, PagedKV
 
 NAMES = ("k", "v", "k_idx")
 
@@ -36,14 +37,14 @@ class SequencePages:
 
 
 def make_scales(pages: Array) -> Array | None:
-    """Ones for each page, and head if there are any; for pages of 8 bits only."""
+    """A scale of 1 for each page and head of 8-bit pages; None for other pages."""
     if not checks.is_eight_bits(pages):
         return None
     return checks.beside(pages, np.ones((len(pages), *pages.shape[2:-1]), np.float32))
 
 
 def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Array) -> None:
-    """k, v and k_idx of t tokens to their places [t]: in the dtype of the pages, or in 8 bits."""
+    """Write k, v and k_idx of t tokens to their places [t], rounded where pages have 8 bits."""
     where = tuple(checks.beside(cache.k_pages, x) for x in (page, offset))
     places = None
     for name, tokens in new.items():
@@ -58,8 +59,18 @@ def write_tokens(cache: PagedKV, new: dict[str, Array], page: Array, offset: Arr
         eight_bits.write_tokens(pages, scales, tokens, places)
 
 
+def apart(cache: PagedKV, arrays: dict[str, Array]) -> dict[str, Array]:
+    """The same arrays; those that may share memory with the cache's pages are copied.
+
+    They are read while pages are written, and must not change with the pages.
+    """
+    parts = _parts(cache).values()
+    return {name: _copied(x) if any(_may_share(x, part) for part in parts) else x
+            for name, x in arrays.items()}  # fmt: skip
+
+
 def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
-    """Pages into others, scales included."""
+    """Copy pages into other pages, scales included."""
     if not copies:
         return  # as in most steps of a generation
     old, new = (checks.beside(cache.k_pages, x) for x in np.array(copies, np.int64).T)
@@ -68,7 +79,7 @@ def copy_pages(cache: PagedKV, copies: list[tuple[int, int]]) -> None:
 
 
 def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
-    """Copies of the pages of one sequence."""
+    """Copy out the pages of one sequence."""
     own = checks.beside(cache.k_pages, own.astype(np.int64))
     parts = {name: _contiguous(array[own]) for name, array in _parts(cache).items()}
     for name in NAMES:
@@ -78,15 +89,20 @@ def take_out(cache: PagedKV, own: Array, length: int) -> SequencePages:
     return SequencePages(length, **parts)
 
 
-def put_in(cache: PagedKV, own: Array, pages: SequencePages) -> None:
-    """The same bits into pages of this cache."""
+def arrays_of(pages: SequencePages) -> dict[str, Array]:
+    """The pages and scales of one sequence by name; no scales where there are none."""
+    return {name: part for name, part in vars(pages).items() if hasattr(part, "shape")}
+
+
+def put_in(cache: PagedKV, own: Array, parts: dict[str, Array]) -> None:
+    """Put the same bits into pages of this cache."""
     own = checks.beside(cache.k_pages, own.astype(np.int64))
     for name, array in _parts(cache).items():
-        array[own] = _carried(getattr(pages, name), array)
+        array[own] = _carried(parts[name], array)
 
 
 def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool) -> None:
-    """What the book says: the table, which pages are shared, and lengths."""
+    """Write a change of the book into the table, the marks of shared pages, and the lengths."""
     if change.entries:
         rows, columns, _, pages = np.array(change.entries, np.int64).T
         _set(cache.page_table, (rows, columns), pages.astype(np.int32))
@@ -99,7 +115,7 @@ def enter(cache: PagedKV, change: Change, turned: dict[int, bool], lengths: bool
 
 
 def _parts(cache: PagedKV) -> dict[str, Array]:
-    """All that there is of each page, by the names of `SequencePages`."""
+    """The arrays that hold pages and scales, by the names of `SequencePages`."""
     parts: dict[str, Array] = {}
     for name in NAMES:
         pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
@@ -114,21 +130,61 @@ def _set(array: Array, where: tuple[np.ndarray, ...], values: np.ndarray) -> Non
 
 
 def _carried(array: Array, like: Array) -> Array:
-    """The same bits in the library, in the dtype and on the device of `like`."""
-    bits = _bits(_contiguous(array))
+    """The same numbers, or bits of 8, in the library and on the device of `like`."""
+    if checks.is_eight_bits(array):
+        array = _bits(array)
     if not checks.is_torch(like):
-        return checks.to_numpy(bits).view(like.dtype)
-    bits = bits if checks.is_torch(bits) else checks.beside(like, bits)
-    return bits.to(like.device).view(like.dtype)
+        return checks.to_numpy(array)
+    if not checks.is_torch(array):
+        return checks.beside(like, np.array(array, order="C"))
+    return array.detach().to(like.device)
 
 
 def _bits(array: Array) -> Array:
-    if not checks.is_torch(array):
-        return array.view(np.uint8)
+    """8-bit floats as bytes, in the same memory."""
     import torch
 
     return array.view(torch.uint8)
 
 
+def _may_share(one: Array, other: Array) -> bool:
+    """Whether two arrays may overlap in memory; never for arrays of two libraries."""
+    if checks.is_torch(one) != checks.is_torch(other):
+        return False
+    if not checks.is_torch(one):
+        return np.may_share_memory(one, other)
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+
+
+def _copied(array: Array) -> Array:
+    return array.detach().clone() if checks.is_torch(array) else array.copy()
+
+
 def _contiguous(array: Array) -> Array:
     return array.contiguous() if checks.is_torch(array) else np.array(array, order="C")
+
+
+# -- checks (R20) ---------------------------------------------------------------------------------
+def check_export(cache: PagedKV, pages: SequencePages) -> None:
+    """The pages of one sequence are of the sizes and dtypes of a pool's."""
+    checks.check_count("pages.length", pages.length, 1)
+    sizes = {"blocks": -(-int(pages.length) // cache.k_pages.shape[1])}
+    for name, dims in PAGE_DIMS.items():
+        _, *letters = dims.split()
+        ours, theirs = getattr(cache, name), getattr(pages, name.removesuffix("_pages"))
+        name = f"pages.{name.removesuffix('_pages')}"
+        sizes |= dict(zip(letters, ours.shape[1:]))
+        checks.check_array(name, theirs, PAGE_DTYPES)
+        checks.check_same_dtype(**{"the pool's": ours, name: theirs})
+        checks.check_shape(name, theirs, " ".join(("blocks", *letters)), sizes)
+    for name, dims in SCALE_DIMS.items():
+        theirs, name = getattr(pages, f"{name}_scales"), f"{name}_scales"
+        if (getattr(cache, name) is None) != (theirs is None):
+            wanted = "None" if theirs is not None else "given"
+            raise ValueError(
+                f"pages.{name} must be {wanted} as the pool's are, got {checks.kind(theirs)}"
+            )
+        if theirs is not None:
+            checks.check_array(f"pages.{name}", theirs, ("float32",))
+            dims = dims.replace("pages", "blocks")
+            checks.check_shape(f"pages.{name}", theirs, dims, sizes)

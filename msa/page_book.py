@@ -1,8 +1,8 @@
-"""Which page is whose: the book that a `PagePool` keeps on the host (R2).
+"""PageBook: the host's record of which sequence holds which page of a `PagePool` (R2).
 
-A `Change` is planned first, and refused here if it cannot be; planning changes nothing. Then
-`PageBook.apply` counts it. The inverse of a change takes it back, for when the arrays beside the
-book could not follow.
+A `Change` is planned first, and refused if there is no room; planning changes nothing. Then
+`PageBook.apply` makes it in the record. If the arrays on the device cannot be changed after that,
+the inverse of the change undoes it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msa import checks_cache
+from msa.paged_kv import check_width
 
+LARGEST_INT32 = 2**31 - 1
+"""Page ids, lengths and the entries of a table are counted in int32."""
 NO_PAGE = -1
 """What the page table holds where a sequence has no block."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of some entries of the table, and of some lengths.
+    """New values for some entries of the table and for some lengths.
 
-    An entry that goes from one page to another stands for a page that is copied.
+    Where an entry changes from one page to another, the page is copied.
     """
 
     entries: list[tuple[int, int, int, int]]
@@ -36,7 +38,7 @@ class Change:
         return [(old, new) for _, _, old, new in self.entries if NO_PAGE not in (old, new)]
 
     def inverse(self) -> Change:
-        """What undoes it, last entry first: free pages are a stack."""
+        """The change that undoes this one, last entry first, because free pages are a stack."""
         return Change(
             [(s, block, new, old) for s, block, old, new in reversed(self.entries)],
             [(s, after, before) for s, before, after in self.lengths],
@@ -66,15 +68,15 @@ class PageBook:
         self.free = list(range(pages))[::-1]
 
     def grow(self, sequences: list[int], n: int) -> Change:
-        """n more tokens of each; a last page that they go to, but others hold, is copied."""
+        """Plan n more tokens for each sequence; a shared last page that gets some is copied."""
         needed: list[tuple[int, int, int]] = []
         lengths: list[tuple[int, int, int]] = []
         left = Counter[int]()  # how many of its holders a page loses
         for s in sequences:
             before, width = int(self.lengths[s]), self.table.shape[1]
             have, want = self.blocks(before), self.blocks(before + n)
-            checks_cache.check_width(width, want, before + n, s)
-            checks_cache.check_total(before, n, s)
+            check_width(width, want, before + n, s)
+            check_total(before, n, s)
             if n and before % self.block:
                 last = int(self.table[s, have - 1])
                 if self.holders[last] - left[last] > 1:
@@ -82,12 +84,12 @@ class PageBook:
                     needed.append((s, have - 1, last))
             needed += [(s, b, NO_PAGE) for b in range(have, want)]
             lengths.append((s, before, before + n))
-        checks_cache.check_room(len(needed), len(self.free), n, sequences)
+        check_room(len(needed), len(self.free), n, sequences)
         pages = reversed(self.free)
         return Change([(*entry, page) for entry, page in zip(needed, pages)], lengths)
 
     def shrink(self, sequences: list[int], lengths: list[int]) -> Change:
-        """Only so many tokens of each."""
+        """Plan to keep so many tokens of each sequence."""
         entries: list[tuple[int, int, int, int]] = []
         changed: list[tuple[int, int, int]] = []
         for s, after in zip(sequences, lengths):
@@ -98,13 +100,13 @@ class PageBook:
         return Change(entries, changed)
 
     def share(self, sequence: int, into: int) -> Change:
-        """All pages of a sequence in an empty slot, too."""
+        """Plan that an empty slot holds all pages of a sequence as well."""
         length = int(self.lengths[sequence])
         row = self.table[sequence, : self.blocks(length)].tolist()
         return Change([(into, b, NO_PAGE, p) for b, p in enumerate(row)], [(into, 0, length)])
 
     def apply(self, change: Change) -> dict[int, bool]:
-        """Count a change; returns which pages are shared from now on (True) or no longer."""
+        """Make a change; returns which pages become shared (True) or stop being so (False)."""
         turned: dict[int, bool] = {}
         for sequence, block, old, new in change.entries:
             if new != NO_PAGE:
@@ -127,3 +129,22 @@ class PageBook:
     def blocks(self, length: int) -> int:
         """How many pages that many tokens take."""
         return -(-length // self.block)
+
+
+# -- checks (R20) ---------------------------------------------------------------------------------
+def check_total(length: int, new: int, sequence: int) -> None:
+    """A length of a sequence fits into int32."""
+    if length + new > LARGEST_INT32:
+        raise ValueError(
+            f"n must leave sequence {sequence} with at most {LARGEST_INT32} tokens, got {new} more "
+            f"for its {length}"
+        )
+
+
+def check_room(needed: int, free: int, new: int, sequences: list[int]) -> None:
+    """The pool has enough free pages."""
+    if needed > free:
+        raise ValueError(
+            f"k_pages must have {needed} free pages for {new} more tokens in each of the "
+            f"sequences {sequences}, got {free}: free a sequence, or make a larger pool"
+        )

@@ -1,11 +1,10 @@
-"""A pool of pages, given out to sequences as they grow (R2): what serving needs beside `decode`.
+"""PagePool: a pool of pages that sequences take as they grow, for serving with `decode` (R2).
 
-Two classes, because the device and the host advance at different times. `PagedKV` is a view,
-arrays and nothing else: it is what `decode` takes, and what a CUDA graph can be captured over, for
-its arrays stay where they are while tables and lengths change inside them (`msa.page_arrays`).
-`PagePool` keeps the book of them on the host: which sequence holds which page, and which pages are
-free (`msa.page_book`). It reads lengths back from the device only where tokens were reserved, for
-it cannot see when these are written.
+There are two classes, because the device and the host advance at different times. `PagedKV` holds
+arrays alone. `decode` takes it, and a CUDA graph can be captured over it: its arrays keep their
+memory while tables and lengths change in them (`msa.page_arrays`). `PagePool` records on the host
+which sequence holds which page and which pages are free (`msa.page_book`). It reads lengths back
+from the device only after `reserve`, because it cannot see when reserved tokens are written.
 """
 
 from __future__ import annotations
@@ -16,45 +15,47 @@ from contextlib import contextmanager
 import numpy as np
 from jaxtyping import Float
 
-from msa import checks, checks_cache, page_arrays
-from msa.ir import Array, PagedKV
+from msa import checks, page_arrays, page_checks
+from msa.checks.arrays import Array
 from msa.page_arrays import SequencePages
 from msa.page_book import Change, PageBook
+from msa.paged_kv import PagedKV, check_sequence, check_tokens
 
 
 class PagePool:
     """Keys, values and index keys of a batch of sequences, each in pages of its own.
 
-    The caller makes the pages, and so says of which library they are, of what dtype and on which
-    device; the pool writes into them, and nowhere but in the pages of the sequence that grows.
-    A page holds one block, so the block size is that of the pages. A page comes back into the pool
-    when no sequence holds it any more.
+    The caller makes the pages, and chooses their library, dtype and device. The pool writes into
+    the pages of the sequence that grows, and into no others. A page holds one block, so the block
+    size is that of the pages. A page returns to the pool when no sequence holds it any more.
 
-    Sequences that are forked hold the same pages. Nobody writes to a full page any more, so only
-    the last page has to be copied, on write: the first `append` or `reserve` of a sequence whose
-    last page is neither full nor its own gives this sequence a copy, and the others keep the page;
-    the last one to hold it writes without copying. Until then `append_tokens` leaves it alone.
+    Forked sequences hold the same pages. A full page is never written again, so only the last page
+    is copied, when it is written to: the first `append` or `reserve` of a sequence whose shared
+    last page is not full gives this sequence a copy, and the other sequences keep the page. The
+    last sequence to hold it writes without a copy. `append_tokens` does not write to a shared page.
 
-    Pages of torch.float8_e4m3fn, those of k and v or those of index keys or all of them, get scales
-    from the pool, and tokens are rounded as they are written (`msa.eight_bits`): half the bytes of
-    float16 to hold and to read. `cache_quality` says what it costs.
+    Pages of torch.float8_e4m3fn get scales from the pool, and tokens are rounded when they are
+    written (`msa.eight_bits`). They take half the bytes of float16. k and v have such pages
+    together or not at all, index keys independently of them. `cache_quality` measures the loss of
+    precision.
 
     Each method does all that it is asked for, or raises and changes nothing that can be read.
 
     Work on a GPU goes to the current stream, in the order of the calls. So on one stream a page may
-    be given back while kernels that read it still wait: they run before any that write into it
-    again. The pool knows of no other stream: one that reads the cache has to be waited for
-    (`torch.cuda.Stream.wait_stream`) before the next call of the pool, and the other way round. Nor
-    may two threads call one pool at a time.
+    be given back while kernels that read it still wait: they run before the kernels that write into
+    it again. A stream that reads the cache beside this one must be waited for
+    (`torch.cuda.Stream.wait_stream`) before the next call of the pool, and must itself wait for the
+    pool's calls. Two threads must not call one pool at a time.
 
     Args:
         k_pages, v_pages, k_idx_pages: [pages, Bk, Hkv, D], [pages, Bk, Hkv, Dv], [pages, Bk, Di].
-        batch: how many sequences there is room for; all of them are empty slots at first.
-        pages_per_sequence: the width of the page table; None: all the pages there are.
+        batch: how many sequences the pool has room for; all of them are empty slots at first.
+        pages_per_sequence: the width of the page table; None means all pages of the pool.
 
     Raises:
         TypeError, ValueError: pages that do not fit together, or cannot be written, such as
-            read-only arrays and tensors that require a gradient; counts below 1 (R20).
+            read-only arrays and tensors that require a gradient; counts below 1; a page table
+            that is too large (R20).
 
     >>> k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))  # three pages of two tokens
     >>> pool = PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=2)
@@ -80,15 +81,19 @@ class PagePool:
         batch: int,
         pages_per_sequence: int | None = None,
     ) -> None:
-        checks_cache.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
+        page_checks.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
         checks.check_count("batch", batch, 1)
         pages, block = k_pages.shape[:2]
         if pages_per_sequence is None:
             pages_per_sequence = max(1, pages)
         checks.check_count("pages_per_sequence", pages_per_sequence, 1)
-        self._book = PageBook(pages, batch, pages_per_sequence, block)
+        page_checks.check_table(batch, pages_per_sequence)
+        try:
+            self._book = PageBook(pages, batch, pages_per_sequence, block)
+        except MemoryError:
+            page_checks.refuse_table(batch, pages_per_sequence)
         self._reserved: set[int] = set()
-        """Sequences with tokens that others write, and may not have written yet."""
+        """Sequences with reserved tokens, which the caller may not have written yet."""
         table, lengths = self._book.table.copy(), self._book.lengths.astype(np.int32)
         table, lengths, shared = (
             checks.beside(k_pages, x) for x in (table, lengths, np.zeros(pages, np.uint8))
@@ -98,25 +103,24 @@ class PagePool:
 
     @property
     def lengths(self) -> list[int]:
-        """The tokens of each sequence, from the host's book."""
+        """The number of tokens of each sequence, reserved ones included."""
         return self._book.lengths.tolist()
 
     @property
     def free_pages(self) -> int:
-        """How many pages are nobody's."""
+        """How many pages no sequence holds."""
         return len(self._book.free)
 
     def reserve(self, sequence: int | Sequence[int], n: int) -> None:
-        """Give one sequence, or each of several, the pages of n more tokens. All of it or nothing.
+        """Give one sequence, or each of several, the pages of n more tokens, all or none.
 
-        For callers whose own code on the device writes these tokens and raises `cache.lengths`, as
-        a captured CUDA graph does with `append_tokens`: the table is ready for them, the pages are
-        this sequence's own, and `lengths`, the host's book, counts them already. Where pages have
-        scales, these are the writer's, too (`msa.eight_bits` has the rule).
+        This is for callers whose own code on the device writes the tokens and raises
+        `cache.lengths`, as a captured CUDA graph does with `append_tokens`. The table names their
+        pages, no other sequence holds these, and `lengths` counts the tokens already. Where pages
+        have scales, the caller's code writes the scales as well (`msa.eight_bits` has the rule).
 
-        `append` is this and the writing; called next, it goes on behind the tokens. These must have
-        been written by then, as for `fork` and `export`, and the pool reads `cache.lengths` back to
-        see that. `truncate` gives up what was reserved in excess.
+        `append` reserves and writes. `append`, `fork` and `export` need the reserved tokens to be
+        written, and read `cache.lengths` back to check it. `truncate` gives reserved tokens up.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -140,7 +144,7 @@ class PagePool:
         ([2], 2, [0, -1, -1], array([2], dtype=int32))
         """
         checks.check_count("n", n, 0)
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
         with self._counted(self._book.grow(known, int(n)), lengths=False):
             pass
         if n:
@@ -153,9 +157,9 @@ class PagePool:
         v: Float[Array, "*S n Hkv Dv"],
         k_idx: Float[Array, "*S n Di"],
     ) -> None:
-        """Write n more tokens of one sequence, or of each of S sequences. All of it or nothing.
+        """Write n more tokens of one sequence, or of each of S sequences, all or none.
 
-        Gradients do not flow through pages.
+        Gradients do not flow through pages. The tokens may be views of the pool's pages.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of S different ones.
@@ -167,11 +171,12 @@ class PagePool:
                 that is too short, a pool without enough free pages, reserved tokens that have not
                 been written (R20).
         """
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
         ids = np.array(known, np.int64)
         new = {"k": k, "v": v, "k_idx": k_idx}
-        n = checks_cache.check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
+        n = check_tokens(self.cache, isinstance(sequence, Sequence), len(ids), new)
         self._check_written(known)
+        new = page_arrays.apart(self.cache, new)
         positions = self._book.lengths[ids, None] + np.arange(n)
         with self._counted(self._book.grow(known, n)):
             page = self._book.table[ids[:, None], positions // self._book.block]
@@ -180,17 +185,16 @@ class PagePool:
             page_arrays.write_tokens(self.cache, new, page, offset)
 
     def truncate(self, sequence: int | Sequence[int], length: int | Sequence[int]) -> None:
-        """Keep the first tokens of one sequence, or of each of several: drafts that were rejected.
+        """Keep the first tokens of one sequence, or of each of several, after rejected drafts.
 
-        The pages behind them are given back. What still stands in the last page beyond the length
-        is not read again. A page of 8 bits keeps its scale (`msa.eight_bits`): the tokens that stay
-        stand for the same numbers as before, and those that follow in this page are rounded as if
-        behind those that went.
+        The pages behind them are given back. Numbers in the last page beyond the length are not
+        read again. A page of 8 bits keeps its scale (`msa.eight_bits`): the tokens that stay keep
+        their values, and the next tokens of this page are rounded with at least that scale.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
-            length: the tokens that stay, of each sequence alike or in a list with one for each; at
-                most as many as there are. Tokens reserved, but not written, are not there.
+            length: how many tokens stay: one number for all sequences, or a list with one for
+                each; at most the number of tokens that are written.
 
         Raises:
             TypeError, ValueError: no such sequence, a length below 0 or beyond its tokens (R20).
@@ -204,22 +208,22 @@ class PagePool:
         >>> pool.cache.flat(0)[0].ravel(), pool.free_pages
         (array([ 1.,  2., -3.]), 1)
         """
-        known = checks_cache.read_sequences(sequence, len(self._book.lengths))
-        wanted = checks_cache.read_lengths(length, len(known))
+        known = page_checks.read_sequences(sequence, len(self._book.lengths))
+        wanted = page_checks.read_lengths(length, len(known))
         for s, after, written in zip(known, wanted, self._written(known)):
-            checks_cache.check_length(after, min(written, int(self._book.lengths[s])), s)
+            page_checks.check_length(after, min(written, int(self._book.lengths[s])), s)
         with self._counted(self._book.shrink(known, wanted)):
             pass
         self._reserved.difference_update(known)
 
     def fork(self, sequence: int, into: int | None = None) -> int:
-        """A second sequence of the same tokens, in the same pages: beams, or a prefix for many.
+        """Make a second sequence of the same tokens in the same pages, as for beams or a prefix.
 
-        Nothing is copied now; see the class for when the last page is.
+        Nothing is copied now. The class says when the last page is.
 
         Args:
             sequence: which one, 0 to batch - 1; not an empty one.
-            into: an empty slot of the batch; None: the first there is.
+            into: an empty slot of the batch; None means the first one.
 
         Returns:
             The slot that was taken.
@@ -240,17 +244,17 @@ class PagePool:
         >>> pool.cache.flat(0)[0].ravel(), pool.cache.flat(1)[0].ravel()
         (array([1., 2., 3.]), array([ 1.,  2.,  3., -1.]))
         """
-        checks_cache.check_held(sequence, self.lengths)
-        into = checks_cache.read_slot(into, self.lengths)
+        page_checks.check_held(sequence, self.lengths)
+        into = page_checks.read_slot(into, self.lengths)
         self._check_written([int(sequence)])
         with self._counted(self._book.share(int(sequence), into)):
             pass
         return into
 
     def export(self, sequence: int) -> SequencePages:
-        """The pages of a sequence, copied out: index keys, scales and length included.
+        """Copy out the pages of a sequence, with index keys, scales and length.
 
-        Of the library and on the device of the pool.
+        The copies are of the library and on the device of the pool.
 
         Raises:
             TypeError, ValueError: no such sequence, an empty one, reserved tokens that have not
@@ -269,21 +273,21 @@ class PagePool:
         >>> pool.cache.flat(1)[2].ravel()
         array([1., 2., 3.])
         """
-        checks_cache.check_held(sequence, self.lengths)
+        page_checks.check_held(sequence, self.lengths)
         self._check_written([int(sequence)])
         length = int(self._book.lengths[sequence])
         own = self._book.table[sequence, : self._book.blocks(length)]
         return page_arrays.take_out(self.cache, own, length)
 
     def import_(self, pages: SequencePages, into: int | None = None) -> int:
-        """Take in what a pool has exported: the same bits, in free pages of this one.
+        """Copy exported pages, bit for bit, into free pages of this pool.
 
-        From another device or library they are copied over. Block size, heads, dims and dtypes must
-        be those of this pool; the two pools may have other numbers of pages and sequences.
+        They may come from another device or library. Block size, heads, dims and dtypes must be
+        those of this pool; the numbers of pages and of sequences may differ.
 
         Args:
             pages: from `export`.
-            into: an empty slot of the batch; None: the first there is.
+            into: an empty slot of the batch; None means the first one.
 
         Returns:
             The slot that was taken.
@@ -293,23 +297,24 @@ class PagePool:
                 too short, a pool without enough free pages (R20).
         """
         checks.check_type("pages", pages, SequencePages)
-        checks_cache.check_export(self.cache, pages)
-        into = checks_cache.read_slot(into, self.lengths)
+        page_arrays.check_export(self.cache, pages)
+        into = page_checks.read_slot(into, self.lengths)
         change = self._book.grow([into], int(pages.length))
         own = np.array([page for *_, page in change.entries], np.int64)
+        parts = page_arrays.apart(self.cache, page_arrays.arrays_of(pages))
         with self._counted(change):
-            page_arrays.put_in(self.cache, own, pages)
+            page_arrays.put_in(self.cache, own, parts)
         return into
 
     def free(self, sequence: int) -> None:
-        """Give a sequence's pages back, but those that others hold, too; its slot is empty then.
+        """Empty the slot of a sequence, and give back its pages that no other sequence holds.
 
         An empty slot stays as it is.
 
         Raises:
             TypeError, ValueError: no such sequence (R20).
         """
-        checks_cache.check_sequence(sequence, len(self._book.lengths))
+        check_sequence(sequence, len(self._book.lengths))
         with self._counted(self._book.shrink([int(sequence)], [0])):
             pass
         self._reserved.discard(int(sequence))
@@ -317,12 +322,12 @@ class PagePool:
     # -- the book and the arrays -------------------------------------------------------------------
     @contextmanager
     def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
-        """A change, in the book and in the arrays, with what is written to the pages in between.
+        """Make a change in the book, then in the arrays; pages are written in between.
 
         Tables and lengths come last: until then no call reads what was written. If anything fails,
-        the book takes the change back.
+        the change in the book is undone.
         """
-        checks_cache.check_changeable(self.cache)
+        page_checks.check_changeable(self.cache)
         turned = self._book.apply(change)
         try:
             page_arrays.copy_pages(self.cache, change.copies)
@@ -333,16 +338,16 @@ class PagePool:
             raise
 
     def _written(self, sequences: list[int]) -> list[int]:
-        """The tokens that are there; the device is asked only about those that were reserved."""
+        """The number of written tokens, read from the device only where tokens were reserved."""
         counted = self._book.lengths[sequences].tolist() if sequences else []
         if self._reserved.isdisjoint(sequences):
             return counted
-        checks_cache.check_changeable(self.cache)
+        page_checks.check_changeable(self.cache)
         written = checks.to_numpy(self.cache.lengths)
         return [int(written[s]) if s in self._reserved else n for s, n in zip(sequences, counted)]
 
     def _check_written(self, sequences: list[int]) -> None:
-        """What was reserved has been written since."""
+        """Check that all reserved tokens have been written."""
         for s, written in zip(sequences, self._written(sequences)):
-            checks_cache.check_reserved(written, int(self._book.lengths[s]), s)
+            page_checks.check_reserved(written, int(self._book.lengths[s]), s)
         self._reserved.difference_update(sequences)

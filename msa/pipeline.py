@@ -1,4 +1,4 @@
-"""The lowering: what attention over selected blocks is, step by step towards what a GPU likes.
+"""The lowering: attention over selected blocks in steps, towards a form that is fast on a GPU.
 
     index q, k --score_blocks--> BlockScores --select_blocks--> Selection     (R4-R8)
     Selection --reverse_selection--> ReverseIndex --schedule_chunks--> Schedule   (R13, R14)
@@ -32,7 +32,7 @@ from msa.ir import (
 
 @dataclass(frozen=True)
 class Trace:
-    """Every intermediate form of one call, by name, in the order in which they were made."""
+    """Every intermediate form of one call, by name, in the order of the steps."""
 
     scores: BlockScores
     selection: Selection
@@ -56,7 +56,7 @@ def lower(
     chunk_size: int,
     tile_size: int,
 ) -> Trace:
-    """Take one backend through both loop orders, keeping every form."""
+    """Run both loop orders of one backend step by step, and keep every form."""
     scale = config.softmax_scale_for(q.shape[-1])
     scores = backend.score_blocks(q_idx, k_idx, sequences, config)
     selection = backend.select_blocks(scores, config)

@@ -1,4 +1,4 @@
-"""What 8 bits cost: decoding from rounded pages beside decoding from the tensors as they are."""
+"""How much a cache of 8 bits changes decoding, compared with a cache that is not rounded."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from msa.api import decode
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, Output
+from msa.layout import read_layout
 from msa.paging import PagePool
 
 KINDS = {"index": ("k_idx",), "kv": ("k", "v"), "both": ("k", "v", "k_idx")}
-DIMS = {"q": "n Hq D", "k": "Tk Hkv D", "v": "Tk Hkv Dv", "q_idx": "n Hkv Di", "k_idx": "Tk Di"}
 
 
 @dataclass(frozen=True)
 class CacheQuality:
-    """How near decoding from a rounded cache comes to decoding from the cache that was rounded."""
+    """How close decoding from a rounded cache is to decoding from the exact cache."""
 
     block_recall: float
     """The share of the exact cache's blocks that are selected from the rounded one as well."""
     score_recall: float
-    """The sum of the scores of the blocks that it selects, over that of the exact cache's blocks.
+    """The scores of the blocks selected from the rounded cache, over those from the exact cache.
 
-    Scores (R5) are those of the exact tensors, in float64; own blocks, which everyone has, do not
-    count. It says something where the best scores are positive, as those of large blocks are.
+    Both are sums of scores (R5) of the exact tensors, in float64; own blocks, which are always
+    selected, do not count. The ratio is meaningful where the best scores are positive, as in large
+    blocks.
     """
     output_error: float
     """|out - exact out| / |exact out|, over all queries and heads at once."""
@@ -43,7 +44,7 @@ def cache_quality(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> dict[str, CacheQuality]:
-    """Decode the last n tokens of one sequence from rounded caches: "index", "kv" and "both".
+    """Decode the last n tokens of one sequence from three rounded caches, and compare.
 
     Args:
         q, k, v, q_idx, k_idx: torch tensors in float16, bfloat16 or float32; queries for the last n
@@ -51,8 +52,8 @@ def cache_quality(
         config, backend: as in `decode`.
 
     Returns:
-        For 8-bit index keys, 8-bit keys and values, and all three in 8 bits how near they come.
-        Rounding keys and values leaves the selection as it is: its recalls are 1.
+        A CacheQuality for 8-bit index keys ("index"), for 8-bit keys and values ("kv"), and for all
+        three ("both"). Rounding keys and values does not change the selection: its recalls are 1.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -67,12 +68,10 @@ def cache_quality(
     """
     checks.check_type("config", config, MSAConfig)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    sizes: dict[str, int] = {}
     for name, array in arrays.items():
         checks.check_torch(name, array)
         checks.check_array(name, array, checks.KERNEL_DTYPES)
-        checks.check_shape(name, array, DIMS[name], sizes)
-    checks.check_lengths(sizes["n"], sizes["Tk"])
+    read_layout(arrays, batched=False)
 
     def run(eight: tuple[str, ...]) -> Output:
         pool = _filled(k, v, k_idx, config.block_size, eight)

@@ -1,4 +1,4 @@
-"""How good a selection is: beside the blocks that dense attention would have liked best."""
+"""How many of the blocks with the most dense attention a selection holds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from jaxtyping import Bool, Float, Int
 from msa import checks
 from msa.ir import Array, Selection
 from msa.layout import read_layout
+from msa.selection import check_selection_for
 
 CHUNK = 128  # queries whose dense probabilities are held at a time
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Of queries that see more than k blocks; 1 if there are none."""
+    """Means over the queries that see more than k blocks; 1 if there are none."""
 
     blocks: float
-    """The share of the best k blocks that are selected, own blocks left out: everyone has them."""
+    """The share of the best k blocks that are selected, without the own block of each query."""
     score: float
     """The attention on selected blocks over that on the best k, own blocks included."""
     queries: int
-    """How many queries and groups were judged."""
+    """How many pairs of a query and a group were measured."""
 
 
 def measure(
@@ -31,10 +32,11 @@ def measure(
     selection: Selection,
     softmax_scale: float,
 ) -> Recall:
-    """Compare with the k blocks, the own one among them, of most attention.
+    """Compare a selection with the k blocks of most attention, among them each query's own block.
 
-    A block's attention is the sum of its tokens' probabilities under dense causal attention, mean
-    over the heads of a group, as the index's teacher has it (R17). Tensors only; no gradient.
+    The attention of a block is the sum of its tokens' probabilities under dense causal attention,
+    the mean over the heads of a group, as in the teacher of the index (R17). Arguments are tensors;
+    there is no gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -54,7 +56,7 @@ def measure(
     for name, array in (("q", q), ("k", k)):
         checks.check_torch(name, array)
     read_layout({"q": q, "k": k}, sequences=selection.sequences)
-    checks.check_selection_for(selection, {"q": q, "k": k})
+    check_selection_for(selection, q, k)
     softmax_scale = checks.check_positive("softmax_scale", softmax_scale)
     checks.check_scale("softmax_scale", softmax_scale)
     width, block, groups = selection.top_k, selection.block_size, k.shape[1]
@@ -87,7 +89,7 @@ def measure(
 def block_mass(
     q: Float[Array, "n Hq D"], k: Float[Array, "m Hkv D"], scale: float, block: int, blocks: int
 ) -> Float[Array, "n Hkv NB"]:
-    """The dense attention of each query and group on each block; queries are the last tokens."""
+    """The dense attention of each query and group to each block; queries are the last tokens."""
     import torch
 
     (n_q, heads, _), (n_k, groups, _) = q.shape, k.shape
@@ -101,7 +103,7 @@ def block_mass(
 
 
 def places(ids: Int[Array, "*shape"], blocks: int) -> Bool[Array, "*other"]:
-    """Which of the blocks are named; the id `blocks` names none."""
+    """A mask of the blocks whose ids are given; the id `blocks` stands for none."""
     import torch
 
     named = torch.zeros(*ids.shape[:-1], blocks + 1, dtype=torch.bool, device=ids.device)

@@ -1,4 +1,4 @@
-"""Who may know whom: the arrows of the house, read from the source, and cold imports."""
+"""Who may import whom: the arrows of the house, read from the source, and cold imports."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from pathlib import Path
 import pytest
 
 import msa
+from docs.hooks import arrows
 
 PACKAGE = Path(__file__).parent.parent / "msa"
 STAGES = ["reference", "torch_impl", "triton_impl"]
 OWN = {  # modules directly under msa/, and what each of them may import of msa at its top level
-    "checks": set(),
-    "checks_cache": {"checks"},
     "config": {"checks"},
-    "ir": {"checks", "checks_cache"},
-    "eight_bits": {"ir"},
-    "page_book": {"checks_cache"},
-    "page_arrays": {"checks", "eight_bits", "ir", "page_book"},
-    "paging": {"checks", "checks_cache", "ir", "page_arrays", "page_book"},
+    "sequences": {"checks"},
+    "selection": {"checks", "sequences"},
+    "paged_kv": {"checks", "sequences"},
+    "ir": {"checks", "paged_kv", "selection", "sequences"},
+    "eight_bits": {"checks"},
+    "page_book": {"paged_kv"},
+    "page_checks": {"checks", "page_book", "paged_kv"},
+    "page_arrays": {"checks", "eight_bits", "page_book", "paged_kv"},
+    "paging": {"checks", "page_arrays", "page_book", "page_checks", "paged_kv"},
     "interface": {"config", "ir"},
     "pipeline": {"config", "interface", "ir"},
-    "layout": {"checks", "ir"},
+    "layout": {"checks", "ir", "sequences"},
     "loop_order": set(),
     "dispatch": {"checks", "interface", "ir"},
-    "api": {"checks", "checks_cache", "config", "dispatch", "ir", "layout", "pipeline"},
-    "quality": {"api", "checks", "config", "dispatch", "ir", "paging"},
-    "recall": {"checks", "ir", "layout"},
+    "entry": {"checks", "config", "dispatch", "ir", "layout", "paged_kv", "pipeline", "selection"},
+    "api": {"checks", "config", "dispatch", "entry", "ir", "pipeline", "selection"},
+    "quality": {"api", "checks", "config", "dispatch", "ir", "layout", "paging"},
+    "recall": {"checks", "ir", "layout", "selection"},
     "files": set(),
     "moved": set(),
     "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
-    "explain_print": {"explain", "loop_order"},
+    "explain_print": {"dispatch", "explain", "loop_order"},
     "cli": set(),
     "__init__": {
         "api",
@@ -47,6 +51,42 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
         "quality",
     },
 }
+GRAPH = arrows.imports()
+CIRCLES = arrows.circles(GRAPH)
+ROOMS = sorted(arrows.rooms(GRAPH))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circle(room):
+    """Types and imports inside functions count: two modules that need each other are one."""
+    assert [c for c in CIRCLES if any(f"{name}.".startswith(f"msa.{room}.") for name in c)] == []
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    assert sorted(arrows.circles(graph)) == [["a", "b", "c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize("statement", [
+    "from msa import b", "import msa.b", "from msa.b import f", "def f():\n    import msa.b",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from msa.b import C",
+])  # fmt: skip
+def test_every_import_is_an_arrow(statement, tmp_path):
+    package = tmp_path / "msa"
+    package.mkdir()
+    (package / "a.py").write_text(statement)
+    (package / "b.py").write_text("")
+    assert arrows.imports(package) == {"msa.a": {"msa.b"}, "msa.b": set()}
+
+
+def test_the_picture_of_the_house_is_that_of_the_source():
+    """`python -m docs.hooks.arrows` draws it again."""
+    assert arrows.PICTURE.read_text(encoding="utf-8") == arrows.picture()
+
+
+def test_primitives_of_checks_import_nothing_of_msa():
+    for path in (PACKAGE / "checks").glob("*.py"):
+        assert inside_msa(imported(path)) <= {"checks"}, path
 
 
 def imported(path: Path, everywhere: bool = True) -> set[str]:
@@ -82,8 +122,8 @@ def test_no_module_is_left_out():
 def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
     known = {"ir", "config", backend} | ({"loop_order"} if backend == "triton_impl" else set())
     for path in (PACKAGE / backend).glob("*.py"):
-        speaks = path.parent.name == "triton_impl" and path.name in ("places.py", "tiles.py")
-        own = {"checks"} if speaks else set()
+        speaks = ("places.py", "tiles.py", "block_topk.py")  # of the limits of kernels
+        own = {"checks"} if backend == "triton_impl" and path.name in speaks else set()
         assert inside_msa(imported(path)) <= known | own, path
 
 
@@ -125,7 +165,7 @@ def test_only_the_command_line_knows_the_extras(name):
 
 
 def test_operators_know_the_functions_and_what_these_are_checked_by():
-    known = {"api", "checks", "config", "dispatch", "ir", "layout", "ops"}
+    known = {"api", "config", "dispatch", "entry", "interface", "ir", "ops", "selection"}
     for path in (PACKAGE / "ops").glob("*.py"):
         assert inside_msa(imported(path)) <= known, path
 

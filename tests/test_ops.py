@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import msa
 import msa.ops
+from msa import selection
 from msa.ops import kernels
 
 CONFIG = msa.MSAConfig(block_size=8, top_k=3)
@@ -120,14 +121,14 @@ def test_the_other_functions_are_those_of_the_package(backend, monkeypatch):
     config = msa.MSAConfig(block_size=16, top_k=2)
     q, k, v, q_idx, k_idx = make(lead=(2,), n_q=20, n_k=20)
     ids = msa.ops.select_blocks(q_idx, k_idx, config=config)
-    selection = msa.select(q_idx, k_idx, config=config, backend=backend)
-    assert torch.equal(ids, selection.indices)
+    chosen_by = msa.select(q_idx, k_idx, config=config, backend=backend)
+    assert torch.equal(ids, chosen_by.indices)
     out, lse = msa.ops.sparse_attention(q, k, v, ids, block_size=16)
-    output = msa.sparse_attention(q, k, v, selection, backend=backend)
+    output = msa.sparse_attention(q, k, v, chosen_by, backend=backend)
     assert torch.equal(out, output.out)
     assert torch.equal(lse, output.lse)
     for chosen, known in ((None, None), (ids, None), (ids, lse)):
-        given = selection if chosen is not None else None
+        given = chosen_by if chosen is not None else None
         mine = msa.ops.align_index(q, k, q_idx, k_idx, chosen, lse=known, config=config)
         theirs = msa.align_index(
             q, k, q_idx, k_idx, given, lse=known, config=config, backend=backend
@@ -208,7 +209,7 @@ def test_what_attention_selects_is_not_read_back(monkeypatch):
     def validate(*_):
         raise AssertionError("validated")
 
-    monkeypatch.setattr(kernels.checks, "check_selection_for", validate)
+    monkeypatch.setattr(selection, "check_canonical", validate)
     q, k, v, q_idx, k_idx = make(grad=True)
     output = msa.ops.attention(q, k, v, q_idx, k_idx, *BORDERS, config=CONFIG, align=True)
     (output.out.sum() + output.kl).backward()
@@ -353,3 +354,15 @@ def test_exported_program():
     for n in (24, 57):
         x = torch.randn(1, n, 32)
         assert_all_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_derivative_of_the_loss_is_refused(compiled):
+    """Not left out; a graph of the first one alone is no reason."""
+    q, k, _, q_idx, k_idx = make(grad=True)
+    call = torch.compile(msa.ops.align_index, backend="eager") if compiled else msa.ops.align_index
+    loss = call(q, k, q_idx, k_idx, None, *BORDERS, config=CONFIG)
+    first = torch.autograd.grad(loss, (q_idx, k_idx), create_graph=True)
+    assert all(gradient.isfinite().all() for gradient in first)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first[0].square().sum().backward()

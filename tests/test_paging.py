@@ -30,7 +30,7 @@ from pool_machine import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import msa
-from msa import checks
+from msa import checks, paging
 
 PLACES = ["reference", "torch", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -414,7 +414,7 @@ def test_keys_and_values_do_not_share_memory(make):
 
 def test_counts_beyond_32_bits_are_refused(monkeypatch):
     """Tensors on "meta" take no memory, so the door has to let them in."""
-    monkeypatch.setattr(checks, "check_plain", lambda name, array: None)
+    monkeypatch.setattr(checks.arrays, "check_plain", lambda name, array: None)
     shapes = [(2, 2**30, 1, 1)] * 2 + [(2, 2**30, 1)]
     pool = msa.PagePool(*(torch.empty(shape, device="meta") for shape in shapes), batch=1)
     pool.reserve(0, 2**31 - 1)
@@ -576,3 +576,65 @@ def test_decoding_reads_all_index_keys_but_selected_keys_only(n, dtype):
         "v": n * per_query * per_token["v"],
         "k_idx": tokens * per_token["k_idx"],
     }
+
+
+# -- tokens and pages that are the pool's own, or lie oddly ----------------------------------------
+@pytest.mark.parametrize("kind", [np, torch])
+def test_tokens_may_be_views_of_the_pages(kind):
+    """k and v change places, while both are written to."""
+    pages = [kind.zeros((4, 2, 1, 3)), kind.zeros((4, 2, 1, 3)), kind.zeros((4, 2, 3))]
+    pool = msa.PagePool(*pages, batch=2)
+    drawn = np.random.default_rng(0).standard_normal((3, 3, 1, 3))
+    k, v, k_idx = drawn if kind is np else torch.from_numpy(drawn).float()
+    pool.append(0, k, v, k_idx[:, 0])
+    cache = pool.cache
+    views = [x.reshape(8, *x.shape[2:])[:2] for x in pages]
+    wanted = [read(views[i]).copy() for i in (1, 0, 2)]
+    pool.append(0, views[1], views[0], views[2])  # the first of them into the last page
+    for found, want in zip(cache.flat(0), wanted):
+        np.testing.assert_array_equal(read(found)[3:], want)
+
+
+@pytest.mark.parametrize("kind", [np, torch])
+def test_pages_of_the_pool_itself_are_taken_in(kind):
+    pages = [kind.ones((4, 2, 1, 3)), kind.ones((4, 2, 1, 3)), kind.ones((4, 2, 3))]
+    pool = msa.PagePool(*pages, batch=2)
+    pool.append(0, *(x.reshape(8, *x.shape[2:])[:3] * 5 for x in pages))
+    slot = pool.import_(msa.SequencePages(3, *(x[:2] for x in pages)))
+    for found, want in zip(pool.cache.flat(slot), pool.cache.flat(0)):
+        np.testing.assert_array_equal(read(found), read(want))
+
+
+@pytest.mark.parametrize("like", [np, torch])
+@pytest.mark.parametrize("kind", [np, torch])
+def test_pages_of_one_number_may_have_any_last_stride(kind, like):
+    """A dim of size 1 is contiguous whatever its stride is; others must be so."""
+    made = {
+        n: one.ones((4, 2, 1, 6), dtype=one.float32) for n, one in (("pool", like), ("given", kind))
+    }
+    k_pages, v_pages = (made["pool"] * x for x in (1, 1))
+    pool = msa.PagePool(k_pages, v_pages, made["pool"][..., 0, ::6], batch=1)
+    given = made["given"] * 7
+    pages = msa.SequencePages(4, given[:2], given[:2], given[:2, :, 0, ::6])
+    pool.import_(pages)
+    assert all((read(x) == 7).all() for x in pool.cache.flat(0))
+    if kind is like:
+        wide = kind.ones((2, 2, 1, 12), dtype=kind.float32)[..., ::2]
+        with pytest.raises(ValueError, match="v must be contiguous in its last dim, got str"):
+            pool.import_(replace(pages, v=wide))
+
+
+@pytest.mark.parametrize("batch", [2**31 - 1, 10**18, 10**30])
+def test_a_table_beyond_32_bits_is_refused(batch):
+    k_pages, v_pages = np.zeros((2, 3, 2, 1, 1))
+    with pytest.raises(ValueError, match="batch must leave the page table with at most 2147483647"):
+        msa.PagePool(k_pages, v_pages, np.zeros((3, 2, 1)), batch=batch)
+
+
+def test_a_table_without_memory_is_refused(monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(paging, "PageBook", no_memory)
+    with pytest.raises(ValueError, match="batch must leave the page table with a size that fits"):
+        make_pool("reference")

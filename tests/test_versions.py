@@ -9,6 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import msa
+
 ROOT = Path(__file__).parent.parent
 PYTHONS = ("3.10.0", "3.10.13", "3.11.0", "3.11.2", "3.11.7", "3.12.1", "3.13.0")
 PINS = [
@@ -47,3 +49,10 @@ def test_the_site_is_asked_for_only_where_its_tools_are():
     for line in project["optional-dependencies"]["docs"]:
         needed = Requirement(line)
         assert not holds_on(needed, "3.10.13") and holds_on(needed, "3.11.2"), line
+
+
+def test_the_version_stands_in_one_place():
+    """The build reads it from msa/__init__.py."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project and f'"{msa.__version__}"' not in project
+    assert '[tool.hatch.version]\npath = "msa/__init__.py"' in project

@@ -168,7 +168,7 @@ def try_bad_input(subject: Subject, bad: BadInput) -> None:
         return Untouched()
 
     try:
-        with mock.patch("msa.api.load_backend", load):
+        with mock.patch("msa.entry.load_backend", load):
             bad.call(Kit(subject))
     except (ValueError, TypeError) as error:
         message = str(error)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from jaxtyping import Int
 
-from msa import checks
 from msa.integrations import arrays, messages
 from msa.ir import Array, BlockScores, Selection, Sequences
 
@@ -147,7 +146,7 @@ def canonical(
     width = ids.shape[-1] if top_k is None else top_k
     messages.check_width(ids.shape[-1], width)
     selection = Selection(arrays.widen(ascending(ids), width, -1), sequences, block_size)
-    checks.check_selection(selection)
+    selection.validate()
     return selection
 
 

@@ -1,11 +1,11 @@
-"""MSA as torch operators: what `torch.compile`, `torch.export` and checkpointing can see through.
+"""MSA as torch operators, for `torch.compile`, `torch.export` and checkpointing.
 
     functional.py   the functions to call: layouts, autocast, sequences, then one operator each
     operators.py    torch.ops.msa.*: schema, shapes without data, gradients
     kernels.py      what an operator does: a backend's own functions, triton for CUDA, else torch
 
-They compute what `msa.attention` and its neighbours compute, and take and give tensors alone, so
-that nothing of a call breaks a graph. `import msa.ops` registers them.
+They compute the same as `msa.attention` and the other public functions. They take and give tensors
+alone, so that no call breaks a graph. `import msa.ops` registers them.
 """
 
 from msa.ops.functional import (

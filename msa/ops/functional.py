@@ -1,8 +1,8 @@
-"""The functions of `msa.ops`: layouts of `msa.attention`, tensors in and out, one operator each.
+"""The functions of `msa.ops`: the layouts of `msa.attention`, tensors in and out, an operator each.
 
 Tensors are packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched
-[B, T, H, D]. cu_seqlens are integers (a tensor is read, which waits for its device, and under
-`torch.compile` cannot be). Where autocast is on, tensors are cast as for a matrix product.
+[B, T, H, D]. cu_seqlens are integers. (A tensor of them is read, which waits for its device and is
+not possible under `torch.compile`.) Where autocast is on, tensors are cast as for a matrix product.
 
 >>> import torch, msa, msa.ops
 >>> q, q_idx, k_idx = torch.randn(100, 4, 16), torch.randn(100, 2, 8), torch.randn(100, 8)
@@ -32,7 +32,7 @@ Borders = Sequence[int] | Tensor | None
 
 
 class Attended(NamedTuple):
-    """What `attention` gives."""
+    """The results of `attention`."""
 
     out: Tensor
     """[*q, Hq, Dv] in q's layout and dtype (that of autocast, where it is on)."""
@@ -41,7 +41,7 @@ class Attended(NamedTuple):
     indices: Tensor
     """int32 [Tq, Hkv, k], packed, canonical (R8)."""
     kl: Tensor | None
-    """The alignment loss, where it was asked for (R17)."""
+    """The alignment loss with align=True, else None (R17)."""
 
 
 def attention(
@@ -69,7 +69,10 @@ def attention(
     q, k, v, q_idx, k_idx = _cast(q, k, v, q_idx, k_idx)
     lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
     q, k, v, q_idx, k_idx = (_pack(x, q.dim() - 3) for x in (q, k, v, q_idx, k_idx))
-    fixed = q_idx.detach(), k_idx.detach()  # selection has no gradient, so no part in out's graph
+    fixed = (
+        q_idx.detach(),
+        k_idx.detach(),
+    )  # selection has no gradient: no part in the graph
     out, lse, indices = operators.attention(
         q, k, v, *fixed, *borders, config.block_size, config.top_k, config.sink_blocks,
         config.local_blocks, config.softmax_scale, config.index_scale,
@@ -115,8 +118,8 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over blocks of your own choice: out and lse in q's layout (R9-R12).
 
-    The indices, int32 [Tq, Hkv, k], are validated when it runs (R8), unless a CUDA graph is being
-    captured: this reads them.
+    The indices, int32 [Tq, Hkv, k], are validated when it runs (R8). While a CUDA graph is captured
+    they are not, because that would read them.
 
     >>> x = torch.arange(4.0).view(4, 1, 1)
     >>> own = torch.tensor([0, 0, 1, 1], dtype=torch.int32).view(4, 1, 1)
@@ -144,8 +147,8 @@ def align_index(
 ) -> Tensor:
     """KL(main branch || index branch), a scalar; its gradient reaches q_idx and k_idx (R17).
 
-    indices=None is the warm-up form, over all visible tokens. lse, where it is known, is that of
-    an attention over the same tokens.
+    indices=None is the warm-up form, over all visible tokens. lse is that of an attention over the
+    same tokens; without it, it is computed. A second derivative is refused.
 
     >>> x = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
     >>> round(align_index(x, x, x, 0 * x[:, 0]).item(), 4)
@@ -164,8 +167,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """MSA for the last n tokens of each sequence of a paged cache: out and lse (R2).
 
-    Arguments and rules as in `msa.decode`; nothing is recorded for gradients. The selection, whose
-    shape depends on how many sequences live, is not given.
+    Arguments and rules are those of `msa.decode`; nothing is recorded for gradients. The selection
+    is not given, because its shape depends on how many sequences are not empty.
 
     >>> pages = torch.arange(8.0).view(4, 2, 1, 1)  # four pages of two tokens
     >>> table, lengths = torch.tensor([[3, 0], [2, 0]]), torch.tensor([3, 0])
@@ -202,7 +205,7 @@ def _pack(x: Tensor, batched: int) -> Tensor:
 
 
 def _borders(q: Tensor, k: Tensor, given_q: Borders, given_k: Borders) -> tuple[list[int], ...]:
-    """Those given; else one sequence, or those of the batch. k may be k_idx, with a dim less."""
+    """The borders that were given, else those of one sequence or of the batch; k may be k_idx."""
     batched = q.dim() == 4
     return _read(given_q, q.shape, batched), _read(given_k, k.shape, batched)
 
@@ -216,7 +219,7 @@ def _read(given: Borders, shape: torch.Size, batched: bool) -> list[int]:
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """To autocast's dtype, where autocast is on."""
+    """Cast tensors to the dtype of autocast, where autocast is on."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,7 +1,7 @@
 """torch.ops.msa.*: for each operator its schema, its shapes without data, and its gradient.
 
-All tensors are packed (R1); borders of sequences and sizes travel as integers, so that a graph
-knows them and no operator waits for the device to say them. Outputs are fixed in number:
+All tensors are packed (R1). Borders of sequences and sizes are integers, so that they are part of a
+graph and no operator reads them from the device. The number of outputs is fixed:
 
     select_blocks      -> indices                     no gradient (R18)
     sparse_attention   -> out, lse                    backward: sparse_attention_backward
@@ -19,21 +19,21 @@ tensor([[0, 2]], dtype=torch.int32)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
-from msa import checks
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.ops import kernels
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
-    """The precision in which attention works (R10; float64 for float64)."""
+    """float64 for float64 inputs, else float32 (R10)."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -70,8 +70,7 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over blocks that were chosen before; the indices are validated (R8-R10)."""
     config = MSAConfig(block_size, indices.shape[-1], softmax_scale=softmax_scale)
-    borders = cu_seqlens_q, cu_seqlens_k
-    return kernels.attend_selection(q, k, v, indices, borders, config, validate=True)
+    return kernels.attend_selection(q, k, v, indices, (cu_seqlens_q, cu_seqlens_k), config)
 
 
 @sparse_attention.register_fake
@@ -87,13 +86,9 @@ def attention(
     local_blocks: int = 1, softmax_scale: float | None = None, index_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Select, then attend (R4-R12)."""
-    borders = cu_seqlens_q, cu_seqlens_k
     config = MSAConfig(block_size, top_k, sink_blocks, local_blocks, softmax_scale, index_scale)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    kernels.read(arrays, borders, config)
-    indices = kernels.select(q_idx, k_idx, borders, config)
-    out, lse = kernels.attend_selection(q, k, v, indices, borders, config, validate=False)
-    return out, lse, indices
+    return kernels.attend(arrays, (cu_seqlens_q, cu_seqlens_k), config)
 
 
 @attention.register_fake
@@ -161,9 +156,10 @@ def align_index(
     cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], block_size: int, with_gradient: bool,
     softmax_scale: float | None = None, index_scale: float | None = None, validate: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, and with_gradient what its gradient will be a multiple of, else empty (R17).
+    """The loss and, with_gradient, its gradients for q_idx and k_idx; else empty tensors (R17).
 
-    indices=None is the warm-up form; others are validated (R8), unless they come from `attention`.
+    indices=None is the warm-up form. Other indices are validated (R8), unless validate is False,
+    which is for those that `attention` gave.
     """
     top_k = 1 if indices is None else indices.shape[-1]
     config = MSAConfig(block_size, top_k, softmax_scale=softmax_scale, index_scale=index_scale)
@@ -182,6 +178,22 @@ def _(q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Any, lse: Any
     return q.new_empty((), dtype=dtype), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose results cannot be differentiated again: torch raises an error.
+
+    `once_differentiable` marks the results only where an incoming gradient requires one, which is
+    not so under create_graph=True. Without the mark, second derivatives would be zero silently.
+    """
+    marked = once_differentiable(backward)
+
+    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
+        return marked(ctx, *gradients)
+
+    return run
+
+
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, d_q_idx, d_k_idx = output
     ctx.save_for_backward(d_q_idx, d_k_idx)
@@ -190,10 +202,19 @@ def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.with_gradient, ctx.inputs = inputs[9], len(inputs)
 
 
+@_once
 def _scale_gradients(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
-    checks.check_with_gradient(ctx.with_gradient)
+    check_with_gradient(ctx.with_gradient)
     d_q_idx, d_k_idx = ((x * d_loss).to(t) for x, t in zip(ctx.saved_tensors, ctx.dtypes))
     return None, None, d_q_idx, d_k_idx, *([None] * (ctx.inputs - 4))
+
+
+def check_with_gradient(with_gradient: bool) -> None:
+    """Check that the operator of the loss found the gradient that is now asked for (R20)."""
+    if not with_gradient:
+        raise ValueError(
+            "with_gradient must be True where q_idx or k_idx requires a gradient, got False"
+        )
 
 
 align_index.register_autograd(_scale_gradients, setup_context=_keep_loss)

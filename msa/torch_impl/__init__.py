@@ -4,8 +4,13 @@ This is the readable counterpart of the Triton kernels: the same work items in t
 a row of a batched matrix product.
 """
 
-from msa.torch_impl.alignment import align_index
-from msa.torch_impl.attention import attend, attend_selection
+from msa.torch_impl.alignment import align_index, align_index_forward
+from msa.torch_impl.attention import (
+    attend,
+    attend_selection,
+    attend_selection_backward,
+    attend_selection_forward,
+)
 from msa.torch_impl.combine import combine_partials
 from msa.torch_impl.decode import decode_step
 from msa.torch_impl.index_scores import score_blocks
@@ -18,9 +23,12 @@ from msa.torch_impl.union_walk import attend_union
 
 __all__ = [
     "align_index",
+    "align_index_forward",
     "attend",
     "attend_chunks",
     "attend_selection",
+    "attend_selection_backward",
+    "attend_selection_forward",
     "attend_union",
     "combine_partials",
     "decode_step",

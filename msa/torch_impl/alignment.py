@@ -26,10 +26,10 @@ def align_index(
 ) -> Float[Tensor, ""]:
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
-    selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
-    main branch's over that support (None, or so large that it is too coarse: found here). The
-    gradient reaches q_idx and k_idx only;
-    the loss is float32, or float64 for float64 inputs.
+    selection=None is the warm-up form: both distributions run over all visible tokens. lse is that
+    of the main branch over the same tokens; where it is None, or so large that its rounding would
+    be seen, it is computed here. The gradient reaches q_idx and k_idx only. The loss is float32, or
+    float64 for float64 inputs.
 
     >>> x = torch.zeros(3, 1, 2)
     >>> q_idx = torch.zeros(3, 1, 2, requires_grad=True)
@@ -39,42 +39,60 @@ def align_index(
     """
     q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
-    return Alignment.apply(q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient)
+    others = (q, k, selection, sequences, config, lse, wants_gradient)
+    return Alignment.apply(q_idx, k_idx, *others)
 
 
 class Alignment(torch.autograd.Function):
     """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """Add up the tiles in order; keep the two small gradients, never a score (R19)."""
-        q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
-        dtype = torch.promote_types(
-            working_dtype(q, k, config.softmax_scale_for(q.shape[-1])),
-            working_dtype(q_idx, k_idx, config.index_scale_for(q_idx.shape[-1])),
-        )
-        tensors = tuple(x.to(dtype) for x in (q, k, q_idx, k_idx))
-        known = None if lse is None or rounds_coarsely(lse) else lse.to(dtype)
-        loss = torch.zeros((), dtype=torch.float64, device=q.device)
-        d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
-        if selection is None:
-            verdicts = dense_verdicts(tensors, known, sequences, config, wants_gradient)
-        else:
-            verdicts = sparse_verdicts(tensors, known, selection, config, wants_gradient)
-        for verdict in verdicts:
-            loss += verdict.loss
-            d_queries[verdict.queries] = verdict.d_queries
-            d_keys[verdict.keys] += verdict.d_keys
-        count = max(1, q_idx.shape[0] * q_idx.shape[1])
-        ctx.save_for_backward(d_queries / count, d_keys / count)
+    def forward(ctx: Any, q_idx: Tensor, k_idx: Tensor, *others: Any) -> Tensor:
+        """Keep the two small gradients, never a score."""
+        q, k, *rest = others
+        loss, *gradients = align_index_forward(q, k, q_idx, k_idx, *rest)
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = q_idx.dtype, k_idx.dtype
-        wide = torch.float64 in (q.dtype, q_idx.dtype)
-        return (loss / count).to(torch.float64 if wide else torch.float32)
+        return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward found."""
-        grads = (x * d_loss for x in ctx.saved_tensors)
-        d_queries, d_keys = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return None, None, d_queries, d_keys, None, None, None, None, None
+        """Scale the two gradients."""
+        grads = ((x * d_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, *([None] * 7)
+
+
+@torch.no_grad()
+def align_index_forward(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"],
+    k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None,
+    sequences: Sequences,
+    config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None,
+    with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    """The loss, and its gradients in the working precision: the tiles, added up in order (R19)."""
+    dtype = torch.promote_types(
+        working_dtype(q, k, config.softmax_scale_for(q.shape[-1])),
+        working_dtype(q_idx, k_idx, config.index_scale_for(q_idx.shape[-1])),
+    )
+    tensors = tuple(x.to(dtype) for x in (q, k, q_idx, k_idx))
+    known = None if lse is None or rounds_coarsely(lse) else lse.to(dtype)
+    loss = torch.zeros((), dtype=torch.float64, device=q.device)
+    d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
+    if selection is None:
+        verdicts = dense_verdicts(tensors, known, sequences, config, with_gradient)
+    else:
+        verdicts = sparse_verdicts(tensors, known, selection, config, with_gradient)
+    for verdict in verdicts:
+        loss += verdict.loss
+        d_queries[verdict.queries] = verdict.d_queries
+        d_keys[verdict.keys] += verdict.d_keys
+    count = max(1, q_idx.shape[0] * q_idx.shape[1])
+    wide = torch.float64 in (q.dtype, q_idx.dtype)
+    loss = (loss / count).to(torch.float64 if wide else torch.float32)
+    return loss, d_queries / count, d_keys / count

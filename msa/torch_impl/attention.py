@@ -82,18 +82,8 @@ class SelectedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Run each tile of queries down to its combined output; lse in the working precision."""
-        dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
-        out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
-        lse = q.new_empty(q.shape[:2], dtype=dtype)
-        q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
-        per_query = q.shape[1] * selection.top_k * v.shape[-1]
-        size = queries_per_tile(per_query, q)
-        buffers = slot_buffers(q_, v, selection.top_k, size)
-        for tile in schedule_tiles(selection, size, edges_per_item(q.shape[1] // k.shape[1])):
-            qs, ks = tile.queries, tile.keys
-            slots = fill_slots(q_[qs], k_[ks], v_[ks], tile.schedule, softmax_scale, buffers)
-            out[qs], lse[qs] = weigh_slots(slots)
+        """out in q's dtype, lse in the working precision; keeps out before it is rounded."""
+        out, lse = attend_selection_forward(q, k, v, selection, softmax_scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.selection, ctx.softmax_scale = selection, softmax_scale
         return out.to(q.dtype), lse
@@ -103,7 +93,45 @@ class SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for q, k, v; none for the selection (R18)."""
         q, k, v, out, lse = ctx.saved_tensors
-        grads = selection_gradients(
-            (q, k, v), (out, lse), (d_out, d_lse), ctx.selection, ctx.softmax_scale
-        )
-        return *grads, None, None
+        fixed = ctx.selection, ctx.softmax_scale
+        return *attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed), None, None
+
+
+@torch.no_grad()
+def attend_selection_forward(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection,
+    softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    """Run each tile of queries down to its combined out and lse, in the working precision."""
+    dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
+    out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=dtype)
+    q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
+    per_query = q.shape[1] * selection.top_k * v.shape[-1]
+    size = queries_per_tile(per_query, q)
+    buffers = slot_buffers(q_, v, selection.top_k, size)
+    for tile in schedule_tiles(selection, size, edges_per_item(q.shape[1] // k.shape[1])):
+        qs, ks = tile.queries, tile.keys
+        slots = fill_slots(q_[qs], k_[ks], v_[ks], tile.schedule, softmax_scale, buffers)
+        out[qs], lse[qs] = weigh_slots(slots)
+    return out, lse
+
+
+@torch.no_grad()
+def attend_selection_backward(
+    d_out: Float[Tensor, "Tq Hq Dv"],
+    d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"],
+    lse: Float[Tensor, "Tq Hq"],
+    selection: Selection,
+    softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
+    """Gradients for q, k and v in the precision of lse, each rounded to its input's dtype."""
+    outputs = out.to(lse.dtype), lse
+    return selection_gradients((q, k, v), outputs, (d_out, d_lse), selection, softmax_scale)

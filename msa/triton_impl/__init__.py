@@ -4,9 +4,14 @@ The same files as `msa.reference`, one kernel or two in each: pseudocode first, 
 of what the fast form changes. Integer-valued results are equal to the spec's bit for bit.
 """
 
-from msa.triton_impl.alignment import align_index
+from msa.triton_impl.alignment import align_index, align_index_forward
 from msa.triton_impl.append import append_tokens
-from msa.triton_impl.attention import attend, attend_selection
+from msa.triton_impl.attention import (
+    attend,
+    attend_selection,
+    attend_selection_backward,
+    attend_selection_forward,
+)
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.decode import decode_step
 from msa.triton_impl.index_scores import score_blocks
@@ -19,10 +24,13 @@ from msa.triton_impl.union_walk import attend_union
 
 __all__ = [
     "align_index",
+    "align_index_forward",
     "append_tokens",
     "attend",
     "attend_chunks",
     "attend_selection",
+    "attend_selection_backward",
+    "attend_selection_forward",
     "attend_union",
     "combine_partials",
     "decode_step",

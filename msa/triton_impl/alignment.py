@@ -57,9 +57,18 @@ def align_index(
     block_size = config.block_size if selection is None else selection.block_size
     top_k = 1 if selection is None else selection.top_k
     require_kernels(block_size, top_k, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
+    return align(q, k, q_idx, k_idx, selection, sequences, config, lse)
+
+
+def align(
+    q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, selection: Selection | None,
+    sequences: Sequences, config: MSAConfig, lse: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same for arguments that are checked."""
+    q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
-    given = (q.detach(), k.detach(), q_idx, k_idx, None if lse is None else lse.detach())
-    return Alignment.apply(*given, selection, sequences, config, wants_gradient)
+    others = (q, k, selection, sequences, config, lse, wants_gradient)
+    return Alignment.apply(q_idx, k_idx, *others)
 
 
 def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) -> Selection:
@@ -78,53 +87,88 @@ class Alignment(torch.autograd.Function):
 
     @staticmethod
     @on_its_device
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        """Add up the super-tiles in order (R19)."""
-        q, k, q_idx, k_idx, lse, selection, sequences, config, wants_gradient = args
-        n_q, groups, dim = q_idx.shape
-        block, top_k = config.block_size, sequences.max_blocks(config.block_size)
-        if selection is not None:
-            block, top_k = selection.block_size, selection.top_k
-        device = q.device
-        per_query = 4 * groups * max(1, top_k) * (block + dim)
-        per_query += mark_bytes(sequences, block, groups)
-        size = max(1, tuning.TRAINING_BYTES // per_query)
-        positions = positions_of(q.shape[1] // groups)
-        scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        d_q = torch.empty(q_idx.shape, dtype=torch.float32, device=device)
-        d_k = torch.zeros(k_idx.shape, dtype=torch.float32, device=device)
-        for queries, keys, part in sequences.tiles(size):
-            if selection is None:
-                chosen = all_blocks(part, block, groups, device)
-            else:
-                chosen = Selection(selection.indices[queries].contiguous(), part, block)
-            schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
-            qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
-            if lse is None:
-                sums = softmax_sums(qs, ks, schedule, scale, is_index=False)
-            else:
-                sums = None, lse[queries].float().contiguous()
-            shared = ks_idx[:, None].expand(-1, groups, -1)
-            student = softmax_sums(qs_idx, shared, schedule, index_scale, is_index=True)
-            if selection is None:
-                union = unite_all(part, block, positions, groups, device)
-            else:
-                union = split_tiles(chosen, positions)
-            edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
-            teacher = teach(qs, ks, sums, chosen.indices, edges, scale, dense=selection is None)
-            gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
-            loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
-        count = max(1, n_q * groups)
-        ctx.save_for_backward(d_q, d_k)
-        ctx.count, ctx.dtypes = count, (q_idx.dtype, k_idx.dtype)
-        return (loss / count).float()
+    def forward(ctx: Any, q_idx: Tensor, k_idx: Tensor, *others: Any) -> Tensor:
+        """Keep the two small gradients."""
+        q, k, *rest = others
+        loss, *gradients = align_index_sums(q, k, q_idx, k_idx, *rest)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = q_idx.dtype, k_idx.dtype
+        return loss
 
     @staticmethod
     @differentiable_once
     @on_its_device
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward found."""
-        grads = (x * (d_loss / ctx.count) for x in ctx.saved_tensors)
-        d_q, d_k = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
-        return None, None, d_q, d_k, *([None] * 5)
+        """Scale the two gradients."""
+        grads = ((x * d_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return *grads, *([None] * 7)
+
+
+@on_its_device
+@torch.no_grad()
+def align_index_forward(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"],
+    k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None,
+    sequences: Sequences,
+    config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None,
+    with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    """The loss and its gradients in float32, both for callers with an autograd of their own.
+
+    Raises:
+        TypeError, ValueError: see `require_kernels`.
+    """
+    block_size = config.block_size if selection is None else selection.block_size
+    top_k = 1 if selection is None else selection.top_k
+    require_kernels(block_size, top_k, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
+    return align_index_sums(q, k, q_idx, k_idx, selection, sequences, config, lse, with_gradient)
+
+
+def align_index_sums(
+    q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, selection: Selection | None,
+    sequences: Sequences, config: MSAConfig, lse: Tensor | None, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The super-tiles, added up in order (R19): the loss and, with_gradient, its gradients."""
+    n_q, groups, dim = q_idx.shape
+    block, top_k = config.block_size, sequences.max_blocks(config.block_size)
+    if selection is not None:
+        block, top_k = selection.block_size, selection.top_k
+    device = q.device
+    per_query = 4 * groups * max(1, top_k) * (block + dim)
+    per_query += mark_bytes(sequences, block, groups)
+    size = max(1, tuning.TRAINING_BYTES // per_query)
+    positions = positions_of(q.shape[1] // groups)
+    scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    d_q = torch.empty(q_idx.shape, dtype=torch.float32, device=device)
+    d_k = torch.zeros(k_idx.shape, dtype=torch.float32, device=device)
+    for queries, keys, part in sequences.tiles(size):
+        if selection is None:
+            chosen = all_blocks(part, block, groups, device)
+        else:
+            chosen = Selection(selection.indices[queries].contiguous(), part, block)
+        schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
+        qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
+        if lse is None:
+            sums = softmax_sums(qs, ks, schedule, scale, is_index=False)
+        else:
+            sums = None, lse[queries].float().contiguous()
+        shared = ks_idx[:, None].expand(-1, groups, -1)
+        student = softmax_sums(qs_idx, shared, schedule, index_scale, is_index=True)
+        if selection is None:
+            union = unite_all(part, block, positions, groups, device)
+        else:
+            union = split_tiles(chosen, positions)
+        edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
+        teacher = teach(qs, ks, sums, chosen.indices, edges, scale, dense=selection is None)
+        gradients = (d_q[queries], d_k[keys]) if with_gradient else None
+        loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
+    count = max(1, n_q * groups)
+    if with_gradient:
+        d_q /= count
+        d_k /= count
+    return (loss / count).float(), d_q, d_k

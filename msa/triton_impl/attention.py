@@ -40,8 +40,7 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
-from msa.triton_impl import tuning
-from msa.triton_impl.alignment import align_index
+from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.partials import attend_chunks
@@ -119,8 +118,15 @@ def attend_selection(
         ValueError: a block size that the kernels do not have.
     """
     require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
+    return attend_checked(q, k, v, selection, softmax_scale, loop_order)
+
+
+def attend_checked(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: LoopOrder
+) -> Output:
+    """The same for arguments that are checked."""
     selection = replace(selection, indices=selection.indices.contiguous())
-    out, lse = SelectedAttention.apply(q, k, v, selection, softmax_scale, loop_order)
+    out, lse = SelectedAttention.apply(q, k, v, selection, scale, loop_order)
     return Output(out, lse, selection)
 
 
@@ -133,19 +139,8 @@ class SelectedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float,
         loop_order: LoopOrder,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Super-tile by super-tile, each in the order that pays."""
-        (n_q, heads, _), dim_v = q.shape, v.shape[2]
-        out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
-        lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
-        per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
-        per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
-        runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
-        size = max(1, -(-n_q // max(1, runs)))
-        for queries, keys, sequences in super_tiles(selection.sequences, size):
-            part = Selection(selection.indices[queries], sequences, selection.block_size)
-            order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
-            into = Output(out[queries], lse[queries])
-            attend_part(q[queries], k[keys], v[keys], part, scale, order, into)
+        """Keep what the backward needs."""
+        out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.selection, ctx.scale = selection, scale
         return out, lse
@@ -156,22 +151,78 @@ class SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse = ctx.saved_tensors
-        selection, scale = ctx.selection, ctx.scale
-        d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
-        size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
-        if size >= len(q):
-            tensors = q, k, v, out, d_out, lse, d_lse
-            return *gradients_of_part(tensors, selection, scale), None, None, None
-        d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-        for queries, keys, sequences in super_tiles(selection.sequences, size):
-            part = Selection(selection.indices[queries], sequences, selection.block_size)
-            tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
-            gradients_of_part(tensors, part, scale, (d_q[queries], d_k[keys], d_v[keys]))
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+        fixed = ctx.selection, ctx.scale
+        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
+        return *grads, None, None, None
+
+
+@on_its_device
+@torch.no_grad()
+def attend_selection_forward(
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection,
+    softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    """`attend_selection` for callers with an autograd of their own: out in q's dtype, lse float32.
+
+    Raises:
+        TypeError, ValueError: see `require_kernels`.
+    """
+    require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
+    selection = replace(selection, indices=selection.indices.contiguous())
+    return attend_super_tiles(q, k, v, selection, softmax_scale, "auto")
+
+
+def attend_super_tiles(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: LoopOrder
+) -> tuple[Tensor, Tensor]:
+    """Super-tile by super-tile, each in the order that pays."""
+    (n_q, heads, _), dim_v = q.shape, v.shape[2]
+    out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
+    lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
+    per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+    per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
+    runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
+    size = max(1, -(-n_q // max(1, runs)))
+    for queries, keys, sequences in super_tiles(selection.sequences, size):
+        part = Selection(selection.indices[queries], sequences, selection.block_size)
+        order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
+        into = Output(out[queries], lse[queries])
+        attend_part(q[queries], k[keys], v[keys], part, scale, order, into)
+    return out, lse
 
 
 Three = tuple[Tensor, Tensor, Tensor]
+
+
+@on_its_device
+@torch.no_grad()
+def attend_selection_backward(
+    d_out: Float[Tensor, "Tq Hq Dv"],
+    d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"],
+    k: Float[Tensor, "Tk Hkv D"],
+    v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"],
+    lse: Float[Tensor, "Tq Hq"],
+    selection: Selection,
+    softmax_scale: float,
+) -> Three:
+    """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
+    d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
+    size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
+    if size >= len(q):
+        tensors = q, k, v, out, d_out, lse, d_lse
+        return gradients_of_part(tensors, selection, softmax_scale)
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    for queries, keys, sequences in super_tiles(selection.sequences, size):
+        part = Selection(selection.indices[queries], sequences, selection.block_size)
+        tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
+        gradients_of_part(tensors, part, softmax_scale, (d_q[queries], d_k[keys], d_v[keys]))
+    return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> int:
@@ -225,10 +276,11 @@ def attend(
 
     align=True adds the alignment loss, which takes the LSE of this very call (R17).
     """
-    selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)
+    require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)
+    selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)  # checks these two
     scale = config.softmax_scale_for(q.shape[-1])
-    output = attend_selection(q, k, v, selection, scale, loop_order)
+    output = attend_checked(q, k, v, selection, scale, loop_order)
     if not align:
         return output
-    kl = align_index(q, k, q_idx, k_idx, selection, sequences, config, output.lse)
+    kl = alignment.align(q, k, q_idx, k_idx, selection, sequences, config, output.lse)
     return replace(output, kl=kl)

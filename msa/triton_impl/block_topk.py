@@ -21,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msa.checks import check_scored_blocks
 from msa.config import MSAConfig
 from msa.ir import BlockScores, Selection
 from msa.triton_impl.places import on_its_device
@@ -122,8 +123,7 @@ def select_rows(
     width, slots = pad(n_blocks, 32), pad(config.top_k, 2)
     room = max(width, slots)  # numbers of one row
     warps = min(32, max(1, room // 1024))
-    if width > 2**17:
-        raise ValueError(f"scores.values must have at most {2**17} blocks, got {n_blocks}")
+    check_scored_blocks(n_blocks)
     if n_q:
         rows = max(1, warps * 1024 // room)
         row_topk_kernel[triton.cdiv(n_q * groups, rows),](

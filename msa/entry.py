@@ -1,0 +1,161 @@
+"""The one way in: public functions and operators check their arguments here, then call a backend.
+
+    read the layout, check the arguments    enter, enter_cache, enter_append
+    choose the backend                      Entry
+    call it, hand back                      Entry.run
+
+Nothing of a backend is called before all checks have passed, those of the kernels' limits included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from msa import checks, paged_kv
+from msa.config import MSAConfig
+from msa.dispatch import BackendName, Carrier, load_backend, resolve
+from msa.ir import Array, Output, PagedKV, Selection, Sequences
+from msa.layout import Layout, read_layout
+from msa.pipeline import Trace
+from msa.selection import check_selection_for, mark_canonical
+
+
+class Entry:
+    """The backend of a call whose arguments are checked, and the way there and back.
+
+    Args:
+        backend: its name, or "auto".
+        model: the argument whose kind, dtype and device the answer has.
+        options: those of the triton backend.
+    """
+
+    def __init__(
+        self, backend: BackendName, model: Array, options: dict[str, Any] | None = None
+    ) -> None:
+        self.name = resolve(backend, model)
+        self.module = load_backend(self.name)
+        checks.check_options(self.name, model, **options or {})
+        self.options = (options or {}) if self.name == "triton" else {}
+        self.carrier = Carrier(self.name, model)
+        self.layout: Layout | None = None
+
+    def check_kernels(self, block_size: int, top_k: int, arrays: dict[str, Array]) -> None:
+        """Check what triton has kernels for, if it was chosen; its kernels read any lse."""
+        if self.name == "triton":
+            read = {name: array for name, array in arrays.items() if name != "lse"}
+            checks.check_kernels(block_size, top_k, **read)
+
+    def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
+        """Call a function of the backend; its answer in the caller's kind, dtype and layout."""
+        with self.carrier.exactly():
+            answer = self.carrier.give(function(*args, **others))
+        if isinstance(answer, Output) and self.layout is not None:
+            answer = self.layout.unpack(answer)
+        made = answer if isinstance(answer, Selection) else None
+        if isinstance(answer, Output | Trace):
+            made = answer.selection
+        if made is not None:
+            mark_canonical(made)
+        return answer
+
+
+class TensorEntry(Entry):
+    """The entry of a call whose tensors hold sequences."""
+
+    sequences: Sequences
+    arrays: list[Any]
+    """The tensors of the call, packed, of the backend's kind."""
+    selection: Selection | None
+
+    def take(self, arrays: dict[str, Array], layout: Layout, selection: Selection | None) -> None:
+        """Pack the checked arguments, and convert them for the backend."""
+        self.layout, self.sequences = layout, layout.sequences
+        packed = {name: layout.pack(array) for name, array in arrays.items()}
+        self.arrays = self.carrier.take(**packed)
+        (self.selection,) = self.carrier.take(selection=selection)
+
+
+def enter(
+    arrays: dict[str, Array],
+    backend: BackendName,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    *,
+    config: MSAConfig | None = None,
+    selection: Selection | None = None,
+    options: dict[str, Any] | None = None,
+    top_k: int | None = None,
+) -> TensorEntry:
+    """Check a call of packed or batched tensors.
+
+    Args:
+        arrays: some of q, k, v, q_idx, k_idx and lse.
+        backend: as in the public functions.
+        cu_seqlens_q, cu_seqlens_k: as in the public functions.
+        config: says the block size and top_k, unless a selection does.
+        selection: brings its sequences, its block size and its top_k.
+        options: those of the triton backend.
+        top_k: how many blocks a query reads, if it is not that of the selection or config.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    if config is not None:
+        checks.check_type("config", config, MSAConfig)
+    if selection is not None:
+        checks.check_type("selection", selection, Selection)
+    known = None if selection is None else selection.sequences
+    layout = read_layout(arrays, cu_seqlens_q, cu_seqlens_k, known)
+    if selection is not None:
+        check_selection_for(selection, arrays["q"], arrays["k"])
+    entry = TensorEntry(backend, next(iter(arrays.values())), options)
+    blocks = config if selection is None else selection
+    if blocks is not None:
+        entry.check_kernels(blocks.block_size, top_k or blocks.top_k, arrays)
+    entry.take(arrays, layout, selection)
+    return entry
+
+
+def enter_cache(
+    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig
+) -> tuple[Entry, list[Any]]:
+    """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    checks.check_type("cache", cache, PagedKV)
+    checks.check_type("config", config, MSAConfig)
+    for name, array in (("q", q), ("q_idx", q_idx)):
+        checks.check_array(name, array)
+    sizes: dict[str, int] = {"Bk": config.block_size}
+    checks.check_shape("q", q, "B n Hq D", sizes)
+    paged_kv.check_cache(cache, sizes)
+    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
+    checks.check_heads(sizes["Hq"], sizes["Hkv"])
+    paged_kv.check_queries(cache, q, q_idx)
+    entry = Entry(backend, q)
+    if checks.is_captured(q):
+        checks.check_capturable(entry.name)
+    else:
+        paged_kv.check_contents(cache, sizes)
+    entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    cache = paged_kv.with_index_dtypes(cache)
+    return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
+
+
+def enter_append(cache: PagedKV, tokens: dict[str, Array]) -> Entry:
+    """Check tokens that the triton backend is to write into a cache.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    checks.check_type("cache", cache, PagedKV)
+    sizes: dict[str, int] = {}
+    paged_kv.check_cache(cache, sizes, checks.INDEX_DTYPES)
+    paged_kv.check_tokens(cache, True, sizes["B"], tokens)
+    entry = Entry("triton", cache.k_pages)
+    entry.check_kernels(sizes["Bk"], 1, tokens)
+    paged_kv.check_written(cache)
+    return entry
