@@ -42,7 +42,7 @@ commands:
 
 COMMANDS = {
     "explain": ("msa.explain", "ExplainOptions", "torch"),
-    "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
+    "verify": ("msa.conformance.verify_run", "VerifyOptions", "verify"),
     "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
     "ask": ("msa.model.ask", "AskOptions", "model,demo"),
     "demo digits": ("msa.demo.digits", "DigitsOptions", "demo"),

@@ -19,8 +19,8 @@ from msa.conformance.gradients import (
     spec_alignment,
     spec_attention,
 )
-from msa.conformance.properties_alignment import yardstick
-from msa.conformance.properties_training import upstream
+from msa.conformance.properties.alignment import yardstick
+from msa.conformance.properties.training import upstream
 from msa.conformance.strategies import MILD, cases, double
 from msa.conformance.tolerances import PRECISIONS, compare
 from msa.conformance.yardstick import Attention, block_mask

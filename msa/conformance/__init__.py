@@ -18,9 +18,11 @@ mine = Subject("mine", as_module({"select_blocks": my_selection}), kind="numpy")
 """
 
 from msa.conformance.backends import Domain, Subject, as_module, subjects
-from msa.conformance.properties import Property, all_properties
-from msa.conformance.report import Result, VerifyOptions, run, verify, verify_target
-from msa.conformance.target import Target, TargetOptions, make_target
+from msa.conformance.foreign.target import Target, TargetOptions, make_target
+from msa.conformance.properties import Property
+from msa.conformance.properties.collect import all_properties
+from msa.conformance.results import Result, verify, verify_target
+from msa.conformance.verify_run import VerifyOptions, run
 
 __all__ = [
     "Domain",

@@ -22,26 +22,14 @@ from msa import checks
 from msa.checks import is_torch
 from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
+from msa.interface import Backend
 from msa.ir import Array
 
 REFERENCE: Any = load_backend("reference")
 """The spec; Any, because it also has mask_of, which the contract does not ask for."""
 
-STAGES = (
-    "attend",
-    "attend_selection",
-    "score_blocks",
-    "select_blocks",
-    "select_fused",
-    "reverse_selection",
-    "schedule_chunks",
-    "attend_chunks",
-    "combine_partials",
-    "unite_tiles",
-    "attend_union",
-    "align_index",
-    "decode_step",
-)
+STAGES = tuple(name for name in vars(Backend) if not name.startswith("_"))
+"""The names of the functions of the contract."""
 
 OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "devices", "graphs"})
 """What a backend may claim beyond the contract. Keywords: loop_order of attend_selection ("auto",

@@ -1,0 +1,165 @@
+"""A function of yours in place of a backend: found by name, spoken to in its own convention.
+
+The rest of an attention is the spec's (for tensors that of the torch backend): around a selection
+function its attention, around an attention its selection. So the properties of whole paths speak of
+your function as well, and only rules that are about it are asked.
+
+>>> import msa
+>>> make_target(msa.select, TargetOptions()).rules
+('R1', 'R2', 'R3', 'R4', 'R5', 'R6', 'R7', 'R8', 'R19')
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from msa.config import MSAConfig
+from msa.conformance.backends import OPTIONS, REFERENCE, STAGES, Domain, Subject, as_module
+from msa.conformance.cases import Case, Fill
+from msa.conformance.foreign.arguments import in_order
+from msa.conformance.foreign.bad_target import BadTarget, check_choice, failed_call
+from msa.conformance.foreign.conventions import CONVENTIONS
+from msa.conformance.foreign.signature import Convention, Function, Kind
+from msa.conformance.foreign.wrapped_function import Order, WrappedFunction
+from msa.conformance.properties import Property
+from msa.conformance.tolerances import HOPPER, PRECISIONS
+from msa.dispatch import load_backend
+from msa.ir import Sequences
+
+SELECTION = ("R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R19")
+ATTENTION = ("R1", "R2", "R3", "R9", "R10", "R11", "R12", "R19")
+RULES_OF: dict[Kind, tuple[str, ...]] = {
+    "select": SELECTION,
+    "sparse_attention": ATTENTION,
+    "attention": (*SELECTION[:-1], *ATTENTION[3:]),
+}
+"""What speaks of each kind of function. The others are about steps that it does not show."""
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """How a function of one's own is called, and on what."""
+
+    convention: Literal["msa", "transformers", "vllm", "official"] = "msa"
+    """Whose arguments and order of results the target has."""
+    kind: Kind = "select"
+    """What it does: choose blocks, attend over chosen ones, or both."""
+    tensors: Literal["numpy", "cpu", "cuda"] | None = None
+    """NumPy arrays, or torch tensors on a device. None: numpy for msa, cpu for the others."""
+    dtypes: tuple[str, ...] = ("float32",)
+    """What it is given: float64, float32, float16, bfloat16."""
+    block_sizes: tuple[int, ...] = ()
+    """The block sizes that it knows, such as 128; any by default."""
+    head_sizes: tuple[int, ...] = ()
+    """The sizes of heads that it knows, such as 128; any by default."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tried in place of a backend, and what it is asked."""
+
+    subject: Subject
+    """Its ids in canonical order, whatever order they came in."""
+    as_given: Subject
+    """Its ids as they came: this is what R8 is about."""
+    rules: tuple[str, ...]
+
+    def tried_for(self, rule: str) -> Subject:
+        """Which of the two a rule looks at."""
+        return self.as_given if rule == "R8" else self.subject
+
+    def asked(self, properties: list[Property]) -> list[Property]:
+        """Those that speak of the function: of its rules, and calling nothing that it lacks."""
+        domain = self.subject.domain
+        return [p for p in properties if p.rule in self.rules and domain.has(*p.needs)]
+
+
+def make_target(function: Function, options: TargetOptions, name: str = "target") -> Target:
+    """A function under a convention, after one plain call that shows that it can be called.
+
+    Raises:
+        BadTarget: an unknown convention, kind, dtype or kind of tensors; a kind that the convention
+            has not; a call that raises; a result of another shape or dtype.
+
+    >>> try:
+    ...     make_target(len, TargetOptions())
+    ... except BadTarget as error:
+    ...     print(str(error)[:48])
+    target must take the call f(q_idx [Tq, Hkv, Di],
+    """
+    check_choice("convention", options.convention, CONVENTIONS)
+    convention = CONVENTIONS[options.convention]
+    check_choice(f"kind of convention {convention.name}", options.kind, convention.signatures)
+    here = ("numpy", "cpu", "cuda") if convention.name == "msa" else ("cpu", "cuda")
+    tensors = options.tensors or here[0]
+    check_choice(f"tensors of convention {convention.name}", tensors, here)
+    for dtype in options.dtypes:
+        check_choice("dtype", dtype, PRECISIONS)
+    signature = convention.signatures[options.kind]
+    kind: Literal["numpy", "torch"] = "numpy" if tensors == "numpy" else "torch"
+    base: Any = REFERENCE if kind == "numpy" else load_backend("torch")
+    device = "cpu" if kind == "numpy" else tensors
+    plain = Subject(name, base, kind, domain_of(convention, options, tensors), device)
+    wrapped = WrappedFunction(signature.adapter(function), base)
+    try:
+        gives = first_call(wrapped, options.kind, plain)
+    except BadTarget:
+        raise
+    except Exception as error:
+        raise failed_call(str(signature), error) from error
+
+    def subject(order: Order) -> Subject:
+        functions = replace(wrapped, order=order).stages(options.kind, gives)
+        domain = replace(plain.domain, missing=missing_of(options.kind, gives))
+        return replace(plain, module=as_module(functions, base), domain=domain)
+
+    return Target(subject(in_order), subject(lambda ids: ids), RULES_OF[options.kind])
+
+
+def domain_of(convention: Convention, options: TargetOptions, tensors: str) -> Domain:
+    """What may be drawn."""
+    return Domain(
+        dtypes=options.dtypes,
+        block_sizes=options.block_sizes or None,
+        dims=options.head_sizes or None,
+        options=OPTIONS & {"left_padding"} if convention.left_padding else frozenset(),
+        units=HOPPER if tensors == "cuda" else None,
+        sinks=convention.sinks,
+        more_local=convention.more_local,
+        full_rows=convention.full_rows,
+    )
+
+
+def missing_of(kind: Kind, gives: frozenset[str]) -> frozenset[str]:
+    """What the function does not show: steps that nobody is to judge it by."""
+    shown: dict[Kind, set[str]] = {
+        "select": {"select_fused", "attend"},
+        "sparse_attention": {"attend_selection", "attend"},
+        "attention": {"attend", *({"select_fused"} if "ids" in gives else ())},
+    }
+    return frozenset({*STAGES, "api", "backward", "lse"} - shown[kind] - (gives & {"lse"}))
+
+
+def first_call(wrapped: WrappedFunction, kind: Kind, plain: Subject) -> frozenset[str]:
+    """Call the function on three blocks of ordinary numbers; which of "lse" and "ids" it gives."""
+    domain = plain.domain
+    block, dim = min(domain.block_sizes or (16,)), min(domain.dims or (16,))
+    names = ("q", "k", "v", "q_idx", "k_idx")
+    fills: dict[str, Any] = {name: Fill("normal", seed) for seed, name in enumerate(names)}
+    case = Case(
+        MSAConfig(block, 2), Sequences.one(2 * block + 1, 2 * block + 1), 2, 2, (dim, dim, dim),
+        domain.dtypes[0], **fills,
+    )  # fmt: skip
+    inputs = case.inputs
+    q, k, v, q_idx, k_idx = (plain.give(x, case.dtype) for x in (*inputs.main, *inputs.index))
+    match kind:
+        case "select":
+            wrapped.adapted(q_idx, k_idx, case.sequences, case.config)
+            return frozenset({"ids"})
+        case "sparse_attention":
+            selection = wrapped.base.select_fused(q_idx, k_idx, case.sequences, case.config)
+            found = (*wrapped.adapted(q, k, v, selection, inputs.scale), None)
+        case "attention":
+            found = wrapped.adapted(q, k, v, q_idx, k_idx, case.sequences, case.config)
+    return frozenset(name for name, part in zip(("lse", "ids"), found[1:]) if part is not None)

@@ -1,0 +1,59 @@
+"""What a property is, and the list of all of them in the order of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis.strategies import SearchStrategy
+
+from msa.conformance.backends import Domain, Subject
+from msa.conformance.tolerances import Measure
+
+Check = Callable[[Subject, Any], Measure]
+Cases = Callable[[Domain], SearchStrategy[Any]]
+
+RULES = {
+    "R1": "Packing", "R2": "Alignment", "R3": "Blocks", "R4": "Token scores", "R5": "Block scores",
+    "R6": "Forced blocks", "R7": "Top-k", "R8": "Canonical form", "R9": "Attention", "R10": "LSE",
+    "R11": "Dense limit", "R12": "Dtypes", "R13": "Reverse index", "R14": "Schedule",
+    "R15": "Partials", "R16": "Combine", "R17": "KL alignment", "R18": "Gradients",
+    "R19": "Determinism", "R20": "Bad input", "R21": "Places",
+}  # fmt: skip
+"""What each rule of docs/spec.md is about."""
+
+
+@dataclass(frozen=True)
+class Property:
+    """A statement about a backend that holds in every case drawn from its domain."""
+
+    check: Check
+    """Returns how close the case came to its bound, or raises Disagreement."""
+    cases: Cases
+    needs: tuple[str, ...]
+    """Functions of the contract that it calls, "backward" or "api", and a dtype it cannot miss."""
+    seeds: tuple[Any, ...]
+    """Cases tried first, every time."""
+
+    @property
+    def name(self) -> str:
+        """Starts with the rule: r7_ties_go_to_the_lower_id."""
+        return self.check.__name__
+
+    @property
+    def rule(self) -> str:
+        """R1 to R21."""
+        return self.name.partition("_")[0].upper()
+
+    @property
+    def statement(self) -> str:
+        """The first line of its docstring."""
+        return (self.check.__doc__ or "").partition("\n")[0].removesuffix(".")
+
+
+def holds_for(
+    cases: Cases, *, needs: tuple[str, ...], seeds: tuple[Any, ...] = ()
+) -> Callable[[Check], Property]:
+    """Turn a function of (subject, case) into a Property."""
+    return lambda check: Property(check, cases, needs, seeds)
