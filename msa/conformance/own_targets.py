@@ -1,10 +1,10 @@
-"""The project's own backends as targets of `msa verify --target`, in the convention `msa`.
+"""The backends of this project as targets of `msa verify --target`, in the convention `msa`.
 
     msa verify --target msa.conformance.own_targets:torch_select --tensors cpu
     msa verify --target msa.conformance.own_targets:torch_sparse_attention --kind sparse_attention
 
-transformers' MiniMax-M3 is in `msa.integrations.targets`. The kernels run on a GPU, or in Triton's
-interpreter: --tensors cuda, and --block-sizes of 16 to 256.
+The targets for transformers' MiniMax-M3 are in `msa.integrations.targets`. The Triton kernels need
+--tensors cuda (or Triton's interpreter) and --block-sizes from 16 to 256.
 
 >>> import numpy as np
 >>> from msa.config import MSAConfig

@@ -1,4 +1,4 @@
-"""Every property on every backend, or on a function of the caller: a Result for each."""
+"""Try every property on every backend, or on a function of the caller."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from msa.conformance.seeds import bug_of
 from msa.conformance.tolerances import AGREES, Measure
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
-"""All but Phase.explain, which takes long to say which parts of a counterexample matter."""
+"""The phases of a search. Phase.explain is left out because it takes long."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One property on one backend."""
+    """The result of one property on one backend."""
 
     rule: str
     name: str
     statement: str
     backend: str
     claimed: bool
-    """False if the backend does not have the functions that the property calls."""
+    """False if the backend lacks a function, option or dtype that the property needs."""
     tried: int = 0
     measure: Measure = AGREES
     counterexample: str = ""
     error: str = ""
     bug: str = ""
-    """The kind of bug that the counterexample is the seed of, if it is one."""
+    """The kind of bug, if the counterexample is a seed for one."""
 
     @property
     def passed(self) -> bool:
@@ -44,10 +44,10 @@ class Result:
 
 
 def chosen_properties(rules: tuple[str, ...]) -> list[Property]:
-    """Those of the given rules, or all.
+    """The properties of the given rules, or all properties, in the order of the rules.
 
     Raises:
-        ValueError: for a rule that has no property.
+        ValueError: a rule has no property.
     """
     everything = all_properties()
     wanted = {rule.upper() for rule in rules}
@@ -65,7 +65,7 @@ def verify(
     on_example: Callable[[str], None] = lambda label: None,
     seed: int | None = None,
 ) -> list[Result]:
-    """Search for counterexamples to every property, on every backend that runs here.
+    """Search for counterexamples to every property, on every backend of this machine.
 
     Args:
         backends, rules: see VerifyOptions; empty means all.
@@ -84,15 +84,15 @@ def verify_target(
     on_example: Callable[[str], None] = lambda label: None,
     seed: int | None = None,
 ) -> list[Result]:
-    """The same for a function of one's own: every rule, and of each what speaks of the function.
+    """Search for counterexamples to the properties that apply to a target.
 
-    A rule of which nothing does has one Result that is not claimed.
+    A rule without such a property gets one Result with claimed=False.
     """
     results: list[Result] = []
     for rule in dict.fromkeys(p.rule for p in chosen_properties(rules)):
         asked = target.asked(chosen_properties((rule,)))
         subject = target.tried_for(rule)
-        with np.errstate(all="ignore"):  # what it makes of NaN is judged, not warned of
+        with np.errstate(all="ignore"):  # how the target treats NaN is checked; warnings are not needed
             results += [try_one(p, subject, examples, on_example, seed) for p in asked]
         if not asked:
             results.append(Result(rule, rule, RULES[rule], subject.label, claimed=False))
@@ -106,7 +106,10 @@ def try_one(
     on_example: Callable[[str], None],
     seed: int | None = None,
 ) -> Result:
-    """One property on one backend; the same cases every time, for each seed."""
+    """Search for a counterexample to one property on one backend.
+
+    The same seed always draws the same cases.
+    """
     about = (prop.rule, prop.name, prop.statement, subject.label)
     if not subject.domain.has(*prop.needs):
         return Result(*about, claimed=False)

@@ -1,4 +1,4 @@
-"""Results printed as a table, counterexamples below it."""
+"""Print results as a table, with the counterexamples below it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msa.conformance.results import Result
 
 
 def print_results(console: Console, results: list[Result], unclaimed: str = "not claimed") -> None:
-    """One row for each property, one column for each backend; then the counterexamples."""
+    """Print one row per property and one column per backend, then the counterexamples."""
     labels = list(dict.fromkeys(r.backend for r in results))
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("rule")
@@ -36,7 +36,7 @@ def print_results(console: Console, results: list[Result], unclaimed: str = "not
 
 
 def print_verdicts(console: Console, results: list[Result]) -> None:
-    """The rules in three lines: those that hold, that fail, and that were not asked."""
+    """Print the rules in three lines: those that hold, that fail, and that were not asked."""
     asked = {r.rule for r in results if r.claimed}
     failing = {r.rule for r in results if not r.passed}
     rules = list(dict.fromkeys(r.rule for r in results))
@@ -49,7 +49,7 @@ def print_verdicts(console: Console, results: list[Result]) -> None:
 
 
 def cell(result: Result, unclaimed: str = "not claimed") -> str:
-    """A cell of the table."""
+    """One cell of the table: the number of cases, and the worst error or "fails"."""
     if not result.claimed:
         return f"[dim]{unclaimed}[/]"
     if not result.passed:

@@ -1,4 +1,4 @@
-"""The two things that most properties do: run a stage on given inputs, and judge an output."""
+"""Two steps of most properties: call a stage on given inputs, and compare its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from msa.ir import Array, BlockScores, Output, Selection
 
 
 def attend(subject: Subject, inputs: Inputs, **options: Any) -> Output:
-    """The whole path."""
+    """The whole path: selection, then attention."""
     args = (*inputs.main, *inputs.index, inputs.sequences, inputs.config)
     return subject.run("attend", *args, cast=inputs.dtype, **options)
 
@@ -27,25 +27,25 @@ def attend_selection(
 
 
 def score_blocks(subject: Subject, inputs: Inputs) -> BlockScores:
-    """The index branch, first step."""
+    """The scores of the index branch, its first step."""
     args = (*inputs.index, inputs.sequences, inputs.config)
     return subject.run("score_blocks", *args, cast=inputs.dtype)
 
 
 def select_fused(subject: Subject, inputs: Inputs, **options: str | int) -> Selection:
-    """The index branch at once."""
+    """The whole index branch: scores, then selection."""
     args = (*inputs.index, inputs.sequences, inputs.config)
     return subject.run("select_fused", *args, cast=inputs.dtype, **options)
 
 
 def selected(output: Output) -> Array:
-    """The ids that an attention used."""
+    """The block ids that an attention used."""
     assert output.selection is not None
     return output.selection.indices
 
 
 def dense(inputs: Inputs, indices: Array) -> Attention:
-    """The definition over the visible tokens of the given blocks (eq. 8)."""
+    """The yardstick: attention over the visible tokens of the given blocks (eq. 8)."""
     mask = block_mask(indices, inputs.sequences, inputs.config.block_size)
     return Attention(*inputs.main, mask, inputs.scale, parts=indices.shape[-1])
 
@@ -57,10 +57,10 @@ def compare_output(
     want: Attention,
     rows: Array | slice = slice(None),
 ) -> Measure:
-    """out and, where it is claimed, lse: each entry within the budget of its dtype on this backend.
+    """Check that each entry of out, and of lse if it is claimed, lies within its error bound.
 
     Args:
-        rows: which queries, or queries and heads, to look at; all by default.
+        rows: the queries, or queries and heads, to compare; all by default.
     """
     precision = subject.domain.precision(inputs.dtype)
     pairs = [("out", output.out, want.out, want.out_bound(precision))]
@@ -75,5 +75,5 @@ def compare_output(
 
 
 def spec(subject: Subject) -> Subject:
-    """The reference on the same cases, for a backend whose other functions may be missing."""
+    """The reference with the domain of this subject, whose own functions may be missing."""
     return replace(subject, name="reference", module=REFERENCE, kind="numpy", device="cpu")

@@ -1,4 +1,7 @@
-"""Trying one property on one backend: the same search for pytest and for `msa verify`."""
+"""The search for a counterexample to one property on one backend.
+
+pytest and `msa verify` use the same search.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from msa.conformance.tolerances import AGREES, Measure, worst
 
 @dataclass
 class Tally:
-    """What was seen while Hypothesis searched."""
+    """What the search has found so far."""
 
     tried: int = 0
     measure: Measure = field(default=AGREES)
-    """Of the case that came closest to its bound."""
+    """The measure of the case that came closest to its bound."""
     counterexample: Any = None
-    """The last case that failed: the shrunk one, once the search is over."""
+    """The last case that failed. After the search it is the shrunk one."""
     error: Exception | None = None
 
 
@@ -38,13 +41,14 @@ def search(
     on_example: Callable[[], None] = lambda: None,
     seed: int | None = None,
 ) -> None:
-    """Look for a case in which the property does not hold.
+    """Search for a case in which the property does not hold.
 
     Args:
-        seed: of the search, instead of what `options` say: other cases for every other number.
+        on_example: called before each case.
+        seed: the seed of the search, in place of the one in `options`. Each seed draws other cases.
 
     Raises:
-        AssertionError: for the smallest such case. The tally has it as well.
+        AssertionError: a case was found; it is shrunk, and the tally holds it too.
     """
 
     def check(case: Any) -> None:
@@ -68,23 +72,23 @@ def search(
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )(test)
-    with whatever_is_imported():
+    with same_cases_in_every_process():
         settled()
 
 
 @contextmanager
-def whatever_is_imported() -> Iterator[None]:
-    """Draw the same cases in every process.
+def same_cases_in_every_process() -> Iterator[None]:
+    """Let Hypothesis draw the same cases in every process.
 
-    Hypothesis takes some of the numbers that it draws from the source of modules that happen to be
-    imported, so the same seed finds a bug in one process and misses it in another. Here it takes
-    none from there. Releases that never did (before 6.131.9) are left alone.
+    From 6.131.9 on, Hypothesis takes some of the numbers that it draws from the source of imported
+    modules. Then the same seed finds a bug in one process and misses it in another, where other
+    modules are imported. Inside this context it takes no number from there.
     """
     if not hasattr(providers, "_get_local_constants"):
         yield
         return
     with mock.patch.object(providers, "_get_local_constants", providers.Constants):
-        providers.CONSTANTS_CACHE.cache.clear()  # it holds some of both kinds
+        providers.CONSTANTS_CACHE.cache.clear()  # the cache may hold numbers from imported modules
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""`msa verify`: tries the rules on this machine and prints what was found."""
+"""The command `msa verify`: test the rules on this machine and print the results."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from msa.conformance.results_table import print_results, print_verdicts
 
 @dataclass(frozen=True)
 class VerifyOptions(TargetOptions):
-    """What to try, how often: the backends here, or a function of yours (--target)."""
+    """Test the rules R1-R21 on the backends of this machine, or on your own function (--target)."""
 
     target: str = ""
-    """Your own function in place of the backends, package.module:function."""
+    """Your own function to test in place of the backends, as package.module:function."""
     backend: tuple[str, ...] = ()
-    """Backends to try: reference, torch, triton. All that run here by default."""
+    """Backends to test: reference, torch, triton. By default all that run on this machine."""
     rule: tuple[str, ...] = ()
-    """Rules to try, such as R7 R16. All by default."""
+    """Rules to test, such as R7 R16. By default all rules."""
     examples: int = 25
-    """Cases that Hypothesis draws for each property and backend."""
+    """Number of cases that are drawn for each property and backend."""
     seed: int | None = None
-    """Which cases: other ones for every number. The same ones every time by default."""
+    """Seed for drawing cases. By default every run draws the same cases."""
 
 
 def run(options: VerifyOptions) -> int:
-    """Try, print the table, and say by the exit code whether everything held (0) or not (1).
+    """Test, and print the table. The exit code is 0 if every property holds, else 1.
 
     Raises:
-        ValueError: it cannot be tried at all.
+        ValueError: the options are wrong, or the target cannot be tested.
     """
     console = Console()
     check_count("examples", options.examples, 1)
@@ -76,7 +76,7 @@ def run(options: VerifyOptions) -> int:
 
 @contextmanager
 def home_elsewhere() -> Iterator[None]:
-    """Let Hypothesis keep its notes out of the user's folder, and only for so long."""
+    """Keep the files of Hypothesis in a temporary folder, not in the user's folder."""
     if os.environ.get("HYPOTHESIS_STORAGE_DIRECTORY"):
         yield
         return
@@ -89,10 +89,11 @@ def home_elsewhere() -> Iterator[None]:
 
 
 def target_of(options: VerifyOptions) -> Target | None:
-    """The function that the options name; None: the backends.
+    """The target that the options name, or None if the backends are tested.
 
     Raises:
-        BadTarget: it cannot be tried, or options of a target without one, or with backends.
+        BadTarget: the target cannot be tested; options for targets are given without a target; or
+            backends are given with one.
     """
     how = TargetOptions(*(getattr(options, field.name) for field in fields(TargetOptions)))
     if not options.target:
@@ -101,5 +102,5 @@ def target_of(options: VerifyOptions) -> Target | None:
                 raise BadTarget(f"{field.name} must come with --target, got no target")
         return None
     if options.backend:
-        raise BadTarget("backend must not come with --target: either these or that is tried")
+        raise BadTarget("backend must not come with --target, which is tested in place of the backends")
     return make_target(find_target(options.target), how, options.target.rpartition(":")[2])
