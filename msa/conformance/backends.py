@@ -59,7 +59,7 @@ class Domain:
     options: frozenset[str] = frozenset()
     """The names in OPTIONS that this backend supports. A property can need them."""
     product_roundoff: dict[str, float] | None = None
-    """The roundoff of products, for dtypes where it is coarser than that of float32, as with TF32."""
+    """The roundoff of products, for dtypes where it is coarser than float32, as with TF32."""
     units: dict[str, MatrixUnit] | None = None
     """The matrix unit, for dtypes whose products are added by one, as tensor cores do."""
     largest_top_k: int = LARGEST_TOP_K
@@ -110,7 +110,7 @@ class Subject:
         return self.read(getattr(self.module, function)(*given, **options))
 
     def give(self, thing: Any, dtype: str) -> Any:
-        """Convert an array, or the arrays in a form, to this backend's kind; leave the rest unchanged."""
+        """Convert an array, or the arrays in a form, to this backend's kind of array."""
         return map_arrays(thing, lambda array: self._give_array(array, dtype))
 
     def _give_array(self, array: Array, dtype: str) -> Any:

@@ -278,7 +278,7 @@ class PagedCase(Brief):
 
     @cached_property
     def cache(self) -> PagedKV:
-        """Pages in random order. Where nothing may be read, pages hold NaN and the table holds -7."""
+        """Pages in random order. Unused places hold NaN in pages, and -7 in the table."""
         case, block = self.case, self.case.config.block_size
         rng = np.random.default_rng(self.seed)
         cu_blocks = case.sequences.cu_blocks(block)

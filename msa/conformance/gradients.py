@@ -42,7 +42,7 @@ def alignment(
 ) -> tuple[float, dict[str, Array | None]]:
     """The loss and its gradients in all inputs; None for an input without a gradient (R17).
 
-    lse is passed as float32, the dtype in which an attention returns it. It requires a gradient too.
+    lse is passed as float32, as an attention returns it, and requires a gradient too.
     """
     q, k, _ = inputs.main
     tensors = leaves(subject, (q, k, *inputs.index), inputs.dtype)

@@ -92,7 +92,7 @@ def verify_target(
     for rule in dict.fromkeys(p.rule for p in chosen_properties(rules)):
         asked = target.asked(chosen_properties((rule,)))
         subject = target.tried_for(rule)
-        with np.errstate(all="ignore"):  # how the target treats NaN is checked; warnings are not needed
+        with np.errstate(all="ignore"):  # the properties check how the target treats NaN
             results += [try_one(p, subject, examples, on_example, seed) for p in asked]
         if not asked:
             results.append(Result(rule, rule, RULES[rule], subject.label, claimed=False))

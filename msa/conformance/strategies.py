@@ -103,7 +103,7 @@ def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
 
 @st.composite
 def configs(draw: DrawFn, domain: Domain) -> MSAConfig:
-    """k from 1 to more than the number of blocks; forced blocks fill some or all of the k places."""
+    """k from 1 to more than the number of blocks; forced blocks fill some or all places."""
     top_k = draw(st.integers(1, 6))
     sink = min(draw(st.sampled_from((0, 0, 0, 1, 2))), top_k - 1)
     local = min(draw(st.sampled_from((1, 1, 1, 2, 6))), top_k - sink)
@@ -147,7 +147,7 @@ def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
 def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
     """Enough queries to fill a tile; neighbours share all, some or none of their blocks.
 
-    The loop orders differ here: the union of a tile's blocks has between k and several times k blocks.
+    The loop orders differ here: the union of a tile's blocks is k blocks or several times more.
     """
     case = draw(cases(domain, want))
     block, top_k = min(domain.block_sizes or (4,)), draw(st.sampled_from((2, 3)))

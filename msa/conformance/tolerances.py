@@ -1,12 +1,12 @@
 """The error budget of all comparisons, and its derivation. No test may use a looser bound.
 
-Results are compared with `yardstick.py`: float64, on exactly the numbers that the backend was given. Let u be the
-roundoff of the working precision (2^-24 for float32 sums and products) and u' that of the stored
-dtype. For one query and head with support J, |J| = n:
+Results are compared with `yardstick.py`, which computes in float64 from exactly the numbers that
+the backend was given. Let u be the roundoff of the working precision (2^-24 for float32 sums and
+products) and u' that of the stored dtype. For one query and head with support J, |J| = n:
 
-1. A logit s_j = scale * <q, k_j> is a sum of D rounded products: whatever the order, it is off by
-   at most D u * scale * S_j with S_j = sum_d |q_d k_jd|. The scale, the
-   subtraction of the maximum and the factor log2(e) of exp2 add a few u of |s|. So every exponent is off by at most
+1. A logit s_j = scale * <q, k_j> is a sum of D rounded products. In any order of summation it is
+   off by at most D u * scale * S_j with S_j = sum_d |q_d k_jd|. The scale, the subtraction of the
+   maximum and the factor log2(e) of exp2 add a few u of |s|. So every exponent is off by at most
    delta = max_J scale * (D u + 8 u) S_j. A matrix unit adds in another way: see point 7.
 2. So each weight is off by a factor within exp(+-delta), a probability within exp(+-2 delta), and
 

@@ -102,5 +102,5 @@ def target_of(options: VerifyOptions) -> Target | None:
                 raise BadTarget(f"{field.name} must come with --target, got no target")
         return None
     if options.backend:
-        raise BadTarget("backend must not come with --target, which is tested in place of the backends")
+        raise BadTarget("backend must not come with --target: one of the two is tested")
     return make_target(find_target(options.target), how, options.target.rpartition(":")[2])

@@ -127,7 +127,7 @@ class Attention:
             return np.expm1(2 * self.delta(precision)) + (n + self.parts + 8) * precision.work
 
     def lse_error(self, precision: Precision, kept: float = 0.0) -> Array:
-        """The error of the exponent s - lse from a kept lse: [Tq, Hq, 1] (point 8 of the budget)."""
+        """The error of the exponent s - lse, if lse was kept: [Tq, Hq, 1] (point 8)."""
         u = precision.work
         finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
         return (max(kept, u) + 3 * u) * finite[..., None]

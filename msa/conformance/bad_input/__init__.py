@@ -1,10 +1,16 @@
-"""Bad input (R20), case by case: the call, its error, and what the message must say.
+"""Bad input (R20): a call, the error that it must raise, and what the message must say.
 
-kit          good arguments, to be spoiled one at a time; torch_arrays: the same as torch tensors
-configs, tensors, borders, selections, caches, array_types, choices, kernels, torch_tensors,
-eight_bits   the cases by the argument that is wrong
-collect      BAD_INPUTS: all of them
-run          tries a case on a backend, no function of which may be called
+kit              good arguments, of which a case replaces one; torch_arrays: as torch tensors
+configs          MSAConfig
+tensors          shapes and dtypes of tensors
+borders          cu_seqlens and msa.Sequences
+selections       msa.Selection
+caches           paged caches and page pools; eight_bits: caches of 8 bits
+array_types      masked arrays and other subclasses of NumPy arrays
+torch_tensors    kinds of torch tensors
+choices          the backend and its options; kernels: calls for which triton has no kernel
+collect          the list of all cases
+run              makes the call and checks the error
 """
 
 from __future__ import annotations
@@ -18,12 +24,12 @@ from msa.conformance.bad_input.kit import Arguments, Kit
 
 @dataclass(frozen=True, repr=False)
 class BadInput:
-    """One way to go wrong."""
+    """One wrong call and the error that it must raise."""
 
     name: str
     error: type[Exception]
     says: tuple[str, ...]
-    """The argument, what was wanted, what came."""
+    """Parts of the message: the argument, what was wanted, what was given."""
     call: Callable[[Kit], Any]
 
     def __repr__(self) -> str:
@@ -36,5 +42,5 @@ def attention(
     says: tuple[str, ...],
     changes: Callable[[Kit], Arguments],
 ) -> BadInput:
-    """A call of msa.attention with some arguments replaced."""
+    """A case that calls msa.attention with some arguments replaced."""
     return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))

@@ -1,4 +1,4 @@
-"""Arrays of NumPy that are more than their numbers: masked arrays, matrices, objects."""
+"""NumPy arrays of other types: masked arrays, matrices, arrays of objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msa.conformance.bad_input.kit import SHAPES, Kit
 
 
 def masked(name: str, call: Callable[[Kit, Any], Any], *shape: int, dtype: str = "f4") -> BadInput:
-    """An argument with a mask, which no backend would look at: each comes in by the same door."""
+    """A case with a masked array as one argument. It is refused, since backends ignore masks."""
     says = name.partition(" ")[0], "numpy.ndarray itself", "MaskedArray", "filled"
     array = np.ma.masked_array(np.ones(shape, dtype), mask=True)
     return BadInput(f"a mask on {name}", TypeError, says, lambda kit: call(kit, array))

@@ -13,7 +13,7 @@ from msa.conformance.bad_input.kit import SHAPES, Arguments, Kit
 
 
 def borders(q: Any, k: Any) -> Callable[[Kit], Arguments]:
-    """cu_seqlens."""
+    """Both cu_seqlens, as arguments to be replaced."""
     return lambda kit: {"cu_seqlens_q": q, "cu_seqlens_k": k}
 
 

@@ -59,7 +59,7 @@ POOL_CASES = [
              lambda kit: kit.pool(v_pages=kit.integers(np.ones((3, 4, 2, 3))))),
     BadInput("mixed dtype in a pool", TypeError, ("v_pages", "dtype of k_pages", "float64"),
              lambda kit: kit.pool(v_pages=kit.array(3, 4, 2, 3, dtype="float64"))),
-    BadInput("a pool for nobody", ValueError, ("batch", "at least 1", "got 0"),
+    BadInput("a pool for no sequence", ValueError, ("batch", "at least 1", "got 0"),
              lambda kit: kit.pool(batch=0)),
     BadInput("no page for a sequence", ValueError, ("pages_per_sequence", "at least 1", "got 0"),
              lambda kit: kit.pool(pages_per_sequence=0)),

@@ -1,4 +1,4 @@
-"""Bad choices of a backend and of its options."""
+"""Wrong names of backends, and options that a backend does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All cases of bad input that R20 lists."""
+"""The list of all cases of bad input (R20)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from msa.conformance.bad_input import BadInput
 
 
 def config(name: str, error: type[Exception], says: tuple[str, ...], **values: Any) -> BadInput:
-    """An MSAConfig that must not come to be."""
+    """A case that makes an MSAConfig of these values."""
     return BadInput(name, error, says, lambda kit: msa.MSAConfig(**values))
 
 

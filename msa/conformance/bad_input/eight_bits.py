@@ -23,7 +23,7 @@ def _eight_bits(*names: str) -> Arguments:
 
 
 def _eight_bit_cache(*names: str, **changes: Any) -> msa.PagedKV:
-    """A good cache of torch tensors, or with some parts replaced."""
+    """A cache of torch tensors, the pages of these names in 8 bits, with some parts replaced."""
     import torch
 
     parts: Arguments = {
@@ -33,7 +33,7 @@ def _eight_bit_cache(*names: str, **changes: Any) -> msa.PagedKV:
 
 
 def _decode_eight(*names: str, **changes: Any) -> Any:
-    """Decoding from a good cache of torch tensors, or with some parts replaced."""
+    """Decode from such a cache, with some parts or queries replaced."""
     queries: Arguments = {"q": torch_array(2, 1, 4, 4), "q_idx": torch_array(2, 1, 2, 2)}
     queries |= {name: changes.pop(name) for name in ("q", "q_idx") if name in changes}
     cache = _eight_bit_cache(*names, **changes)
@@ -41,14 +41,14 @@ def _decode_eight(*names: str, **changes: Any) -> Any:
 
 
 def _spoiled_scales(name: str, value: float) -> Any:
-    """Page 2, the second block of sequence 0, has a scale of no use."""
+    """Scales with a wrong value for page 2, which is the second block of sequence 0."""
     scales = _eight_bits(name)[f"{name}_scales"]
     scales[2] = value
     return scales
 
 
 def masked_scales(name: str) -> BadInput:
-    """Scales with a mask, which no backend would look at."""
+    """A case with masked scales. They are refused, since backends ignore masks."""
     scales = np.ma.masked_array(np.ones((3, 2)[: 1 + (name != "k_idx")], np.float32), mask=True)
     return BadInput(
         f"a mask on cache.{name}_scales", TypeError,
@@ -58,7 +58,7 @@ def masked_scales(name: str) -> BadInput:
 
 
 def _append_eight(**changes: Any) -> None:
-    """Appending to a pool of 8 bits."""
+    """Append to a pool of 8-bit pages, with some tokens replaced."""
     pages = {name: array for name, array in _eight_bits("k", "v", "k_idx").items()
              if name.endswith("pages")}  # fmt: skip
     tokens = {name: torch_array(1, *SHAPES[name][1:]) for name in ("k", "v", "k_idx")}

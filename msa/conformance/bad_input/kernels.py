@@ -15,24 +15,24 @@ from msa.conformance.bad_input.kit import SHAPES, Arguments, Kit
 
 
 def _on_kernels(call: Callable[[], Any]) -> Any:
-    """With Triton's interpreter allowed, so that only what comes after is refused."""
+    """Call with TRITON_INTERPRET=1, so that the device is accepted and later checks are reached."""
     with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):
         return call()
 
 
 def _off_kernels(call: Callable[[], Any]) -> Any:
-    """Without Triton's interpreter."""
+    """Call with TRITON_INTERPRET=0."""
     with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
         return call()
 
 
 def _on_the_host(kit: Kit) -> Kit:
-    """The same arguments, not on a GPU."""
+    """A kit with arguments on the CPU."""
     return Kit(replace(kit.subject, device="cpu"))
 
 
 def _pages() -> Arguments:
-    """The parts of a cache for two sequences, of NumPy."""
+    """The parts of a cache for two sequences, as NumPy arrays."""
     shapes = {f"{n}_pages": (3, 4, *SHAPES[n][1:]) for n in ("k", "v", "k_idx")}
     arrays: Arguments = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     return arrays | {name: _counts(name, "int32") for name in ("page_table", "lengths")}
@@ -46,7 +46,7 @@ def kernels(
     name: str, error: type[Exception], says: tuple[str, ...], block_size: int = 16,
     dtype: str = "float32", **options: Any,
 ) -> BadInput:  # fmt: skip
-    """A call of msa.attention that the triton backend has no kernel for."""
+    """A case that calls msa.attention for which the triton backend has no kernel."""
     given: Arguments = {n: np.ones(shape, dtype) for n, shape in SHAPES.items()} | options
     given |= {"config": msa.MSAConfig(block_size, top_k=2), "backend": "triton"}
     return BadInput(name, error, says, lambda kit: _on_kernels(lambda: msa.attention(**given)))

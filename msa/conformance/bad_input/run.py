@@ -1,4 +1,4 @@
-"""Trying bad input: the error must come before any function of the backend is called."""
+"""Check the error of a case, and that it is raised before any function of a backend is called."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from msa.conformance.tolerances import require
 
 
 class Untouched:
-    """Stands in for a backend: nothing of it may be asked for."""
+    """Takes the place of a backend. It raises an error when one of its functions is used."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"work began: {name} was called")
 
 
 def try_bad_input(subject: Subject, bad: BadInput) -> None:
-    """The right error with the right words, while no function of the backend can be reached.
+    """Make the call, and check the type and message of its error.
 
     Raises:
-        Disagreement: if nothing was raised, or something else, or with a message that says less.
+        Disagreement: no error, another type of error, or parts of the message are missing.
     """
 
     def load(name: str) -> Any:
-        dispatch.load_backend(name)  # its own check of the name is wanted
+        dispatch.load_backend(name)  # this call checks the name
         return Untouched()
 
     try:

@@ -1,4 +1,4 @@
-"""Good arguments as torch tensors, to be spoiled one at a time."""
+"""Good arguments as torch tensors. A case of bad input replaces some of them."""
 
 from __future__ import annotations
 

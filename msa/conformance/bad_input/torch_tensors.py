@@ -79,7 +79,7 @@ def _subclass() -> Any:
     import torch
 
     class Marked(torch.Tensor):
-        """Means more than its numbers."""
+        """A subclass of tensors."""
 
     return torch.ones(SHAPES["q"]).as_subclass(Marked)
 
@@ -118,7 +118,7 @@ def _with_tangent(kit: Kit) -> Any:
 
 
 def dense(name: str, says: tuple[str, ...], make: Callable[[], Any]) -> BadInput:
-    """A tensor in the place of q that is not what it looks like."""
+    """A case with another kind of tensor as q."""
     error = ValueError if "resolve_neg" in says[-1] else TypeError
     return attention(name, error, ("q", *says), lambda kit: torch_arrays(q=make()))
 

@@ -1,4 +1,4 @@
-"""What the adapters of several conventions share: borders, lengths, checked results."""
+"""What the adapters of several conventions share: borders, lengths, and checks of results."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ def borders(like: Array, sequences: Sequences) -> tuple[Array, Array]:
 
 
 def lengths(like: Array, sequences: Sequences) -> tuple[Array, Array]:
-    """Tokens of each sequence, and how many come before its first query: int32 [batch]."""
+    """The tokens of each sequence, and those before its first query: each int32 [batch]."""
     n_k = np.diff(sequences.cu_seqlens_k)
     return integers(like, n_k), integers(like, n_k - np.diff(sequences.cu_seqlens_q))
 
 
 def head_first(name: str, found: Any, q_idx: Array, config: MSAConfig) -> Array:
-    """Ids [Hkv, Tq, k] as [Tq, Hkv, k]."""
+    """Check ids [Hkv, Tq, k] and return them as [Tq, Hkv, k]."""
     shape = (q_idx.shape[1], q_idx.shape[0], config.top_k)
     check_result(name, found, "Hkv Tq k", shape, "integer")
     return arrays.as_int32(found.swapaxes(0, 1))
 
 
 def check_out(name: str, out: Any, q: Array, v: Array) -> Array:
-    """Packed attention output, each row of which v's heads have shaped."""
+    """Check that out has the shape [Tq, Hq, Dv], and return it."""
     check_result(name, out, "Tq Hq Dv", (*q.shape[:2], v.shape[-1]), "floating")
     return out
 
 
 def first_of(found: Any) -> tuple[Any, Any]:
-    """What is alone, or leads a tuple; and the second of the tuple, or None."""
+    """The result itself and None; of a tuple the first two entries."""
     if isinstance(found, (tuple, list)):
         return found[0], found[1] if len(found) > 1 else None
     return found, None
 
 
 def in_order(ids: Array) -> Array:
-    """Ids of any order, negative ones anywhere: ascending, then -1; the canonical order (R8)."""
+    """Ids in canonical order (R8): ascending, then -1. Every negative id becomes -1."""
     return layouts.ascending(arrays.where(ids < 0, -1, ids))
 
 
 def output_parts(found: Any, q: Array, v: Array) -> tuple[Array, Array | None, Array | None]:
-    """An Output, out alone, or (out, lse): out, lse or None, ids or None."""
+    """The parts out, lse or None, ids or None of an Output, of out alone, or of (out, lse)."""
     if isinstance(found, Output):
         selection = found.selection
         out, lse, ids = found.out, found.lse, None if selection is None else selection.indices

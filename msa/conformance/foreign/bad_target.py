@@ -1,4 +1,4 @@
-"""What `msa verify --target` refuses: which argument or result, what was wanted, what came."""
+"""The errors of `msa verify --target`: a function that cannot be tested, or a wrong result."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from msa import checks
 
 
 class BadTarget(ValueError):
-    """A target that cannot be tried: not found, not callable, or not of the convention."""
+    """The target cannot be tested: not found, not callable, or against its convention."""
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """One of the names that there are.
+    """Raise BadTarget unless the value is one of the choices.
 
     >>> check_choice("convention", "jax", ["msa", "vllm"])
     Traceback (most recent call last):
@@ -26,11 +26,11 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def find_target(target: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names, looked for in the current folder too.
+    """The function that "package.module:function" names. The current folder is searched too.
 
     Raises:
-        BadTarget: another form, no such module, no such attribute, not callable, or a library that
-            the module needs and that is not installed.
+        BadTarget: the name has another form, the module or attribute does not exist, the attribute
+            is not callable, or the module needs a library that is not installed.
 
     >>> find_target("math:gcd")(12, 18)
     6
@@ -39,7 +39,7 @@ def find_target(target: str) -> Callable[..., Any]:
     if not (name and colon and attribute):
         raise BadTarget(f"target must be package.module:function, got {target!r}")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` has it, and a console script has not
+        sys.path.insert(0, "")  # `python -m` adds the current folder, a console script does not
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -60,7 +60,12 @@ def find_target(target: str) -> Callable[..., Any]:
 
 
 def check_result(name: str, array: Any, dims: str, shape: tuple[int, ...], kind: str) -> None:
-    """An array or tensor of a shape; kind is "integer" or "floating". A dim of -1 may be any.
+    """Check the shape and kind of an array or tensor.
+
+    Args:
+        dims: the names of the dims, for the message.
+        shape: the wanted shape; a dim of -1 may have any size.
+        kind: "integer" or "floating".
 
     >>> import numpy as np
     >>> check_result("indices", np.zeros((2, 3)), "Hkv Tq", (2, 3), "integer")
@@ -86,5 +91,5 @@ def check_result(name: str, array: Any, dims: str, shape: tuple[int, ...], kind:
 
 
 def failed_call(signature: str, error: Exception) -> BadTarget:
-    """The first, plain call did not come back."""
+    """The error for a target whose first call raised an error."""
     return BadTarget(f"target must take the call {signature}, got {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""The conventions whose functions can be tried, and a table of their signatures.
+"""All conventions whose functions can be tested, and a table of their signatures.
 
 >>> CONVENTIONS["vllm"].order
 'own block first'
@@ -15,7 +15,7 @@ CONVENTIONS = {c.name: c for c in (MSA, TRANSFORMERS, VLLM, OFFICIAL)}
 
 
 def table() -> str:
-    """All conventions in Markdown: a row for each function.
+    """A Markdown table of all conventions, with one row per function.
 
     >>> print(table().partition(" | it")[0])
     | convention | kind

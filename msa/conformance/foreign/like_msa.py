@@ -1,4 +1,4 @@
-"""The convention of this project: functions called as msa.select and msa.attention are."""
+"""The convention of this project: functions with the arguments of msa.select and others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msa.ir import Array, Selection, Sequences
 
 
 def msa_select(target: Function) -> Function:
-    """As msa.select."""
+    """Adapt a function like msa.select."""
 
     def ids(q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig) -> Array:
         cu_q, cu_k = borders(q_idx, sequences)
@@ -24,7 +24,7 @@ def msa_select(target: Function) -> Function:
 
 
 def msa_sparse_attention(target: Function) -> Function:
-    """As msa.sparse_attention."""
+    """Adapt a function like msa.sparse_attention."""
 
     def attend(
         q: Array, k: Array, v: Array, selection: Selection, scale: float
@@ -35,7 +35,7 @@ def msa_sparse_attention(target: Function) -> Function:
 
 
 def msa_attention(target: Function) -> Function:
-    """As msa.attention."""
+    """Adapt a function like msa.attention."""
 
     def attend(
         q: Array, k: Array, v: Array, q_idx: Array, k_idx: Array,

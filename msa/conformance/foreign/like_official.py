@@ -11,7 +11,7 @@ from msa.ir import Array, Selection, Sequences
 
 
 def official_select(target: Function) -> Function:
-    """As the paged prefill indexer: plan and run in one call."""
+    """Adapt a function like the paged prefill indexer, with plan and run in one call."""
 
     def ids(q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig) -> Array:
         pages, table = in_pages(k_idx, sequences, config.block_size)
@@ -23,7 +23,7 @@ def official_select(target: Function) -> Function:
 
 
 def official_sparse_attention(target: Function) -> Function:
-    """As the paged sparse prefill: plan and run in one call."""
+    """Adapt a function like the paged sparse prefill, with plan and run in one call."""
 
     def attend(
         q: Array, k: Array, v: Array, selection: Selection, scale: float

@@ -15,25 +15,25 @@ from msa.ir import Array, Selection, Sequences
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed sequences as the rows of a batch: padded behind, and by `left` tokens before."""
+    """Packed sequences as rows of a batch: `left` tokens of padding before, the rest behind."""
 
     sequences: Sequences
     left: int = 0
 
     def queries(self, tokens: Array) -> Array:
-        """[Tq, ...] to [B, T, ...]."""
+        """Packed [Tq, ...] to rows [B, T, ...]."""
         return in_rows(tokens, (qs for qs, _ in self.sequences.spans()))
 
     def keys(self, tokens: Array) -> Array:
-        """[Tk, ...] to [B, left + n_k, ...]."""
+        """Packed [Tk, ...] to rows [B, left + n_k, ...]."""
         return in_rows(tokens, (ks for _, ks in self.sequences.spans()), self.left)
 
     def packed(self, rows: Array) -> Array:
-        """[B, T, ...] to [Tq, ...]."""
+        """Rows [B, T, ...] to packed [Tq, ...]."""
         return from_rows(rows, (qs for qs, _ in self.sequences.spans()))
 
     def positions(self, like: Array) -> Array:
-        """position_ids [B, T], counted from a row's first token; padding repeats its last query."""
+        """position_ids [B, T] from a row's first token on. Padding repeats the last position."""
         starts = arrays.like(like, self.sequences.positions())
         rows = [starts[qs] for qs, _ in self.sequences.spans()]
         longest = max(len(row) for row in rows)
@@ -51,7 +51,7 @@ class Rows:
 
 
 def transformers_select(target: Function) -> Function:
-    """As MiniMaxM3VLIndexer after its projections, and with the mask that it is not given."""
+    """Adapt a function like MiniMaxM3VLIndexer after its projections, with a padding mask added."""
 
     def ids(
         q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig, left_padding: int = 0
@@ -81,7 +81,7 @@ def transformers_select(target: Function) -> Function:
 
 
 def transformers_sparse_attention(target: Function) -> Function:
-    """As its attention from `block_indices` on: mask and softmax."""
+    """Adapt a function like its attention after `block_indices`: mask and softmax."""
 
     def attend(
         q: Array, k: Array, v: Array, selection: Selection, scale: float
@@ -90,7 +90,7 @@ def transformers_sparse_attention(target: Function) -> Function:
         width = min(selection.top_k, selection.sequences.max_blocks(block))
         ids = rows.queries(layouts.own_block_first(selection, None)[..., :width])
         for row, (qs, _) in zip(ids, selection.sequences.spans()):
-            row[qs.stop - qs.start :] = -1  # padding asks for nothing
+            row[qs.stop - qs.start :] = -1  # padding selects no block
         found, _ = first_of(
             target(
                 rows.queries(q).swapaxes(1, 2),

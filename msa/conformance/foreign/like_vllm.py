@@ -12,7 +12,7 @@ from msa.ir import Array, Selection, Sequences
 
 
 def vllm_select(target: Function) -> Function:
-    """As minimax_m3_index_score and minimax_m3_index_topk behind one another."""
+    """Adapt a function that does minimax_m3_index_score, then minimax_m3_index_topk."""
 
     def ids(q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig) -> Array:
         pages, table = in_pages(k_idx, sequences, config.block_size)
@@ -27,13 +27,15 @@ def vllm_select(target: Function) -> Function:
 
 
 def vllm_sparse_attention(target: Function) -> Function:
-    """As minimax_m3_sparse_attn, but for `output`, which is returned."""
+    """Adapt a function like minimax_m3_sparse_attn that returns `output`."""
 
     def attend(
         q: Array, k: Array, v: Array, selection: Selection, scale: float
     ) -> tuple[Array, None]:
         sequences, width = selection.sequences, max(k.shape[-1], v.shape[-1])
-        both = arrays.join([wider(k, width), wider(v, width)], -1)  # K | V share their head size
+        both = arrays.join(
+            [wider(k, width), wider(v, width)], -1
+        )  # K and V have one head size in a shared page
         pages, table = in_pages(both, sequences, selection.block_size)
         seq_lens, prefix_lens = lengths(q, sequences)
         found, _ = first_of(
@@ -49,7 +51,7 @@ def vllm_sparse_attention(target: Function) -> Function:
 
 
 def wider(array: Array, width: int) -> Array:
-    """Zeros behind the last dim: they change no product, and give columns that are dropped."""
+    """Fill the last dim up with zeros. They change no product; their columns are dropped."""
     return arrays.widen(array, width, 0)
 
 

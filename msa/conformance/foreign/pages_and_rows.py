@@ -1,6 +1,6 @@
-"""Packed tokens laid out as other projects keep them, with rubbish wherever nothing is to be read.
+"""Packed tokens in pages or rows, as other projects keep them, with rubbish in unused places.
 
-The rubbish is finite, as memory that was used before is: a kernel may load it, mask its score and
+The rubbish is finite, like memory that was used before. A kernel may load it, mask its score and
 multiply its value by a weight of 0.
 """
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUBBISH = 999.0
-"""Its sign alternates from token to token, so that some of it always scores highest."""
+"""The size of rubbish. Its sign alternates over the tokens, so some of it always scores highest."""
 
 
 def rubbish(like: Tensor, *shape: int) -> Tensor:
-    """A tensor [rows, tokens, ...] of nothing else.
+    """A tensor [rows, tokens, ...] full of rubbish.
 
     >>> import torch
     >>> rubbish(torch.zeros(1), 1, 3, 1).flatten()
@@ -33,8 +33,8 @@ def rubbish(like: Tensor, *shape: int) -> Tensor:
 def in_pages(tokens: Tensor, sequences: Sequences, block: int) -> tuple[Tensor, Tensor]:
     """Keys, values or index keys [Tk, ...] in shuffled pages [pages, block, ...], and the table.
 
-    One page belongs to nobody; what the table [batch, any] holds beyond a sequence's blocks is it.
-    The order of the pages depends on the lengths alone, so k, v and k_idx have one table.
+    One page belongs to no sequence; unused entries of the table [batch, any] point to this page.
+    The order of the pages depends only on the lengths, so k, v and k_idx share one table.
 
     >>> import torch
     >>> pages, table = in_pages(torch.arange(3.0), Sequences.one(1, 3), block=2)
@@ -61,7 +61,7 @@ def in_pages(tokens: Tensor, sequences: Sequences, block: int) -> tuple[Tensor, 
 
 
 def in_rows(tokens: Tensor, spans: Iterable[slice], left: int = 0) -> Tensor:
-    """Packed tokens [T, ...] as a batch [B, left + longest, ...]; rubbish before and behind.
+    """Packed tokens [T, ...] as a batch [B, left + longest, ...], padded with rubbish.
 
     >>> import torch
     >>> in_rows(torch.tensor([1.0, 2, 3]), [slice(0, 1), slice(1, 3)])
@@ -77,7 +77,7 @@ def in_rows(tokens: Tensor, spans: Iterable[slice], left: int = 0) -> Tensor:
 
 
 def from_rows(rows: Tensor, spans: Iterable[slice]) -> Tensor:
-    """The way back, for rows without padding on the left.
+    """Rows back to packed tokens, for rows without padding on the left.
 
     >>> import torch
     >>> from_rows(torch.tensor([[1.0, -999], [2, 3]]), [slice(0, 1), slice(1, 3)])

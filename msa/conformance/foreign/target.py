@@ -1,8 +1,8 @@
-"""A function of yours in place of a backend: found by name, spoken to in its own convention.
+"""Your own function in place of a backend: how it is called, and which rules it is tested for.
 
-The rest of an attention is the spec's (for tensors that of the torch backend): around a selection
-function its attention, around an attention its selection. So the properties of whole paths speak of
-your function as well, and only rules that are about it are asked.
+The rest of the path comes from the reference (for torch tensors from the torch backend): the
+attention for a selection function, the selection for an attention. So properties of the whole path
+test your function too. Only rules that apply to the function are tested.
 
 >>> import msa
 >>> make_target(msa.select, TargetOptions()).rules
@@ -34,53 +34,53 @@ RULES_OF: dict[Kind, tuple[str, ...]] = {
     "sparse_attention": ATTENTION,
     "attention": (*SELECTION[:-1], *ATTENTION[3:]),
 }
-"""What speaks of each kind of function. The others are about steps that it does not show."""
+"""The rules for each kind of function. All other rules are about steps inside the function."""
 
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How a function of one's own is called, and on what."""
+    """How your own function is called, and with which tensors."""
 
     convention: Literal["msa", "transformers", "vllm", "official"] = "msa"
-    """Whose arguments and order of results the target has."""
+    """The project whose arguments and results the target has."""
     kind: Kind = "select"
-    """What it does: choose blocks, attend over chosen ones, or both."""
+    """What the target does: select blocks, attend to selected blocks, or both."""
     tensors: Literal["numpy", "cpu", "cuda"] | None = None
-    """NumPy arrays, or torch tensors on a device. None: numpy for msa, cpu for the others."""
+    """NumPy arrays, or torch tensors on a device. By default numpy for msa, cpu for the others."""
     dtypes: tuple[str, ...] = ("float32",)
-    """What it is given: float64, float32, float16, bfloat16."""
+    """Dtypes that the target is given: float64, float32, float16, bfloat16."""
     block_sizes: tuple[int, ...] = ()
-    """The block sizes that it knows, such as 128; any by default."""
+    """Block sizes that the target supports, such as 128. By default any."""
     head_sizes: tuple[int, ...] = ()
-    """The sizes of heads that it knows, such as 128; any by default."""
+    """Head sizes that the target supports, such as 128. By default any."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is tried in place of a backend, and what it is asked."""
+    """A function under test, wrapped as a backend, and the rules that it is tested for."""
 
     subject: Subject
-    """Its ids in canonical order, whatever order they came in."""
+    """The target with its ids sorted into canonical order."""
     as_given: Subject
-    """Its ids as they came: this is what R8 is about."""
+    """The target with its ids in the order in which it returned them, for R8."""
     rules: tuple[str, ...]
 
     def tried_for(self, rule: str) -> Subject:
-        """Which of the two a rule looks at."""
+        """The subject on which a rule is tested."""
         return self.as_given if rule == "R8" else self.subject
 
     def asked(self, properties: list[Property]) -> list[Property]:
-        """Those that speak of the function: of its rules, and calling nothing that it lacks."""
+        """The properties that apply: those of its rules that need nothing that it lacks."""
         domain = self.subject.domain
         return [p for p in properties if p.rule in self.rules and domain.has(*p.needs)]
 
 
 def make_target(function: Function, options: TargetOptions, name: str = "target") -> Target:
-    """A function under a convention, after one plain call that shows that it can be called.
+    """Make a target of a function, after a first call that shows that it can be called.
 
     Raises:
-        BadTarget: an unknown convention, kind, dtype or kind of tensors; a kind that the convention
-            has not; a call that raises; a result of another shape or dtype.
+        BadTarget: the convention, kind, dtype or kind of tensors is unknown; the convention does
+            not have this kind; the first call raised an error, or gave another shape or dtype.
 
     >>> try:
     ...     make_target(len, TargetOptions())
@@ -118,7 +118,7 @@ def make_target(function: Function, options: TargetOptions, name: str = "target"
 
 
 def domain_of(convention: Convention, options: TargetOptions, tensors: str) -> Domain:
-    """What may be drawn."""
+    """The domain from which cases for the target are drawn."""
     return Domain(
         dtypes=options.dtypes,
         block_sizes=options.block_sizes or None,
@@ -132,7 +132,7 @@ def domain_of(convention: Convention, options: TargetOptions, tensors: str) -> D
 
 
 def missing_of(kind: Kind, gives: frozenset[str]) -> frozenset[str]:
-    """What the function does not show: steps that nobody is to judge it by."""
+    """The functions and abilities that the target does not have, and is not tested for."""
     shown: dict[Kind, set[str]] = {
         "select": {"select_fused", "attend"},
         "sparse_attention": {"attend_selection", "attend"},
@@ -142,7 +142,7 @@ def missing_of(kind: Kind, gives: frozenset[str]) -> frozenset[str]:
 
 
 def first_call(wrapped: WrappedFunction, kind: Kind, plain: Subject) -> frozenset[str]:
-    """Call the function on three blocks of ordinary numbers; which of "lse" and "ids" it gives."""
+    """Call the function on three blocks of random numbers; return which of lse, ids it gives."""
     domain = plain.domain
     block, dim = min(domain.block_sizes or (16,)), min(domain.dims or (16,))
     names = ("q", "k", "v", "q_idx", "k_idx")

@@ -19,9 +19,9 @@ Order = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class WrappedFunction:
-    """The functions of a backend that one adapted function gives, with those of `base` around it.
+    """One adapted function, completed to a backend by the functions of `base`.
 
-    Without queries there is nothing to ask: then the base answers.
+    For calls without queries `base` is used, because the function need not support them.
     """
 
     adapted: Function
@@ -29,7 +29,7 @@ class WrappedFunction:
     order: Order = in_order
 
     def stages(self, kind: Kind, gives: frozenset[str]) -> dict[str, Function]:
-        """By the names of msa.interface.Backend."""
+        """The functions under test, by their names in msa.interface.Backend."""
         match kind:
             case "select":
                 return {"select_fused": self.select, "attend": self.attend_by(self.select, None)}
@@ -43,7 +43,7 @@ class WrappedFunction:
     def select(
         self, q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig, **options: int
     ) -> Selection:
-        """The index branch."""
+        """The index branch, by the function."""
         if sequences.total_q == 0:
             return self.base.select_fused(q_idx, k_idx, sequences, config)
         ids = self.adapted(q_idx, k_idx, sequences, config, **options)
@@ -52,14 +52,14 @@ class WrappedFunction:
     def attend_selection(
         self, q: Array, k: Array, v: Array, selection: Selection, scale: float
     ) -> Output:
-        """The main branch; an lse that is not given is NaN, and nobody asks for it."""
+        """The main branch, by the function. If it gives no lse, lse is NaN and is not tested."""
         if len(q) == 0:
             return self.base.attend_selection(q, k, v, selection, scale)
         out, lse = self.adapted(q, k, v, selection, scale)
         return Output(out, out[..., 0] * np.nan if lse is None else lse, selection)
 
     def attend_by(self, select: Function, attend: Function | None) -> Function:
-        """The whole path, one half of it the base's."""
+        """The whole path from two halves; without `attend` the second half is that of the base."""
         main = attend or self.base.attend_selection
 
         def attend_whole(
@@ -76,7 +76,7 @@ class WrappedFunction:
         self, q: Array, k: Array, v: Array, q_idx: Array, k_idx: Array,
         sequences: Sequences, config: MSAConfig,
     ) -> Output:  # fmt: skip
-        """The whole path in one function; ids that it does not give are the base's."""
+        """The whole path, by the function. If it gives no ids, those of the base are used."""
         if len(q) == 0:
             return self.base.attend(q, k, v, q_idx, k_idx, sequences, config)
         out, lse, ids = self.adapted(q, k, v, q_idx, k_idx, sequences, config)
@@ -89,7 +89,7 @@ class WrappedFunction:
     def select_of_whole(
         self, q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig
     ) -> Selection:
-        """Its ids over queries, keys and values of 0, whose sizes are those of the index branch."""
+        """The ids of the whole path, called with q, k and v of 0 in the index branch's sizes."""
         q, k = arrays.zeros_like(q_idx), arrays.zeros_like(k_idx)
         k = arrays.stack([k] * q_idx.shape[1], 1)
         output = self.attend(q, k, k, q_idx, k_idx, sequences, config)
