@@ -48,7 +48,7 @@ class Kit:
         return msa.select(**(self.arrays("q_idx k_idx") | self.common | changes))
 
     def selection(self, **changes: Any) -> msa.Selection:
-        """A canonical selection: 6 queries at positions 2 to 7, blocks of 4; some fields replaced."""
+        """A canonical selection of 6 queries at positions 2 to 7; some fields replaced."""
         rows = [[0, -1], [0, -1], [0, 1], [0, 1], [0, 1], [1, -1]]
         good: Arguments = {
             "indices": self.integers([[row, row] for row in rows]),

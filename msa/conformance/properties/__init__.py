@@ -1,4 +1,4 @@
-"""What a property is, and the list of all of them in the order of the rules."""
+"""What a property is, and the names of the rules. `collect` gathers the properties of all files."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ RULES = {
     "R15": "Partials", "R16": "Combine", "R17": "KL alignment", "R18": "Gradients",
     "R19": "Determinism", "R20": "Bad input", "R21": "Places",
 }  # fmt: skip
-"""What each rule of docs/spec.md is about."""
+"""The name of each rule in docs/spec.md."""
 
 
 @dataclass(frozen=True)
 class Property:
-    """A statement about a backend that holds in every case drawn from its domain."""
+    """A statement about a backend that must hold in every case of its domain."""
 
     check: Check
-    """Returns how close the case came to its bound, or raises Disagreement."""
+    """Returns how close a case came to its error bound, or raises Disagreement."""
     cases: Cases
     needs: tuple[str, ...]
-    """Functions of the contract that it calls, "backward" or "api", and a dtype it cannot miss."""
+    """What a backend must have: functions of the contract, abilities, options and dtypes."""
     seeds: tuple[Any, ...]
-    """Cases tried first, every time."""
+    """Cases that every search tries first."""
 
     @property
     def name(self) -> str:
-        """Starts with the rule: r7_ties_go_to_the_lower_id."""
+        """The name of the function. It starts with the rule: r7_ties_go_to_the_lower_id."""
         return self.check.__name__
 
     @property
     def rule(self) -> str:
-        """R1 to R21."""
+        """The rule, R1 to R21."""
         return self.name.partition("_")[0].upper()
 
     @property
     def statement(self) -> str:
-        """The first line of its docstring."""
+        """The first line of the function's docstring."""
         return (self.check.__doc__ or "").partition("\n")[0].removesuffix(".")
 
 

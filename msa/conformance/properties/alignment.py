@@ -35,7 +35,7 @@ ONE_TOKEN = Case(
     q_idx=Fill("normal", seed=3),
     k_idx=Fill("normal", seed=4),
 )
-"""A sequence's first token, and the first token of a block when k = 1: each sees itself alone."""
+"""Each query sees one token: the first of a sequence, or for k = 1 the first of a block."""
 TIES = replace(
     ONE_TOKEN,
     config=MSAConfig(block_size=16, top_k=2),
@@ -44,11 +44,11 @@ TIES = replace(
     k_idx=Fill(),
     picks=Picks("full"),
 )
-"""The index branch prefers nothing."""
+"""All scores of the index branch are equal."""
 
 
 def yardstick(inputs: Inputs, selection: Selection | None, groups: int) -> Alignment:
-    """The two branches over the same support; the index branch is one more attention."""
+    """The KL loss of the yardstick: both branches are attentions over the same support."""
     if selection is None:
         mask = causal_mask(inputs.sequences, groups)
     else:
@@ -63,7 +63,7 @@ def yardstick(inputs: Inputs, selection: Selection | None, groups: int) -> Align
 def loss_of(
     subject: Subject, inputs: Inputs, selection: Selection | None, lse: Array | None = None
 ) -> Array:
-    """The stage, forward only; lse in its own dtype."""
+    """Call align_index without gradients. lse keeps its dtype."""
     args = (*inputs.main[:2], *inputs.index, selection)
     given = [subject.give(x, inputs.dtype) for x in args]
     known = () if lse is None else (subject.give(lse, dtype_name(lse)),)
@@ -73,7 +73,7 @@ def loss_of(
 
 @holds_for(mild, needs=("align_index",), seeds=(ONE_TOKEN, TIES))
 def r17_the_loss_is_the_kl_over_selected_tokens(subject: Subject, case: Case) -> Measure:
-    """Teacher: mean of the heads' probabilities; student: softmax of the scores (eq. 9-10)."""
+    """The loss is the KL of the heads' mean probabilities against the softmax of the scores."""
     inputs, selection = case.inputs, case.selection
     want = yardstick(inputs, selection, case.groups)
     bound = want.bound(subject.domain.precision(case.dtype))
@@ -84,7 +84,7 @@ def r17_the_loss_is_the_kl_over_selected_tokens(subject: Subject, case: Case) ->
 
 @holds_for(mild, needs=("align_index",), seeds=(ONE_TOKEN, TIES))
 def r17_the_warm_up_form_is_dense(subject: Subject, case: Case) -> Measure:
-    """Without a selection both distributions run over all visible tokens."""
+    """Without a selection both distributions are over all visible tokens."""
     want = yardstick(case.inputs, None, case.groups)
     bound = want.bound(subject.domain.precision(case.dtype))
     loss = loss_of(subject, case.inputs, None)
@@ -93,7 +93,7 @@ def r17_the_warm_up_form_is_dense(subject: Subject, case: Case) -> Measure:
 
 @holds_for(planted, needs=("align_index",))
 def r17_nan_scores_count_as_minus_infinity(subject: Subject, case: Case) -> Measure:
-    """Where the index branch has NaN or infinities the loss is the reference's, infinite or not."""
+    """With NaN or infinities in the index branch the loss equals that of the reference."""
     found: list[Measure] = []
     precision = subject.domain.precision(case.dtype)
     plain = [replace(fill, planted=()) for fill in (case.q_idx, case.k_idx)]
@@ -102,7 +102,7 @@ def r17_nan_scores_count_as_minus_infinity(subject: Subject, case: Case) -> Meas
         want = spec_alignment(case.inputs, selection, case.inputs.index)
         loss = loss_of(subject, case.inputs, selection)
         require(not np.isnan(loss), "the loss must be a number")
-        # tokens drop out of the student; its other logarithms grow by no more than the loss does
+        # the student loses tokens, and its other logarithms grow by at most the growth of the loss
         bound = yardstick(tame, selection, case.groups).bound(precision) * (1 + abs(want))
         found.append(compare("loss", loss, np.float64(want), np.float64(bound)))
     return worst(*found)
@@ -110,7 +110,7 @@ def r17_nan_scores_count_as_minus_infinity(subject: Subject, case: Case) -> Meas
 
 @holds_for(mild, needs=("align_index",))
 def r17_a_perfect_student_has_no_loss(subject: Subject, case: Case) -> Measure:
-    """One head per group and an index branch equal to the main branch: KL = 0."""
+    """The loss is 0 if each group has one head and the index branch equals the main branch."""
     q, k, v = case.inputs.main
     q, k, v = q[:, :1], k[:, :1], v[:, :1]
     config = replace(case.config, index_scale=case.inputs.scale, softmax_scale=case.inputs.scale)
@@ -122,7 +122,7 @@ def r17_a_perfect_student_has_no_loss(subject: Subject, case: Case) -> Measure:
 
 @holds_for(mild, needs=("align_index",), seeds=(ONE_TOKEN, TIES))
 def r17_a_known_lse_changes_nothing(subject: Subject, case: Case) -> Measure:
-    """With the LSE of any attention over the same support the loss is the same, up to rounding."""
+    """The loss is the same, up to rounding, if the LSE of the same support is given."""
     found: list[Measure] = []
     precision = subject.domain.precision(case.dtype)
     for selection in (case.selection, None):
@@ -136,7 +136,7 @@ def r17_a_known_lse_changes_nothing(subject: Subject, case: Case) -> Measure:
 
 @holds_for(mild, needs=("attend", "align_index"))
 def r17_one_call_gives_the_loss_too(subject: Subject, case: Case) -> Measure:
-    """attend(align=True): out, lse, selection to the bit as without, and kl over that selection."""
+    """attend(align=True) adds kl over its selection, and changes no bit of the other results."""
     inputs = case.inputs
     plain, output = attend(subject, inputs), attend(subject, inputs, align=True)
     require(plain.kl is None, f"kl must be None where it was not asked for, got {plain.kl}")

@@ -1,4 +1,4 @@
-"""R9-R12: the attention itself, its LSE, the dense limit, dtypes."""
+"""R9-R12: attention over a selection, its LSE, the dense limit, dtypes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HUGE_LOGIT = Case(
     q=Fill(kind="ties"),
     k=Fill(kind="enormous"),
 )
-"""Fused into one multiply-add, logit - top is off from 0 by half an ulp of 1e14 (GPU only)."""
+"""On a GPU a fused multiply-add gave a logit minus its maximum as half an ulp of 1e14, not 0."""
 LOW_LOGITS = replace(
     HUGE_LOGIT,
     sequences=Sequences.one(2, 2),
@@ -44,7 +44,7 @@ LOW_LOGITS = replace(
     k=Fill(planted=((0, -1e17), (1, -1e17))),
     v=Fill("integers", seed=1),
 )
-"""Every logit of a row is -1e34: a running maximum that begins higher loses all of them."""
+"""Every logit of a row is -1e34. A running maximum that starts above this loses all of them."""
 EQUAL_LOGITS = replace(
     HUGE_LOGIT,
     config=MSAConfig(block_size=16, top_k=3, softmax_scale=2.0**24),
@@ -53,21 +53,21 @@ EQUAL_LOGITS = replace(
     k=Fill("ones"),
     picks=Picks("full"),
 )
-"""All logits are 2^24: their LSE, rounded to float32, is the same for 3 tokens as for 48."""
+"""All logits are 2^24. In float32 their LSE is the same for 3 tokens as for 48."""
 
 wild = partial(strategies.cases, want=strategies.WILD)
 
 
 @holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r9_attention_over_a_selection_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """Over any canonical selection, at any magnitude: softmax over the selected visible tokens."""
+    """Attention over any canonical selection is the softmax over its visible tokens."""
     output = attend_selection(subject, case.inputs, case.selection)
     return compare_output(subject, case.inputs, output, dense(case.inputs, case.selection.indices))
 
 
 @holds_for(wild, needs=("attend",))
 def r9_the_whole_path_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """attend = the spec's selection, then softmax over its visible tokens."""
+    """attend gives the selection of the spec, and the softmax over its visible tokens."""
     output = attend(subject, case.inputs)
     want = select_fused(spec(subject), case.inputs)
     same("selection", selected(output), want.indices)
@@ -76,7 +76,7 @@ def r9_the_whole_path_is_the_definition(subject: Subject, case: Case) -> Measure
 
 @holds_for(wild, needs=("attend_selection",), seeds=(HUGE_LOGIT, LOW_LOGITS, EQUAL_LOGITS))
 def r9_the_weights_of_a_query_sum_to_1(subject: Subject, case: Case) -> Measure:
-    """Where all values are 1, so is out, however coarsely large logits are rounded."""
+    """If all values are 1, out is 1, even if large logits are rounded coarsely."""
     inputs = case.inputs
     q, k, v = inputs.main
     inputs = replace(inputs, main=(q, k, np.ones_like(v)))
@@ -86,7 +86,7 @@ def r9_the_weights_of_a_query_sum_to_1(subject: Subject, case: Case) -> Measure:
 
 @holds_for(strategies.cases, needs=("attend_selection",))
 def r9_blocks_not_selected_do_not_matter(subject: Subject, case: Case) -> Measure:
-    """Other keys and values in a block that a query did not select change nothing for it."""
+    """Changes of keys and values in blocks that a query did not select do not change its result."""
     inputs, selection = case.inputs, case.selection
     block = case.config.block_size
     victim = case.chunk_size % max(1, case.sequences.max_blocks(block))
@@ -101,7 +101,7 @@ def r9_blocks_not_selected_do_not_matter(subject: Subject, case: Case) -> Measur
 
 @holds_for(wild, needs=("unite_tiles", "attend_union"), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """The other loop order: a running softmax along the union of neighbouring queries' blocks."""
+    """The running softmax along the union of neighbouring queries' blocks gives the same result."""
     inputs = case.inputs
     union: TileUnion = spec(subject).run(
         "unite_tiles", case.selection, case.tile_size, cast=case.dtype
@@ -113,7 +113,7 @@ def r9_the_union_walk_is_the_definition(subject: Subject, case: Case) -> Measure
 
 @holds_for(wild, needs=("attend_selection", "lse"), seeds=(HUGE_LOGIT, LOW_LOGITS))
 def r10_lse_is_the_natural_logarithm_in_float32(subject: Subject, case: Case) -> Measure:
-    """lse = log of the sum of exp of the scaled scores over the support, whatever the dtype."""
+    """lse is the log of the sum of exp of the scaled scores, in float32 for every dtype."""
     output = attend_selection(subject, case.inputs, case.selection)
     require(output.lse.dtype == np.float32, f"lse must be float32, got {output.lse.dtype}")
     want = dense(case.inputs, case.selection.indices)
@@ -123,7 +123,7 @@ def r10_lse_is_the_natural_logarithm_in_float32(subject: Subject, case: Case) ->
 
 @holds_for(strategies.cases, needs=("attend", "lse"))
 def r10_lse_of_the_whole_path_too(subject: Subject, case: Case) -> Measure:
-    """The lse of attention belongs to the blocks that were selected, in float32."""
+    """The lse of the whole path is that of the selected blocks, in float32."""
     output = attend(subject, case.inputs)
     require(output.lse.dtype == np.float32, f"lse must be float32, got {output.lse.dtype}")
     want = dense(case.inputs, selected(output))
@@ -133,7 +133,7 @@ def r10_lse_of_the_whole_path_too(subject: Subject, case: Case) -> Measure:
 
 @holds_for(strategies.cases, needs=("attend",))
 def r11_with_many_places_it_is_causal_attention(subject: Subject, case: Case) -> Measure:
-    """With k at least the number of blocks the result is dense causal GQA, whatever the index."""
+    """If k is at least the number of blocks, the result is dense causal attention (GQA)."""
     blocks = max(1, case.sequences.max_blocks(case.config.block_size))
     config = replace(case.config, top_k=max(blocks, case.config.forced_blocks))
     inputs = replace(case.inputs, config=config)
@@ -144,7 +144,7 @@ def r11_with_many_places_it_is_causal_attention(subject: Subject, case: Case) ->
 
 @holds_for(strategies.cases, needs=("attend",))
 def r12_out_has_the_dtype_of_q(subject: Subject, case: Case) -> Measure:
-    """out in q's dtype, lse in float32, indices in int32, as the backend returns them."""
+    """The backend returns out in the dtype of q, lse in float32 and indices in int32."""
     inputs = case.inputs
     given = [subject.give(x, case.dtype) for x in (*inputs.main, *inputs.index)]
     output = subject.module.attend(*given, inputs.sequences, inputs.config)

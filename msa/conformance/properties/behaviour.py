@@ -1,4 +1,4 @@
-"""R19, R20: the same bits every time, and bad input refused before any work."""
+"""R19, R20: every call gives the same bits, and bad input is refused before any work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ larger = partial(strategies.cases, want=LARGER)
 
 @holds_for(larger, needs=("attend",))
 def r19_the_same_call_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """Twice the whole path: equal to the last bit."""
+    """Two calls of the whole path give the same bits."""
     one, two = attend(subject, case.inputs), attend(subject, case.inputs)
     same("selection", selected(one), selected(two))
     same("out", one.out, two.out)
@@ -38,7 +38,7 @@ def r19_the_same_call_gives_the_same_bits(subject: Subject, case: Case) -> Measu
 
 @holds_for(larger, needs=("attend_selection",))
 def r19_the_same_selection_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """Twice over one selection: equal to the last bit."""
+    """Two calls of attention over one selection give the same bits."""
     one, two = (attend_selection(subject, case.inputs, case.selection) for _ in range(2))
     same("out", one.out, two.out)
     return same("lse", one.lse, two.lse)
@@ -46,7 +46,7 @@ def r19_the_same_selection_gives_the_same_bits(subject: Subject, case: Case) -> 
 
 @holds_for(strategies.paged_cases, needs=("decode_step",))
 def r19_decoding_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
-    """Two decoding steps on the same cache."""
+    """Two decoding steps on the same cache give the same bits."""
     args = (*paged.queries, paged.cache, paged.case.config)
     one, two = (subject.run("decode_step", *args, cast=paged.case.dtype) for _ in range(2))
     same("selection", selected(one), selected(two))
@@ -56,7 +56,7 @@ def r19_decoding_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Meas
 
 @holds_for(larger, needs=("attend_selection", "backward"))
 def r19_gradients_have_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """Two backward passes of attention over one selection."""
+    """Two backward passes of attention over one selection give the same bits."""
     args = (subject, case.inputs, case.selection, *upstream(case))
     same_gradients(*(attention_gradients(*args) for _ in range(2)))
     return AGREES
@@ -64,7 +64,7 @@ def r19_gradients_have_the_same_bits(subject: Subject, case: Case) -> Measure:
 
 @holds_for(larger, needs=("attend", "align_index", "backward"))
 def r19_alignment_has_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """Two backward passes of the loss, of its warm-up form, and of everything in one call."""
+    """Two backward passes give the same bits: of the loss, its warm-up form, and align=True."""
     for selection in (case.selection, None):
         args = (subject, case.inputs, selection)
         (loss, one), (again, two) = (alignment(*args) for _ in range(2))
@@ -76,7 +76,7 @@ def r19_alignment_has_the_same_bits(subject: Subject, case: Case) -> Measure:
 
 
 def same_gradients(one: Mapping[str, Array | None], two: Mapping[str, Array | None]) -> None:
-    """Equal to the last bit, where there is any."""
+    """Check that both gradients are None, or equal to the last bit."""
     for name, grad in one.items():
         require((grad is None) == (two[name] is None), f"d{name} must come every time or never")
         if grad is not None:
@@ -84,12 +84,12 @@ def same_gradients(one: Mapping[str, Array | None], two: Mapping[str, Array | No
 
 
 def bad_inputs(domain: Domain) -> st.SearchStrategy[BadInput]:
-    """All of them are tried anyway, as seeds."""
+    """Any case of bad input. The seeds already try all of them."""
     return st.sampled_from(BAD_INPUTS)
 
 
 @holds_for(bad_inputs, needs=("api",), seeds=BAD_INPUTS)
 def r20_bad_input_is_refused_before_any_work(subject: Subject, bad: BadInput) -> Measure:
-    """An error that names the argument, the wanted and the given, before any stage is called."""
+    """The error names the argument, what was wanted and what was given, before any work."""
     try_bad_input(subject, bad)
     return AGREES

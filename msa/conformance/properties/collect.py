@@ -1,4 +1,4 @@
-"""All properties, in the order of the themes."""
+"""The list of all properties."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ THEMES = (
 
 
 def all_properties() -> tuple[Property, ...]:
-    """R1 to R21."""
+    """The properties of all files, in the order of THEMES."""
     return tuple(p for theme in THEMES for p in vars(theme).values() if isinstance(p, Property))

@@ -28,12 +28,12 @@ REAL = strategies.REAL_INDEX
 
 
 def select(subject: Subject, scores: BlockScores, case: Case | ScoresCase) -> Selection:
-    """The second step, on scores that float32 holds exactly."""
+    """Call select_blocks on scores that are exact in float32."""
     return subject.run("select_blocks", scores, case.config, cast="float32")
 
 
 def token_scores(case: Case, precision: Precision) -> tuple[Array, Array]:
-    """S [Tq, Hkv, Tk] and how far each score may be off: its sum, the scale, what is stored."""
+    """The token scores S [Tq, Hkv, Tk] and their error bounds, from the sum and the scale."""
     q, k = case.inputs.index
     keys, scale = np.repeat(k[:, None], q.shape[1], axis=1), case.inputs.index_scale
     with np.errstate(invalid="ignore", over="ignore"):
@@ -47,7 +47,10 @@ def token_scores(case: Case, precision: Precision) -> tuple[Array, Array]:
 
 
 def loop_over_blocks(case: Case, precision: Precision) -> tuple[Array, Array]:
-    """M [Tq, Hkv, NB] by its definition (eq. 6), and how far off it may be: the worst token is."""
+    """The block scores M [Tq, Hkv, NB] by definition (eq. 6), and their error bounds.
+
+    The bound of a block is the largest bound of its tokens.
+    """
     block = case.config.block_size
     blocks = case.sequences.max_blocks(block)
     scores, bounds = token_scores(case, precision)
@@ -65,7 +68,7 @@ def loop_over_blocks(case: Case, precision: Precision) -> tuple[Array, Array]:
 
 @holds_for(partial(strategies.cases, want=REAL), needs=("score_blocks",))
 def r4_scores_are_scaled_products(subject: Subject, case: Case) -> Measure:
-    """Real-valued scores lie within the rounding bound of float64."""
+    """Scores of real numbers lie within their error bound around float64."""
     want, bound = loop_over_blocks(case, subject.domain.precision(case.dtype))
     got = score_blocks(subject, case.inputs)
     return compare("scores", got.values, want, bound + 2.0**-126)
@@ -73,7 +76,7 @@ def r4_scores_are_scaled_products(subject: Subject, case: Case) -> Measure:
 
 @holds_for(strategies.cases, needs=("score_blocks",))
 def r4_integer_scores_are_exact_and_nan_is_minus_infinity(subject: Subject, case: Case) -> Measure:
-    """With a power of two as scale, scores of small integers are exact, NaN and infinities too."""
+    """Scores of small integers are exact if the scale is a power of two; NaN counts as -inf."""
     case = replace(case, config=replace(case.config, index_scale=0.5))
     want, _ = loop_over_blocks(case, EXACT)
     return same("scores", score_blocks(subject, case.inputs).values.astype(np.float64), want)
@@ -81,7 +84,7 @@ def r4_integer_scores_are_exact_and_nan_is_minus_infinity(subject: Subject, case
 
 @holds_for(strategies.cases, needs=("score_blocks",))
 def r5_block_scores_are_raw_maxima_of_visible_tokens(subject: Subject, case: Case) -> Measure:
-    """The score of a block is the highest of its visible tokens'; -inf where none is visible."""
+    """A block has the highest score of its visible tokens, or -inf if none is visible."""
     got = score_blocks(subject, case.inputs)
     want, bound = loop_over_blocks(case, subject.domain.precision(case.dtype))
     same("block_size", got.block_size, case.config.block_size)
@@ -95,7 +98,7 @@ def r5_block_scores_are_raw_maxima_of_visible_tokens(subject: Subject, case: Cas
 
 
 def visible_and_forced(case: ScoresCase, i: int) -> tuple[range, set[int]]:
-    """The blocks that query i sees, and those of them that R6 forces."""
+    """The visible blocks of query i, and those of them that R6 forces."""
     config = case.config
     visible = range(case.sequences.positions()[i] // config.block_size + 1)
     return visible, {*visible[: config.sink_blocks], *visible[-config.local_blocks :]}
@@ -103,7 +106,7 @@ def visible_and_forced(case: ScoresCase, i: int) -> tuple[range, set[int]]:
 
 @holds_for(strategies.scores_cases, needs=("select_blocks",))
 def r6_local_and_sink_blocks_are_always_in(subject: Subject, case: ScoresCase) -> Measure:
-    """The first and the most recent visible blocks are selected, whatever the scores."""
+    """The first and the last visible blocks are selected, whatever the scores are."""
     selection = select(subject, case.scores, case)
     for i, rows in enumerate(selection.indices.tolist()):
         _, forced = visible_and_forced(case, i)
@@ -115,7 +118,7 @@ def r6_local_and_sink_blocks_are_always_in(subject: Subject, case: ScoresCase) -
 
 @holds_for(strategies.scores_cases, needs=("select_blocks",))
 def r7_ties_go_to_the_lower_id(subject: Subject, case: ScoresCase) -> Measure:
-    """No visible block that was left out comes before a chosen one by (score, lower id)."""
+    """Blocks are chosen by the highest score, and among equal scores by the lower id."""
     selection = select(subject, case.scores, case)
     for i, rows in enumerate(selection.indices.tolist()):
         visible, forced = visible_and_forced(case, i)
@@ -132,13 +135,13 @@ def r7_ties_go_to_the_lower_id(subject: Subject, case: ScoresCase) -> Measure:
 
 
 def spec_selection(case: ScoresCase) -> Selection:
-    """What the reference makes of the same scores."""
+    """The selection of the reference for the same scores."""
     return REFERENCE.select_blocks(case.scores, case.config)
 
 
 @holds_for(strategies.scores_cases, needs=("select_blocks",))
 def r7_all_visible_blocks_when_they_are_few(subject: Subject, case: ScoresCase) -> Measure:
-    """When at most k blocks are visible all of them are selected, -inf included."""
+    """If at most k blocks are visible, all are selected, even with a score of -inf."""
     selection = select(subject, case.scores, case)
     for i, rows in enumerate(selection.indices.tolist()):
         visible, _ = visible_and_forced(case, i)
@@ -151,7 +154,7 @@ def r7_all_visible_blocks_when_they_are_few(subject: Subject, case: ScoresCase) 
 
 @holds_for(strategies.scores_cases, needs=("select_blocks",))
 def r7_a_selection_depends_on_its_scores_alone(subject: Subject, case: ScoresCase) -> Measure:
-    """The last query of each sequence, among others or alone, selects the same blocks."""
+    """A query selects the same blocks alone as among other queries."""
     everyone = select(subject, case.scores, case)
     last = [qs.stop - 1 for qs, _ in case.sequences.spans() if qs.stop > qs.start]
     counts = [min(1, qs.stop - qs.start) for qs, _ in case.sequences.spans()]
@@ -163,14 +166,14 @@ def r7_a_selection_depends_on_its_scores_alone(subject: Subject, case: ScoresCas
 
 @holds_for(strategies.cases, needs=("select_fused",))
 def r7_integer_scores_select_the_same_everywhere(subject: Subject, case: Case) -> Measure:
-    """On small integers, NaN and infinities the selection equals the spec's bit for bit."""
+    """For small integers, NaN and infinities the selection equals that of the spec."""
     want = select_fused(spec(subject), case.inputs)
     return same("selection", select_fused(subject, case.inputs).indices, want.indices)
 
 
 @holds_for(strategies.cases, needs=("score_blocks", "select_blocks", "select_fused"))
 def r7_fused_selection_is_the_two_steps(subject: Subject, case: Case) -> Measure:
-    """select_fused = select_blocks after score_blocks."""
+    """select_fused gives the same as score_blocks and then select_blocks."""
     fused = select_fused(subject, case.inputs)
     scores = score_blocks(subject, case.inputs)
     stepped = subject.run("select_blocks", scores, case.config, cast=str(scores.values.dtype))
@@ -179,7 +182,7 @@ def r7_fused_selection_is_the_two_steps(subject: Subject, case: Case) -> Measure
 
 @holds_for(partial(strategies.cases, want=REAL), needs=("select_fused",))
 def r7_real_scores_differ_only_within_rounding(subject: Subject, case: Case) -> Measure:
-    """A block chosen otherwise than by float64 has a score within the bound of the k-th score."""
+    """A block differs from the choice in float64 only if its score is close to the k-th score."""
     got = select_fused(subject, case.inputs)
     precision = subject.domain.precision(case.dtype)
     return require_equal_up_to_rounding(subject, case, got, precision)
@@ -188,7 +191,10 @@ def r7_real_scores_differ_only_within_rounding(subject: Subject, case: Case) -> 
 def require_equal_up_to_rounding(
     subject: Subject, case: Case, selection: Selection, precision: Precision
 ) -> Measure:
-    """The spec's selection but for blocks whose scores rounding may have moved past the k-th."""
+    """Check that a selection differs from that of the spec only by rounding.
+
+    Blocks may differ if rounding can move their scores past the k-th score.
+    """
     got, want = selection.indices, select_fused(spec(subject), case.inputs).indices
     scores, bounds = loop_over_blocks(case, precision)
     bounds = bounds + 2.0**-126
@@ -208,7 +214,7 @@ def require_equal_up_to_rounding(
 
 @holds_for(strategies.cases, needs=("select_fused",))
 def r8_a_selection_is_canonical(subject: Subject, case: Case) -> Measure:
-    """int32 [Tq, Hkv, k]: ascending, unique, then -1; the local block is the last valid id."""
+    """Ids are int32 [Tq, Hkv, k]: ascending, unique, then -1; the last one is the own block."""
     selection = select_fused(subject, case.inputs)
     ids = selection.indices
     require(ids.dtype == np.int32, f"indices must be int32, got {ids.dtype}")

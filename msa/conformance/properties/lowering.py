@@ -1,4 +1,4 @@
-"""R13-R16: every arrow of the lowering keeps the meaning of the form before it."""
+"""R13-R16: every step of the lowering keeps the meaning of the form before it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ mask_of = REFERENCE.mask_of
 
 
 def spec_schedule(case: Case) -> Schedule:
-    """The shared form that the later stages are given."""
+    """The schedule of the reference, the input of later stages."""
     index = REFERENCE.reverse_selection(case.selection)
     return REFERENCE.schedule_chunks(index, case.chunk_size)
 
 
 def own_partials(subject: Subject, case: Case) -> Partials:
-    """The third arrow on the spec's schedule."""
+    """The partial results of the subject on the schedule of the reference."""
     args = (*case.inputs.main, spec_schedule(case), case.inputs.scale)
     return subject.run("attend_chunks", *args, cast=case.dtype)
 
 
 def valid_slots(case: Case) -> Array:
-    """[Tq, Hq, k]: the slots that an edge owns."""
+    """The slots that belong to an edge: [Tq, Hq, k]."""
     return (case.selection.indices >= 0).repeat(case.group, axis=1)
 
 
 @holds_for(strategies.cases, needs=("reverse_selection",))
 def r13_the_reverse_index_means_the_selection(subject: Subject, case: Case) -> Measure:
-    """mask_of(reverse index) == mask_of(selection), and every array equals the spec's."""
+    """The reverse index has the mask of the selection, and its arrays equal those of the spec."""
     index: ReverseIndex = subject.run("reverse_selection", case.selection, cast="float32")
     same("mask", mask_of(index), mask_of(case.selection))
     want = REFERENCE.reverse_selection(case.selection)
@@ -50,7 +50,7 @@ def r13_the_reverse_index_means_the_selection(subject: Subject, case: Case) -> M
 
 @holds_for(strategies.cases, needs=("reverse_selection",))
 def r13_slots_are_ranks_and_queries_ascend(subject: Subject, case: Case) -> Measure:
-    """Row by row: ascending queries, and the slot is where the query holds this block."""
+    """The queries of a row ascend, and each slot is the place of the block in the query's ids."""
     index: ReverseIndex = subject.run("reverse_selection", case.selection, cast="float32")
     ids, cu_blocks = case.selection.indices, case.sequences.cu_blocks(case.config.block_size)
     offsets = index.row_offsets.tolist()
@@ -67,7 +67,7 @@ def r13_slots_are_ranks_and_queries_ascend(subject: Subject, case: Case) -> Meas
 
 @holds_for(strategies.cases, needs=("schedule_chunks",))
 def r14_the_schedule_means_the_reverse_index(subject: Subject, case: Case) -> Measure:
-    """mask_of(schedule) == mask_of(reverse index), and every array equals the spec's."""
+    """The schedule has the mask of the reverse index, and its arrays equal those of the spec."""
     index = REFERENCE.reverse_selection(case.selection)
     schedule: Schedule = subject.run("schedule_chunks", index, case.chunk_size, cast="float32")
     same("mask", mask_of(schedule), mask_of(index))
@@ -79,7 +79,7 @@ def r14_the_schedule_means_the_reverse_index(subject: Subject, case: Case) -> Me
 
 @holds_for(strategies.cases, needs=("schedule_chunks",))
 def r14_items_are_bounded_and_cover_each_edge_once(subject: Subject, case: Case) -> Measure:
-    """At most C edges in an item, none crosses a row, none is left out or done twice."""
+    """An item has at most C edges of one row, and every edge is in exactly one item."""
     index = REFERENCE.reverse_selection(case.selection)
     schedule: Schedule = subject.run("schedule_chunks", index, case.chunk_size, cast="float32")
     lengths = schedule.stops - schedule.starts
@@ -99,7 +99,7 @@ def r14_items_are_bounded_and_cover_each_edge_once(subject: Subject, case: Case)
 
 @holds_for(wild, needs=("attend_chunks",))
 def r15_partials_are_softmaxes_over_one_block(subject: Subject, case: Case) -> Measure:
-    """Each edge's slot holds the output and LSE of attention over that block's tokens alone."""
+    """Each edge's slot holds the output and LSE of attention over the tokens of its block."""
     partials, valid = own_partials(subject, case), valid_slots(case)
     same("counts", partials.counts, case.selection.counts)
     precision = subject.domain.precision(case.dtype)
@@ -117,7 +117,7 @@ def r15_partials_are_softmaxes_over_one_block(subject: Subject, case: Case) -> M
 
 @holds_for(strategies.cases, needs=("attend_chunks",))
 def r15_the_cut_into_items_does_not_matter(subject: Subject, case: Case) -> Measure:
-    """Whatever C is, each slot holds the same partial result, within the bound of its sums."""
+    """Each slot holds the same partial result for every C, within the error bound."""
     whole = replace(case, chunk_size=10_000)
     small, large = own_partials(subject, case), own_partials(subject, whole)
     valid, precision = valid_slots(case), subject.domain.precision(case.dtype)
@@ -132,7 +132,7 @@ def r15_the_cut_into_items_does_not_matter(subject: Subject, case: Case) -> Meas
 
 @holds_for(wild, needs=("combine_partials",))
 def r16_combining_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """The LSE-weighted mean of exact partials is the attention; unowned slots may hold NaN."""
+    """The LSE-weighted mean of exact partials is the attention; unused slots may hold NaN."""
     exact = replace(case, dtype="float64")
     vars(exact)["inputs"] = replace(case.inputs, dtype="float64")
     partials = own_partials(spec(subject), exact)
@@ -150,7 +150,7 @@ def r16_combining_is_the_definition(subject: Subject, case: Case) -> Measure:
 
 @holds_for(wild, needs=("attend_chunks", "combine_partials"))
 def r16_the_lowering_ends_at_the_definition(subject: Subject, case: Case) -> Measure:
-    """Both loop orders, every step by this backend, from the index branch to the output."""
+    """All steps of this backend, in both loop orders, end at the definition of attention."""
     inputs = case.inputs
     q, k, v, q_idx, k_idx = (subject.give(x, case.dtype) for x in (*inputs.main, *inputs.index))
     args = (inputs.sequences, inputs.config, case.chunk_size, case.tile_size)
@@ -168,7 +168,7 @@ def r16_the_lowering_ends_at_the_definition(subject: Subject, case: Case) -> Mea
 
 @holds_for(strategies.cases, needs=("unite_tiles",))
 def r9_the_union_of_a_tile_means_the_selection(subject: Subject, case: Case) -> Measure:
-    """mask_of(tile union) == mask_of(selection), and every array equals the spec's."""
+    """The tile union has the mask of the selection, and its arrays equal those of the spec."""
     union: TileUnion = subject.run("unite_tiles", case.selection, case.tile_size, cast="float32")
     same("mask", mask_of(union), mask_of(case.selection))
     want = REFERENCE.unite_tiles(case.selection, case.tile_size)

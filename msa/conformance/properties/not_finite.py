@@ -1,4 +1,7 @@
-"""R9 where k or v holds a NaN or an infinity: which queries it reaches, forward and backward."""
+"""R9 if k or v holds one NaN or infinity: the results and gradients that it may change.
+
+The readers of the entry are the queries and heads whose selected visible tokens include its token.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def plant(case: Case, tensor: str, place: int, value: float) -> Case:
 def spoiled(
     draw: DrawFn, domain: Domain, in_k: tuple[float, ...] = NOT_FINITE, tensors: str = "kv"
 ) -> Case:
-    """One entry of k or v (or of another of `tensors`) is not finite."""
+    """A call in which one entry of one of `tensors` is not finite."""
     case = draw(strategies.cases(domain, KEYS))
     tensor = draw(st.sampled_from(tensors))
     value = draw(st.sampled_from(NOT_FINITE if tensor == "v" else in_k))
@@ -45,7 +48,7 @@ def spoiled(
 
 @st.composite
 def spoiled_pages(draw: DrawFn, domain: Domain) -> PagedCase:
-    """The same in the pages of a cache."""
+    """A decoding step in which one entry of k or v is not finite."""
     paged = draw(strategies.paged_cases(domain))
     tensor, value = draw(st.sampled_from("kv")), draw(st.sampled_from(NOT_FINITE))
     return replace(paged, case=plant(paged.case, tensor, draw(st.integers(0, 9999)), value))
@@ -53,16 +56,16 @@ def spoiled_pages(draw: DrawFn, domain: Domain) -> PagedCase:
 
 @dataclass(frozen=True)
 class Reach:
-    """Whom the one entry that is not finite may reach, by the words of R9."""
+    """The results that the one entry that is not finite may change, by R9."""
 
     clean: Inputs
-    """The same call before the entry was planted."""
+    """The call before the entry was planted."""
     spoiled: Inputs
     selection: Selection
 
     @cached_property
     def where(self) -> tuple[str, tuple[int, int, int]] | None:
-        """ "k" or "v", and (token, group, column); None where there are no keys."""
+        """ "k" or "v", and (token, group, column) of the entry; None if there are no keys."""
         for name, x in zip("kv", self.spoiled.main[1:]):
             for at in np.argwhere(~np.isfinite(x)).tolist():
                 return name, (at[0], at[1], at[2])
@@ -70,17 +73,17 @@ class Reach:
 
     @cached_property
     def mask(self) -> Array:
-        """[Tq, Hkv, Tk]."""
+        """The mask of the selection: [Tq, Hkv, Tk]."""
         block = self.selection.block_size
         return block_mask(self.selection.indices, self.clean.sequences, block)
 
     def heads(self, groups: Array) -> Array:
-        """[Tq, Hkv] as [Tq, Hq]."""
+        """Values of groups [Tq, Hkv] repeated for query heads [Tq, Hq]."""
         return np.repeat(groups, self.clean.main[0].shape[1] // groups.shape[1], axis=1)
 
     @cached_property
     def readers(self) -> Array:
-        """Queries and heads that read the token: [Tq, Hq]."""
+        """The queries and heads that read the token: [Tq, Hq]."""
         reads = np.zeros(self.mask.shape[:2], bool)
         if self.where:
             token, group, _ = self.where[1]
@@ -89,7 +92,7 @@ class Reach:
 
     @cached_property
     def near(self) -> Array:
-        """Of the same sequence and group, readers included: [Tq, Hq]."""
+        """The queries and heads of the same sequence and group, readers included: [Tq, Hq]."""
         near = np.zeros(self.mask.shape[:2], bool)
         if self.where:
             token, group, _ = self.where[1]
@@ -100,7 +103,7 @@ class Reach:
 
     @cached_property
     def near_tokens(self) -> Array:
-        """Tokens of the same sequence, in the same group: [Tk, Hkv]."""
+        """The tokens of the same sequence and group: [Tk, Hkv]."""
         near = np.zeros(self.clean.main[1].shape[:2], bool)
         if self.where:
             token, group, _ = self.where[1]
@@ -111,7 +114,7 @@ class Reach:
 
     @cached_property
     def read_with_it(self) -> Array:
-        """Tokens that a reader reads: [Tk, Hkv]."""
+        """The tokens that some reader reads: [Tk, Hkv]."""
         found = np.zeros(self.clean.main[1].shape[:2], bool)
         if self.where:
             token, group, _ = self.where[1]
@@ -120,9 +123,9 @@ class Reach:
         return found
 
     def formula(self) -> tuple[Array, Array, Attention]:
-        """Where R9's formula is finite, out [Tq, Hq, Dv] and lse [Tq, Hq], and its value there.
+        """Where the formula of R9 is finite: for out [Tq, Hq, Dv], for lse [Tq, Hq]; and its values.
 
-        A score of -inf has the weight 0: then the others are what there is to read.
+        A score of -inf has the weight 0, so attention over the other tokens gives the value.
         """
         out = np.ones((*self.readers.shape, self.clean.main[2].shape[-1]), bool)
         lse = np.ones(self.readers.shape, bool)
@@ -135,7 +138,9 @@ class Reach:
             return out, lse, want
         (q, k, _), mask = self.spoiled.main, self.mask.copy()
         with np.errstate(invalid="ignore"):
-            scores = np.einsum("ihd,d->ih", q, k[token, group])  # one column that is not finite
+            scores = np.einsum(
+                "ihd,d->ih", q, k[token, group]
+            )  # one column of the key is not finite
         mask[:, group, token] = False
         some = self.heads(mask.any(-1))
         lse = ~self.readers | ((scores == -np.inf) & some)
@@ -145,7 +150,7 @@ class Reach:
 
 
 def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> Measure:
-    """out and, where it is claimed, lse: the last sentences of R9, one by one."""
+    """Check out and, if it is claimed, lse against the last sentences of R9."""
     precision = subject.domain.precision(reach.clean.dtype)
     out, lse, want = reach.formula()
     parts = [("out", got.out, clean.out, want.out, out, want.out_bound(precision))]
@@ -154,7 +159,10 @@ def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> M
     found: list[Measure] = []
     for name, mine, before, value, finite, bound in parts:
         same(f"{name} of other sequences and groups", mine[~reach.near], before[~reach.near])
-        require(not np.isfinite(mine[~finite]).any(), f"{name} must be lost where the formula is")
+        require(
+            not np.isfinite(mine[~finite]).any(),
+            f"{name} must not be finite where the formula is not",
+        )
         near = reach.near[..., None] if mine.ndim == 3 else reach.near
         kept = near & finite & ~np.isnan(mine)
         found.append(compare(f"{name} beside it", mine[kept], value[kept], bound[kept]))
@@ -162,7 +170,7 @@ def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> M
 
 
 def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
-    """Over the case's selection, by one of the ways that the backend has: each case by another."""
+    """Attend over the case's selection in one loop order of the backend. The case sets which one."""
     ways = LOOP_ORDERS if subject.domain.has("loop_order") else ("",)
     if subject.domain.has("unite_tiles", "attend_union"):
         ways = (*ways, "attend_union")
@@ -175,15 +183,16 @@ def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
 
 
 def before(case: Case) -> Case:
-    """Without what was planted in q, k and v."""
+    """The case without the planted numbers in q, k and v."""
     return replace(case, **{name: replace(getattr(case, name), planted=()) for name in "qkv"})
 
 
 @holds_for(spoiled, needs=("attend_selection",))
 def r9_what_is_not_finite_reaches_its_readers_alone(subject: Subject, case: Case) -> Measure:
-    """A NaN or infinity in k or v: lost where the formula is; beside it NaN or right, no other.
+    """A NaN or infinity in k or v changes no result of other sequences and groups.
 
-    Other sequences and groups stay as they are, bit for bit.
+    For its readers the result is not finite where the formula of R9 is not finite. All other
+    results of its sequence and group are NaN or right.
     """
     reach = Reach(before(case).inputs, case.inputs, case.selection)
     got, clean = (attend_some_way(subject, case, x) for x in (reach.spoiled, reach.clean))
@@ -194,7 +203,7 @@ def r9_what_is_not_finite_reaches_its_readers_alone(subject: Subject, case: Case
 def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
     subject: Subject, paged: PagedCase
 ) -> Measure:
-    """The same of decoding. NaN behind a sequence's length changes no result."""
+    """The same holds for decoding. NaN behind a sequence's length changes no result."""
     live, case = np.array(paged.live, bool), paged.case
     clean = replace(paged, case=before(case))
     outputs: list[Output] = []
@@ -211,9 +220,10 @@ def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
 
 @holds_for(partial(spoiled, in_k=NAN), needs=("attend_selection", "backward"))
 def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case) -> Measure:
-    """dq, dk, dv: not a number where the chain rule through a reader says so; else NaN or right.
+    """A NaN in k, or NaN or infinity in v, changes no gradient of other sequences and groups.
 
-    Those of other sequences and groups stay as they are, bit for bit.
+    A gradient is not finite where the chain rule through a reader says so. All other gradients of
+    its sequence and group are NaN or right.
     """
     reach, d_outs = Reach(before(case).inputs, case.inputs, case.selection), upstream(before(case))
     got = attention_gradients(subject, reach.spoiled, case.selection, *d_outs)
@@ -221,14 +231,18 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
     attention = Attention(*reach.clean.main, reach.mask, reach.clean.scale, parts=case.config.top_k)
     want = Gradients(attention, *d_outs)
     values, bounds = want.values(), want.bounds(subject.domain.precision(case.dtype))
-    through_p = reach.where is not None and reach.where[0] == "k"  # dv knows p, but not v
+    through_p = (
+        reach.where is not None and reach.where[0] == "k"
+    )  # dv is computed from p, not from v
     lost = {"q": reach.readers, "k": reach.read_with_it, "v": reach.read_with_it & through_p}
     near = {"q": reach.near, "k": reach.near_tokens, "v": reach.near_tokens}
     found: list[Measure] = []
     for n in "qkv":
         mine = got[n]
         same(f"d{n} of other sequences and groups", mine[~near[n]], clean[n][~near[n]])
-        require(not np.isfinite(mine[lost[n]]).any(), f"d{n} through what reads it must be lost")
+        require(
+            not np.isfinite(mine[lost[n]]).any(), f"d{n} through its readers must not be finite"
+        )
         free = (near[n] & ~lost[n])[..., None] & ~np.isnan(mine)
         found.append(compare(f"d{n} beside it", mine[free], values[n][free], bounds[n][free]))
     return worst(*found)

@@ -1,4 +1,4 @@
-"""R7, R9, R10, R19 for the options of a backend: loop orders, and index tensors in eight bits."""
+"""R7, R9, R10, R19 for the options of a backend: loop orders, and 8-bit index tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msa.conformance.tolerances import Measure, same, worst
 from msa.ir import Sequences
 
 LOOP_ORDERS = ("auto", "kv_outer", "union")
-CONTESTED = strategies.Want(tokens=160, batch=(1, 2))  # more blocks than places, mostly
+CONTESTED = strategies.Want(tokens=160, batch=(1, 2))  # usually more blocks than k
 contested = partial(strategies.cases, want=CONTESTED)
 contested_reals = partial(strategies.cases, want=replace(REAL, tokens=160, batch=(1, 2)))
 ONE_INFINITY = Case(
@@ -32,12 +32,12 @@ ONE_INFINITY = Case(
     q_idx=Fill("integers", seed=1),
     k_idx=Fill("integers", seed=2, planted=((0, np.inf),)),
 )
-"""Where it decides the stretch, nothing is left of the finite numbers."""
+"""If the infinity sets the scale of the 8-bit numbers, all finite numbers become 0."""
 
 
 @holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"), seeds=(LOW_LOGITS,))
 def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """out and lse by each order of the loops, over selections whose neighbours agree or not."""
+    """Every loop order gives the attention of the definition, however much neighbours share."""
     want = dense(case.inputs, case.selection.indices)
     outputs = [
         attend_selection(subject, case.inputs, case.selection, loop_order=order)
@@ -48,7 +48,7 @@ def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measu
 
 @holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"))
 def r19_every_loop_order_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """The same order twice over one selection, in each case another order: equal bit for bit."""
+    """Two calls with one loop order give the same bits."""
     order = LOOP_ORDERS[case.picks.seed % 3 if case.picks else 0]
     one, two = (
         attend_selection(subject, case.inputs, case.selection, loop_order=order) for _ in range(2)
@@ -58,7 +58,7 @@ def r19_every_loop_order_gives_the_same_bits(subject: Subject, case: Case) -> Me
 
 
 def in_eight_bits(case: Case) -> Case:
-    """The same call with index tensors that were rounded before."""
+    """The same call with its index tensors rounded to 8 bits."""
     q_idx, k_idx = (round_to_e4m3(x) for x in case.inputs.index)
     rounded = replace(case)
     vars(rounded)["inputs"] = replace(case.inputs, index=(q_idx, k_idx))
@@ -67,7 +67,7 @@ def in_eight_bits(case: Case) -> Case:
 
 @holds_for(contested, needs=("select_fused", "index_dtype"), seeds=(ONE_INFINITY,))
 def r7_eight_bits_select_by_the_rounded_tensors(subject: Subject, case: Case) -> Measure:
-    """Small integers, NaN and infinities: the spec's selection on rounded tensors, bit for bit."""
+    """The selection equals that of the spec on rounded index tensors: integers, NaN, infinities."""
     got = select_fused(subject, case.inputs, index_dtype="fp8_e4m3")
     want = select_fused(spec(subject), in_eight_bits(case).inputs)
     return same("selection", got.indices, want.indices)
@@ -75,7 +75,7 @@ def r7_eight_bits_select_by_the_rounded_tensors(subject: Subject, case: Case) ->
 
 @holds_for(contested_reals, needs=("select_fused", "index_dtype"))
 def r7_eight_bits_differ_only_within_rounding(subject: Subject, case: Case) -> Measure:
-    """Real values of any magnitude: the selection on rounded tensors, up to rounded sums."""
+    """For real numbers the selection is that of rounded index tensors, up to rounding of sums."""
     got = select_fused(subject, case.inputs, index_dtype="fp8_e4m3")
     precision = subject.domain.precision("float8_e4m3fn")
     return require_equal_up_to_rounding(subject, in_eight_bits(case), got, precision)
@@ -83,6 +83,6 @@ def r7_eight_bits_differ_only_within_rounding(subject: Subject, case: Case) -> M
 
 @holds_for(contested, needs=("select_fused", "index_dtype"))
 def r19_eight_bits_select_the_same_twice(subject: Subject, case: Case) -> Measure:
-    """The stretch is the same in whatever order the largest value was found."""
+    """Two selections from 8-bit index tensors are equal, so their scales are too."""
     one, two = (select_fused(subject, case.inputs, index_dtype="fp8_e4m3") for _ in range(2))
     return same("selection", one.indices, two.indices)

@@ -23,7 +23,7 @@ from msa.conformance.tolerances import AGREES, Measure, same
 
 
 def long_work(subject: Subject) -> None:
-    """Tens of milliseconds for the GPU: whoever does not wait for it comes too early."""
+    """Give the GPU work for tens of milliseconds, so that a missing wait shows."""
     import torch
 
     square = torch.ones(4096, 4096, device=subject.device)
@@ -33,12 +33,14 @@ def long_work(subject: Subject) -> None:
 
 @holds_for(strategies.cases, needs=("api", "streams"))
 def r21_any_stream_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """The first call of a shape on a stream that is busy, the next at once on another one."""
+    """A first call on a busy stream and a second on another stream give the same bits."""
     import torch
 
     streams = [torch.cuda.Stream(subject.device) for _ in range(2)]
     found: list[Bits] = []
-    with ThreadPoolExecutor(1) as pool:  # a call reads its results back, which waits for them
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # a second thread, because a call waits when it reads its results
 
         def on(stream: Any, busy: bool) -> Bits:
             with torch.cuda.stream(stream):
@@ -56,7 +58,7 @@ def r21_any_stream_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
 
 @holds_for(in_mode, needs=("api", "decode_step", "devices"))
 def r21_any_device_gives_the_same_bits(subject: Subject, given: InMode) -> Measure:
-    """Tensors on another device than the current one, whichever of the two is the first."""
+    """Tensors on another device than the current one give the same bits."""
     import torch
 
     def results(device: str) -> Bits:
@@ -72,7 +74,7 @@ def r21_any_device_gives_the_same_bits(subject: Subject, given: InMode) -> Measu
 
 @holds_for(in_mode, needs=("api", "decode_step", "graphs"))
 def r21_a_graph_gives_the_same_bits(subject: Subject, given: InMode) -> Measure:
-    """attention or decode captured in a CUDA graph, and replayed over results that were spoiled."""
+    """A CUDA graph of attention or decode, replayed, writes the same bits again."""
     import torch
 
     arrays = arrays_of(subject, given.of)

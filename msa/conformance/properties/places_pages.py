@@ -27,21 +27,21 @@ PARTS = ("q", "q_idx", *PAGES, "page_table", "lengths", *SCALES)
 
 @dataclass(frozen=True, repr=False)
 class LaidPages(Brief):
-    """A decoding step, and how queries and each array of the cache lie."""
+    """A decoding step, and how the queries and each array of the cache lie in memory."""
 
     paged: PagedCase
     laid: tuple[Stride, ...]
     """In the order of PARTS."""
     integers: str = "int32"
-    """The dtype of page table and lengths."""
+    """The dtype of the page table and the lengths."""
     eight_bits: bool = False
     shared: bool = False
-    """Whether all sequences are one, by a stride of 0 in table and lengths."""
+    """Whether all sequences are the same one, by a stride of 0 in the table and the lengths."""
 
 
 @st.composite
 def laid_pages(draw: DrawFn, domain: Domain) -> LaidPages:
-    """Each in a way of its own."""
+    """Draw a decoding step, and for each array a way to lie in memory."""
     return LaidPages(
         paged=draw(strategies.paged_cases(domain)),
         laid=tuple(draw(strides()) for _ in PARTS),
@@ -52,7 +52,7 @@ def laid_pages(draw: DrawFn, domain: Domain) -> LaidPages:
 
 
 def page_parts(subject: Subject, given: LaidPages, laid: bool) -> dict[str, Any]:
-    """q, q_idx and the arrays of the cache by name; scales only beside pages of 8 bits."""
+    """q, q_idx and the arrays of the cache by name; scales only for pages of 8 bits."""
     paged, cache = given.paged, given.paged.cache
     known = dict(zip(("q", "q_idx"), paged.queries)) | {n: getattr(cache, n) for n in PAGES}
     rng = np.random.default_rng(paged.seed)
@@ -83,7 +83,7 @@ def page_parts(subject: Subject, given: LaidPages, laid: bool) -> dict[str, Any]
 
 @holds_for(laid_pages, needs=("api", "decode_step"))
 def r21_strides_of_pages_change_no_bit(subject: Subject, given: LaidPages) -> Measure:
-    """Decoding: queries, pages, table, lengths and scales may lie in any way."""
+    """Decoding gives the same bits for strided queries, pages, tables, lengths and scales."""
 
     def step(laid: bool) -> Bits:
         parts = page_parts(subject, given, laid)

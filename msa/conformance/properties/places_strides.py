@@ -23,11 +23,11 @@ from msa.ir import Array, Selection, Sequences
 
 Bits = dict[str, Array]
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
-"""Dtypes of borders, page tables and lengths."""
+"""The dtypes of borders, page tables and lengths."""
 
 
 def same_bits(got: Bits, want: Bits) -> Measure:
-    """Each result, to the last bit."""
+    """Check that all results are equal to the last bit."""
     same("names of results", np.array(sorted(got)), np.array(sorted(want)))
     for name, array in want.items():
         same(name, got[name], array)
@@ -46,7 +46,7 @@ NAMES = ("q", "k", "v", "q_idx", "k_idx", "lse", "d_out", "d_lse", "indices", "b
 
 @dataclass(frozen=True, repr=False)
 class LaidOut(Brief):
-    """A call of a public function, and how each of its arguments lies."""
+    """A call of a public function, and how each of its arguments lies in memory."""
 
     case: Case
     function: Function
@@ -57,13 +57,13 @@ class LaidOut(Brief):
     """The dtype of cu_seqlens."""
 
     def of(self, name: str) -> Stride:
-        """How an argument lies."""
+        """How an argument lies in memory."""
         return self.laid[NAMES.index(name)]
 
 
 @st.composite
 def laid_out(draw: DrawFn, domain: Domain) -> LaidOut:
-    """Any function, each argument in a way of its own; batched where all lengths are the same."""
+    """Draw a function, and for each argument a way to lie in memory."""
     case, batched = draw(strategies.cases(domain)), draw(st.booleans())
     if batched:
         n_q, n_k = case.sequences.total_q, case.sequences.total_k
@@ -78,11 +78,11 @@ def laid_out(draw: DrawFn, domain: Domain) -> LaidOut:
 
 
 def call(subject: Subject, given: LaidOut, laid: bool) -> Bits:
-    """Everything that a public function gives, gradients included where the backend has them."""
+    """Call the public function. Returns its results, and the gradients if the backend has them."""
     case, inputs = given.case, given.case.inputs
     (q, k, v), (q_idx, k_idx) = inputs.main, inputs.index
     d_out, d_lse = upstream(case)
-    lse = np.abs(d_lse) + 9.0  # any would do
+    lse = np.abs(d_lse) + 9.0  # the value does not matter
     known = dict(zip(NAMES, (q, k, v, q_idx, k_idx, lse, d_out, d_lse)))
 
     def argument(name: str, dtype: str) -> Any:
@@ -98,7 +98,7 @@ def call(subject: Subject, given: LaidOut, laid: bool) -> Bits:
 
     def indices() -> Any:
         stride = given.of("indices")
-        if stride.kind == "expanded":  # every group reads what the first one reads
+        if stride.kind == "expanded":  # every group reads the ids of the first one
             stride = replace(stride, dim=1)
         array = subject.give(stride.values(case.selection.indices, floats=False), case.dtype)
         return stride.lay(array, floats=False) if laid else array
@@ -138,11 +138,11 @@ def call(subject: Subject, given: LaidOut, laid: bool) -> Bits:
 
 
 def split(array: Array, batched: bool) -> Array:
-    """[2 T, ...] as [2, T, ...]."""
+    """If batched, [2 T, ...] as [2, T, ...]."""
     return array.reshape(2, len(array) // 2, *array.shape[1:]) if batched else array
 
 
 @holds_for(laid_out, needs=("api",))
 def r21_strides_change_no_bit(subject: Subject, given: LaidOut) -> Measure:
-    """Tensors that lie in memory in any way give what contiguous ones give, gradients included."""
+    """Strided tensors give the same bits as contiguous ones, gradients included."""
     return same_bits(call(subject, given, laid=True), call(subject, given, laid=False))

@@ -27,14 +27,14 @@ THREADS = 4
 
 
 def whole_call(subject: Subject, case: Case) -> Bits:
-    """The whole path, its loss, and gradients where there are any, from fresh tensors."""
+    """The results of the whole path, its loss and its gradients, from new tensors."""
     plain = LaidOut(case, "attention", tuple(Stride() for _ in NAMES))
     return call(subject, plain, laid=False)
 
 
 @holds_for(strategies.cases, needs=("api", "threads"))
 def r21_several_threads_get_the_same_bits(subject: Subject, case: Case) -> Measure:
-    """The first calls of one shape, by several threads at once: what one thread gets."""
+    """Several threads that make the first calls of a shape at once get the bits of one thread."""
     together = Barrier(THREADS)
 
     def work(_: int) -> Bits:
@@ -52,7 +52,7 @@ def r21_several_threads_get_the_same_bits(subject: Subject, case: Case) -> Measu
 
 @contextmanager
 def own_stream(subject: Subject) -> Iterator[None]:
-    """A CUDA stream of the thread's own; nothing without a GPU."""
+    """Run in a new CUDA stream, if there is a GPU."""
     if not subject.domain.has("streams"):
         yield
         return
@@ -65,7 +65,7 @@ def own_stream(subject: Subject) -> Iterator[None]:
 
 
 def torch_modes() -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
-    """What a caller may have set in torch: it is about the caller's own tensors."""
+    """Global settings of torch that a caller may have made for other tensors."""
     import torch
 
     @contextmanager
@@ -82,20 +82,20 @@ def torch_modes() -> tuple[Callable[[], AbstractContextManager[Any]], ...]:
 
 @dataclass(frozen=True, repr=False)
 class InMode(Brief):
-    """A call or a decoding step under one of `torch_modes`."""
+    """A call of attention or decode under one of `torch_modes`."""
 
     of: Case | PagedCase
     mode: int = 0
 
 
 def in_mode(domain: Domain) -> st.SearchStrategy[InMode]:
-    """Any call, step and mode."""
+    """Draw a call of attention or decode, and a mode."""
     either = st.one_of(strategies.cases(domain), strategies.paged_cases(domain))
     return st.builds(InMode, either, st.integers(0, 3))
 
 
 def arrays_of(subject: Subject, of: Case | PagedCase) -> list[Any]:
-    """The arguments of `run`, all of them made before the place changes."""
+    """The tensors of the call. They are made before the mode or the device changes."""
     if isinstance(of, PagedCase):
         return [subject.give(x, of.case.dtype) for x in (*of.queries, of.cache)]
     return [subject.give(x, of.dtype) for x in (*of.inputs.main, *of.inputs.index)]
@@ -104,7 +104,7 @@ def arrays_of(subject: Subject, of: Case | PagedCase) -> list[Any]:
 def output_of(
     subject: Subject, of: Case | PagedCase, arrays: list[Any], align: bool = False
 ) -> Output:
-    """By decode or attention."""
+    """Call decode or attention."""
     case = of.case if isinstance(of, PagedCase) else of
     kinds: dict[str, Any] = {"config": case.config, "backend": subject.name}
     if isinstance(of, PagedCase):
@@ -114,7 +114,7 @@ def output_of(
 
 
 def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
-    """attention with its loss, or decode; what comes out, and its dtypes."""
+    """Call attention with its loss, or decode. Returns the results and their dtypes."""
     output = output_of(subject, of, arrays, align=True)
     found = {"out": output.out, "lse": output.lse, "indices": selected(output)}
     found |= {} if output.kl is None else {"kl": output.kl}
@@ -124,8 +124,8 @@ def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
 
 @holds_for(in_mode, needs=("api", "tensors", "decode_step"))
 def r21_the_defaults_of_torch_change_no_bit(subject: Subject, given: InMode) -> Measure:
-    """Default dtype float64, default device meta, no_grad, inference_mode: results as without."""
-    tensors = replace(subject, kind="torch")  # the spec's answers are tensors then, too
+    """Default dtype float64, default device meta, no_grad and inference_mode change no bit."""
+    tensors = replace(subject, kind="torch")  # the results of the reference are tensors too
     arrays = arrays_of(tensors, given.of)
     want, mode = run(tensors, given.of, arrays), torch_modes()[given.mode]
     with mode():

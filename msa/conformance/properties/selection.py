@@ -1,4 +1,4 @@
-"""R3-R6 asked of a selection function alone, whose block scores nobody sees."""
+"""R3-R6 for a function that only returns the selection, not the block scores."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LONGER = Want(batch=(1, 2), tokens=48)
 
 
 def forced_of(case: Case, i: int) -> tuple[range, set[int]]:
-    """The blocks that query i sees, and those of them that R6 forces."""
+    """The visible blocks of query i, and those of them that R6 forces."""
     return visible_and_forced(ScoresCase(case.config, case.sequences, case.groups, case.q_idx), i)
 
 
 def require_best(case: Case, ids: Array) -> Measure:
-    """No block was chosen while a visible one with a higher score was left out.
+    """Check that no visible block with a higher score than a chosen block was left out.
 
-    Equal scores are R7's affair. On small integers float64 and the others agree which is higher.
+    For equal scores see R7. The inputs are small integers, so scores compare alike in every dtype.
     """
     scores, _ = loop_over_blocks(case, EXACT)
     for i, rows in enumerate(ids.tolist()):
@@ -53,13 +53,13 @@ def require_best(case: Case, ids: Array) -> Measure:
 
 
 def without(fill: Fill, unwanted: Callable[[float], bool]) -> Fill:
-    """The same with some of the planted numbers left out."""
+    """The same fill without the unwanted planted numbers."""
     return replace(fill, planted=tuple(p for p in fill.planted if not unwanted(p[1])))
 
 
 @st.composite
 def contested(draw: DrawFn, domain: Domain, unwanted: Callable[[float], bool]) -> Case:
-    """One free place beside the forced ones, and blocks that compete for it."""
+    """One place is left beside the forced blocks, and several blocks compete for it."""
     case = draw(strategies.cases(domain, LONGER))
     return replace(
         case,
@@ -75,19 +75,19 @@ numbers = partial(contested, unwanted=lambda number: not math.isfinite(number))
 
 @holds_for(with_nan, needs=("select_fused",))
 def r4_a_nan_score_is_never_preferred(subject: Subject, case: Case) -> Measure:
-    """NaN counts as -inf: a block of which only NaN is known comes after any that has a score."""
+    """NaN counts as -inf: a block whose scores are all NaN comes after every other block."""
     return require_best(case, select_fused(subject, case.inputs).indices)
 
 
 @holds_for(numbers, needs=("select_fused",))
 def r5_the_best_token_decides(subject: Subject, case: Case) -> Measure:
-    """A block is chosen by the highest score of its visible tokens."""
+    """Blocks are chosen by the highest score of their visible tokens."""
     return require_best(case, select_fused(subject, case.inputs).indices)
 
 
 @holds_for(strategies.cases, needs=("select_fused",))
 def r6_nothing_outranks_a_forced_block(subject: Subject, case: Case) -> Measure:
-    """Own, local and sink blocks are selected, whatever the others score: +inf or NaN."""
+    """Own, local and sink blocks are selected even if other scores are +inf or NaN."""
     for i, rows in enumerate(select_fused(subject, case.inputs).indices.tolist()):
         _, forced = forced_of(case, i)
         for r, ids in enumerate(rows):
@@ -98,6 +98,6 @@ def r6_nothing_outranks_a_forced_block(subject: Subject, case: Case) -> Measure:
 
 @holds_for(finite, needs=("select_fused", "left_padding"))
 def r3_padding_on_the_left_shifts_no_block(subject: Subject, case: Case) -> Measure:
-    """Blocks count from a row's first token, so padding before it changes no selection."""
+    """Padding before the first token changes no selection: blocks count from this token."""
     padded = select_fused(subject, case.inputs, left_padding=case.chunk_size)
     return same("selection", padded.indices, select_fused(subject, case.inputs).indices)

@@ -1,4 +1,4 @@
-"""R1-R3: packing, alignment, blocks."""
+"""R1-R3: packed sequences, positions of queries, blocks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TWO_OF_ONE = Case(
     dims=(1, 1, 1),
     dtype="float32",
 )
-"""A dense mask times NaN is NaN: 0 * NaN reached the other sequence."""
+"""For a bug with dense masks: 0 * NaN is NaN, so a NaN reached the other sequence."""
 
 
 @holds_for(partial(strategies.cases, want=RAGGED), needs=("attend",))
 def r1_a_packed_sequence_is_as_if_alone(subject: Subject, case: Case) -> Measure:
-    """Packing several sequences changes none of them: same selection, same attention."""
+    """A sequence has the same selection and attention in a pack as alone."""
     inputs = case.inputs
     packed = attend(subject, inputs)
     found = [compare_output(subject, inputs, packed, dense(inputs, selected(packed)))]
@@ -49,7 +49,7 @@ def r1_a_packed_sequence_is_as_if_alone(subject: Subject, case: Case) -> Measure
 
 @holds_for(partial(strategies.cases, want=RAGGED), needs=("attend",), seeds=(TWO_OF_ONE,))
 def r1_a_nan_in_one_sequence_stays_there(subject: Subject, case: Case) -> Measure:
-    """Not-a-number in every tensor of one sequence reaches no other."""
+    """NaN in all tensors of one sequence changes no other sequence."""
     inputs = case.inputs
     clean = selected(attend(subject, inputs))
     want = dense(inputs, clean)
@@ -65,7 +65,7 @@ def r1_a_nan_in_one_sequence_stays_there(subject: Subject, case: Case) -> Measur
 
 @holds_for(partial(strategies.cases, want=UNIFORM), needs=("attend", "api"))
 def r1_batched_is_packed_with_equal_lengths(subject: Subject, case: Case) -> Measure:
-    """[B, T, H, D] gives what [B * T, H, D] with cu_seqlens gives, bit for bit."""
+    """A batch [B, T, H, D] gives the same bits as [B * T, H, D] with cu_seqlens."""
     twice = Sequences.uniform(2, case.sequences.total_q, case.sequences.total_k)
     case = replace(case, sequences=twice)
     inputs = case.inputs
@@ -84,7 +84,7 @@ def r1_batched_is_packed_with_equal_lengths(subject: Subject, case: Case) -> Mea
 
 @holds_for(partial(strategies.cases, want=PREFILL), needs=("attend",))
 def r2_a_chunk_is_the_tail_of_the_whole(subject: Subject, case: Case) -> Measure:
-    """The last queries of each sequence, sent alone, get what they got in the whole."""
+    """The last queries of a sequence get the same results alone as with all queries."""
     inputs = case.inputs
     whole = attend(subject, inputs)
     kept: list[int] = []
@@ -115,7 +115,7 @@ LOW_PAGES = PagedCase(
     spare_pages=0,
     spare_columns=0,
 )
-"""Every logit is -1e34."""
+"""All logits are -1e34."""
 
 
 @holds_for(strategies.paged_cases, needs=("decode_step",), seeds=(LOW_PAGES,))
@@ -138,7 +138,7 @@ def r2_decoding_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
 
 @holds_for(strategies.cases, needs=("attend",))
 def r3_the_future_does_not_matter(subject: Subject, case: Case) -> Measure:
-    """Other keys, values and index keys after a position change nothing up to it."""
+    """Changes of keys, values and index keys after a position change no result up to it."""
     inputs = changed = case.inputs
     positions = np.array(case.sequences.positions(), int)
     early = np.zeros(case.sequences.total_q, bool)
@@ -153,7 +153,7 @@ def r3_the_future_does_not_matter(subject: Subject, case: Case) -> Measure:
 
 @holds_for(strategies.cases, needs=("select_fused",))
 def r3_a_selection_means_the_visible_tokens_of_its_blocks(subject: Subject, case: Case) -> Measure:
-    """mask_of(selection) is: token j // Bk is selected, and j <= p."""
+    """mask_of(selection) is true where block j // Bk is selected and j <= p."""
     selection = select_fused(subject, case.inputs)
     mask = block_mask(selection.indices, case.sequences, case.config.block_size)
     require(bool(mask.any(-1).all()), "every query must read at least its own token (R6, R9)")

@@ -1,4 +1,4 @@
-"""R17, R18: gradients, of the alignment loss and of attention with the selection held fixed."""
+"""R17, R18: gradients of the alignment loss, and of attention with a fixed selection."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ INDEX = ("q_idx", "k_idx")
 
 
 def upstream(case: Case) -> tuple[Array, Array]:
-    """d_out [Tq, Hq, Dv] and d_lse [Tq, Hq], exact in the case's dtype."""
+    """The upstream gradients d_out [Tq, Hq, Dv] and d_lse [Tq, Hq], exact in the case's dtype."""
     shape = (case.sequences.total_q, case.groups * case.group)
     fill = replace(case.v, kind="ties")
     return fill.make((*shape, case.dims[1]), case.dtype), fill.make(shape, case.dtype)
 
 
-def nothing(name: str, grad: Array | None) -> None:
-    """No gradient at all, or zeros to the last bit."""
+def require_no_gradient(name: str, grad: Array | None) -> None:
+    """Check that a gradient is None or exactly 0."""
     require(grad is None or not grad.any(), f"{name} must get no gradient (R17)")
 
 
@@ -58,12 +58,12 @@ def compare_index_gradients(
     names: tuple[str, ...],
     precision: Precision,
 ) -> Measure:
-    """Gradients of the alignment loss, each entry within its bound."""
+    """Check each entry of the gradients of the alignment loss against its error bound."""
     values, bounds = want.gradients(), want.gradient_bounds(precision)
     found: list[Measure] = []
     for name in names:
         got = grads[name]
-        if got is None:  # no query, so no graph
+        if got is None:  # without queries there is no graph
             got = np.zeros_like(values[name])
         found.append(compare(f"gradient of {name}", got, values[name], bounds[name]))
     return worst(*found)
@@ -71,7 +71,7 @@ def compare_index_gradients(
 
 @holds_for(mild, needs=("align_index", "backward"), seeds=(ONE_TOKEN, TIES))
 def r17_gradients_reach_the_index_branch_only(subject: Subject, case: Case) -> Measure:
-    """d KL / d scores = (student - teacher) / (Tq Hkv) for q_idx and k_idx; none for the others."""
+    """The gradient in the scores is (student - teacher) / (Tq Hkv); q, k and lse get none."""
     found: list[Measure] = []
     inputs, precision = case.inputs, subject.domain.precision(case.dtype)
     for selection in (case.selection, None):
@@ -79,9 +79,9 @@ def r17_gradients_reach_the_index_branch_only(subject: Subject, case: Case) -> M
         lse = want.attention.lse.astype(np.float32)
         for known, kept in ((None, 0.0), (lse, LSE_STORED)):
             _, grads = alignment(subject, inputs, selection, known)
-            nothing("q", grads["q"])
-            nothing("k", grads["k"])
-            nothing("lse", grads.get("lse"))
+            require_no_gradient("q", grads["q"])
+            require_no_gradient("k", grads["k"])
+            require_no_gradient("lse", grads.get("lse"))
             found.append(
                 compare_index_gradients(replace(want, lse_kept=kept), grads, INDEX, precision)
             )
@@ -90,9 +90,10 @@ def r17_gradients_reach_the_index_branch_only(subject: Subject, case: Case) -> M
 
 @holds_for(planted, needs=("align_index", "backward"))
 def r17_infinite_scores_have_finite_slopes(subject: Subject, case: Case) -> Measure:
-    """student - teacher stays a number: NaN or infinities in q_idx leave its gradient finite.
+    """NaN or infinities in q_idx leave the gradient of q_idx finite; the same for k_idx.
 
-    So do those in k_idx for k_idx; the gradient of the other one is a sum of them.
+    The reason is that student - teacher stays a number. The gradient of the other tensor is not
+    tested, because it is a sum over numbers that are not finite.
     """
     found: list[Measure] = []
     precision = subject.domain.precision(case.dtype)
@@ -112,12 +113,12 @@ def r17_infinite_scores_have_finite_slopes(subject: Subject, case: Case) -> Meas
 
 @holds_for(mild, needs=("attend", "align_index", "backward"))
 def r17_one_call_gives_all_gradients(subject: Subject, case: Case) -> Measure:
-    """attend(align=True): kl moves q_idx and k_idx alone; out, lse move q, k, v as without it."""
+    """With align=True kl has gradients in q_idx and k_idx only, and out and lse as without it."""
     inputs, d_outs = case.inputs, upstream(case)
     silent = tuple(np.zeros_like(x) for x in d_outs)
     _, grads = attention_and_alignment(subject, inputs, *silent, d_kl=1.0)
     for name in "qkv":
-        nothing(name, grads[name])
+        require_no_gradient(name, grads[name])
     selection, grads = attention_and_alignment(subject, inputs, *d_outs, d_kl=1.0)
     direct = attention_gradients(subject, inputs, selection, *d_outs)
     for name in "qkv":
@@ -128,7 +129,7 @@ def r17_one_call_gives_all_gradients(subject: Subject, case: Case) -> Measure:
 
 @holds_for(double, needs=("align_index", "backward", "float64"))
 def r17_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure:
-    """Finite differences of the reference in float64 against autograd in float64."""
+    """Autograd in float64 agrees with finite differences of the reference in float64."""
     inputs = case.inputs
     found: list[Measure] = []
     for selection in (case.selection, None):
@@ -148,7 +149,7 @@ def r17_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure
 
 @holds_for(mild, needs=("attend_selection", "backward"))
 def r18_gradients_in_every_dtype(subject: Subject, case: Case) -> Measure:
-    """dq, dk, dv of out and lse together, within the budget carried through the chain rule."""
+    """The gradients dq, dk, dv of out and lse together lie within their error bounds."""
     inputs, (d_out, d_lse) = case.inputs, upstream(case)
     got = attention_gradients(subject, inputs, case.selection, d_out, d_lse)
     mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
@@ -160,7 +161,7 @@ def r18_gradients_in_every_dtype(subject: Subject, case: Case) -> Measure:
 
 @holds_for(double, needs=("attend_selection", "backward", "float64"))
 def r18_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure:
-    """Finite differences of the reference in float64, selection fixed, against autograd."""
+    """Autograd with a fixed selection agrees with finite differences of the reference."""
     inputs, selection = case.inputs, case.selection
     d_out, d_lse = upstream(case)
     grads = attention_gradients(subject, inputs, selection, d_out, d_lse)
@@ -179,7 +180,7 @@ def r18_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure
 
 @holds_for(mild, needs=("attend", "backward"))
 def r18_selection_has_no_gradient(subject: Subject, case: Case) -> Measure:
-    """Through the whole path q, k and v get gradients; q_idx and k_idx get none."""
+    """The whole path has gradients in q, k and v, and none in q_idx and k_idx."""
     inputs = case.inputs
     tensors = leaves(subject, (*inputs.main, *inputs.index), inputs.dtype)
     output = subject.module.attend(*tensors, inputs.sequences, inputs.config)
@@ -187,8 +188,8 @@ def r18_selection_has_no_gradient(subject: Subject, case: Case) -> Measure:
     given = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
     pull_back([output.out, output.lse], given)
     for name, tensor in zip(("q_idx", "k_idx"), tensors[3:]):
-        nothing = tensor.grad is None or not bool(tensor.grad.any())
-        require(nothing, f"{name} must get no gradient through the selection (R18)")
+        without = tensor.grad is None or not bool(tensor.grad.any())
+        require(without, f"{name} must get no gradient through the selection (R18)")
     selection = subject.read(output.selection)
     direct = attention_gradients(subject, inputs, selection, d_out, d_lse)
     for name, tensor in zip("qkv", tensors):
