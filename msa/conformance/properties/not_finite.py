@@ -123,7 +123,7 @@ class Reach:
         return found
 
     def formula(self) -> tuple[Array, Array, Attention]:
-        """Where the formula of R9 is finite: for out [Tq, Hq, Dv], for lse [Tq, Hq]; and its values.
+        """Where R9's formula is finite, for out [Tq, Hq, Dv] and lse [Tq, Hq]; and its values.
 
         A score of -inf has the weight 0, so attention over the other tokens gives the value.
         """
@@ -170,7 +170,7 @@ def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> M
 
 
 def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
-    """Attend over the case's selection in one loop order of the backend. The case sets which one."""
+    """Attend over the case's selection in one of the backend's loop orders, chosen by the case."""
     ways = LOOP_ORDERS if subject.domain.has("loop_order") else ("",)
     if subject.domain.has("unite_tiles", "attend_union"):
         ways = (*ways, "attend_union")
@@ -203,7 +203,7 @@ def r9_what_is_not_finite_reaches_its_readers_alone(subject: Subject, case: Case
 def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
     subject: Subject, paged: PagedCase
 ) -> Measure:
-    """The same holds for decoding. NaN behind a sequence's length changes no result."""
+    """In decoding too; and NaN behind a sequence's length changes no result."""
     live, case = np.array(paged.live, bool), paged.case
     clean = replace(paged, case=before(case))
     outputs: list[Output] = []

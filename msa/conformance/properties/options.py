@@ -37,7 +37,7 @@ ONE_INFINITY = Case(
 
 @holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"), seeds=(LOW_LOGITS,))
 def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measure:
-    """Every loop order gives the attention of the definition, however much neighbours share."""
+    """Every loop order is the definition, whether neighbours select the same blocks or not."""
     want = dense(case.inputs, case.selection.indices)
     outputs = [
         attend_selection(subject, case.inputs, case.selection, loop_order=order)
