@@ -71,7 +71,9 @@ def convert(
     index_dim: int | None = None,
     implementation: str = "msa",
 ) -> M:
-    """Add an index branch to some layers; all layers use this project's attention. Returns the model.
+    """Add an index branch to some layers of a model; returns the model.
+
+    The attention of all layers runs in this project afterwards.
 
     Args:
         config: block size and number of blocks. Its softmax_scale is not used, but the model's.

@@ -195,8 +195,8 @@ def check_whole_weights(shares: list[str], tp_size: int | None) -> None:
     if shares or (tp_size or 1) > 1:
         got = f"the DTensor {shares[0]}" if shares else f"one of tp_size = {tp_size}"
         raise ValueError(
-            f"model must hold whole weights, got {got}: a share of the heads does not have all groups "
-            "of the index. Load the model without tp_plan; devices can split the batch instead"
+            f"model must hold whole weights, got {got}: with a share of the heads the index lacks "
+            "some groups. Load the model without tp_plan; devices can split the batch instead"
         )
 
 

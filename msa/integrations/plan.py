@@ -133,6 +133,7 @@ def make_plan(
             starts = [0, *(np.flatnonzero(np.diff(found) != 1) + 1).tolist()]
         runs = [b - a for a, b in zip(starts, [*starts[1:], len(found)])]
         wanted = np.concatenate([start - first + np.arange(run) for run in runs])
+        # positions may count from the start of the row: all are shifted alike
         if first and len(found) and found[0] == start:
             wanted = wanted + first
         messages.check_positions(row, found, wanted)
