@@ -37,7 +37,7 @@ def attention_gradients(
     return {name: subject.read(x.grad) for name, x in zip("qkv", tensors)}
 
 
-def alignment(
+def alignment_gradients(
     subject: Subject, inputs: Inputs, selection: Selection | None, lse: Array | None = None
 ) -> tuple[float, dict[str, Array | None]]:
     """The loss and its gradients in all inputs; None for an input without a gradient (R17).

@@ -13,8 +13,10 @@ from msa.checks import is_eight_bits, is_torch
 from msa.conformance.cases import Brief
 from msa.ir import Array
 
-Kind = Literal["plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed"]
-KINDS: tuple[Kind, ...] = (
+StrideKind = Literal[
+    "plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed"
+]
+KINDS: tuple[StrideKind, ...] = (
     "plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed",
 )  # fmt: skip
 RUBBISH = 101
@@ -37,7 +39,7 @@ class Stride(Brief):
     (48, 8)
     """
 
-    kind: Kind = "plain"
+    kind: StrideKind = "plain"
     dim: int = 0
     """The dim that is meant; for `permuted` the rotation of the dims in memory. Wraps around."""
 
@@ -115,6 +117,6 @@ def permute(array: Any, order: list[int]) -> Any:
     return array.permute(order) if is_torch(array) else array.transpose(order)
 
 
-def strides(kinds: tuple[Kind, ...] = KINDS) -> SearchStrategy[Stride]:
+def strides(kinds: tuple[StrideKind, ...] = KINDS) -> SearchStrategy[Stride]:
     """Any of these ways."""
     return st.builds(Stride, st.sampled_from(kinds), st.integers(0, 3))

@@ -14,7 +14,7 @@ from msa.ir import Array, Selection, Sequences
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """Packed sequences as rows of a batch: `left` tokens of padding before, the rest behind."""
 
     sequences: Sequences
@@ -56,7 +56,7 @@ def transformers_select(target: Function) -> Function:
     def ids(
         q_idx: Array, k_idx: Array, sequences: Sequences, config: MSAConfig, left_padding: int = 0
     ) -> Array:
-        rows = Rows(sequences, left_padding)
+        rows = PaddedRows(sequences, left_padding)
         found = target(
             rows.queries(q_idx).swapaxes(1, 2),
             rows.keys(k_idx)[:, None],
@@ -86,7 +86,7 @@ def transformers_sparse_attention(target: Function) -> Function:
     def attend(
         q: Array, k: Array, v: Array, selection: Selection, scale: float
     ) -> tuple[Array, None]:
-        rows, block = Rows(selection.sequences), selection.block_size
+        rows, block = PaddedRows(selection.sequences), selection.block_size
         width = min(selection.top_k, selection.sequences.max_blocks(block))
         ids = rows.queries(layouts.own_block_first(selection, None)[..., :width])
         for row, (qs, _) in zip(ids, selection.sequences.spans()):

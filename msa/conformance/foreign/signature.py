@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Function = Callable[..., Any]
-Kind = Literal["select", "sparse_attention", "attention"]
+FunctionKind = Literal["select", "sparse_attention", "attention"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Convention:
     """The functions of one project, and what can be asked of them."""
 
     name: str
-    signatures: dict[Kind, Signature]
+    signatures: dict[FunctionKind, Signature]
     order: str
     """The order of the ids that its attention is given."""
     sinks: bool = True

@@ -20,7 +20,7 @@ from msa.conformance.cases import Case, Fill
 from msa.conformance.foreign.arguments import in_order
 from msa.conformance.foreign.bad_target import BadTarget, check_choice, failed_call
 from msa.conformance.foreign.conventions import CONVENTIONS
-from msa.conformance.foreign.signature import Convention, Function, Kind
+from msa.conformance.foreign.signature import Convention, Function, FunctionKind
 from msa.conformance.foreign.wrapped_function import Order, WrappedFunction
 from msa.conformance.properties import Property
 from msa.conformance.tolerances import HOPPER, PRECISIONS
@@ -29,7 +29,7 @@ from msa.ir import Sequences
 
 SELECTION = ("R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R19")
 ATTENTION = ("R1", "R2", "R3", "R9", "R10", "R11", "R12", "R19")
-RULES_OF: dict[Kind, tuple[str, ...]] = {
+RULES_OF: dict[FunctionKind, tuple[str, ...]] = {
     "select": SELECTION,
     "sparse_attention": ATTENTION,
     "attention": (*SELECTION[:-1], *ATTENTION[3:]),
@@ -43,7 +43,7 @@ class TargetOptions:
 
     convention: Literal["msa", "transformers", "vllm", "official"] = "msa"
     """The project whose arguments and results the target has."""
-    kind: Kind = "select"
+    kind: FunctionKind = "select"
     """What the target does: select blocks, attend to selected blocks, or both."""
     tensors: Literal["numpy", "cpu", "cuda"] | None = None
     """NumPy arrays, or torch tensors on a device. By default numpy for msa, cpu for the others."""
@@ -131,9 +131,9 @@ def domain_of(convention: Convention, options: TargetOptions, tensors: str) -> D
     )
 
 
-def missing_of(kind: Kind, gives: frozenset[str]) -> frozenset[str]:
+def missing_of(kind: FunctionKind, gives: frozenset[str]) -> frozenset[str]:
     """The functions and abilities that the target does not have, and is not tested for."""
-    shown: dict[Kind, set[str]] = {
+    shown: dict[FunctionKind, set[str]] = {
         "select": {"select_fused", "attend"},
         "sparse_attention": {"attend_selection", "attend"},
         "attention": {"attend", *({"select_fused"} if "ids" in gives else ())},
@@ -141,7 +141,7 @@ def missing_of(kind: Kind, gives: frozenset[str]) -> frozenset[str]:
     return frozenset({*STAGES, "api", "backward", "lse"} - shown[kind] - (gives & {"lse"}))
 
 
-def first_call(wrapped: WrappedFunction, kind: Kind, plain: Subject) -> frozenset[str]:
+def first_call(wrapped: WrappedFunction, kind: FunctionKind, plain: Subject) -> frozenset[str]:
     """Call the function on three blocks of random numbers; return which of lse, ids it gives."""
     domain = plain.domain
     block, dim = min(domain.block_sizes or (16,)), min(domain.dims or (16,))

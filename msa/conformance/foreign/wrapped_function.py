@@ -10,7 +10,7 @@ import numpy as np
 
 from msa.config import MSAConfig
 from msa.conformance.foreign.arguments import in_order
-from msa.conformance.foreign.signature import Function, Kind
+from msa.conformance.foreign.signature import Function, FunctionKind
 from msa.integrations import arrays
 from msa.ir import Array, Output, Selection, Sequences
 
@@ -28,7 +28,7 @@ class WrappedFunction:
     base: Any
     order: Order = in_order
 
-    def stages(self, kind: Kind, gives: frozenset[str]) -> dict[str, Function]:
+    def stages(self, kind: FunctionKind, gives: frozenset[str]) -> dict[str, Function]:
         """The functions under test, by their names in msa.interface.Backend."""
         match kind:
             case "select":

@@ -47,7 +47,7 @@ TIES = replace(
 """All scores of the index branch are equal."""
 
 
-def yardstick(inputs: Inputs, selection: Selection | None, groups: int) -> Alignment:
+def alignment_yardstick(inputs: Inputs, selection: Selection | None, groups: int) -> Alignment:
     """The KL loss of the yardstick: both branches are attentions over the same support."""
     if selection is None:
         mask = causal_mask(inputs.sequences, groups)
@@ -75,7 +75,7 @@ def loss_of(
 def r17_the_loss_is_the_kl_over_selected_tokens(subject: Subject, case: Case) -> Measure:
     """The loss is the KL of the heads' mean probabilities against the softmax of the scores."""
     inputs, selection = case.inputs, case.selection
-    want = yardstick(inputs, selection, case.groups)
+    want = alignment_yardstick(inputs, selection, case.groups)
     bound = want.bound(subject.domain.precision(case.dtype))
     loss = loss_of(subject, inputs, selection)
     require(float(loss) >= -bound, f"a divergence must not be negative, got {loss}")
@@ -85,7 +85,7 @@ def r17_the_loss_is_the_kl_over_selected_tokens(subject: Subject, case: Case) ->
 @holds_for(mild, needs=("align_index",), seeds=(ONE_TOKEN, TIES))
 def r17_the_warm_up_form_is_dense(subject: Subject, case: Case) -> Measure:
     """Without a selection both distributions are over all visible tokens."""
-    want = yardstick(case.inputs, None, case.groups)
+    want = alignment_yardstick(case.inputs, None, case.groups)
     bound = want.bound(subject.domain.precision(case.dtype))
     loss = loss_of(subject, case.inputs, None)
     return compare("loss", loss, np.float64(want.loss()), np.float64(bound))
@@ -103,7 +103,7 @@ def r17_nan_scores_count_as_minus_infinity(subject: Subject, case: Case) -> Meas
         loss = loss_of(subject, case.inputs, selection)
         require(not np.isnan(loss), "the loss must be a number")
         # the student loses tokens, and its other logarithms grow by at most the growth of the loss
-        bound = yardstick(tame, selection, case.groups).bound(precision) * (1 + abs(want))
+        bound = alignment_yardstick(tame, selection, case.groups).bound(precision) * (1 + abs(want))
         found.append(compare("loss", loss, np.float64(want), np.float64(bound)))
     return worst(*found)
 
@@ -116,7 +116,7 @@ def r17_a_perfect_student_has_no_loss(subject: Subject, case: Case) -> Measure:
     config = replace(case.config, index_scale=case.inputs.scale, softmax_scale=case.inputs.scale)
     inputs = replace(case.inputs, main=(q, k, v), index=(q, k[:, 0]), config=config)
     selection = replace(case.selection, indices=case.selection.indices[:, :1])
-    bound = yardstick(inputs, selection, 1).bound(subject.domain.precision(case.dtype))
+    bound = alignment_yardstick(inputs, selection, 1).bound(subject.domain.precision(case.dtype))
     return compare("loss", loss_of(subject, inputs, selection), np.float64(0), np.float64(bound))
 
 
@@ -126,7 +126,7 @@ def r17_a_known_lse_changes_nothing(subject: Subject, case: Case) -> Measure:
     found: list[Measure] = []
     precision = subject.domain.precision(case.dtype)
     for selection in (case.selection, None):
-        want = yardstick(case.inputs, selection, case.groups)
+        want = alignment_yardstick(case.inputs, selection, case.groups)
         for dtype, kept in (("float32", LSE_STORED), ("float64", 0.0)):
             loss = loss_of(subject, case.inputs, selection, want.attention.lse.astype(dtype))
             bound = replace(want, lse_kept=kept).bound(precision)
@@ -145,6 +145,6 @@ def r17_one_call_gives_the_loss_too(subject: Subject, case: Case) -> Measure:
     same("lse", output.lse, plain.lse)
     dtype = "float64" if case.dtype == "float64" else "float32"
     require(dtype_name(output.kl) == dtype, f"kl must be {dtype}, got {dtype_name(output.kl)}")
-    want = yardstick(inputs, output.selection, case.groups)
+    want = alignment_yardstick(inputs, output.selection, case.groups)
     bound = want.bound(subject.domain.precision(case.dtype))
     return compare("kl", output.kl, np.float64(want.loss()), np.float64(bound))

@@ -13,7 +13,11 @@ from msa.conformance.bad_input import BadInput
 from msa.conformance.bad_input.collect import BAD_INPUTS
 from msa.conformance.bad_input.run import try_bad_input
 from msa.conformance.cases import Case, PagedCase
-from msa.conformance.gradients import alignment, attention_and_alignment, attention_gradients
+from msa.conformance.gradients import (
+    alignment_gradients,
+    attention_and_alignment,
+    attention_gradients,
+)
 from msa.conformance.properties import holds_for
 from msa.conformance.properties.training import upstream
 from msa.conformance.run_stage import attend, attend_selection, selected
@@ -67,7 +71,7 @@ def r19_alignment_has_the_same_bits(subject: Subject, case: Case) -> Measure:
     """Two backward passes give the same bits: of the loss, its warm-up form, and align=True."""
     for selection in (case.selection, None):
         args = (subject, case.inputs, selection)
-        (loss, one), (again, two) = (alignment(*args) for _ in range(2))
+        (loss, one), (again, two) = (alignment_gradients(*args) for _ in range(2))
         require(repr(loss) == repr(again), f"loss must be {loss!r}, got {again!r}")
         same_gradients(one, two)
     args = (subject, case.inputs, *upstream(case), 1.0)

@@ -182,7 +182,7 @@ def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
     return attend_selection(subject, inputs, case.selection, **options)
 
 
-def before(case: Case) -> Case:
+def without_planted(case: Case) -> Case:
     """The case without the planted numbers in q, k and v."""
     return replace(case, **{name: replace(getattr(case, name), planted=()) for name in "qkv"})
 
@@ -194,7 +194,7 @@ def r9_what_is_not_finite_reaches_its_readers_alone(subject: Subject, case: Case
     For its readers the result is not finite where the formula of R9 is not finite. All other
     results of its sequence and group are NaN or right.
     """
-    reach = Reach(before(case).inputs, case.inputs, case.selection)
+    reach = Reach(without_planted(case).inputs, case.inputs, case.selection)
     got, clean = (attend_some_way(subject, case, x) for x in (reach.spoiled, reach.clean))
     return check_reach(subject, reach, got, clean)
 
@@ -205,7 +205,7 @@ def r9_what_is_not_finite_reaches_its_readers_in_pages_too(
 ) -> Measure:
     """In decoding too; and NaN behind a sequence's length changes no result."""
     live, case = np.array(paged.live, bool), paged.case
-    clean = replace(paged, case=before(case))
+    clean = replace(paged, case=without_planted(case))
     outputs: list[Output] = []
     for one in (paged, clean):
         args = (*one.queries, one.cache, case.config)
@@ -225,7 +225,10 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
     A gradient is not finite where the chain rule through a reader says so. All other gradients of
     its sequence and group are NaN or right.
     """
-    reach, d_outs = Reach(before(case).inputs, case.inputs, case.selection), upstream(before(case))
+    reach, d_outs = (
+        Reach(without_planted(case).inputs, case.inputs, case.selection),
+        upstream(without_planted(case)),
+    )
     got = attention_gradients(subject, reach.spoiled, case.selection, *d_outs)
     clean = attention_gradients(subject, reach.clean, case.selection, *d_outs)
     attention = Attention(*reach.clean.main, reach.mask, reach.clean.scale, parts=case.config.top_k)
@@ -251,7 +254,7 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
 @holds_for(partial(spoiled, in_k=NAN, tensors="qk"), needs=("align_index",))
 def r17_a_teacher_that_is_not_a_number_is_told(subject: Subject, case: Case) -> Measure:
     """A NaN in a query, or in a key that some query reads, makes the loss NaN."""
-    reach = Reach(before(case).inputs, case.inputs, case.selection)
+    reach = Reach(without_planted(case).inputs, case.inputs, case.selection)
     args = (*case.inputs.main[:2], *case.inputs.index)
     read = reach.readers.any() or np.isnan(args[0]).any()
     for selection in (case.selection, None):

@@ -16,7 +16,7 @@ from msa.conformance.properties.places_threads import (
     arrays_of,
     in_mode,
     output_of,
-    run,
+    results_of,
     whole_call,
 )
 from msa.conformance.tolerances import AGREES, Measure, same
@@ -63,7 +63,7 @@ def r21_any_device_gives_the_same_bits(subject: Subject, given: InMode) -> Measu
 
     def results(device: str) -> Bits:
         there = replace(subject, device=device)
-        bits = run(there, given.of, arrays_of(there, given.of))
+        bits = results_of(there, given.of, arrays_of(there, given.of))
         return bits if isinstance(given.of, PagedCase) else bits | whole_call(there, given.of)
 
     want = results("cuda:0")

@@ -34,8 +34,8 @@ def same_bits(got: Bits, want: Bits) -> Measure:
     return AGREES
 
 
-Function = Literal["attention", "select", "sparse_attention", "align_index"]
-ARGUMENTS: dict[Function, tuple[str, ...]] = {
+PublicFunction = Literal["attention", "select", "sparse_attention", "align_index"]
+ARGUMENTS: dict[PublicFunction, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "q_idx", "k_idx"),
     "select": ("q_idx", "k_idx"),
     "sparse_attention": ("q", "k", "v"),
@@ -49,7 +49,7 @@ class LaidOut(Brief):
     """A call of a public function, and how each of its arguments lies in memory."""
 
     case: Case
-    function: Function
+    function: PublicFunction
     laid: tuple[Stride, ...]
     """In the order of NAMES."""
     batched: bool = False

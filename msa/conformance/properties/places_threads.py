@@ -113,7 +113,7 @@ def output_of(
     return msa.attention(*arrays, align=align, **borders, **kinds)
 
 
-def run(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
+def results_of(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
     """Call attention with its loss, or decode. Returns the results and their dtypes."""
     output = output_of(subject, of, arrays, align=True)
     found = {"out": output.out, "lse": output.lse, "indices": selected(output)}
@@ -127,6 +127,6 @@ def r21_the_defaults_of_torch_change_no_bit(subject: Subject, given: InMode) -> 
     """Default dtype float64, default device meta, no_grad and inference_mode change no bit."""
     tensors = replace(subject, kind="torch")  # the results of the reference are tensors too
     arrays = arrays_of(tensors, given.of)
-    want, mode = run(tensors, given.of, arrays), torch_modes()[given.mode]
+    want, mode = results_of(tensors, given.of, arrays), torch_modes()[given.mode]
     with mode():
-        return same_bits(run(tensors, given.of, arrays), want)
+        return same_bits(results_of(tensors, given.of, arrays), want)

@@ -9,7 +9,7 @@ import numpy as np
 from msa.conformance.backends import Subject
 from msa.conformance.cases import Case
 from msa.conformance.gradients import (
-    alignment,
+    alignment_gradients,
     attention_and_alignment,
     attention_gradients,
     directions,
@@ -21,7 +21,7 @@ from msa.conformance.gradients import (
     spec_attention,
 )
 from msa.conformance.properties import holds_for
-from msa.conformance.properties.alignment import ONE_TOKEN, TIES, planted, yardstick
+from msa.conformance.properties.alignment import ONE_TOKEN, TIES, alignment_yardstick, planted
 from msa.conformance.strategies import double, mild
 from msa.conformance.tolerances import (
     AGREES,
@@ -75,10 +75,10 @@ def r17_gradients_reach_the_index_branch_only(subject: Subject, case: Case) -> M
     found: list[Measure] = []
     inputs, precision = case.inputs, subject.domain.precision(case.dtype)
     for selection in (case.selection, None):
-        want = yardstick(inputs, selection, case.groups)
+        want = alignment_yardstick(inputs, selection, case.groups)
         lse = want.attention.lse.astype(np.float32)
         for known, kept in ((None, 0.0), (lse, LSE_STORED)):
-            _, grads = alignment(subject, inputs, selection, known)
+            _, grads = alignment_gradients(subject, inputs, selection, known)
             require_no_gradient("q", grads["q"])
             require_no_gradient("k", grads["k"])
             require_no_gradient("lse", grads.get("lse"))
@@ -102,9 +102,9 @@ def r17_infinite_scores_have_finite_slopes(subject: Subject, case: Case) -> Meas
     for name in INDEX:
         wild = replace(tame, **{name: getattr(case, name)})
         for selection in (case.selection, None):
-            _, grads = alignment(subject, wild.inputs, selection)
-            want = yardstick(tame.inputs, selection, case.groups)
-            scores = yardstick(wild.inputs, selection, case.groups).index.logits
+            _, grads = alignment_gradients(subject, wild.inputs, selection)
+            want = alignment_yardstick(tame.inputs, selection, case.groups)
+            scores = alignment_yardstick(wild.inputs, selection, case.groups).index.logits
             found.append(
                 compare_index_gradients(replace(want, scores=scores), grads, (name,), precision)
             )
@@ -123,7 +123,7 @@ def r17_one_call_gives_all_gradients(subject: Subject, case: Case) -> Measure:
     direct = attention_gradients(subject, inputs, selection, *d_outs)
     for name in "qkv":
         same(f"d{name}", grads[name], direct[name])
-    want = yardstick(inputs, selection, case.groups)
+    want = alignment_yardstick(inputs, selection, case.groups)
     return compare_index_gradients(want, grads, INDEX, subject.domain.precision(case.dtype))
 
 
@@ -133,7 +133,7 @@ def r17_gradients_are_those_of_the_spec(subject: Subject, case: Case) -> Measure
     inputs = case.inputs
     found: list[Measure] = []
     for selection in (case.selection, None):
-        _, grads = alignment(subject, inputs, selection)
+        _, grads = alignment_gradients(subject, inputs, selection)
         for which, direction in enumerate(directions(inputs.index, case.q.seed)):
             grad = grads[("q_idx", "k_idx")[which]]
             got = 0.0 if grad is None else float((grad * direction).sum())
