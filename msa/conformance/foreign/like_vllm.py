@@ -33,9 +33,8 @@ def vllm_sparse_attention(target: Function) -> Function:
         q: Array, k: Array, v: Array, selection: Selection, scale: float
     ) -> tuple[Array, None]:
         sequences, width = selection.sequences, max(k.shape[-1], v.shape[-1])
-        both = arrays.join(
-            [wider(k, width), wider(v, width)], -1
-        )  # K and V have one head size in a shared page
+        # K and V share a page, so they need one head size
+        both = arrays.join([wider(k, width), wider(v, width)], -1)
         pages, table = in_pages(both, sequences, selection.block_size)
         seq_lens, prefix_lens = lengths(q, sequences)
         found, _ = first_of(

@@ -138,9 +138,8 @@ class Reach:
             return out, lse, want
         (q, k, _), mask = self.spoiled.main, self.mask.copy()
         with np.errstate(invalid="ignore"):
-            scores = np.einsum(
-                "ihd,d->ih", q, k[token, group]
-            )  # one column of the key is not finite
+            # one column of the key is not finite
+            scores = np.einsum("ihd,d->ih", q, k[token, group])
         mask[:, group, token] = False
         some = self.heads(mask.any(-1))
         lse = ~self.readers | ((scores == -np.inf) & some)
@@ -234,9 +233,8 @@ def r9_what_is_not_finite_reaches_no_other_gradient(subject: Subject, case: Case
     attention = Attention(*reach.clean.main, reach.mask, reach.clean.scale, parts=case.config.top_k)
     want = Gradients(attention, *d_outs)
     values, bounds = want.values(), want.bounds(subject.domain.precision(case.dtype))
-    through_p = (
-        reach.where is not None and reach.where[0] == "k"
-    )  # dv is computed from p, not from v
+    # dv is computed from p, not from v
+    through_p = reach.where is not None and reach.where[0] == "k"
     lost = {"q": reach.readers, "k": reach.read_with_it, "v": reach.read_with_it & through_p}
     near = {"q": reach.near, "k": reach.near_tokens, "v": reach.near_tokens}
     found: list[Measure] = []

@@ -38,9 +38,8 @@ def r21_any_stream_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
 
     streams = [torch.cuda.Stream(subject.device) for _ in range(2)]
     found: list[Bits] = []
-    with ThreadPoolExecutor(
-        1
-    ) as pool:  # a second thread, because a call waits when it reads its results
+    # in a second thread, because a call waits when its results are read
+    with ThreadPoolExecutor(1) as pool:
 
         def on(stream: Any, busy: bool) -> Bits:
             with torch.cuda.stream(stream):
