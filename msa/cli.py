@@ -42,7 +42,7 @@ commands:
 
 COMMANDS = {
     "explain": ("msa.explain_print", "ExplainOptions", "torch"),
-    "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
+    "verify": ("msa.conformance.verify_run", "VerifyOptions", "verify"),
     "demo": ("msa.demo.demo", "DemoOptions", "model,demo"),
     "ask": ("msa.demo.ask", "AskOptions", "model,demo"),
     "demo digits": ("msa.demo.digits", "DigitsOptions", "demo"),

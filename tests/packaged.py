@@ -16,7 +16,7 @@ from pathlib import Path
 
 HEAVY = ("torch", "triton", "transformers", "hypothesis", "pytest", "matplotlib")
 WHEEL = ("msa/py.typed", "msa/model/trained/tiny/model.safetensors",
-         "msa/model/trained/tiny/config.json", "msa/conformance/targets.py",
+         "msa/model/trained/tiny/config.json", "msa/conformance/own_targets.py",
          "msa/triton_impl/attention.py", "msa/ablations/findings_tiny.json")  # fmt: skip
 SMALL = "trained/small/model.safetensors"  # in the source, not in the wheel
 SOURCES = ("LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "constraints.txt", "Makefile",

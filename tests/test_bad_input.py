@@ -6,8 +6,10 @@ import pytest
 
 import msa
 from msa.conformance import subjects
-from msa.conformance.bad_input import BadInput, Kit, try_bad_input
-from msa.conformance.bad_input_table import BAD_INPUTS
+from msa.conformance.bad_input import BadInput
+from msa.conformance.bad_input.collect import BAD_INPUTS
+from msa.conformance.bad_input.kit import Kit
+from msa.conformance.bad_input.run import try_bad_input
 from msa.conformance.tolerances import Disagreement
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")

@@ -172,7 +172,7 @@ def test_one_sentence_before_any_work(command, message, place, capsys, monkeypat
     ):  # fmt: skip
         monkeypatch.setattr(module, name, work)
     monkeypatch.setattr("msa.demo.digits.experiment.measure", work)
-    monkeypatch.setattr("msa.conformance.report.try_one", work)
+    monkeypatch.setattr("msa.conformance.results.try_one", work)
     monkeypatch.setattr("msa.integrations.convert_run.load", work)
     assert message in refusal(command, capsys)
 

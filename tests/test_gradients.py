@@ -19,8 +19,8 @@ from msa.conformance.gradients import (
     spec_alignment,
     spec_attention,
 )
-from msa.conformance.properties_alignment import yardstick
-from msa.conformance.properties_training import upstream
+from msa.conformance.properties.alignment import alignment_yardstick
+from msa.conformance.properties.training import upstream
 from msa.conformance.strategies import MILD, cases, double
 from msa.conformance.tolerances import PRECISIONS, compare
 from msa.conformance.yardstick import Attention, block_mask
@@ -60,7 +60,7 @@ def test_the_yardstick_has_the_slopes_of_the_spec(case: Case):
 def test_the_yardstick_has_the_slopes_of_the_loss(case: Case):
     inputs = case.inputs
     for selection in (case.selection, None):
-        grads = yardstick(inputs, selection, case.groups).gradients()
+        grads = alignment_yardstick(inputs, selection, case.groups).gradients()
         for which, step in enumerate(directions(inputs.index, seed=1)):
             want = slope(
                 lambda t, s=selection, w=which, d=step: spec_alignment(

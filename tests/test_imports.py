@@ -151,9 +151,10 @@ def test_backends_are_imported_in_one_place(library):
 def test_only_the_command_line_knows_the_extras(name):
     """And the conformance kit: how others lay out what it is to try."""
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "cli.py" and path.relative_to(PACKAGE).parts[0] != name:
+        room = path.relative_to(PACKAGE).parts[0]
+        if path.name != "cli.py" and room != name:
             known = {n for n in imported(path) if n.startswith(f"msa.{name}")}
-            layouts = {"arrays", "layouts"} if path.parent.name == "conformance" else set()
+            layouts = {"arrays", "layouts"} if room == "conformance" else set()
             assert known <= {"msa.integrations"} | {f"msa.integrations.{n}" for n in layouts}, path
             names = {
                 alias.name
@@ -189,12 +190,81 @@ def test_conformance_knows_the_public_interface_alone():
     libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
     public = {"checks", "config", "conformance", "dispatch", "interface", "ir", "pipeline"}
     public |= {"integrations"}  # of these, two files that need no library: see above
-    for path in (PACKAGE / "conformance").glob("*.py"):
+    for path in (PACKAGE / "conformance").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
         assert roots <= libraries, path
         assert "torch" not in {n.split(".")[0] for n in imported(path, everywhere=False)}, path
         for name in inside_msa(imported(path)) - public:
             assert name in vars(msa), (path, name)
+
+
+ROOMS = {  # folders of the conformance kit, and the other folders that each of them may import
+    "bad_input": set(),
+    "properties": {"bad_input"},
+    "foreign": {"properties"},
+}
+GATHER = {"__init__", "results", "results_table", "verify_run"}
+"""The files of the conformance kit that may import every folder of it."""
+
+
+def module_of(path: Path) -> str:
+    """The full name of the module that a file holds."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def arrows_inside(package: str) -> dict[str, set[str]]:
+    """For each module below a package the modules below it that it imports, also in functions."""
+    paths = {module_of(path): path for path in (PACKAGE / package).rglob("*.py")}
+    arrows: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        wanted: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:  # a module of the package, or a name in it
+                    full = f"{node.module}.{alias.name}"
+                    wanted.add(full if full in paths else str(node.module))
+        arrows[module] = wanted & set(paths)
+    return arrows
+
+
+def first_circle(arrows: dict[str, set[str]]) -> set[str]:
+    """The modules of circles, and those from which an arrow leads to a circle; empty without one.
+
+    Modules without arrows to the rest are taken away until none is left that could be.
+    """
+    left = dict(arrows)
+    while free := [module for module, wanted in left.items() if not wanted & set(left)]:
+        for module in free:
+            del left[module]
+    return set(left)
+
+
+def test_a_circle_would_be_seen():
+    assert first_circle({"a": {"b"}, "b": {"a"}, "c": {"d"}, "d": set()}) == {"a", "b"}
+
+
+def test_conformance_has_no_circle():
+    """Neither types (TYPE_CHECKING) nor imports inside functions are left out."""
+    arrows = arrows_inside("conformance")
+    assert len(arrows) > 40
+    assert first_circle(arrows) == set()
+
+
+def test_the_folders_of_conformance_import_downwards():
+    folders = {path.parent.name for path in (PACKAGE / "conformance").glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+    for module, wanted in arrows_inside("conformance").items():
+        room = (module + "..").split(".")[2]
+        found = {(name + "..").split(".")[2] for name in wanted}
+        assert "" not in found, f"{module} imports the whole package"
+        if room in folders:
+            assert found & folders <= ROOMS[room] | {room}, module
+            assert not found & GATHER, module
+        elif room and room not in GATHER:
+            assert found & folders <= {"properties"}, module
 
 
 def test_import_msa_is_light():

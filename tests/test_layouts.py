@@ -229,7 +229,7 @@ def test_pages_that_cannot_be_taken():
         page_layouts.to_flashinfer(wide)
     scaled = replace(cache, k_scales=np.ones((4, 1), np.float32))
     for convert in ("official", "vllm", "flashinfer", "sglang", "smaller_pages"):
-        with pytest.raises(ValueError, match=r"cache.k_scales must be None: each neighbour"):
+        with pytest.raises(ValueError, match=r"cache.k_scales must be None: each project"):
             getattr(page_layouts, f"to_{convert}")(scaled)
     with pytest.raises(ValueError, match="kv_pages must have shape"):
         page_layouts.from_vllm(k[0], k_idx, cache.page_table, cache.lengths)

@@ -10,8 +10,8 @@ from hypothesis import Phase, settings
 from mutants import DOMAIN, HONEST_OPTIONS, MUTANTS, nan_taken_for_infinity, one_product_too_few
 
 from msa.conformance import Subject, all_properties, as_module, subjects
+from msa.conformance.search import Tally, search
 from msa.conformance.tolerances import HOPPER
-from msa.conformance.trial import Tally, search
 
 PROPERTIES = {p.name: p for p in all_properties()}
 RARE = [{"select_fused": nan_taken_for_infinity}]

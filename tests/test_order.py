@@ -26,7 +26,7 @@ from hypothesis import settings
 from msa.conformance import all_properties, subjects
 from msa.conformance.properties import holds_for
 from msa.conformance.tolerances import AGREES
-from msa.conformance.trial import Tally, search
+from msa.conformance.search import Tally, search
 (prop,) = (p for p in all_properties() if p.name == "r8_a_selection_is_canonical")
 def r7_prints(subject, case):
     print(case)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import settings
 
 from msa.conformance import Domain, Property, all_properties, strategies, subjects
+from msa.conformance.search import Tally, search
 from msa.conformance.tolerances import AGREES
-from msa.conformance.trial import Tally, search
 
 TWO_GPUS = pytest.mark.skip(reason="there is one GPU here, and this needs two")
 

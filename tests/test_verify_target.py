@@ -12,11 +12,13 @@ import targets
 import torch
 
 import msa
-from msa.conformance import Domain, adapters, all_properties, make_target, messages, report, seeds
+from msa.conformance import Domain, all_properties, make_target, seeds, verify_target
 from msa.conformance.cases import Case
-from msa.conformance.conventions import CONVENTIONS
+from msa.conformance.foreign import like_msa, like_official, like_transformers, like_vllm
+from msa.conformance.foreign.bad_target import BadTarget, find_target
+from msa.conformance.foreign.conventions import CONVENTIONS
+from msa.conformance.foreign.target import TargetOptions
 from msa.conformance.properties import RULES
-from msa.conformance.target import TargetOptions
 from msa.conformance.tolerances import Disagreement
 from msa.integrations import layouts
 
@@ -24,14 +26,14 @@ EVERY = {f"R{n}" for n in range(1, 22)}
 SELECTION = {"R1", "R2", "R3", "R4", "R5", "R6", "R7", "R8", "R19"}
 ATTENTION = {"R1", "R2", "R3", "R9", "R10", "R11", "R12", "R19"}
 RULES_OF = {"select": SELECTION, "sparse_attention": ATTENTION, "attention": SELECTION | ATTENTION}
-HERE = "msa.conformance.targets"
+HERE = "msa.conformance.own_targets"
 THERE = "msa.integrations.targets"
 
 
 def tried(function, examples=3, rules=(), **options):
     """Results of a target, by function or by name."""
-    found = messages.find(function) if isinstance(function, str) else function
-    return report.verify_target(make_target(found, TargetOptions(**options)), rules, examples)
+    found = find_target(function) if isinstance(function, str) else function
+    return verify_target(make_target(found, TargetOptions(**options)), rules, examples)
 
 
 def verdicts(results):
@@ -234,8 +236,8 @@ def test_options_of_a_target_need_one(capsys):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import no_such_library\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(messages.BadTarget, match="needs no_such_library, which is not installed"):
-        messages.find("needy:f")
+    with pytest.raises(BadTarget, match="needs no_such_library, which is not installed"):
+        find_target("needy:f")
 
 
 def test_exit_codes_and_the_report_of_a_file_in_this_folder(tmp_path):
@@ -262,9 +264,12 @@ def test_exit_codes_and_the_report_of_a_file_in_this_folder(tmp_path):
 # -- the table ------------------------------------------------------------------------------------
 def test_every_adapter_is_in_the_table():
     named = {
-        n for n in vars(adapters) if re.match("(msa|transformers|vllm|official)_(sel|sp|att)", n)
+        name
+        for module in (like_msa, like_transformers, like_vllm, like_official)
+        for name in vars(module)
+        if re.match("(msa|transformers|vllm|official)_(sel|sp|att)", name)
     }
-    used = {c.adapter.__name__ for conv in CONVENTIONS.values() for c in conv.calls.values()}
+    used = {c.adapter.__name__ for conv in CONVENTIONS.values() for c in conv.signatures.values()}
     assert named == used
 
 

@@ -10,7 +10,7 @@ from hypothesis import Phase, settings
 
 from msa.conformance import Domain, Subject, all_properties, as_module
 from msa.conformance.cases import Fill
-from msa.conformance.trial import Tally, search
+from msa.conformance.search import Tally, search
 
 DOMAIN = Domain(("float64", "float32"), missing=frozenset({"api", "backward"}))
 PHASES = (Phase.generate, Phase.shrink)

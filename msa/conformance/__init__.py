@@ -1,26 +1,34 @@
-"""The rules R1-R21 as properties that any backend can be tried against.
+"""The rules R1-R21 as properties that any backend can be tested against.
 
-cases        what is drawn: a description of tensors that fits on a line
-strategies   how it is drawn: every shape and value that the rules allow
-yardstick    the definition in float64, written a second time
-tolerances   the one error budget, and its derivation
-backends     what can be tried here
-properties_* the rules, each a plain function of a backend and a case
-strides      how a tensor lies in memory (R21)
-bad_input    R20, case by case
-seeds        known kinds of bugs, tried first
-conventions  how other projects call selection and attention; adapters, packing: there and back
-target       a function of one's own in place of a backend; targets: those that are shipped
-report       `msa verify`
+properties/         the rules: each property is a plain function of a backend and a case
+bad_input/          R20: calls that must be refused
+foreign/            functions of other projects, or of your own, tested in place of a backend
+
+cases               a small description of the tensors of one call
+strategies          draws cases: every shape and value that the rules allow
+seeds               cases that are tried first: kinds of bugs that users have reported
+strides             how a tensor lies in memory (R21)
+backends            the backends that can be tested on this machine
+own_targets         the same backends as plain functions, for `msa verify --target`
+run_stage           calls one function of a backend, and compares an output
+gradients           asks a backend for gradients, and the reference for finite differences
+yardstick           attention by its definition in float64, written a second time
+yardstick_training  its gradients, and the KL loss
+tolerances          the error budget of every comparison, and its derivation
+search              the search for a counterexample to one property
+results             every property on every backend; results_table prints the results
+verify_run          the command `msa verify`
 
 from msa.conformance import Domain, Subject, all_properties, as_module
 mine = Subject("mine", as_module({"select_blocks": my_selection}), kind="numpy")
 """
 
 from msa.conformance.backends import Domain, Subject, as_module, subjects
-from msa.conformance.properties import Property, all_properties
-from msa.conformance.report import Result, VerifyOptions, run, verify, verify_target
-from msa.conformance.target import Target, TargetOptions, make_target
+from msa.conformance.foreign.target import Target, TargetOptions, make_target
+from msa.conformance.properties import Property
+from msa.conformance.properties.collect import all_properties
+from msa.conformance.results import Result, verify, verify_target
+from msa.conformance.verify_run import VerifyOptions, run
 
 __all__ = [
     "Domain",

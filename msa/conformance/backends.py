@@ -1,8 +1,8 @@
-"""The backends that can be tried here, spoken to in NumPy.
+"""The backends that can be tested on this machine, called with NumPy arrays.
 
-A `Subject` is a module of functions (`msa.interface.Backend`), the array library that it wants, and
-the part of the rules that it claims. Properties give it NumPy arrays and forms and get the same
-back, so that one property reads alike for all of them, and for functions of your own:
+A `Subject` is a module of functions (`msa.interface.Backend`), the array library that it needs, and
+the part of the rules that it claims to follow. A property gives it NumPy arrays and forms, and gets
+the same back. So one property is written once for all backends, and for functions of your own:
 
     Subject("mine", my_module, kind="torch", domain=Domain(missing=frozenset({"api", "backward"})))
 """
@@ -22,32 +22,22 @@ from msa import checks
 from msa.checks import is_torch
 from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
+from msa.interface import Backend
 from msa.ir import Array
 
 REFERENCE: Any = load_backend("reference")
-"""The spec; Any, because it also has mask_of, which the contract does not ask for."""
+"""The spec. Its type is Any because it also has mask_of, which is not in the contract."""
 
-STAGES = (
-    "attend",
-    "attend_selection",
-    "score_blocks",
-    "select_blocks",
-    "select_fused",
-    "reverse_selection",
-    "schedule_chunks",
-    "attend_chunks",
-    "combine_partials",
-    "unite_tiles",
-    "attend_union",
-    "align_index",
-    "decode_step",
-)
+STAGES = tuple(name for name in vars(Backend) if not name.startswith("_"))
+"""The names of the functions of the contract."""
 
 OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "devices", "graphs"})
-"""What a backend may claim beyond the contract. Keywords: loop_order of attend_selection ("auto",
-"kv_outer", "union"), and index_dtype ("fp8_e4m3") and left_padding (tokens of rubbish before each
-row) of select_fused. Places (R21): CUDA streams, several CUDA devices, decode_step in a graph."""
+"""What a backend may claim beyond the contract.
 
+Keyword arguments: loop_order of attend_selection ("auto", "kv_outer", "union"); index_dtype
+("fp8_e4m3") and left_padding (a number of rubbish tokens before each row) of select_fused.
+Places (R21): CUDA streams, several CUDA devices, attention and decoding in a CUDA graph.
+"""
 
 LARGEST_TOP_K: int = getattr(checks, "LARGEST_TOP_K", 16384)
 KERNEL_TOP_K: int = getattr(checks, "KERNEL_TOP_K", 1024)
@@ -55,41 +45,42 @@ KERNEL_TOP_K: int = getattr(checks, "KERNEL_TOP_K", 1024)
 
 @dataclass(frozen=True)
 class Domain:
-    """What a backend claims. Strategies draw only from it; nothing is drawn and then skipped."""
+    """What a backend claims to support. Strategies draw only such cases, so no case is skipped."""
 
     dtypes: tuple[str, ...] = ("float64", "float32", "float16", "bfloat16")
     block_sizes: tuple[int, ...] | None = None
-    """None: any from 1."""
+    """None means any block size from 1."""
     dims: tuple[int, ...] | None = None
-    """Sizes of D, Dv and Di; None: any from 1."""
+    """Sizes of D, Dv and Di. None means any size from 1."""
     missing: frozenset[str] = frozenset()
-    """Functions of the contract that are not there, "backward" (R18), "api" (R20), "lse" (R10),
-    "tensors" (torch is installed), "threads" (R21) or "eight_bits" (R12) among them."""
+    """Names that this backend does not implement: functions of the contract, and these abilities:
+    "backward" (R18), "api" (R20), "lse" (R10), "tensors" (torch is installed), "threads" (R21) and
+    "eight_bits" (R12)."""
     options: frozenset[str] = frozenset()
-    """Of OPTIONS, those that it takes: what a property then needs beside the functions."""
+    """The names in OPTIONS that this backend supports. A property can need them."""
     product_roundoff: dict[str, float] | None = None
-    """For dtypes whose products are rounded more coarsely than float32, as TF32 does."""
+    """The roundoff of products, for dtypes where it is coarser than float32, as with TF32."""
     units: dict[str, MatrixUnit] | None = None
-    """For dtypes whose products a matrix unit adds, as tensor cores do."""
+    """The matrix unit, for dtypes whose products are added by one, as tensor cores do."""
     largest_top_k: int = LARGEST_TOP_K
     """The most blocks that a query may keep."""
     sinks: bool = True
-    """Whether the first blocks can be forced."""
+    """Whether sink blocks, the first blocks of a sequence, can be forced."""
     more_local: bool = True
-    """Whether more than the own block can be forced."""
+    """Whether more local blocks than the own block can be forced."""
     full_rows: bool = False
     """Whether a Selection must give each query min(k, visible blocks) of them."""
     cost: int = 1
-    """How many times fewer examples are worth their time, as in an interpreter."""
+    """The number of examples is divided by this, where one example takes long."""
 
     def precision(self, dtype: str) -> Precision:
-        """The roundoffs that the error budget is made of."""
+        """The roundoffs of one dtype, from which the error budget is computed."""
         known = replace(PRECISIONS[dtype], unit=(self.units or {}).get(dtype))
         work = (self.product_roundoff or {}).get(dtype)
         return known if work is None else replace(known, work=work)
 
     def has(self, *needed: str) -> bool:
-        """Whether all of these functions, options and dtypes are claimed.
+        """Whether the backend claims all of these functions, abilities, options and dtypes.
 
         >>> Domain(dtypes=("float32",)).has("attend"), Domain(dtypes=("float32",)).has("float64")
         (True, False)
@@ -110,21 +101,21 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """For tables and test names."""
+        """The name in tables and tests."""
         return self.name if self.device == "cpu" else f"{self.name}-{self.device}"
 
     def run(self, function: str, *args: Any, cast: str, **options: Any) -> Any:
-        """Call a function of the contract; floats go in as dtype `cast`, NumPy comes out."""
+        """Call a function of the contract. Floats go in as dtype `cast`; NumPy arrays come out."""
         given = [self.give(thing, cast) for thing in args]
         return self.read(getattr(self.module, function)(*given, **options))
 
     def give(self, thing: Any, dtype: str) -> Any:
-        """An array, or a form with arrays in it, as this backend wants it; the rest unchanged."""
+        """Convert an array, or the arrays in a form, to this backend's kind of array."""
         return map_arrays(thing, lambda array: self._give_array(array, dtype))
 
     def _give_array(self, array: Array, dtype: str) -> Any:
         floating = array.dtype.kind == "f"
-        if self.kind == "numpy":  # which has no bfloat16: the values are all that counts
+        if self.kind == "numpy":  # NumPy has no bfloat16; float64 holds the same values
             known = "float64" if dtype == "bfloat16" else dtype
             return array.astype(known) if floating else array
         import torch
@@ -133,11 +124,11 @@ class Subject:
         return tensor.to(self.dtype(dtype)) if floating else tensor
 
     def read(self, thing: Any) -> Any:
-        """The way back; bfloat16 becomes float32, which holds each of its values."""
+        """Convert back to NumPy. bfloat16 becomes float32, which holds each of its values."""
         return map_arrays(thing, _to_numpy)
 
     def dtype(self, name: str) -> Any:
-        """np.float32 or torch.float32, for the one argument of the contract that is a dtype."""
+        """The dtype object of this name, such as np.float32 or torch.float32."""
         if self.kind == "numpy":
             return np.dtype(name)
         import torch
@@ -152,19 +143,19 @@ def _to_numpy(array: Any) -> Array:
     return (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
 
 
-# -- which are here -------------------------------------------------------------------------------
+# -- the backends of this machine -----------------------------------------------------------------
 NUMPY_DTYPES = ("float64", "float32", "float16")
 
 
 def reference_subject() -> list[Subject]:
-    """The spec under its own test: NumPy has no bfloat16, and the spec no backward."""
+    """The reference. It has no bfloat16, because NumPy has none, and no backward."""
     no_tensors = () if importlib.util.find_spec("torch") else ("tensors",)
     domain = Domain(dtypes=NUMPY_DTYPES, missing=frozenset({"backward", "eight_bits", *no_tensors}))
     return [Subject("reference", REFERENCE, "numpy", domain)]
 
 
 def torch_subjects() -> list[Subject]:
-    """On the CPU, and on a GPU where there is one."""
+    """The torch backend on the CPU, and also on a GPU if there is one."""
     if not importlib.util.find_spec("torch"):
         return []
     module = load_backend("torch")
@@ -176,10 +167,10 @@ def torch_subjects() -> list[Subject]:
 
 
 def triton_subjects() -> list[Subject]:
-    """On a GPU; else in Triton's interpreter, if TRITON_INTERPRET=1 was set before its import.
+    """The kernels on a GPU, or in Triton's interpreter if TRITON_INTERPRET=1 was set before import.
 
-    The interpreter multiplies bfloat16 wrongly, and keeps the place of the program that it runs in
-    global variables: there neither bfloat16 nor threads are claimed.
+    In the interpreter neither bfloat16 nor threads are claimed: it multiplies bfloat16 wrongly, and
+    it keeps the id of the running program in global variables.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "triton", "msa.triton_impl")):
         return []
@@ -209,7 +200,7 @@ def cuda_here() -> bool:
 
 
 def cuda_places() -> frozenset[str]:
-    """Streams on one GPU, and other devices than the current one where there are two."""
+    """The places to test on GPUs: streams, and with two GPUs also several devices."""
     import torch
 
     return frozenset({"streams", "devices"} if torch.cuda.device_count() > 1 else {"streams"})
@@ -223,10 +214,10 @@ FINDERS: dict[str, Callable[[], list[Subject]]] = {
 
 
 def subjects(names: tuple[str, ...] = ()) -> tuple[Subject, ...]:
-    """All that can be tried here, or those of the given names.
+    """All backends that can be tested on this machine, or those of the given names.
 
     Raises:
-        ValueError: a name that is unknown, or that nothing here answers to.
+        ValueError: a name is unknown, or its backend does not run on this machine.
     """
     for name in names:
         if name not in FINDERS:
@@ -242,7 +233,7 @@ def subjects(names: tuple[str, ...] = ()) -> tuple[Subject, ...]:
 
 
 def as_module(functions: dict[str, Callable[..., Any]], like: Any = REFERENCE) -> Any:
-    """A backend whose other functions are those of `like`: for one function of your own."""
+    """A backend made of your functions; it takes all other functions from `like`."""
     made = ModuleType("functions under test")
     vars(made).update({name: getattr(like, name) for name in STAGES if hasattr(like, name)})
     vars(made).update(functions)

@@ -1,7 +1,7 @@
-"""What Hypothesis draws: small descriptions from which tensors are made, not the tensors.
+"""What Hypothesis draws: small descriptions of tensors, not the tensors themselves.
 
-A description prints on one line, and printing it is enough to have the same tensors again: that is
-what makes a shrunk counterexample worth reading, and worth keeping as a seed in a test.
+A description prints as one line of Python, and that line makes the same tensors again. So a shrunk
+counterexample can be read, and can be kept as a seed in a test.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ INTEGER_KINDS: tuple[Kind, ...] = ("zeros", "ties", "integers")
 MILD_KINDS: tuple[Kind, ...] = (*INTEGER_KINDS, "normal")
 WILD_KINDS: tuple[Kind, ...] = (*MILD_KINDS, "tiny", "large", "enormous")
 LARGEST = {"float16": 6e4}
-"""Values are cut off here where the dtype has a short range; the others hold all that we draw."""
+"""The largest magnitude that is drawn, for dtypes of short range. All others hold every value."""
 
 
 class Brief:
-    """Prints as the call that makes it, without what is as by default."""
+    """Prints as the call that makes it, without arguments that have their default value."""
 
     def __repr__(self) -> str:
         shown = [
@@ -38,7 +38,7 @@ class Brief:
 
 @dataclass(frozen=True, repr=False)
 class Fill(Brief):
-    """How the numbers of one tensor are made.
+    """How one tensor is filled.
 
     >>> Fill("ties", seed=3, planted=((1, np.inf),)).make((4,), "float32")
     array([ 1., inf, -1., -1.])
@@ -47,10 +47,10 @@ class Fill(Brief):
     kind: Kind = "zeros"
     seed: int = 0
     planted: tuple[tuple[int, float], ...] = ()
-    """(flat position, value), put in at the end; positions wrap around."""
+    """Pairs (flat position, value), written last. Positions wrap around."""
 
     def make(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A float64 array all of whose values `dtype` holds exactly."""
+        """A float64 array whose values are all exact in `dtype`."""
         rng = np.random.default_rng(self.seed)
         match self.kind:
             case "zeros":
@@ -78,7 +78,7 @@ class Fill(Brief):
 
 
 def round_to(values: Array, dtype: str) -> Array:
-    """The nearest values that `dtype` holds, as float64.
+    """Each value rounded to the nearest one of `dtype`, as float64.
 
     >>> round_to(np.array([1 / 3, np.inf]), "bfloat16")
     array([0.33398438,        inf])
@@ -93,10 +93,11 @@ def round_to(values: Array, dtype: str) -> Array:
 
 
 def round_to_e4m3(values: Array) -> Array:
-    """Eight bits: stretched by the power of two that just keeps to 448, rounded half to even.
+    """Values scaled by a power of two and rounded to float8 e4m3, half to even.
 
-    The stretch looks at finite values alone, and is at most 2^126. NaN stays, infinities end at
-    448. Four significant bits from 2^-6 on, below it steps of 2^-9.
+    The factor is the largest power of two, at most 2^126, with which all finite values stay within
+    448. NaN stays NaN; infinities become 448. e4m3 has four significant bits from 2^-6 on, and
+    steps of 2^-9 below.
 
     >>> round_to_e4m3(np.array([7.0, -0.3, 17.5 / 64, np.inf]))
     array([448., -20.,  18., 448.])
@@ -111,7 +112,7 @@ def round_to_e4m3(values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a call is given: float64 arrays whose values `dtype` holds exactly."""
+    """The arguments of one call: float64 arrays whose values are exact in `dtype`."""
 
     main: tuple[Array, Array, Array]
     """q [Tq, Hq, D], k [Tk, Hkv, D], v [Tk, Hkv, Dv]."""
@@ -132,13 +133,13 @@ class Inputs:
         return self.config.index_scale_for(self.index[0].shape[-1])
 
     def take(self, queries: Rows, keys: Rows, sequences: Sequences) -> Inputs:
-        """Some of the tokens, packed as `sequences` say."""
+        """The same call with some of the tokens, packed as `sequences` says."""
         (q, k, v), (q_idx, k_idx) = self.main, self.index
         main = (q[queries], k[keys], v[keys])
         return replace(self, main=main, index=(q_idx[queries], k_idx[keys]), sequences=sequences)
 
     def change(self, queries: slice, keys: slice, value: float) -> Inputs:
-        """The same with `value` all over some tokens."""
+        """The same call with every number of some tokens set to `value`."""
         arrays = [x.copy() for x in (*self.main, *self.index)]
         for array, span in zip(arrays, (queries, keys, keys, queries, keys)):
             array[span] = value
@@ -148,7 +149,7 @@ class Inputs:
 
 @dataclass(frozen=True, repr=False)
 class Case(Brief):
-    """One call: configuration, ragged sequences, sizes, dtype and how each tensor is filled."""
+    """One call: its configuration, sequences, sizes and dtype, and how each tensor is filled."""
 
     config: MSAConfig
     sequences: Sequences
@@ -165,7 +166,7 @@ class Case(Brief):
     q_idx: Fill = Fill()
     k_idx: Fill = Fill()
     picks: Picks | None = None
-    """A Selection drawn directly, where a property wants any canonical one."""
+    """A Selection that is drawn directly, for properties that take any canonical one."""
     chunk_size: int = 4
     tile_size: int = 4
 
@@ -194,13 +195,13 @@ class Case(Brief):
 
 @dataclass(frozen=True, repr=False)
 class Picks(Brief):
-    """A canonical Selection (R8), not necessarily one that scores would give."""
+    """A canonical Selection (R8). No scores need to give it."""
 
     kind: Literal["own", "sink", "random", "spread", "full"] = "own"
     seed: int = 0
 
     def make(self, sequences: Sequences, groups: int, config: MSAConfig) -> Selection:
-        """Each query's own block, and others as `kind` says, at most k."""
+        """Select each query's own block and, as `kind` says, up to k - 1 others."""
         rng = np.random.default_rng(self.seed)
         indices = np.full((sequences.total_q, groups, config.top_k), -1, np.int32)
         for i, p in enumerate(sequences.positions()):
@@ -216,7 +217,7 @@ class Picks(Brief):
         match self.kind:
             case "own":
                 return []
-            case "sink":  # one block that every query reads: a hot row of the reverse index
+            case "sink":  # every query reads block 0: one long row of the reverse index
                 return [0][:room]
             case "spread":
                 return rng.choice(own, room, replace=False).tolist() if room else []
@@ -229,7 +230,7 @@ class Picks(Brief):
 
 @dataclass(frozen=True, repr=False)
 class ScoresCase(Brief):
-    """Block scores drawn directly, -inf where a block is not visible."""
+    """Block scores that are drawn directly; -inf where a block is not visible."""
 
     config: MSAConfig
     sequences: Sequences
@@ -238,7 +239,7 @@ class ScoresCase(Brief):
 
     @cached_property
     def scores(self) -> BlockScores:
-        """values [Tq, Hkv, NB], each exact in float32."""
+        """The scores [Tq, Hkv, NB], each exact in float32."""
         block = self.config.block_size
         blocks = self.sequences.max_blocks(block)
         values = self.fill.make((self.sequences.total_q, self.groups, blocks), "float32")
@@ -250,24 +251,24 @@ class ScoresCase(Brief):
 
 @dataclass(frozen=True, repr=False)
 class PagedCase(Brief):
-    """A decoding step: `case`, its tokens in shuffled pages, and rubbish around them."""
+    """A decoding step: the tokens of `case` in shuffled pages, and rubbish around them."""
 
     case: Case
     live: tuple[bool, ...]
-    """Which slots of the batch hold the sequences of `case`, in order; the others are empty."""
+    """True for each slot of the batch that holds a sequence of `case`; other slots are empty."""
     seed: int
     spare_pages: int
     spare_columns: int
 
     @property
     def n(self) -> int:
-        """Queries per sequence."""
+        """The number of queries per sequence."""
         sequences = self.case.sequences
         return sequences.total_q // sequences.batch if sequences.batch else 1
 
     @cached_property
     def queries(self) -> tuple[Array, Array]:
-        """q [B, n, Hq, D], q_idx [B, n, Hkv, Di]: zeros in the empty slots."""
+        """q [B, n, Hq, D] and q_idx [B, n, Hkv, Di], with zeros in the empty slots."""
         return self._spread(self.case.inputs.main[0]), self._spread(self.case.inputs.index[0])
 
     def _spread(self, packed: Array) -> Array:
@@ -277,7 +278,7 @@ class PagedCase(Brief):
 
     @cached_property
     def cache(self) -> PagedKV:
-        """Pages in random order; NaN, and -7 in the table, wherever nothing is to be read."""
+        """Pages in random order. Unused places hold NaN in pages, and -7 in the table."""
         case, block = self.case, self.case.config.block_size
         rng = np.random.default_rng(self.seed)
         cu_blocks = case.sequences.cu_blocks(block)

@@ -1,4 +1,4 @@
-"""Asking a differentiable backend for gradients, and the spec for finite differences."""
+"""Gradients of a backend by autograd, and of the reference by finite differences."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from msa.ir import Array, Selection
 
 
 def pull_back(outputs: list[Any], upstream: list[Any]) -> None:
-    """Run autograd from several outputs at once."""
+    """Run the backward pass from several outputs in one call."""
     import torch
 
     torch.autograd.backward(outputs, upstream)
 
 
 def leaves(subject: Subject, arrays: tuple[Array, ...], dtype: str) -> list[Any]:
-    """Tensors that gradients will be left in."""
+    """The arrays as leaf tensors that require gradients."""
     return [subject.give(x, dtype).requires_grad_() for x in arrays]
 
 
 def attention_gradients(
     subject: Subject, inputs: Inputs, selection: Selection, d_out: Array, d_lse: Array
 ) -> dict[str, Array]:
-    """Of <out, d_out> + <lse, d_lse> in q, k and v, the selection fixed (R18)."""
+    """The gradients of <out, d_out> + <lse, d_lse> in q, k and v; the selection is fixed (R18)."""
     tensors = leaves(subject, inputs.main, inputs.dtype)
     own = subject.give(selection, inputs.dtype)
     output = subject.module.attend_selection(*tensors, own, inputs.scale)
@@ -37,12 +37,12 @@ def attention_gradients(
     return {name: subject.read(x.grad) for name, x in zip("qkv", tensors)}
 
 
-def alignment(
+def alignment_gradients(
     subject: Subject, inputs: Inputs, selection: Selection | None, lse: Array | None = None
 ) -> tuple[float, dict[str, Array | None]]:
-    """The loss and the gradients of all inputs; None where nothing arrived (R17).
+    """The loss and its gradients in all inputs; None for an input without a gradient (R17).
 
-    lse is handed over as float32, as an attention returns it, and asks for a gradient too.
+    lse is passed as float32, as an attention returns it, and requires a gradient too.
     """
     q, k, _ = inputs.main
     tensors = leaves(subject, (q, k, *inputs.index), inputs.dtype)
@@ -56,14 +56,17 @@ def alignment(
 
 
 def gradients_left(subject: Subject, tensors: list[Any]) -> list[Array | None]:
-    """What autograd left in each; None where nothing arrived."""
+    """The gradient of each tensor, or None."""
     return [None if x.grad is None else subject.read(x.grad) for x in tensors]
 
 
 def attention_and_alignment(
     subject: Subject, inputs: Inputs, d_out: Array, d_lse: Array, d_kl: float
 ) -> tuple[Selection, dict[str, Array | None]]:
-    """Of <out, d_out> + <lse, d_lse> + d_kl * kl in all five inputs, by one call (R17, R18)."""
+    """The gradients of <out, d_out> + <lse, d_lse> + d_kl * kl in all five inputs (R17, R18).
+
+    One call of attend with align=True makes all three outputs. The first result is its selection.
+    """
     tensors = leaves(subject, (*inputs.main, *inputs.index), inputs.dtype)
     output = subject.module.attend(*tensors, inputs.sequences, inputs.config, align=True)
     upstream = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
@@ -74,9 +77,9 @@ def attention_and_alignment(
     return subject.read(output.selection), dict(zip(names, grads))
 
 
-# -- finite differences of the spec ---------------------------------------------------------------
+# -- finite differences of the reference ----------------------------------------------------------
 STEP = 2.0**-10
-"""The five-point rule is off by STEP^4 / 30 of the fifth derivative: about 1e-13 of it."""
+"""The error of the five-point rule is STEP^4 / 30, about 3e-14, times the fifth derivative."""
 
 
 def slope(function: Callable[[float], float]) -> float:
@@ -93,7 +96,10 @@ def slope(function: Callable[[float], float]) -> float:
 def spec_attention(
     inputs: Inputs, selection: Selection, main: tuple[Array, ...], d_out: Array, d_lse: Array
 ) -> float:
-    """<out, d_out> + <lse, d_lse>; lse before it becomes float32, in which differences drown."""
+    """<out, d_out> + <lse, d_lse> by the reference.
+
+    lse comes from the yardstick in float64: in float32 its rounding would hide the differences.
+    """
     out = REFERENCE.attend_selection(*main, selection, inputs.scale).out
     q, k, v = main
     lse = Attention(q, k, v, REFERENCE.mask_of(selection), inputs.scale).lse
@@ -101,13 +107,13 @@ def spec_attention(
 
 
 def spec_alignment(inputs: Inputs, selection: Selection | None, index: tuple[Array, ...]) -> float:
-    """The KL loss of the reference."""
+    """The KL loss by the reference."""
     args = (selection, inputs.sequences, inputs.config)
     return float(REFERENCE.align_index(*inputs.main[:2], *index, *args))
 
 
 def directions(arrays: tuple[Array, ...], seed: int) -> list[Array]:
-    """A random direction for each array, so short that no score moves by more than about one."""
+    """A random direction for each array, short enough that no score moves by much more than 1."""
     rng = np.random.default_rng(seed)
     made = []
     for array in arrays:

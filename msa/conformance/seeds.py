@@ -1,7 +1,7 @@
-"""Cases tried before any others: kinds of bugs that users of sparse attention have reported.
+"""Cases that are tried before all others: kinds of bugs that users of sparse attention reported.
 
-Each says in a few tokens what took somebody days. They are made for a domain, since a kernel may
-know one block size alone; the numbers below are whole blocks for that reason.
+Each case shows its kind of bug with a few tokens. The cases are made for a domain, since a kernel
+may support a single block size; so all lengths below are given in blocks.
 
 >>> from msa.conformance import Domain
 >>> for seed in seeds(Domain())[:2]:
@@ -28,7 +28,7 @@ READ = ("r9_attention_over_a_selection_is_the_definition", "r9_the_whole_path_is
 
 @dataclass(frozen=True)
 class Seed:
-    """A case, the kind of bug that it is for, and the properties that would see it."""
+    """A case, the kind of bug that it shows, and the properties that find the bug with it."""
 
     bug: str
     case: Case
@@ -36,11 +36,11 @@ class Seed:
 
 
 def seeds(domain: Domain) -> tuple[Seed, ...]:
-    """One or two for each kind of bug, sizes and dtype within the domain."""
+    """One or more seeds for each kind of bug. Sizes and dtype are those of the domain."""
     block, dim = min(domain.block_sizes or (4,)), min(domain.dims or (2,))
 
     def case(n_q: int, n_k: int, top_k: int = 2, **more: Any) -> Case:
-        """The last n_q of n_k tokens, or with a tail two such sequences; index queries all 1."""
+        """A call for the last n_q of n_k tokens, or for `sequences`. All index queries are 1."""
         groups, group = more.pop("groups", 1), more.pop("group", 1)
         borders = more.pop("sequences", Sequences.one(n_q, n_k))
         first = tuple((place * dim, 1.0) for place in range(borders.total_q * groups))
@@ -52,11 +52,11 @@ def seeds(domain: Domain) -> tuple[Seed, ...]:
         )  # fmt: skip
 
     def scores(*per_block: float, token: int = 0) -> Fill:
-        """Index keys of which one in block b scores the b-th number, the others 0."""
+        """Index keys: one token of block b has the b-th number as its score, all others have 0."""
         places = (((b * block + token) * dim, x) for b, x in enumerate(per_block))
         return Fill(planted=tuple(places))
 
-    three = 2 * block + block // 2 + 1  # tokens that end inside the third block
+    three = 2 * block + block // 2 + 1  # this number of tokens ends inside the third block
     five = three + 2 * block
     two_texts = Sequences((0, block + 1, 2 * block + 2), (0, block + 1, 2 * block + 2))
     for_one, for_the_other = scores(1, 2), scores(-2, -1, token=1)
@@ -101,7 +101,7 @@ def seeds(domain: Domain) -> tuple[Seed, ...]:
 
 
 def seeds_of(prop: Property, domain: Domain) -> tuple[Any, ...]:
-    """What a property is tried on first: its own seeds, if the domain has their sizes, and these.
+    """The cases that a property is tried on first: its own seeds that fit the domain, then these.
 
     >>> from msa.conformance import all_properties
     >>> (ties,) = (p for p in all_properties() if p.name.startswith("r7_integer"))
@@ -113,7 +113,7 @@ def seeds_of(prop: Property, domain: Domain) -> tuple[Any, ...]:
 
 
 def bug_of(case: Any, domain: Domain) -> str:
-    """The kind of bug that a case is the seed of; "" for any other case.
+    """The kind of bug of a case that is a seed; "" for every other case.
 
     >>> bug_of(seeds(Domain())[1].case, Domain())
     'NaN scores'
@@ -122,7 +122,10 @@ def bug_of(case: Any, domain: Domain) -> str:
 
 
 def fits(case: Any, domain: Domain) -> bool:
-    """Whether block size, head sizes and dtype of a case, if it has any, are the domain's."""
+    """Whether the domain supports the block size, head sizes and dtype of a case.
+
+    Objects of other classes than Case always fit.
+    """
     if not isinstance(case, Case):
         return True
     return (

@@ -1,7 +1,7 @@
-"""What the properties are tried on: every shape and value that the rules allow, small.
+"""Hypothesis strategies for small cases of every shape and value that the rules allow.
 
-Everything is drawn from a backend's `Domain`, so nothing is drawn in vain, and the simplest choice
-comes first everywhere, so that counterexamples shrink to something that a reader can check by hand.
+Everything is drawn from a backend's `Domain`, so no case has to be skipped. The simplest choice
+always comes first, so that a counterexample shrinks to a case that a reader can check by hand.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ BLOCK_SIZES = (1, 2, 3, 4, 5, 7, 8, 16)
 DIMS = (1, 2, 3, 4, 5, 7, 8, 16)
 GROUPS = ((1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (1, 3), (2, 4), (1, 5), (1, 8), (1, 16))
 MANY_HEADS = ((3, 2), (5, 1), (6, 1), (7, 2), (3, 5), (2, 7), (5, 3), (9, 1), (1, 24))
-"""(Hkv, G); of the many, none has two powers of two."""
+"""Pairs (Hkv, G). In each pair at least one number is no power of two."""
 MANY_PLACES = (31, 32, 33, 64, 100, 127, 128, 255, 256, 257, 300, 512, 1000, 4096)
-"""Values of k, beside the largest."""
+"""Values of k. The largest k of the backend is drawn as well."""
 SCALES = (None, 1.0, 0.25, 1.7)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 Shape = Literal["prefill", "chunk", "decode"]
@@ -41,22 +41,22 @@ Shape = Literal["prefill", "chunk", "decode"]
 
 @dataclass(frozen=True)
 class Want:
-    """What a property needs of its cases."""
+    """What the cases of a property must look like."""
 
     main: tuple[Kind, ...] = MILD_KINDS
-    """How q and k may be filled."""
+    """The kinds of numbers in q and k."""
     values: tuple[Kind, ...] = MILD_KINDS
-    """How v may be filled."""
+    """The kinds of numbers in v."""
     index: tuple[Kind, ...] = INTEGER_KINDS
-    """How q_idx and k_idx may be filled; integers make every score exact."""
+    """The kinds of numbers in q_idx and k_idx. With integers every score is exact."""
     planted: bool = True
-    """Whether NaN and infinities may be planted in the index branch."""
+    """Whether NaN and infinities may be planted in q_idx and k_idx."""
     shapes: tuple[Shape, ...] = ("prefill", "chunk", "decode")
     batch: tuple[int, int] = (1, 4)
     dtypes: tuple[str, ...] | None = None
-    """Narrower than the backend's."""
+    """Draw only these of the backend's dtypes."""
     tokens: int = 32
-    """About how many keys there are in all, where blocks are small."""
+    """Roughly the total number of keys, if blocks are small."""
 
 
 EXACT_INDEX = Want()
@@ -64,13 +64,13 @@ REAL_INDEX = Want(index=("normal", "tiny", "large"), planted=False)
 WILD = Want(main=WILD_KINDS, values=WILD_KINDS)
 REAL: tuple[Kind, ...] = ("zeros", "ties", "normal")
 MILD = Want(main=REAL, values=REAL, index=REAL, planted=False)
-"""For gradients: logits of moderate size, every value finite."""
+"""For gradients: logits of moderate size, all values finite."""
 DOUBLE = replace(MILD, dtypes=("float64",), tokens=16)
-"""For finite differences."""
+"""For finite differences: float64, few tokens."""
 
 
 def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill]:
-    """A tensor's content, with up to three NaN or infinities where they may be planted."""
+    """How a tensor is filled; if planted, with up to three NaN or infinities in it."""
     places = st.tuples(st.integers(0, 255), st.sampled_from(NOT_FINITE))
     plants = st.lists(places, max_size=3).map(tuple) if planted else st.just(())
     return st.builds(Fill, st.sampled_from(kinds), st.integers(0, 9999), plants)
@@ -78,7 +78,7 @@ def fills(kinds: tuple[Kind, ...], planted: bool = False) -> SearchStrategy[Fill
 
 @st.composite
 def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
-    """Ragged lengths, zero among them, some right at the border of a block (R1-R3)."""
+    """Sequences of different lengths: some are 0, some end at the border of a block (R1-R3)."""
     batch = draw(st.integers(*want.batch))
     limit = max(1, max(want.tokens, 3 * block_size) // max(1, batch))
     near_border = [m * block_size + d for m in (1, 2, 3) for d in (-1, 0, 1)]
@@ -103,7 +103,7 @@ def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
 
 @st.composite
 def configs(draw: DrawFn, domain: Domain) -> MSAConfig:
-    """k from 1 to more than there are blocks; forced blocks that leave free places, or none."""
+    """k from 1 to more than the number of blocks; forced blocks fill some or all places."""
     top_k = draw(st.integers(1, 6))
     sink = min(draw(st.sampled_from((0, 0, 0, 1, 2))), top_k - 1)
     local = min(draw(st.sampled_from((1, 1, 1, 2, 6))), top_k - sink)
@@ -119,7 +119,7 @@ def configs(draw: DrawFn, domain: Domain) -> MSAConfig:
 
 @st.composite
 def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
-    """A whole call."""
+    """One call of attention."""
     config = draw(configs(domain))
     groups, group = draw(st.sampled_from(GROUPS))
     dims = st.sampled_from(domain.dims or DIMS)
@@ -145,9 +145,9 @@ def cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
 
 @st.composite
 def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
-    """Neighbours that agree on anything from all to none of their blocks, read by enough queries.
+    """Enough queries to fill a tile; neighbours share all, some or none of their blocks.
 
-    The loop orders differ here: the union of a tile's blocks may be short, or several times k.
+    The loop orders differ here: the union of a tile's blocks is k blocks or several times more.
     """
     case = draw(cases(domain, want))
     block, top_k = min(domain.block_sizes or (4,)), draw(st.sampled_from((2, 3)))
@@ -164,10 +164,10 @@ def long_unions(draw: DrawFn, domain: Domain, want: Want = WILD) -> Case:
 
 @st.composite
 def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
-    """One size is large, the others are as small as they come.
+    """One size is large and the others are small.
 
-    k up to the largest, with fewer blocks than that or more; heads that are no powers of two;
-    more than 16 sequences; hundreds of blocks for a few queries.
+    The large one is k (up to the largest, with fewer or more blocks than k), the number of heads
+    (no power of two), the number of sequences (more than 16) or the number of blocks (hundreds).
     """
     case = draw(cases(domain, replace(want, tokens=12, batch=(1, 2))))
     block, n_q = min(domain.block_sizes or (1,)), draw(st.integers(1, 3))
@@ -194,30 +194,30 @@ def large_cases(draw: DrawFn, domain: Domain, want: Want = EXACT_INDEX) -> Case:
 
 
 def mild(domain: Domain) -> SearchStrategy[Case]:
-    """For gradients."""
+    """Cases for gradients."""
     return cases(domain, MILD)
 
 
 def double(domain: Domain) -> SearchStrategy[Case]:
-    """For finite differences."""
+    """Cases for finite differences."""
     return cases(domain, DOUBLE)
 
 
 def _for(dtype: str, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
-    """float16 ends at 65504, so enormous values would all be one."""
+    """The kinds that suit a dtype. float16 ends at 65504, so all enormous values would be equal."""
     return tuple(k for k in kinds if not (dtype == "float16" and k == "enormous"))
 
 
 def picks(domain: Domain) -> SearchStrategy[Picks]:
     """A canonical Selection (R8)."""
-    full = ("full", "spread")  # these leave no place empty that could hold a block
+    full = ("full", "spread")  # these fill every place for which a block is visible
     kinds = st.sampled_from(full if domain.full_rows else ("own", "sink", "random", "full"))
     return st.builds(Picks, kinds, st.integers(0, 9999))
 
 
 @st.composite
 def scores_cases(draw: DrawFn, domain: Domain) -> ScoresCase:
-    """Block scores full of ties, with infinities, for more blocks than there are places."""
+    """Block scores with many ties, infinities and NaN, often for more blocks than k."""
     config = draw(configs(domain))
     want = Want(tokens=12 * config.block_size, batch=(1, 2))
     return ScoresCase(
@@ -230,7 +230,7 @@ def scores_cases(draw: DrawFn, domain: Domain) -> ScoresCase:
 
 @st.composite
 def paged_cases(draw: DrawFn, domain: Domain) -> PagedCase:
-    """A few queries for each live sequence of a batch, whose pages lie in any order."""
+    """A decoding step: 1 to 3 queries per live sequence, pages in any order."""
     n = draw(st.integers(1, 3))
     live = tuple(draw(st.lists(st.booleans(), min_size=1, max_size=4)))
     case = draw(cases(domain, Want(batch=(sum(live), sum(live)), shapes=("decode",))))

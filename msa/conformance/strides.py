@@ -1,4 +1,4 @@
-"""How one tensor lies in memory: the same numbers under other strides (R21)."""
+"""How a tensor lies in memory: the same numbers with other strides (R21)."""
 
 from __future__ import annotations
 
@@ -13,51 +13,55 @@ from msa.checks import is_eight_bits, is_torch
 from msa.conformance.cases import Brief
 from msa.ir import Array
 
-Kind = Literal["plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed"]
-KINDS: tuple[Kind, ...] = (
+StrideKind = Literal[
+    "plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed"
+]
+KINDS: tuple[StrideKind, ...] = (
     "plain", "permuted", "expanded", "columns", "every_second", "offset", "reversed",
 )  # fmt: skip
 RUBBISH = 101
-"""What lies around integers; floats have NaN there."""
+"""The value in memory around integers. Around floats it is NaN."""
 
 
 @dataclass(frozen=True, repr=False)
 class Stride(Brief):
-    """One way to lie in memory.
+    """One way in which a tensor can lie in memory.
 
-    permuted      as [heads, tokens, dim] does that is read as [tokens, heads, dim]
-    expanded      one slice read again and again, by a stride of 0
-    columns       some of the columns of a wider tensor
-    every_second  rows with rows of rubbish between them
-    offset        behind other numbers of the same storage
-    reversed      read backwards, by a negative stride (NumPy alone knows these)
+    permuted      the dims have another order in memory, such as [heads, tokens, dim] that is read
+                  as [tokens, heads, dim]
+    expanded      one slice is read again and again, by a stride of 0
+    columns       the tensor is a part of the columns of a wider tensor
+    every_second  a row of rubbish lies between each two rows
+    offset        the tensor starts behind other numbers in the same storage
+    reversed      a dim is read backwards, by a negative stride (NumPy only; torch has none)
 
     >>> Stride("columns").lay(np.ones((2, 3)), floats=True).strides
     (48, 8)
     """
 
-    kind: Kind = "plain"
+    kind: StrideKind = "plain"
     dim: int = 0
-    """Which one, or by how many dims the order in memory is rotated; wraps around."""
+    """The dim that is meant; for `permuted` the rotation of the dims in memory. Wraps around."""
 
     def along(self, array: Array, floats: bool) -> int | None:
-        """The dim that is meant. The last one of floats stays contiguous; None: there is no other.
+        """The dim that is meant, or None if there is none.
 
-        Integers, such as a page table, may lie in any way.
+        The last dim of floats must stay contiguous. Integers, such as a page table, have no such
+        rule.
         """
         free = array.ndim - floats
         return self.dim % free if free > 0 else None
 
     def values(self, array: Array, floats: bool = True) -> Array:
-        """What can lie so: where it is expanded, the same all along the dim."""
+        """The numbers to lay out. For `expanded` they are made equal along the dim."""
         dim = self.along(array, floats)
         if self.kind != "expanded" or dim is None or not array.shape[dim]:
             return array
         return np.broadcast_to(np.take(array, [0], dim), array.shape).copy()
 
     def lay(self, array: Any, floats: bool) -> Any:
-        """The same numbers so laid out, of NumPy or of torch."""
-        if is_eight_bits(array):  # which torch can hardly fill
+        """The same numbers, laid out in this way; for NumPy arrays and torch tensors."""
+        if is_eight_bits(array):  # torch has few operations for 8-bit floats
             import torch
 
             return self.lay(array.view(torch.uint8), floats).view(array.dtype)
@@ -96,7 +100,7 @@ class Stride(Brief):
 
 
 def fresh(array: Any, shape: tuple[int, ...], where: Any) -> Any:
-    """A view, at `where`, into new memory full of rubbish, that holds the array's numbers."""
+    """A view of new memory that holds the array's numbers at `where`, and rubbish elsewhere."""
     floats = array.dtype.is_floating_point if is_torch(array) else array.dtype.kind == "f"
     rubbish = float("nan") if floats else RUBBISH
     if is_torch(array):
@@ -109,10 +113,10 @@ def fresh(array: Any, shape: tuple[int, ...], where: Any) -> Any:
 
 
 def permute(array: Any, order: list[int]) -> Any:
-    """The dims in another order, without a copy."""
+    """Reorder the dims, without a copy."""
     return array.permute(order) if is_torch(array) else array.transpose(order)
 
 
-def strides(kinds: tuple[Kind, ...] = KINDS) -> SearchStrategy[Stride]:
-    """Any of them."""
+def strides(kinds: tuple[StrideKind, ...] = KINDS) -> SearchStrategy[Stride]:
+    """Any of these ways."""
     return st.builds(Stride, st.sampled_from(kinds), st.integers(0, 3))

@@ -1,32 +1,33 @@
-"""The one error budget. It is derived here, used everywhere, and loosened nowhere.
+"""The error budget of all comparisons, and its derivation. No test may use a looser bound.
 
-Yardstick: `yardstick.py`, float64, on the very numbers that the backend was given. Let u be the
-roundoff of the working precision (2^-24 for float32 sums and products) and u' that of the stored
-dtype. For one query and head with support J, |J| = n:
+Results are compared with `yardstick.py`, which computes in float64 from exactly the numbers that
+the backend was given. Let u be the roundoff of the working precision (2^-24 for float32 sums and
+products) and u' that of the stored dtype. For one query and head with support J, |J| = n:
 
-1. A logit s_j = scale * <q, k_j> is a sum of D rounded products: whatever the order, it is off by
-   at most D u * scale * S_j with S_j = sum_d |q_d k_jd|. The scale, taking the maximum off and the
-   factor log2(e) of exp2 cost a few u of |s| more. So every exponent is off by at most
-   delta = max_J scale * (D u + 8 u) S_j. A matrix unit adds otherwise: see point 7.
+1. A logit s_j = scale * <q, k_j> is a sum of D rounded products. In any order of summation it is
+   off by at most D u * scale * S_j with S_j = sum_d |q_d k_jd|. The scale, the subtraction of the
+   maximum and the factor log2(e) of exp2 add a few u of |s|. So every exponent is off by at most
+   delta = max_J scale * (D u + 8 u) S_j. A matrix unit adds in another way: see point 7.
 2. So each weight is off by a factor within exp(+-delta), a probability within exp(+-2 delta), and
 
        |out error| <= (expm1(2 delta) + (n + k + 8) u + 2 u') V + u' |out|,     V = max_J |v_j|:
 
-   n + k + 8 for the two sums over n tokens in up to k parts, exp and the division; 2 u' because a
-   kernel may round weights and partial results to the stored dtype, u' for storing the result.
-   However large delta is, an average of values stays between the values: the first term is never
-   more than max_J v - min_J v. (It is computed with sum_J p_j |v_j| in place of V.)
+   n + k + 8 stands for the two sums over n tokens in up to k parts, exp and the division; 2 u'
+   because a kernel may round weights and partial results to the stored dtype; u' for storing the
+   result. However large delta is, an average of values stays between the values, so the first term
+   is at most max_J v - min_J v. (The code has sum_J p_j |v_j| in place of V in this term.)
 3. |lse error| <= delta + (n + k + 8) u + u |lse|, since |d lse| <= max |d s|.
 4. KL = sum P (log P - log P_idx). Each logarithm is off by at most 2 delta + (n + 8) u + u |log|:
 
        |error| <= sum P ((expm1(2 delta) + (n + 8) u) |log P - log P_idx| + both errors).
 
-5. What underflows in the working or stored dtype loses at most the smallest step `tiny` for each of
-   the n terms.
-6. The yardstick rounds as well: every bound is the backend's plus the same with u = 2^-53.
-7. A matrix unit rounds no sum; it adds `group` exact products and the accumulator c at once, as
-   fixed-point numbers that keep `bits` bits below the leading one of the largest of them, cuts off
-   what hangs over, and cuts the sum to float32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical
+5. A number that underflows in the working or stored dtype loses at most the smallest step `tiny`;
+   this counts once for each of the n terms.
+6. The yardstick rounds too, so every bound is that of the backend plus the same bound with
+   u = 2^-53.
+7. A matrix unit does not round sums. It adds `group` exact products and the accumulator c at once,
+   as fixed-point numbers with `bits` bits below the leading bit of the largest of them. Lower bits
+   are cut off, and the sum is cut to float32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical
    behavior of NVIDIA tensor cores", PeerJ CS 2021; for Hopper: Khattak, Mikaitis, "Accurate models
    of NVIDIA tensor cores", arXiv 2512.07004). The exponent of a product is the sum of those of its
    factors, and a subnormal factor has that of the least normal number: such a product is aligned
@@ -35,7 +36,7 @@ dtype. For one query and head with support J, |J| = n:
 
        (min(D, group) + 1) 2^-bits max(P_j, |c|) + 2^-23 |new c|
 
-   and, since nothing is ever rounded up, |c| <= S_j. With ceil(D / group) steps, D u S_j becomes
+   and |c| <= S_j, because nothing is ever rounded up. With ceil(D / group) steps, D u S_j becomes
 
        ceil(D / group) ((min(D, group) + 1) 2^-bits max(P_j, S_j) + 2^-23 S_j).
 
@@ -43,10 +44,10 @@ dtype. For one query and head with support J, |J| = n:
    groups are full but one in each of k parts, so together they cost (0.66 n + 2.5 k) u; and all
    parts but one have 16 tokens or more. For subnormal factors there is point 5. float32 is
    multiplied outside of matrix units.
-8. A backward pass finds p again as exp(s - lse) from the lse that the forward kept. To the errors
-   of s and lse (2 delta + (n + k + 8) u as in 2) comes w |lse| for keeping lse with roundoff w (u,
-   or 2^-24 where float32 was handed to float64), and 3 u |lse| for log2(e), for the product with it
-   and for the difference.
+8. A backward pass computes p again as exp(s - lse) from the lse that the forward pass kept. Two
+   terms are added to the errors of s and lse (2 delta + (n + k + 8) u as in 2): w |lse| for keeping
+   lse with roundoff w (u, or 2^-24 if float32 is used by float64), and 3 u |lse| for log2(e), for
+   the product with it and for the difference.
 
 Gradients: `yardstick_training.Gradients` carries the same terms through the chain rule.
 """
@@ -62,17 +63,17 @@ from msa.ir import Array
 
 @dataclass(frozen=True)
 class MatrixUnit:
-    """How products of one dtype are added where they are not rounded one by one (point 7)."""
+    """How a matrix unit adds the products of one dtype (point 7)."""
 
     group: int
-    """Products added at once."""
+    """The number of products that are added at once."""
     bits: int
-    """Kept below the leading bit of the largest product."""
+    """The number of bits kept below the leading bit of the largest product."""
     normal: float
-    """The least normal number: a smaller factor is aligned as if it were this."""
+    """The least normal number. A smaller factor is aligned as if it had this size."""
 
     def aligned(self, factors: Array) -> Array:
-        """|x|+, the size that alignment goes by."""
+        """|x|+, the size by which a factor is aligned."""
         sizes = np.abs(factors)
         return np.where(sizes > 0, np.maximum(sizes, self.normal), 0.0)
 
@@ -89,20 +90,20 @@ class Precision:
     """Roundoffs of one dtype on one backend."""
 
     stored: float
-    """u': of inputs and outputs."""
+    """u', the roundoff of inputs and outputs."""
     work: float
-    """u: of products and sums."""
+    """u, the roundoff of products and sums."""
     tiny: float
-    """The smallest step near zero of weights and results."""
+    """The smallest step near zero, for weights and results."""
     unit: MatrixUnit | None = None
-    """Where products are not summed up in the working precision."""
+    """The matrix unit that adds the products; None if each sum is rounded."""
 
     def sum_error(self, terms: int, sizes: Array, largest: Array) -> Array:
-        """How far sums of `terms` products may be off (points 1 and 7).
+        """The error bound of sums of `terms` products (points 1 and 7).
 
         Args:
             sizes: S, the sums of the magnitudes of the products.
-            largest: P, the largest product of each sum as it is aligned.
+            largest: P, the largest product of each sum, by the size at which it is aligned.
 
         >>> u = 2.0**-24
         >>> float(PRECISIONS["float16"].sum_error(32, np.ones(()), np.ones(())) / u)
@@ -127,16 +128,16 @@ PRECISIONS = {
 }
 EXACT = PRECISIONS["float64"]
 LSE_STORED = 2.0**-24
-"""lse is float32 whatever the inputs are (R10)."""
+"""The roundoff of a stored lse, which is float32 for every dtype of the inputs (R10)."""
 
 
 class Disagreement(AssertionError):
-    """A result farther from the yardstick than its bound, or different where nothing may differ."""
+    """A result is farther from the yardstick than its bound, or differs where it must be equal."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How far a result was from the yardstick, at the entry that came closest to its bound."""
+    """The error of a result and its bound, at the entry that came closest to its bound."""
 
     error: float = 0.0
     bound: float = 0.0
@@ -145,24 +146,24 @@ class Measure:
 
     @property
     def ratio(self) -> float:
-        """Error / bound; exact results have 0."""
+        """Error / bound; 0 for exact results."""
         return self.error / self.bound if self.error else 0.0
 
 
 AGREES = Measure()
-"""What a property that allows no difference returns."""
+"""The measure of a property that allows no difference."""
 
 
 def worst(*measures: Measure) -> Measure:
-    """The one that came closest to its bound."""
+    """The measure that came closest to its bound."""
     return max(measures, key=lambda m: (m.ratio, m.error), default=AGREES)
 
 
 def compare(name: str, got: Array, want: Array, bound: Array) -> Measure:
-    """Every entry within its bound; infinite where the yardstick is, with the same sign.
+    """Check that every entry is within its bound. Infinities must be equal.
 
     Raises:
-        Disagreement: naming the entry that exceeds its bound by the largest factor.
+        Disagreement: an entry is not; the message names the one that exceeds its bound the most.
 
     >>> compare("x", np.array([1.0, 2.5]), np.array([1.0, 2.0]), np.array([0.1, 1.0])).ratio
     0.5
@@ -191,7 +192,7 @@ def compare(name: str, got: Array, want: Array, bound: Array) -> Measure:
 
 
 def same(name: str, got: Array, want: Array) -> Measure:
-    """Equal in shape and in every entry, NaN equal to NaN.
+    """Check that shapes and all entries are equal. NaN equals NaN.
 
     >>> same("ids", np.array([1, 2]), np.array([1, 2])).ratio
     0.0
@@ -207,6 +208,6 @@ def same(name: str, got: Array, want: Array) -> Measure:
 
 
 def require(holds: bool, message: str) -> None:
-    """A statement that is true or false."""
+    """Raise Disagreement with this message unless a statement holds."""
     if not holds:
         raise Disagreement(message)

@@ -1,7 +1,7 @@
-"""Attention over a dense mask in float64, with every bound that its results need.
+"""Attention over a dense mask in float64, with the error bounds of its results.
 
-This is a second definition, written from eq. 8-10 without looking at the reference, so that the
-reference is judged as well. It knows masks, never blocks: what a form means is `mask_of`'s affair.
+This is a second definition, written from eq. 8-10 independently of the reference, so that the
+reference is tested too. It takes masks, not blocks; `mask_of` turns each form into a mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from msa.ir import Array, Sequences
 
 
 def causal_mask(sequences: Sequences, groups: int) -> Array:
-    """[Tq, Hkv, Tk]: same sequence, not in the future (R1, R2, R3)."""
+    """The mask [Tq, Hkv, Tk] of the tokens of the same sequence up to the query (R1, R2, R3)."""
     mask = np.zeros((sequences.total_q, groups, sequences.total_k), bool)
     for qs, ks in sequences.spans():
         n_q, n_k = qs.stop - qs.start, ks.stop - ks.start
@@ -26,7 +26,7 @@ def causal_mask(sequences: Sequences, groups: int) -> Array:
 
 
 def block_mask(indices: Array, sequences: Sequences, block_size: int) -> Array:
-    """[Tq, Hkv, Tk]: the visible tokens of the blocks in indices [Tq, Hkv, any] (R3)."""
+    """The mask [Tq, Hkv, Tk] of the visible tokens of the blocks in indices [Tq, Hkv, any] (R3)."""
     mask = np.zeros((*indices.shape[:2], sequences.total_k), bool)
     for qs, ks in sequences.spans():
         for i in range(qs.start, qs.stop):
@@ -44,9 +44,9 @@ def by_group(x: Array, groups: int) -> Array:
 
 
 def product_sizes(a: Array, b: Array, precision: Precision) -> tuple[Array, Array]:
-    """Of the sums of a[i, h, d] b[j, h, d] over d: [i, h, j] (points 1 and 7 of the budget).
+    """Sizes and error bounds, both [i, h, j], of the sums of a[i, h, d] b[j, h, d] over d.
 
-    Their magnitudes, and how far they may be off.
+    The size is the sum of the magnitudes; for the bound see points 1 and 7 of the budget.
     """
     sizes = np.einsum("ihd,jhd->ihj", np.abs(a), np.abs(b))
     largest = np.zeros_like(sizes)
@@ -61,7 +61,7 @@ def product_sizes(a: Array, b: Array, precision: Precision) -> tuple[Array, Arra
 class Attention:
     """Softmax attention of q [Tq, Hq, D] over the True entries of mask [Tq, Hkv, Tk] (eq. 8).
 
-    Rows without any True entry have lse -inf and out 0; nobody should look at them.
+    A row without a True entry has lse -inf and out 0; no property compares such rows.
     """
 
     q: Array
@@ -70,11 +70,11 @@ class Attention:
     mask: Array
     scale: float
     parts: int = 1
-    """Into how many blocks the sum may be split: the k of the budget."""
+    """The number of parts into which the sum may be split: k in the budget."""
 
     @cached_property
     def support(self) -> Array:
-        """mask for every query head: [Tq, Hq, Tk]."""
+        """The mask for every query head: [Tq, Hq, Tk]."""
         return np.repeat(self.mask, self.q.shape[1] // self.k.shape[1], axis=1)
 
     def per_head(self, x: Array) -> Array:
@@ -83,13 +83,13 @@ class Attention:
 
     @cached_property
     def logits(self) -> Array:
-        """[Tq, Hq, Tk], -inf outside the support."""
+        """The scaled products [Tq, Hq, Tk]; -inf outside the support."""
         products = self.scale * np.einsum("ihd,jhd->ihj", self.q, self.per_head(self.k))
         return np.where(self.support, products, -np.inf)
 
     @cached_property
     def lse(self) -> Array:
-        """[Tq, Hq]."""
+        """The log of the sum of exp of the logits: [Tq, Hq]."""
         top = np.max(self.logits, axis=-1, initial=-np.inf, keepdims=True)
         anchor = np.where(np.isfinite(top), top, 0.0)
         with np.errstate(divide="ignore"):
@@ -97,16 +97,16 @@ class Attention:
 
     @cached_property
     def probabilities(self) -> Array:
-        """[Tq, Hq, Tk], 0 outside the support."""
+        """The softmax weights [Tq, Hq, Tk]; 0 outside the support."""
         lse = np.where(np.isfinite(self.lse), self.lse, 0.0)
         weights = np.exp(self.logits - lse[..., None])
-        # lse carries the roundoff of a large top; sums of exactly 1 do not
+        # a large lse has a large roundoff; dividing by the sum removes its effect
         total = weights.sum(-1, keepdims=True)
         return weights / np.where(total > 0, total, 1.0)
 
     @cached_property
     def out(self) -> Array:
-        """[Tq, Hq, Dv]."""
+        """The attention output: [Tq, Hq, Dv]."""
         return np.einsum("ihj,jhe->ihe", self.probabilities, self.per_head(self.v))
 
     @cached_property
@@ -115,32 +115,32 @@ class Attention:
         return np.einsum("ihj,jhe->ihe", self.probabilities, np.abs(self.per_head(self.v)))
 
     def delta(self, precision: Precision) -> Array:
-        """How far an exponent may be off: [Tq, Hq, 1] (point 1 of the budget)."""
+        """The error bound of an exponent: [Tq, Hq, 1] (point 1 of the budget)."""
         sizes, errors = product_sizes(self.q, self.per_head(self.k), precision)
         errors = self.scale * (errors + 8 * precision.work * sizes)
         return np.max(errors * self.support, axis=-1, initial=0.0, keepdims=True)
 
     def weight_error(self, precision: Precision) -> Array:
-        """Relative error of a probability before it is rounded to the stored dtype: [Tq, Hq, 1]."""
+        """The relative error of a probability before rounding to the stored dtype: [Tq, Hq, 1]."""
         n = self.support.sum(-1, keepdims=True)
         with np.errstate(over="ignore"):
             return np.expm1(2 * self.delta(precision)) + (n + self.parts + 8) * precision.work
 
     def lse_error(self, precision: Precision, kept: float = 0.0) -> Array:
-        """What a kept lse costs the exponent s - lse: [Tq, Hq, 1] (point 7 of the budget)."""
+        """The error of the exponent s - lse, if lse was kept: [Tq, Hq, 1] (point 8)."""
         u = precision.work
         finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
         return (max(kept, u) + 3 * u) * finite[..., None]
 
     def recomputed_error(self, precision: Precision, kept: float = 0.0) -> Array:
-        """As weight_error, of probabilities found again as exp(s - lse): [Tq, Hq, 1] (point 7)."""
+        """As weight_error, for probabilities computed again as exp(s - lse) (point 8)."""
         n = self.support.sum(-1, keepdims=True)
         with np.errstate(over="ignore"):
             exponents = np.expm1(2 * self.delta(precision) + self.lse_error(precision, kept))
         return exponents + (n + self.parts + 8) * precision.work
 
     def out_bound(self, precision: Precision) -> Array:
-        """[Tq, Hq, Dv] (points 2, 5, 6)."""
+        """The error bound of out: [Tq, Hq, Dv] (points 2, 5, 6)."""
         return self._out_bound(precision) + self._out_bound(EXACT)
 
     def _out_bound(self, precision: Precision) -> Array:
@@ -158,7 +158,7 @@ class Attention:
         return np.minimum(exponents, spread) + sums + stored + steps
 
     def lse_bound(self, precision: Precision) -> Array:
-        """[Tq, Hq] (points 3, 6); what is stored is float32."""
+        """The error bound of lse, stored in float32: [Tq, Hq] (points 3, 6)."""
         finite = np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
         n = self.support.sum(-1)
         return (

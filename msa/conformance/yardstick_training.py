@@ -1,4 +1,4 @@
-"""What training needs of the dense definition: gradients, and the KL loss, with their bounds."""
+"""Gradients of attention and the KL loss, by their dense definitions, with error bounds."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from msa.ir import Array
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of <out, d_out> + <lse, d_lse> in q, k, v, and how far off they may be (R18).
+    """Gradients of <out, d_out> + <lse, d_lse> in q, k, v, and their error bounds (R18).
 
     With P the probabilities, g = d_out, and delta = <g, out> - d_lse for each query and head,
 
         dV = P^T g        dS = P (g V^T - delta)        dQ = scale dS K        dK = scale dS^T Q.
 
-    The budget is that of a backward as flash-attention writes it: lse was kept, `out` was stored,
-    P and dS are rounded to the stored dtype for the matrix products, and all sums (over tokens,
-    heads and work items) are kept in the working precision.
+    The budget is that of the backward pass of flash attention: lse was kept, `out` was stored, P
+    and dS are rounded to the stored dtype for the matrix products, and all sums (over tokens, heads
+    and work items) are kept in the working precision.
 
-        P        recomputed_error (point 7), and 2 u' for rounding it, error and all
-        g V^T    (Dv + 8) u of its sum of magnitudes; so has <g, out>, and g times the bound of
-                 `out` and u' more, since it is taken from what was stored
-        dS       the errors of its two factors, each times the other with its own error in it;
-                 then u' for rounding what has come out, error and all
+        P        recomputed_error (point 8), and 2 u' of the result with its error, for rounding
+        g V^T    (Dv + 8) u of its sum of magnitudes; <g, out> has the same, and in addition g
+                 times the bound of `out` and u', because `out` was stored
+        dS       the error of each factor times the size of the other factor with its error; then
+                 u' of the result with its error, for rounding
         sums     the number of terms times u of the sum of magnitudes
-        results  u' for rounding what has come out, error and all
+        results  u' of the result with its error, for rounding
     """
 
     attention: Attention
@@ -46,7 +46,7 @@ class Gradients:
         return a.probabilities * (d_weights - delta[..., None])
 
     def values(self) -> dict[str, Array]:
-        """dq [Tq, Hq, D], dk [Tk, Hkv, D], dv [Tk, Hkv, Dv] by the names of the inputs."""
+        """dq [Tq, Hq, D], dk [Tk, Hkv, D] and dv [Tk, Hkv, Dv], by the names of the inputs."""
         a = self.attention
         return self._products(self.d_logits, a.q, a.per_head(a.k), a.probabilities, self.d_out)
 
@@ -65,7 +65,7 @@ class Gradients:
         return by_group(x, self.attention.k.shape[1]).sum(2)
 
     def bounds(self, precision: Precision) -> dict[str, Array]:
-        """For each gradient, entry by entry."""
+        """The error bound of each entry of each gradient."""
         own, exact = self._bounds(precision), self._bounds(EXACT)
         return {name: own[name] + exact[name] for name in own}
 
@@ -80,7 +80,7 @@ class Gradients:
         magnitude = p * (sizes + sums[..., None])
         error = p_error * (sizes + sums[..., None] + inner) + p * inner
         error = (1 + stored) * error + stored * np.abs(self.d_logits) + precision.tiny * a.support
-        terms = a.support.sum() + 8  # no sum has more terms than there are pairs
+        terms = a.support.sum() + 8  # no sum has more terms than the support has entries
         error = error + terms * u * magnitude
         weights = p_error + terms * u * p
         made = self._products(error, np.abs(a.q), np.abs(a.per_head(a.k)), weights, g)
@@ -92,20 +92,20 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Alignment:
-    """KL of the mean of a group's probabilities against softmax of the scores (eq. 9-10, R17)."""
+    """The KL loss: mean probabilities of a group against softmax of its scores (eq. 9-10, R17)."""
 
     attention: Attention
-    """Of the main branch: only its probabilities are used."""
+    """The main branch; only its probabilities are used."""
     index: Attention
-    """Of the index branch: one head for each group, all of its values finite."""
+    """The index branch: one head for each group, all values finite."""
     scores: Array | None = None
-    """[Tq, Hkv, Tk] in place of the index branch's own, where there are NaN and infinities."""
+    """Scores [Tq, Hkv, Tk] with NaN and infinities, used in place of those of `index`."""
     lse_kept: float = 0.0
-    """With which roundoff the main branch's lse was handed over, if coarser than the work."""
+    """The roundoff of the given lse of the main branch, if it is coarser than the work."""
 
     @cached_property
     def teacher(self) -> Array:
-        """[Tq, Hkv, Tk]."""
+        """The mean probabilities of each group: [Tq, Hkv, Tk]."""
         p = self.attention.probabilities
         groups = self.index.q.shape[1]
         return by_group(p, groups).mean(2)
@@ -119,9 +119,10 @@ class Alignment:
 
     @cached_property
     def log_student(self) -> Array:
-        """[Tq, Hkv, Tk], -inf outside the support. NaN counts as -inf.
+        """The log of the softmax of the scores: [Tq, Hkv, Tk]; -inf outside the support.
 
-        The highest scores share all the mass if they are infinite: +inf, or -inf everywhere.
+        NaN counts as -inf. If the highest score of a row is +inf or -inf, all tokens with this
+        score share the whole mass.
         """
         scores = self.index.logits if self.scores is None else self.scores
         mask = self.attention.mask
@@ -134,15 +135,15 @@ class Alignment:
 
     @property
     def count(self) -> int:
-        """Tq * Hkv, the number of distributions."""
+        """The number of distributions: Tq * Hkv."""
         return max(1, self.teacher.shape[0] * self.teacher.shape[1])
 
     def loss(self) -> float:
-        """The mean over queries and groups."""
+        """The KL loss, a mean over queries and groups."""
         return float((self.teacher * self.terms).sum() / self.count)
 
     def bound(self, precision: Precision) -> float:
-        """Of the loss (points 4-6)."""
+        """The error bound of the loss (points 4-6)."""
         both = self._bound(precision, self.lse_kept) + self._bound(EXACT)
         return both + precision.work * abs(self.loss())
 
@@ -161,7 +162,7 @@ class Alignment:
         return float((error + p.size * u * p * gap).sum() / self.count)
 
     def gradients(self) -> dict[str, Array]:
-        """d KL / d scores = (student - teacher) / count, carried to q_idx and k_idx."""
+        """The gradients in q_idx and k_idx; d KL / d scores = (student - teacher) / count."""
         slope = (np.exp(self.log_student) - self.teacher) / self.count * self.index.scale
         keys = self.index.k[:, 0]
         return {
@@ -170,10 +171,11 @@ class Alignment:
         }
 
     def gradient_bounds(self, precision: Precision) -> dict[str, Array]:
-        """Both probabilities by their factors (point 7), the sums by their number of terms.
+        """The error bounds of these gradients.
 
-        Their difference may be rounded to the stored dtype to be multiplied, and the result is:
-        each time u' of what has come out, error and all.
+        Both probabilities have the error of point 8, and sums the error of their number of terms.
+        The difference may be rounded to the stored dtype before the product, and the result is
+        rounded: each time u' of the value with its error.
         """
         a, index, student = self.attention, self.index, np.exp(self.log_student)
         made = []

@@ -1,9 +1,12 @@
-"""MSA in the company of others: what neighbours use, run by, turned into or read as MSA.
+"""Adapters for transformers, vLLM and other libraries.
 
     layouts.py        selections in the orders of transformers, vLLM and the official kernels
-    page_layouts.py   paged caches as these, FlashInfer, SGLang and TensorRT-LLM keep them
-    transformers.py   Hugging Face's MiniMax-M3 on these kernels
-    convert.py        Hugging Face decoders with grouped-query attention, turned into MSA
+    page_layouts.py   paged caches in the layouts of these and of FlashInfer, SGLang, TensorRT-LLM
+    transformers.py   MiniMax-M3 of Hugging Face with the attention of this project
+    convert.py        converts Hugging Face decoders with grouped-query attention to MSA
+    index_file.py     writes and reads the index branch of a converted model
+    convert_run.py    the command `msa convert`
+    targets.py        functions of transformers as targets of `msa verify --target`
 
-Nothing is imported here: each file needs no more than it names.
+This file imports nothing, so that each module needs only the libraries that it uses.
 """

@@ -1,4 +1,4 @@
-"""The few verbs that NumPy and torch spell differently."""
+"""Functions that have different names in NumPy and torch, for arrays of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from msa.ir import Array
 
 
 def like(model: Array, values: Iterable[int]) -> Array:
-    """Integers as an array of the model's kind and device."""
+    """An int64 array of these values, of the same kind and device as `model`."""
     if is_torch(model):
         import torch
 
@@ -21,24 +21,24 @@ def like(model: Array, values: Iterable[int]) -> Array:
 
 
 def where(condition: Array, yes: Any, no: Any) -> Array:
-    """Elementwise choice; at least one side may be a number."""
+    """Choose elementwise between two arrays or numbers."""
     return _library(condition).where(condition, yes, no)
 
 
 def sort(array: Array) -> Array:
-    """Ascending along the last dim."""
+    """Sort ascending along the last dim."""
     return array.sort(-1).values if is_torch(array) else np.sort(array, -1)
 
 
 def argsort(array: Array) -> Array:
-    """Where the ascending values of the last dim lie; equal ones in their order."""
+    """The places of the values of the last dim in ascending order; stable for equal values."""
     if is_torch(array):
         return array.argsort(dim=-1, stable=True)
     return np.argsort(array, -1, kind="stable")
 
 
 def zeros_like(array: Array) -> Array:
-    """0 everywhere."""
+    """An array of zeros of the same shape, kind and dtype."""
     return _library(array).zeros_like(array)
 
 
@@ -50,7 +50,7 @@ def take(array: Array, places: Array) -> Array:
 
 
 def widen(array: Array, width: int, fill: int) -> Array:
-    """The last dim filled up."""
+    """Extend the last dim to `width`, with `fill` in the new places."""
     if array.shape[-1] == width:
         return array
     more = (*array.shape[:-1], width - array.shape[-1])
@@ -58,7 +58,7 @@ def widen(array: Array, width: int, fill: int) -> Array:
 
 
 def join(parts: list[Array], dim: int) -> Array:
-    """Concatenation."""
+    """Concatenate along a dim."""
     if is_torch(parts[0]):
         import torch
 
@@ -67,7 +67,7 @@ def join(parts: list[Array], dim: int) -> Array:
 
 
 def stack(parts: list[Array], dim: int) -> Array:
-    """Side by side along a new dim."""
+    """Stack along a new dim."""
     if is_torch(parts[0]):
         import torch
 
@@ -76,7 +76,7 @@ def stack(parts: list[Array], dim: int) -> Array:
 
 
 def as_int32(array: Array) -> Array:
-    """In the dtype of selections and tables."""
+    """Cast to int32, the dtype of selections and tables."""
     return array.int() if is_torch(array) else array.astype(np.int32)
 
 

@@ -1,4 +1,4 @@
-"""What is read of transformers' calls and models, in one place: names differ between releases.
+"""Reading the calls and models of transformers, whose argument names differ between releases.
 
     5.24 and newer    the cache is called `cache`
     before            the cache is called `past_key_values`
@@ -29,21 +29,21 @@ CACHES = "cache", "past_key_values"
 def read_call(
     forward: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call of a module's forward, positional ones too, by their names."""
+    """All arguments of a call of a module's forward by name, positional ones too."""
     return {**dict(zip(names(forward), args)), **options}
 
 
 def cache_of(call: Mapping[str, Any]) -> Any:
-    """The cache of a call, or None."""
+    """The cache argument of a call, or None."""
     return next((call[name] for name in CACHES if call.get(name) is not None), None)
 
 
 @cache
 def names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """What a forward calls its arguments, without self.
+    """The names of the arguments of a forward, without self.
 
     Raises:
-        TypeError: no cache under a name that is known here, so it would be forgotten.
+        TypeError: no argument has a known name of the cache, so the cache would be ignored.
 
     >>> names(lambda self, hidden_states, cache=None: ...)
     ('hidden_states', 'cache')
@@ -54,11 +54,11 @@ def names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def is_traced(*values: Any) -> bool:
-    """Whether a graph is being exported, or a tensor stands for others and holds no numbers."""
+    """Whether a graph is being exported, or one of the tensors is fake and holds no numbers."""
     return torch.compiler.is_exporting() or any(isinstance(x, FakeTensor) for x in values)
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model of which this process has a share of the heads alone."""
+    """Raise ValueError if this process holds only a share of the model's heads."""
     shares = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
     messages.check_whole_weights(shares, getattr(model, "_tp_size", None))

@@ -1,4 +1,4 @@
-"""`msa convert`: a model of Hugging Face gains an index branch, which is warmed up and measured."""
+"""The command `msa convert`: add an index branch to a Hugging Face model, train and measure it."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ if TYPE_CHECKING:
     from msa.recall import Recall
 
 MOST_TEXT = 2**30
-"""The most bytes of a text."""
+"""The largest text, in bytes."""
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Give a Llama, Mistral, Qwen2 or Qwen3 an index branch, train that alone, say how good it is.
+    """Add an index branch to a Llama, Mistral, Qwen2 or Qwen3, train it, and measure its recall.
 
-    The model's own weights are neither changed nor written.
+    The model's own weights are not changed and not written.
     """
 
     model: str
-    """A folder or a name, as AutoModelForCausalLM.from_pretrained takes it."""
+    """Folder or name of the model, for AutoModelForCausalLM.from_pretrained."""
     text: Path
-    """What to train and to measure on, UTF-8."""
+    """Text file (UTF-8) for training and measuring."""
     tokens: Literal["model", "bytes"] = "model"
-    """How the text is read: by the model's own tokenizer, or byte by byte."""
+    """How the text becomes tokens: by the model's tokenizer, or one token per byte."""
     warmup: int = 0
-    """Steps of training; 0 measures the projections as they were drawn."""
+    """Number of training steps. 0 only measures the random projections."""
     length: int = 4096
-    """Tokens that a step reads; the last so many of the text are what is measured on."""
+    """Number of tokens in a training step. The last piece of this length is for measuring."""
     layers: tuple[int, ...] | None = None
-    """Which layers; all but the first by default."""
+    """Numbers of the layers to convert. By default all but the first."""
     block_size: int = 128
-    """Tokens in a key block."""
+    """Number of tokens in a key block."""
     top_k: int = 16
-    """Blocks kept per query and group."""
+    """Number of blocks that a query and group keeps."""
     index_dim: int | None = None
-    """Size of an index head; the model's own head size by default."""
+    """Size of an index head. By default the head size of the model."""
     learning_rate: float = 1e-3
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     seed: int = 0
-    """Draws the projections."""
+    """Seed for drawing the projections."""
     save: Path | None = None
-    """Where to write the projections (safetensors); `load_index` reads them."""
+    """File to write the projections to (safetensors). `load_index` reads it."""
 
 
 def run(options: ConvertOptions) -> int:
-    """Convert, measure, warm up, measure again, save; a table of recalls.
+    """Convert, measure, train, measure again, save, and print a table of recalls.
 
     Raises:
-        TypeError, ValueError: options out of range, a model or a text that cannot be read, a model
-            that cannot be converted, a file that cannot be written.
+        TypeError, ValueError: an option is out of range, the model or the text cannot be read, the
+            model cannot be converted, or the file cannot be written.
     """
     import torch
     from rich.console import Console
@@ -95,7 +95,7 @@ def run(options: ConvertOptions) -> int:
 
 
 def check(options: ConvertOptions) -> None:
-    """Numbers in range, and a file that can be written, before anything is loaded."""
+    """Check the ranges of numbers and that the file can be written, before anything is loaded."""
     checks.check_count("warmup", options.warmup, 0)
     checks.check_count("length", options.length, 1)
     checks.check_positive("learning_rate", options.learning_rate)
@@ -105,17 +105,17 @@ def check(options: ConvertOptions) -> None:
 
 
 def load(what: str, name: str, **options: Any) -> Any:
-    """A model or a tokenizer of transformers.
+    """Load a model or a tokenizer of transformers.
 
     Raises:
-        ValueError: none is found under this name, or it cannot be loaded, with the first line of
-            the library's reason.
+        ValueError: it is not found or cannot be loaded. The message has the first line of the
+            library's error.
     """
     import transformers
 
     try:
         return getattr(transformers, what).from_pretrained(name, **options)
-    except Exception as error:  # whatever the library makes of a name or of files: no model is here
+    except Exception as error:  # any error of the library means that there is no model
         reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
         raise ValueError(
             f"model must be a folder or a name that {what}.from_pretrained can load, got {name!r}: "
@@ -124,10 +124,10 @@ def load(what: str, name: str, **options: Any) -> Any:
 
 
 def read_text(options: ConvertOptions) -> bytes:
-    """The bytes of the text, which are UTF-8 unless they are the tokens.
+    """The bytes of the text. They must be UTF-8 if a tokenizer reads them.
 
     Raises:
-        ValueError: a file that cannot be read, or is no such text.
+        ValueError: the file cannot be read, or is not UTF-8.
     """
     text = files.read_bytes("text", options.text, MOST_TEXT)
     if options.tokens == "model":
@@ -139,7 +139,7 @@ def read_text(options: ConvertOptions) -> bytes:
 
 
 def read_tokens(options: ConvertOptions, text: bytes, model: Any) -> Tensor:
-    """The text as the model's tokens, or as bytes."""
+    """The text as tokens of the model, or as bytes."""
     import torch
 
     from msa.integrations import messages
@@ -153,7 +153,7 @@ def read_tokens(options: ConvertOptions, text: bytes, model: Any) -> Tensor:
 
 
 def show(recalls: list[dict[int, Recall]], console: Any) -> None:
-    """One row for each layer: before training, and after it if there was any."""
+    """Print one row per layer: the recall before training, and after it if there was any."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,6 @@
-"""The index branch of a converted model in a file of its own: the model's files stay as they are.
+"""Write the index branch of a converted model to its own file, and read it again.
+
+The files of the model itself stay as they are.
 
 >>> import tempfile, torch, transformers
 >>> from msa import MSAConfig
@@ -30,17 +32,19 @@ from torch import Tensor, nn
 
 from msa.config import MSAConfig
 from msa.integrations import messages
-from msa.integrations.convert import CONVERTED, IndexProjections, convert, indexes, remove_index
+from msa.integrations.convert import convert, remove_index
+from msa.integrations.converted_layers import CONVERTED, indexes
+from msa.integrations.index_projections import IndexProjections
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def save_index(model: nn.Module, path: str | Path) -> None:
-    """Write the projections of all converted layers, and what they were made with.
+    """Write the projections of all converted layers, and their configuration.
 
     Raises:
-        TypeError: a model that is not converted.
-        ValueError: layers whose configurations differ.
+        TypeError: the model is not converted.
+        ValueError: the configurations of the layers differ.
     """
     found = indexes(model)
     messages.check_has_layers(len(found), CONVERTED, model)
@@ -60,13 +64,13 @@ def save_index(model: nn.Module, path: str | Path) -> None:
 
 
 def load_index(model: M, path: str | Path, implementation: str = "msa") -> M:
-    """Convert a model as the one was that the file was written from; returns the model.
+    """Convert a model and load its index branch from a file; returns the model.
 
-    Where the file does not fit, the model has no index afterwards.
+    If the file does not fit the model, an error is raised and the model is not converted.
 
     Raises:
-        ValueError: no file of `save_index`, or one of a model of other sizes; a model that is
-            converted already.
+        ValueError: the file was not written by `save_index`, or is from a model of other sizes; the
+            model is already converted.
     """
     with safe_open(path, "pt") as file:
         made: dict[str, Any] = json.loads((file.metadata() or {}).get("msa", "{}"))
@@ -86,7 +90,7 @@ def load_index(model: M, path: str | Path, implementation: str = "msa") -> M:
 
 
 def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's weights as its index calls them, from names in the file, old ones too.
+    """A layer's weights under the names of IndexProjections. Names of older files are changed.
 
     >>> list(renamed({"3.q_proj.weight": None, "3.key": None}))
     ['query', 'key']

@@ -1,13 +1,14 @@
-"""Selections in the neighbours' orders, and back into the canonical one (R8).
+"""Selections in the layouts of other projects, and back to canonical selections (R8).
 
-They agree that unused places hold -1 and come last, and differ in the rest:
+In all layouts unused places hold -1 and come last. They differ in shape and in the order of ids:
 
     here             [Tq, Hkv, k]      ascending, so the own block is the last valid id
     official MSA     [Hkv, Tq, k]      own block last, the others in any order
     vLLM             [Hkv, Tq, k]      own block first, then by falling score
-    transformers     [B, Hkv, T, k']   the same; k' = min(k, blocks); one length for the whole batch
+    transformers     [B, Hkv, T, k']   as vLLM; k' = min(k, blocks); one length for the whole batch
 
-Taking one in sorts it and checks it (R8): an id that is doubled, invisible or not there is named.
+The `from_` functions sort the ids and check them (R8). The error message names an id that is there
+twice, that is not visible, or that is missing.
 
 >>> import numpy as np
 >>> from msa import MSAConfig, Sequences, reference
@@ -31,13 +32,14 @@ from msa.ir import Array, BlockScores, Selection, Sequences
 def to_transformers(
     selection: Selection, scores: BlockScores | None = None
 ) -> Int[Array, "B Hkv T k"]:
-    """`block_indices` as MiniMaxM3VLIndexer gives them, as wide as min(k, blocks).
+    """The `block_indices` that MiniMaxM3VLIndexer returns: min(k, blocks) ids per query.
 
     Args:
-        scores: what the others are ordered by; None leaves them ascending. No attention minds.
+        scores: sort the ids after the own block by falling score. With None they ascend. The result
+            of attention does not depend on their order.
 
     Raises:
-        ValueError: sequences of different lengths, which one tensor cannot hold.
+        ValueError: the sequences have different lengths, which one tensor cannot hold.
 
     >>> to_transformers(selection)[0, 0, 5], to_transformers(selection, scores)[0, 0, 5]
     (array([2, 0, 1], dtype=int32), array([2, 1, 0], dtype=int32))
@@ -56,14 +58,14 @@ def from_transformers(
     n_k: int | None = None,
     top_k: int | None = None,
 ) -> Selection:
-    """A Selection from what MiniMaxM3VLIndexer gave, without the padding of any sequence.
+    """A Selection from the block_indices of MiniMaxM3VLIndexer, for sequences without padding.
 
     Args:
-        n_k: keys of each sequence, where there are more than queries (R2).
-        top_k: width of the result; None: that of block_indices.
+        n_k: the keys of each sequence, if there are more keys than queries (R2).
+        top_k: the width of the result; None means that of block_indices.
 
     Raises:
-        ValueError: not a selection of visible blocks with the own one among them (R8).
+        ValueError: an id is not a visible block, or an own block is missing (R8).
 
     >>> ids = to_transformers(selection)
     >>> bool((from_transformers(ids, block_size=2).indices == selection.indices).all())
@@ -78,7 +80,7 @@ def from_transformers(
 
 # -- vLLM -----------------------------------------------------------------------------------------
 def to_vllm(selection: Selection, scores: BlockScores | None = None) -> Int[Array, "Hkv Tq k"]:
-    """Top-k ids as vLLM's indexer writes them: heads first, own block first.
+    """Ids as the indexer of vLLM writes them: heads are the first dim, own blocks come first.
 
     >>> to_vllm(selection, scores)[0, 4:]
     array([[2, 1, 0],
@@ -90,10 +92,12 @@ def to_vllm(selection: Selection, scores: BlockScores | None = None) -> Int[Arra
 def from_vllm(
     topk_indices: Int[Array, "Hkv Tq k"], sequences: Sequences, block_size: int
 ) -> Selection:
-    """A Selection from vLLM's ids. Its attention reads as many as are visible; the rest is -1 here.
+    """A Selection from the ids of vLLM.
+
+    The attention of vLLM reads as many ids as blocks are visible. All later ids become -1.
 
     Raises:
-        ValueError: as `from_transformers`; so -1 among the visible ones, which vLLM would read.
+        ValueError: as `from_transformers`; also a -1 in a place that vLLM would read.
 
     >>> ids = to_vllm(selection, scores)
     >>> bool((from_vllm(ids, sequences, block_size=2).indices == selection.indices).all())
@@ -109,7 +113,7 @@ def from_vllm(
 
 # -- official MSA ---------------------------------------------------------------------------------
 def to_official(selection: Selection) -> Int[Array, "Hkv Tq k"]:
-    """Ids as the official kernels take them; ascending order has the own block last, as they want.
+    """Ids as the official kernels take them: ascending, so the own block comes last.
 
     >>> to_official(selection)[0, :3]
     array([[ 0, -1, -1],
@@ -122,7 +126,7 @@ def to_official(selection: Selection) -> Int[Array, "Hkv Tq k"]:
 def from_official(
     indices: Int[Array, "Hkv Tq k"], sequences: Sequences, block_size: int
 ) -> Selection:
-    """A Selection from ids in any order, the own block last or not.
+    """A Selection from ids in any order.
 
     Raises:
         ValueError: as `from_transformers`.
@@ -134,11 +138,11 @@ def from_official(
     return canonical(indices.swapaxes(0, 1), sequences, block_size)
 
 
-# -- what they share ------------------------------------------------------------------------------
+# -- shared by all layouts ------------------------------------------------------------------------
 def canonical(
     ids: Int[Array, "Tq Hkv k"], sequences: Sequences, block_size: int, top_k: int | None = None
 ) -> Selection:
-    """Ids in any order and integer dtype, -1 anywhere, as a checked Selection of width top_k.
+    """A checked Selection of width top_k, from ids in any order and integer dtype, -1 anywhere.
 
     >>> canonical(np.array([[[-1, 1, 0]]]), Sequences.one(1, 4), 2, top_k=4).indices
     array([[[ 0,  1, -1, -1]]], dtype=int32)
@@ -151,7 +155,7 @@ def canonical(
 
 
 def ascending(ids: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Sorted along the last dim, int32, every -1 behind the others.
+    """Ids sorted along the last dim, as int32, with every -1 at the end.
 
     >>> ascending(np.array([[4, -1, 2, 0]]))
     array([[ 0,  2,  4, -1]], dtype=int32)
@@ -162,7 +166,10 @@ def ascending(ids: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
 
 
 def own_block_first(selection: Selection, scores: BlockScores | None) -> Int[Array, "Tq Hkv k"]:
-    """The own block, then the others by falling score (equal ones and no scores: ascending), -1."""
+    """Each row in the order: own block, other ids by falling score, -1.
+
+    Ids with equal scores, and all ids without scores, ascend.
+    """
     ids = selection.indices
     valid = ids >= 0
     own = valid & (arrays.like(ids, range(ids.shape[-1])) == valid.sum(-1)[..., None] - 1)

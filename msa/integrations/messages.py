@@ -1,4 +1,4 @@
-"""What the integrations refuse: argument, what was wanted, what came."""
+"""The checks of the integrations. Each error names the argument, what was wanted and what came."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from msa.ir import Array, PagedKV, Sequences
 
 # -- layouts --------------------------------------------------------------------------------------
 def check_rank(name: str, array: Any, dims: str) -> None:
-    """As many dims as named."""
+    """Check that an array has as many dims as `dims` names."""
     if not hasattr(array, "shape") or len(array.shape) != len(dims.split()):
         got = list(array.shape) if hasattr(array, "shape") else checks.kind(array)
         raise ValueError(f"{name} must have shape [{', '.join(dims.split())}], got {got}")
 
 
 def check_uniform(sequences: Sequences) -> None:
-    """One length for all sequences of a batch."""
+    """Check that all sequences of a batch have the same lengths."""
     lengths = {(q.stop - q.start, k.stop - k.start) for q, k in sequences.spans()}
     if len(lengths) > 1:
         raise ValueError(
@@ -29,13 +29,13 @@ def check_uniform(sequences: Sequences) -> None:
 
 
 def check_width(got: int, wanted: int) -> None:
-    """Room for all ids."""
+    """Check that top_k is not smaller than the number of ids per query."""
     if wanted < got:
         raise ValueError(f"top_k must be at least the {got} ids of each query, got {wanted}")
 
 
 def check_no_gaps(name: str, ids: Array, visible: Array) -> None:
-    """An id in each of the first places, of which there are as many as visible blocks."""
+    """Check that there is an id in each place for which a block is visible."""
     gaps = visible & (ids < 0)
     if bool(gaps.any()):
         query, group, place = np.argwhere(checks.to_numpy(gaps))[0].tolist()
@@ -46,35 +46,35 @@ def check_no_gaps(name: str, ids: Array, visible: Array) -> None:
 
 
 def check_no_scales(cache: PagedKV) -> None:
-    """Pages of the usual dtypes."""
+    """Check that the cache has no scales, so its pages are not of 8 bits."""
     for name in ("k_scales", "v_scales", "k_idx_scales"):
         if getattr(cache, name) is not None:
             raise ValueError(
-                f"cache.{name} must be None: each neighbour has scales of its own shape, "
+                f"cache.{name} must be None: each project has scales of another shape, "
                 f"got {checks.kind(getattr(cache, name))}"
             )
 
 
 def check_head_dims(dim: int, dim_v: int) -> None:
-    """Keys and values that share an array have one size."""
+    """Check that keys and values have the same head size, since they share an array."""
     if dim != dim_v:
         raise ValueError(f"cache.v_pages must have Dv = D = {dim} here, got {dim_v}")
 
 
 def check_divides(name: str, size: int, whole: int) -> None:
-    """Whole pages make up a block."""
+    """Check that a page size divides the block size, or a block size the number of slots."""
     if size < 1 or whole % size:
         raise ValueError(f"{name} must divide the block size {whole}, got {size}")
 
 
 def check_order(order: str) -> None:
-    """How heads and tokens of a page lie."""
+    """Check the name of the order of heads and tokens in a page."""
     if order not in ("NHD", "HND"):
         raise ValueError(f"order must be 'NHD' or 'HND', got {order!r}")
 
 
 def check_whole_pages(name: str, bad: Array) -> None:
-    """Token slots that form whole pages, each in order."""
+    """Raise an error if a token slot is bad: it forms no whole page with its neighbours."""
     if bool(bad.any()):
         row, token = np.argwhere(checks.to_numpy(bad))[0].tolist()
         raise ValueError(
@@ -85,7 +85,7 @@ def check_whole_pages(name: str, bad: Array) -> None:
 
 # -- transformers ---------------------------------------------------------------------------------
 def check_padding(mask: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> None:
-    """The ones of a row are one run."""
+    """Check that the ones of each row form one run."""
     for row, (first, end) in enumerate(zip(firsts, ends)):
         if not mask[row, first:end].all():
             gap = int(first + np.argmin(mask[row, first:end]))
@@ -98,7 +98,7 @@ def check_padding(mask: np.ndarray, firsts: np.ndarray, ends: np.ndarray) -> Non
 
 
 def check_not_shifted(firsts: tuple[int, ...]) -> None:
-    """transformers' own indexer counts blocks from the start of the row, padding included."""
+    """Check that no row starts with padding, which the indexer of transformers counts."""
     for row, first in enumerate(firsts):
         if first:
             raise ValueError(
@@ -109,7 +109,7 @@ def check_not_shifted(firsts: tuple[int, ...]) -> None:
 
 
 def check_positions(row: int, found: np.ndarray, wanted: np.ndarray) -> None:
-    """Positions count the tokens of each sequence from 0, or from where its row has the first."""
+    """Check that positions count the tokens of each sequence."""
     bad = np.flatnonzero(found != wanted)
     if len(bad):
         raise ValueError(
@@ -120,17 +120,17 @@ def check_positions(row: int, found: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def check_mask_form(mask: Any) -> None:
-    """None, or one number per token."""
+    """Check that a mask is None or has one number per token."""
     if mask is not None and getattr(mask, "ndim", None) != 2:
         got = list(mask.shape) if hasattr(mask, "shape") else checks.kind(mask)
         raise ValueError(
             f"attention_mask must be None or have shape [B, T] for attn_implementation='msa', "
-            f"got {got}: MSA is causal, and masks of other forms mean something else"
+            f"got {got}: MSA is causal, and a mask of another form may ask for other attention"
         )
 
 
 def check_mask_length(mask: Any, seen: int) -> None:
-    """A number for each token seen, cached ones included."""
+    """Check that a mask has a number for each token seen, cached ones included."""
     if mask.shape[1] < seen:
         raise ValueError(
             f"attention_mask must have shape [B, {seen}], cached tokens included, "
@@ -139,7 +139,7 @@ def check_mask_length(mask: Any, seen: int) -> None:
 
 
 def check_plain_attention(dropout: float, options: dict[str, Any]) -> None:
-    """Softmax attention and nothing on top of it."""
+    """Check that plain softmax attention is wanted: no dropout, window, soft cap or sinks."""
     if dropout:
         raise ValueError(
             f"attention_dropout must be 0 for attn_implementation='msa', got {dropout}"
@@ -152,7 +152,7 @@ def check_plain_attention(dropout: float, options: dict[str, Any]) -> None:
 
 
 def check_not_packed(packs: bool) -> None:
-    """transformers' own indexer takes each row for one sequence."""
+    """Check that rows are not packed: transformers' indexer takes a row as one sequence."""
     if packs:
         raise ValueError(
             "position_ids must not start again within a row for attn_implementation='msa' alone, "
@@ -162,7 +162,7 @@ def check_not_packed(packs: bool) -> None:
 
 
 def check_index_heads(index_heads: int, kv_heads: int) -> None:
-    """Each index head serves whole groups."""
+    """Check that the number of index heads divides the number of key heads."""
     if kv_heads % index_heads:
         raise ValueError(
             f"index_n_heads must divide num_key_value_heads = {kv_heads}, got {index_heads}"
@@ -170,19 +170,19 @@ def check_index_heads(index_heads: int, kv_heads: int) -> None:
 
 
 def check_has_layers(count: int, wanted: str, model: Any) -> None:
-    """Something to do."""
+    """Check that a model has at least one layer of the wanted kind."""
     if not count:
         raise TypeError(f"model must have {wanted}, got {checks.kind(model)} without any")
 
 
 def check_implementation(name: Any, known: tuple[str, ...]) -> None:
-    """One of ours."""
+    """Check the name of an attention implementation."""
     if name not in known:
         raise ValueError(f"implementation must be one of {', '.join(known)}, got {name!r}")
 
 
 def check_cache_name(forward: str, found: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """A cache under an unknown name would be forgotten."""
+    """Check that a forward has a known name for its cache; else it would be ignored."""
     if not set(found) & set(known):
         raise TypeError(
             f"{forward} must take its cache as {' or '.join(known)}, got {', '.join(found)}: "
@@ -191,17 +191,17 @@ def check_cache_name(forward: str, found: tuple[str, ...], known: tuple[str, ...
 
 
 def check_whole_weights(shares: list[str], tp_size: int | None) -> None:
-    """Each process holds every head."""
+    """Check that this process holds all heads of the model."""
     if shares or (tp_size or 1) > 1:
         got = f"the DTensor {shares[0]}" if shares else f"one of tp_size = {tp_size}"
         raise ValueError(
-            f"model must hold whole weights, got {got}: a share of the heads has not all groups of "
-            "the index. Load the model without tp_plan; several devices can share the batch instead"
+            f"model must hold whole weights, got {got}: with a share of the heads the index lacks "
+            "some groups. Load the model without tp_plan; devices can split the batch instead"
         )
 
 
 def check_groups(index_groups: int, kv_heads: int) -> None:
-    """Every key head has its index head, and every process all of them."""
+    """Check that there is one index head for each key head of this process."""
     if index_groups != kv_heads:
         raise ValueError(
             f"the index must have one head for each of the {kv_heads} key heads of this process, "
@@ -210,11 +210,11 @@ def check_groups(index_groups: int, kv_heads: int) -> None:
 
 
 def check_not_traced(traced: bool) -> None:
-    """Masks and positions are read, so they must hold numbers."""
+    """Check that no graph is traced, since the numbers of masks and positions are read."""
     if traced:
         raise ValueError(
             "attention_mask and position_ids must hold numbers for attn_implementation='msa', got "
-            "a graph that is being exported: the sequences of a pass are planned by what they say. "
+            "a graph that is being exported: their numbers give the sequences of a forward pass. "
             "Export the model with attn_implementation='sdpa', or build a graph of msa.ops, where "
             "borders of sequences are integers"
         )
@@ -222,7 +222,7 @@ def check_not_traced(traced: bool) -> None:
 
 # -- conversion -----------------------------------------------------------------------------------
 def check_not_converted(layers: list[int]) -> None:
-    """A second index branch beside the first would be run as well."""
+    """Check that no layer has an index branch yet; a second one would also run."""
     if layers:
         raise ValueError(
             f"model must not be converted yet, got one with an index branch in layers {layers}: "
@@ -231,17 +231,17 @@ def check_not_converted(layers: list[int]) -> None:
 
 
 def check_one_decoder(layers: list[int]) -> None:
-    """Layers are told apart by their numbers."""
+    """Check that every layer has its own number, by which it is found."""
     twice = sorted({layer for layer in layers if layers.count(layer) > 1})
     if twice:
         raise ValueError(
             f"model must be one decoder, got several layers of the numbers {twice}: convert each "
-            "of its decoders by itself"
+            "decoder alone"
         )
 
 
 def check_loaded(device: str, layer: int) -> None:
-    """Weights that hold numbers."""
+    """Check that the weights of a layer are not on the meta device."""
     if device == "meta":
         raise ValueError(
             f"model must have its weights, got those of layer {layer} on the meta device: load or "
@@ -250,7 +250,7 @@ def check_loaded(device: str, layer: int) -> None:
 
 
 def check_compute_dtype(found: list[Any], wide: tuple[Any, ...]) -> None:
-    """A dtype to compute in."""
+    """Check that at least one weight has a dtype in which the index can compute."""
     if not set(found) & set(wide):
         raise ValueError(
             f"model must have a weight in one of {', '.join(map(str, wide))}, in which the index "
@@ -259,7 +259,7 @@ def check_compute_dtype(found: list[Any], wide: tuple[Any, ...]) -> None:
 
 
 def check_loss_has_gradient(layers: list[int]) -> None:
-    """A forward pass without gradients gives a loss that trains nothing."""
+    """Check that no layer has a loss without a gradient, which would train nothing."""
     if layers:
         raise ValueError(
             f"the loss of the index must have a gradient, got none in layers {layers}: their "
@@ -269,13 +269,13 @@ def check_loss_has_gradient(layers: list[int]) -> None:
 
 
 def check_chosen_layers(chosen: list[int], known: list[int]) -> None:
-    """Numbers of layers, one at least, each once."""
+    """Check that the numbers of the chosen layers exist, each once, at least one."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(known):
         raise ValueError(f"layers must name some of {known}, each once, got {chosen}")
 
 
 def check_no_window(attention: Any) -> None:
-    """Attention to everything before."""
+    """Check that a layer has no sliding window."""
     window = getattr(attention, "sliding_window", None)
     if type(attention).__name__ == "MistralAttention":
         window = attention.config.sliding_window
@@ -287,13 +287,13 @@ def check_no_window(attention: Any) -> None:
 
 
 def check_index_dim(dim: int) -> None:
-    """Rotary embedding turns pairs."""
+    """Check that the index dim is even, since rotary embeddings rotate pairs."""
     if dim < 2 or dim % 2:
         raise ValueError(f"index_dim must be even and at least 2, got {dim}")
 
 
 def check_cache_layer(layer: Any) -> None:
-    """A cache that can keep index keys."""
+    """Check that a cache layer can keep index keys."""
     if not hasattr(layer, "update_index"):
         raise TypeError(
             "past_key_values must have dynamic or static layers, which can keep index keys, "
@@ -302,20 +302,20 @@ def check_cache_layer(layer: Any) -> None:
 
 
 def check_phase(phase: Any) -> None:
-    """What a converted layer can do."""
+    """Check the name of a phase."""
     known = ("sparse", "train", "warm_up", "measure")
     if phase not in known:
         raise ValueError(f"phase must be one of {', '.join(known)}, got {phase!r}")
 
 
 def check_index_file(path: Any, made: dict[str, Any]) -> None:
-    """Written by save_index."""
+    """Check that a file was written by save_index."""
     if not {"config", "layers", "index_dim"} <= made.keys():
         raise ValueError(f"path must be a file written by save_index, got {path}")
 
 
 def check_one_config(configs: dict[int, Any]) -> None:
-    """The file holds one configuration."""
+    """Check that all layers have the same configuration, since a file holds one."""
     first, *others = configs
     for layer in others:
         if configs[layer] != configs[first]:
@@ -326,7 +326,7 @@ def check_one_config(configs: dict[int, Any]) -> None:
 
 
 def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[str, Any]) -> None:
-    """All that this model needs, floating, in its sizes."""
+    """Check that a file holds all weights of a layer, as floating numbers of the right shape."""
     if own.keys() != found.keys():
         raise ValueError(
             f"{path} must hold {', '.join(own)} of layer {layer}, got {', '.join(found) or 'none'}"
@@ -340,18 +340,18 @@ def check_index_weights(path: Any, layer: int, own: dict[str, Any], found: dict[
 
 
 def check_text(tokens: int, needed: int) -> None:
-    """Enough to read."""
+    """Check that a text has enough tokens."""
     if tokens < needed:
         raise ValueError(
-            f"text must have at least {needed} tokens: one piece of --length for each step, and "
-            f"one to be measured on, got {tokens}"
+            f"text must have at least {needed} tokens: one piece of --length for measuring, and "
+            f"one more for training, got {tokens}"
         )
 
 
 def check_bytes(vocab_size: int) -> None:
-    """A token for each byte."""
+    """Check that a vocabulary has a token for each byte."""
     if vocab_size < 256:
         raise ValueError(
-            f"tokens must be 'model' where the vocabulary has not the 256 bytes, got 'bytes' for "
+            f"tokens must be 'model' for a vocabulary of less than 256 tokens, got 'bytes' for "
             f"one of {vocab_size}"
         )

@@ -1,4 +1,4 @@
-"""Paged caches as the neighbours keep them, one block a page, and back to PagedKV.
+"""Paged caches in the layouts of other projects, and back to PagedKV. A page is one block.
 
     here           k, v each [pages, Bk, Hkv, D]; k_idx [pages, Bk, Di]; a table and lengths
     official MSA   k, v each [pages, Hkv, Bk, D]
@@ -7,9 +7,9 @@
     SGLang         slots of tokens [slots, Hkv, D], and for each request the slot of each token
     TensorRT-LLM   NHD or HND with smaller pages, several to a block
 
-What comes in is viewed, not copied, wherever strides can say it: then what is written there is
-read here. Index keys have one head and lie as here. Pages of 8 bits are refused, since everyone
-scales them differently.
+The `from_` functions make views, not copies, wherever strides allow it. Then numbers that are
+written to the other cache later are seen here too. Index keys have one head, so they have the same
+layout everywhere. Pages of 8 bits are refused, since each project scales them differently.
 
 >>> import numpy as np
 >>> from msa import PagedKV
@@ -38,7 +38,7 @@ Order = Literal["NHD", "HND"]
 def to_official(
     cache: PagedKV,
 ) -> tuple[Float[Array, "pages Hkv Bk D"], Float[Array, "pages Hkv Bk Dv"]]:
-    """K and V pages with heads before tokens: views.
+    """Pages of K and V with heads before tokens. The results are views.
 
     >>> k_pages, v_pages = to_official(cache)
     >>> k_pages[2, 1, :, 0]  # page 2, head 1: its two tokens
@@ -55,7 +55,7 @@ def from_official(
     page_table: Int[Array, "B table"],
     lengths: Int[Array, " B"],
 ) -> PagedKV:
-    """The same pages seen as PagedKV: views.
+    """The same pages as PagedKV. Its arrays are views.
 
     >>> back = from_official(*to_official(cache), cache.k_idx_pages, table, lengths)
     >>> bool((back.k_pages == cache.k_pages).all())
@@ -69,7 +69,7 @@ def from_official(
 
 # -- vLLM -----------------------------------------------------------------------------------------
 def to_vllm(cache: PagedKV) -> Float[Array, "pages Hkv Bk both"]:
-    """K and V of a token side by side: a copy.
+    """K and V of a token side by side in one array. The result is a copy.
 
     >>> to_vllm(cache)[2, 1, 0]  # page 2, head 1, first token: key, value
     array([ 9., -9.])
@@ -84,7 +84,10 @@ def from_vllm(
     seq_lens: Int[Array, " B"],
     head_dim: int | None = None,
 ) -> PagedKV:
-    """The same pages seen as PagedKV: views. head_dim is D, where values are of another size.
+    """The same pages as PagedKV. Its arrays are views.
+
+    Args:
+        head_dim: D, needed only if values have another size.
 
     >>> back = from_vllm(to_vllm(cache), cache.k_idx_pages, table, lengths)
     >>> bool((back.v_pages == cache.v_pages).all())
@@ -98,10 +101,10 @@ def from_vllm(
 
 # -- FlashInfer -----------------------------------------------------------------------------------
 def to_flashinfer(cache: PagedKV, order: Order = "NHD") -> Float[Array, "pages 2 x y D"]:
-    """K and V of a page behind one another: a copy.
+    """All K of a page, then all V, in one array. The result is a copy.
 
     Raises:
-        ValueError: values of another size than keys.
+        ValueError: values have another size than keys.
 
     >>> to_flashinfer(cache)[2, :, 0, 1, 0]  # page 2, first token, head 1: key, value
     array([ 9., -9.])
@@ -120,7 +123,7 @@ def from_flashinfer(
     lengths: Int[Array, " B"],
     order: Order = "NHD",
 ) -> PagedKV:
-    """The same pages seen as PagedKV: views.
+    """The same pages as PagedKV. Its arrays are views.
 
     >>> kv_cache = to_flashinfer(cache, "HND")
     >>> back = from_flashinfer(kv_cache, cache.k_idx_pages, table, lengths, "HND")
@@ -142,7 +145,7 @@ def to_sglang(
     Float[Array, "slots Di"],
     Int[Array, "B tokens"],
 ]:
-    """Buffers of token slots (views), and req_to_token: the slot of each token of each request.
+    """Buffers of token slots (views), and req_to_token, the slot of each token of each request.
 
     >>> k_buffer, _, _, req_to_token = to_sglang(cache)
     >>> req_to_token, k_buffer[req_to_token[0, :3], 0, 0]
@@ -162,11 +165,11 @@ def from_sglang(
     lengths: Int[Array, " B"],
     block_size: int,
 ) -> PagedKV:
-    """The same slots seen as pages of block_size: views, as long as its page size is that.
+    """The same slots as pages of block_size tokens. The arrays are views.
 
     Raises:
-        ValueError: slots of a request that are no whole pages in order; then they have to be
-            copied, or SGLang started with --page-size block_size.
+        ValueError: the slots of a request do not form whole pages in order. Then copy them, or
+            start SGLang with --page-size block_size.
 
     >>> back = from_sglang(*to_sglang(cache), lengths, block_size=2)
     >>> back.page_table, bool((back.k_pages == cache.k_pages).all())
@@ -183,10 +186,10 @@ def from_sglang(
 def to_smaller_pages(
     cache: PagedKV, page_size: int = 32, order: Order = "NHD"
 ) -> tuple[Float[Array, "pages x y D"], Float[Array, "pages x y Dv"], Int[Array, "B table"]]:
-    """K and V in pages of page_size tokens (views), and the longer table.
+    """K and V in pages of page_size tokens (views), and a table of these pages.
 
     Raises:
-        ValueError: a page size that does not divide the block size.
+        ValueError: the page size does not divide the block size.
 
     >>> k_pages, _, small_table = to_smaller_pages(cache, page_size=1)
     >>> k_pages.shape, small_table
@@ -209,12 +212,13 @@ def from_smaller_pages(
     lengths: Int[Array, " B"],
     order: Order = "NHD",
 ) -> PagedKV:
-    """Several pages joined to each block, which k_idx_pages have the size of.
+    """A PagedKV in which each block is made of several small pages.
 
-    A view if order is NHD, else a copy.
+    The block size is that of k_idx_pages. The arrays are views if order is NHD, else copies.
 
     Raises:
-        ValueError: pages of a block that do not lie behind one another, the first at a multiple.
+        ValueError: the pages of a block are not neighbours in order, or the first of them does not
+            start at a multiple of the block size.
 
     >>> k_pages, v_pages, small_table = to_smaller_pages(cache, page_size=1)
     >>> back = from_smaller_pages(k_pages, v_pages, cache.k_idx_pages, small_table, lengths)
@@ -233,9 +237,9 @@ def from_smaller_pages(
     return PagedKV(k, v, k_idx_pages, table, lengths)
 
 
-# -- what they share ------------------------------------------------------------------------------
+# -- shared by all layouts ------------------------------------------------------------------------
 def _smaller(table: Int[Array, "B table"], parts: int) -> Int[Array, "B longer"]:
-    """The parts of each page in order; those of entries that are not pages are negative."""
+    """A table of the parts of each page, in order. Unused entries become negative numbers."""
     each = table[..., None] * parts + arrays.like(table, range(parts))
     return arrays.as_int32(each.reshape(len(table), -1))
 
@@ -243,7 +247,10 @@ def _smaller(table: Int[Array, "B table"], parts: int) -> Int[Array, "B longer"]
 def _larger(
     name: str, table: Int[Array, "B table"], counts: Int[Array, " B"], parts: int
 ) -> Int[Array, "B shorter"]:
-    """The page that each `parts` entries form, checked for the first counts[b] entries of row b."""
+    """A table of the pages that every `parts` entries form.
+
+    The first counts[b] entries of row b are checked to form whole pages.
+    """
     columns = -(-table.shape[1] // parts)
     wide = arrays.widen(table, columns * parts, 0).reshape(len(table), columns, parts)
     page = wide[..., 0] // parts

@@ -1,11 +1,12 @@
-"""transformers' MiniMax-M3 as targets of `msa verify --target`, in the convention `transformers`.
+"""MiniMax-M3 of transformers as targets of `msa verify --target`, convention `transformers`.
 
     msa verify --convention transformers --target msa.integrations.targets:transformers_select
     msa verify --convention transformers --kind sparse_attention \\
         --target msa.integrations.targets:transformers_sparse_attention
 
-What runs is MiniMaxM3VLIndexer itself: its projections hand over the tensors that are given, its
-norms change nothing, its rotation turns by 0. So is the attention: its block mask, its softmax.
+The code under test is MiniMaxM3VLIndexer itself. Its projections are replaced by modules that
+return the given tensors, its norms by identities, and its rotation has the angle 0. The attention
+is also that of transformers: its block mask and its softmax.
 
 >>> position_ids = torch.arange(6)[None]
 >>> k_idx = torch.tensor([3.0, 0, 9, 0, 1, 0]).reshape(1, 1, 6, 1)
@@ -30,21 +31,21 @@ from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
 
 
 class Given(nn.Module):
-    """A projection that gives the same tensor, whatever it is asked."""
+    """A projection that returns a given tensor for every input."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         self.tensor = tensor
 
     def forward(self, _: Tensor) -> Tensor:
-        """What was given."""
+        """The given tensor."""
         return self.tensor
 
 
 def indexer_of(
     heads: int, dim: int, block_size: int, topk_blocks: int, local_blocks: int
 ) -> MiniMaxM3VLIndexer:
-    """An indexer of these sizes, on as many query heads as index heads."""
+    """An indexer of these sizes. It has as many query heads as index heads."""
     config = MiniMaxM3VLTextConfig(
         hidden_size=1, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=heads,
         index_n_heads=heads, index_head_dim=dim, index_block_size=block_size,
@@ -63,11 +64,11 @@ def transformers_select(
     topk_blocks: int,
     local_blocks: int,
 ) -> Tensor:
-    """The indexer's block_indices; it is never shown the mask, here as in the model."""
+    """The block_indices of the indexer. As in the model, it does not use the mask."""
     batch, heads, n_q, dim = q_idx.shape
     indexer: Any = indexer_of(heads, dim, block_size, topk_blocks, local_blocks)
     indexer.q_proj = Given(q_idx.transpose(1, 2))
-    indexer.k_proj = Given(k_idx[:, 0, :n_q])  # the rest, and these again, come from the cache
+    indexer.k_proj = Given(k_idx[:, 0, :n_q])  # all index keys, these too, come from the cache
     indexer.q_norm = indexer.k_norm = nn.Identity()
     cache: Any = SimpleNamespace(layers=[SimpleNamespace(update_index=Given(k_idx))])
     still = (torch.ones_like(q_idx[:, 0]), torch.zeros_like(q_idx[:, 0]))  # cos, sin
@@ -84,7 +85,7 @@ def transformers_sparse_attention(
     block_size: int,
     scaling: float,
 ) -> Tensor:
-    """Its block mask, then its eager attention."""
+    """Attention by the block mask and the eager attention of transformers."""
     heads, groups = query.shape[1], key.shape[1]
     indexer = indexer_of(groups, 1, block_size, block_indices.shape[-1], 1)
     indexer.config.num_attention_heads = heads

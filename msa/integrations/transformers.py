@@ -1,15 +1,17 @@
-"""Hugging Face's MiniMax-M3 on these kernels: by a name alone, or without any dense score or mask.
+"""MiniMax-M3 of Hugging Face with the attention of this project, in one of two ways.
 
-    register()      attn_implementation="msa": transformers selects, with its indexer's scores of
-                    every query and key, and the attention over the selected blocks is this one's.
-                    "msa_torch" and "msa_reference" are the same on a backend that is named.
-    enable(model)   also selects here: nothing of size [heads, T, T] or [T, blocks] is ever built.
+    register()      makes attn_implementation="msa" available. The indexer of transformers selects,
+                    with scores of every query and key; attention over the selected blocks runs
+                    here. "msa_torch" and "msa_reference" do the same on the named backend.
+    enable(model)   the selection runs here too, so no tensor of size [heads, T, T] or [T, blocks]
+                    is built.
 
-Both do prefill, generate() with dynamic and static caches, padding on the right and gradients.
-Padding on the left and packed sequences (position_ids that start again) need enable(): the blocks
-of transformers' own indexer count from the start of a row, those of R3 from a text's first token.
-What cannot be done raises and says what to do. Layers without an indexer run on torch's own causal
-attention. torch.compile leaves attention and indexer out of its graphs; see `uncompiled`.
+Both support prefill, generate() with dynamic and static caches, padding on the right, gradients.
+Padding on the left and packed sequences (position_ids that start again) need enable(), because the
+indexer of transformers counts blocks from the start of a row, and R3 from the first token of a
+sequence. Calls that are not supported raise an error that says what to do. Layers without an
+indexer use the causal attention of torch. torch.compile leaves attention and indexer out of its
+graphs; see `uncompiled`.
 
 >>> import transformers
 >>> from msa.integrations.transformers import enable
@@ -47,7 +49,7 @@ from msa import ops
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.integrations import calls, layouts, messages
-from msa.integrations.plan import Plan, plan_for
+from msa.integrations.plan import LastPlan, Plan
 from msa.ir import Output, Sequences
 
 BACKENDS: dict[str, BackendName] = {
@@ -55,17 +57,22 @@ BACKENDS: dict[str, BackendName] = {
     "msa_torch": "torch",
     "msa_reference": "reference",
 }
+LAST_PLAN = LastPlan()
+"""The plan that all layers of one forward pass share."""
 M = TypeVar("M", bound=nn.Module)
 uncompiled: Any = torch.compiler.disable(
     reason="msa reads the mask and the positions, so this part runs between graphs: compile "
     "without fullgraph=True, export with attn_implementation='sdpa', or build a graph of msa.ops, "
     "where borders of sequences are integers"
 )
-"""A decorator for what reads tensors to plan with: under fullgraph=True torch gives the reason."""
+"""A decorator for functions that read numbers of tensors, so torch.compile must leave them out.
+
+Under fullgraph=True the error of torch says the reason.
+"""
 
 
 def register() -> None:
-    """Make attn_implementation="msa", "msa_torch" and "msa_reference" known to transformers.
+    """Register the names "msa", "msa_torch" and "msa_reference" in transformers.
 
     >>> register()
     >>> "msa" in AttentionInterface().valid_keys()
@@ -77,25 +84,26 @@ def register() -> None:
 
 
 def enable(model: M, implementation: str = "msa") -> M:
-    """Let every MiniMax-M3 attention in the model select and attend here; returns the model.
+    """Let every MiniMax-M3 attention of a model select and attend here; returns the model.
 
-    Weights and their names stay. `model.set_attn_implementation("eager")` goes back, also to
-    transformers' own selection.
+    Weights and their names stay. `model.set_attn_implementation("eager")` switches back, both the
+    attention and the selection.
 
     Raises:
-        TypeError: no MiniMax-M3 attention in the model.
-        ValueError: an unknown implementation, index heads that fit no groups, tensor parallelism.
+        TypeError: the model has no MiniMax-M3 attention.
+        ValueError: the implementation is unknown, the index heads do not divide the groups, or the
+            model is tensor-parallel.
     """
     register()
     messages.check_implementation(implementation, tuple(BACKENDS))
     found = [m for m in model.modules() if isinstance(m, MiniMaxM3VLAttention)]
     messages.check_has_layers(len(found), "MiniMaxM3VLAttention layers", model)
     calls.check_whole(model)
-    # anywhere in the model: an adapter may have wrapped the one that an attention knows
+    # search the whole model: an adapter may have wrapped the indexer of an attention
     indexers = [m for m in model.modules() if isinstance(m, MiniMaxM3VLIndexer)]
     for indexer in indexers:
         messages.check_index_heads(indexer.num_heads, indexer.config.num_key_value_heads)
-        config_of(indexer)  # or the error that says what is out of range
+        config_of(indexer)  # raises an error if a size is out of range
     for attention in found:
         attention.config._attn_implementation = implementation
     for indexer in indexers:
@@ -105,12 +113,12 @@ def enable(model: M, implementation: str = "msa") -> M:
 
 @dataclass(frozen=True)
 class IndexBranch:
-    """What an indexer hands to the attention in place of blocks: what they are selected by."""
+    """The tensors by which the attention selects blocks. The indexer returns it in place of ids."""
 
     q_idx: Tensor
-    """[B, T, Hkv, Di]."""
+    """Index queries [B, T, Hkv, Di]."""
     k_idx: Tensor
-    """[B, n_k or longer, Di]."""
+    """Index keys [B, n_k or longer, Di]."""
     config: MSAConfig
 
     def attend(
@@ -123,7 +131,7 @@ class IndexBranch:
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: BackendName,
         align: bool = False,
     ) -> ops.Attended | Output:  # fmt: skip
-        """MSA in one call; with align=True also the loss that trains the index (R17)."""
+        """Select and attend in one call; with align=True also compute the KL loss (R17)."""
         messages.check_groups(self.q_idx.shape[2], k.shape[1])
         q_idx, k_idx = plan.pack_queries(self.q_idx), plan.pack_keys(self.k_idx)
         config = replace(self.config, softmax_scale=scale)
@@ -137,17 +145,17 @@ class IndexBranch:
 
 
 class Indexer(MiniMaxM3VLIndexer):
-    """transformers' indexer up to its scores, which nobody needs to see."""
+    """The indexer of transformers without its scores: it returns an IndexBranch."""
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """Project, normalise, rotate, remember; with another implementation also score."""
+        """The IndexBranch; with an attention of transformers its own block_indices."""
         if self.config._attn_implementation not in BACKENDS:
             return super().forward(*args, **options)
         return self.branch(args, options)
 
     @uncompiled
     def branch(self, args: tuple[Any, ...], options: dict[str, Any]) -> IndexBranch:
-        """What the attention selects by, the index keys of the cache included."""
+        """Index queries, and index keys with those of the cache."""
         call = calls.read_call(MiniMaxM3VLIndexer.forward, args, options)
         hidden_states, cache = call["hidden_states"], calls.cache_of(call)
         lead = hidden_states.shape[:2]
@@ -163,12 +171,12 @@ class Indexer(MiniMaxM3VLIndexer):
 
 
 def config_of(indexer: MiniMaxM3VLIndexer) -> MSAConfig:
-    """What transformers' sizes mean here; its scores are not scaled."""
+    """The MSAConfig of an indexer of transformers. Its scores are not scaled."""
     sizes = indexer.block_size, indexer.topk_blocks
     return MSAConfig(*sizes, local_blocks=indexer.local_blocks, index_scale=1.0)
 
 
-# -- what transformers calls ----------------------------------------------------------------------
+# -- called by transformers -----------------------------------------------------------------------
 @uncompiled
 def seen_tokens(
     batch_size: int,
@@ -179,7 +187,7 @@ def seen_tokens(
     device: Any = None,
     **_: Any,
 ) -> Tensor | None:
-    """The mask as the layers get it: bool [B, tokens seen], or None if that is all there are."""
+    """The mask for the layers: bool [B, tokens seen], or None if all keys are seen."""
     messages.check_not_traced(calls.is_traced(q_offset, attention_mask))
     messages.check_mask_form(attention_mask)
     seen = int(q_offset) + q_length
@@ -204,13 +212,13 @@ def attention_forward(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers asks for it: query [B, Hq, T, D] to out [B, T, Hq, Dv].
+    """The attention function for transformers: query [B, Hq, T, D] to out [B, T, Hq, Dv].
 
     Raises:
-        ValueError: padding between tokens, masks of other forms, dropout, sliding windows, a graph
-            that is being exported: see `messages`.
+        ValueError: there is padding between tokens, a mask of another form, dropout, a sliding
+            window, or a graph is being exported; see `messages`.
     """
-    if not getattr(module, "is_causal", True):  # a vision tower under the same name
+    if not getattr(module, "is_causal", True):  # a vision tower with the same attn_implementation
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **options
         )
@@ -221,7 +229,7 @@ def attention_forward(
     if position_ids is None:
         n_k = key.shape[2] if attention_mask is None else attention_mask.shape[1]
         position_ids = torch.arange(n_k - n_q, n_k, device=query.device)
-    plan = plan_for(position_ids, attention_mask, batch, key.shape[2])
+    plan = LAST_PLAN.get(position_ids, attention_mask, batch, key.shape[2])
     q = plan.pack_queries(query.transpose(1, 2))
     k, v = (plan.pack_keys(x.transpose(1, 2)) for x in (key, value))
     scale = dim**-0.5 if scaling is None else scaling
@@ -235,12 +243,12 @@ def attention_forward(
     return plan.unpack(out), None
 
 
-# -- the other kinds of layers, on packed tensors --------------------------------------------------
+# -- attention over given blocks, and dense attention, on packed tensors ---------------------------
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, plan: Plan,
     scale: float, backend: BackendName,
 ) -> Tensor:  # fmt: skip
-    """Attend to the blocks that transformers' indexer chose, checked (R8)."""
+    """Check the blocks that the indexer of transformers selected (R8), and attend to them."""
     messages.check_not_packed(plan.packs)
     messages.check_not_shifted(plan.first)
     messages.check_index_heads(block_indices.shape[1], k.shape[1])
@@ -257,7 +265,7 @@ def attend_blocks(
 
 
 def attend_densely(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
-    """Causal attention, sequence by sequence (R2)."""
+    """Dense causal attention, for one sequence after another (R2)."""
     outs = []
     for queries, keys in Sequences(plan.cu_seqlens_q, plan.cu_seqlens_k).spans():
         one = (x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys]))

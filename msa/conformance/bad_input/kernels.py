@@ -1,0 +1,91 @@
+"""Calls for which the triton backend has no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+import msa
+from msa.conformance.bad_input import BadInput
+from msa.conformance.bad_input.kit import SHAPES, Arguments, Kit
+
+
+def _on_kernels(call: Callable[[], Any]) -> Any:
+    """Call with TRITON_INTERPRET=1, so that the device is accepted and later checks are reached."""
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}):
+        return call()
+
+
+def _off_kernels(call: Callable[[], Any]) -> Any:
+    """Call with TRITON_INTERPRET=0."""
+    with mock.patch.dict("os.environ", {"TRITON_INTERPRET": "0"}):
+        return call()
+
+
+def _on_the_host(kit: Kit) -> Kit:
+    """A kit with arguments on the CPU."""
+    return Kit(replace(kit.subject, device="cpu"))
+
+
+def _pages() -> Arguments:
+    """The parts of a cache for two sequences, as NumPy arrays."""
+    shapes = {f"{n}_pages": (3, 4, *SHAPES[n][1:]) for n in ("k", "v", "k_idx")}
+    arrays: Arguments = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    return arrays | {name: _counts(name, "int32") for name in ("page_table", "lengths")}
+
+
+def _counts(name: str, dtype: str) -> Any:
+    return np.array([[0, 2], [1, 0]] if name == "page_table" else [7, 3], dtype)
+
+
+def kernels(
+    name: str, error: type[Exception], says: tuple[str, ...], block_size: int = 16,
+    dtype: str = "float32", **options: Any,
+) -> BadInput:  # fmt: skip
+    """A case that calls msa.attention for which the triton backend has no kernel."""
+    given: Arguments = {n: np.ones(shape, dtype) for n, shape in SHAPES.items()} | options
+    given |= {"config": msa.MSAConfig(block_size, top_k=2), "backend": "triton"}
+    return BadInput(name, error, says, lambda kit: _on_kernels(lambda: msa.attention(**given)))
+
+
+KERNEL_CASES = [
+    kernels("blocks of 24 for kernels", ValueError, ("block_size", "16, 32, 64, 128 or 256",
+            "got 24", "backend='torch'"), block_size=24),
+    kernels("blocks of 8 for kernels", ValueError, ("block_size", "got 8"), block_size=8),
+    kernels("blocks of 512 for kernels", ValueError, ("block_size", "got 512"), block_size=512),
+    kernels("float64 for kernels", TypeError, ("q", "float16, bfloat16 or float32",
+            "backend='triton'", "got float64"), dtype="float64"),
+    kernels("8 bits in the interpreter", ValueError, ("index_dtype", "None", "CUDA",
+            "'fp8_e4m3'"), index_dtype="fp8_e4m3"),
+    BadInput("blocks of 24 for kernels in select", ValueError, ("block_size", "got 24"),
+             lambda kit: _on_kernels(lambda: kit.select(
+                 config=msa.MSAConfig(24, top_k=2), backend="triton"))),
+    BadInput("blocks of 4 for kernels in sparse_attention", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.sparse(backend="triton"))),
+    BadInput("blocks of 4 for kernels in decode", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.decode(backend="triton"))),
+    BadInput("blocks of 4 for append_tokens", ValueError, ("block_size", "got 4"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(2, 1))),
+    BadInput("append_tokens without the batch", ValueError, ("k", "[S, n, Hkv, D]", "[1, 2, 4]"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(1))),
+    BadInput("append_tokens for a batch of 3", ValueError,
+             ("k", "[2, any, 2, 4]", "got [3, 1, 2, 4]"),
+             lambda kit: _on_kernels(lambda: kit.append_tokens(3, 1))),
+    BadInput("append_tokens of another dtype", TypeError,
+             ("v", "dtype of cache.v_pages", "float16"),
+             lambda kit: _on_kernels(
+                 lambda: kit.append_tokens(2, 1, v=kit.array(2, 1, 2, 3, dtype="float16")))),
+    BadInput("append_tokens to arrays of the host", ValueError,
+             ("backend='triton'", "CUDA tensors"),
+             lambda kit: _off_kernels(lambda: _on_the_host(kit).append_tokens(2, 1))),
+    *(BadInput(f"append_tokens to a {name} of {dtype}", TypeError,
+               (f"cache.{name}", "int32 or int64", f"got {dtype}"),
+               lambda kit, name=name, dtype=dtype: msa.append_tokens(
+                   msa.PagedKV(**_pages() | {name: _counts(name, dtype)}),
+                   *(np.ones((2, 1, *SHAPES[n][1:]), "f4") for n in ("k", "v", "k_idx"))))
+      for name in ("page_table", "lengths") for dtype in ("int16", "uint8", "uint32")),
+]  # fmt: skip
