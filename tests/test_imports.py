@@ -71,7 +71,7 @@ def test_no_module_is_left_out():
 def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
     known = {"ir", "config", backend} | ({"loop_order"} if backend == "triton_impl" else set())
     for path in (PACKAGE / backend).glob("*.py"):
-        speaks = path.parent.name == "triton_impl" and path.name in ("places.py", "tiles.py")
+        speaks = path.parent.name == "triton_impl" and path.name in ("places.py", "launch.py")
         own = {"checks"} if speaks else set()
         assert inside_msa(imported(path)) <= known | own, path
 

@@ -18,7 +18,7 @@ import msa.ops
 from msa import checks
 from msa.dispatch import load_backend
 from msa.ir import Selection, Sequences
-from msa.triton_impl import attention, page_attention, selection, tile_union, tiles, tuning
+from msa.triton_impl import attention, page_attention, selection, tile_union, topk, tuning
 from msa.triton_impl.tuning import TileConfig
 
 CUDA = torch.cuda.is_available()
@@ -238,7 +238,7 @@ def test_the_warm_up_form_has_as_many_blocks_as_it_likes():
 
 def test_counts_have_room_for_the_largest():
     """What `keep_best` packs: keys above the threshold, and tied ones of the longest row."""
-    above, bits = LARGEST + selection.SLACK, tiles.ABOVE_BITS.value
+    above, bits = LARGEST + selection.SLACK, topk.ABOVE_BITS.value
     assert above < 2**bits
     assert max(2**17, selection.WIDEST, 2 * LARGEST) << bits < 2**31
 

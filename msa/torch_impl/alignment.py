@@ -10,8 +10,8 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
+from msa.torch_impl.alignment_tiles import dense_losses, sparse_losses
 from msa.torch_impl.numerics import differentiable_once, rounds_coarsely, working_dtype
-from msa.torch_impl.verdicts import dense_verdicts, sparse_verdicts
 
 
 def align_index(
@@ -58,9 +58,9 @@ class Alignment(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=q.device)
         d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
         if selection is None:
-            verdicts = dense_verdicts(tensors, known, sequences, config, wants_gradient)
+            verdicts = dense_losses(tensors, known, sequences, config, wants_gradient)
         else:
-            verdicts = sparse_verdicts(tensors, known, selection, config, wants_gradient)
+            verdicts = sparse_losses(tensors, known, selection, config, wants_gradient)
         for verdict in verdicts:
             loss += verdict.loss
             d_queries[verdict.queries] = verdict.d_queries

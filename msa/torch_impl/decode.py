@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Sequences
-from msa.torch_impl.lowering import queries_per_tile, trimmed
 from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.scheduled_tiles import queries_per_tile, trimmed
 from msa.torch_impl.selection import select_fused
 from msa.torch_impl.tiles import borders, owners, query_positions
 

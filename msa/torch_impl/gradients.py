@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Selection
-from msa.torch_impl.items import ItemBatch, edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import ScheduledTile, queries_per_tile, schedule_tiles, trimmed
+from msa.torch_impl.item_batches import ItemBatch, edges_per_item, item_batches, item_logits
+from msa.torch_impl.key_blocks import add_to_rows, scaled_bmm, to_rows, to_tokens
 from msa.torch_impl.numerics import rounds_coarsely
 from msa.torch_impl.partials import row_sums
-from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
+from msa.torch_impl.scheduled_tiles import ScheduledTile, queries_per_tile, schedule_tiles, trimmed
 
 Three = tuple[Tensor, Tensor, Tensor]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from msa.ir import Partials, Schedule
 from msa.torch_impl.combine import Slots, row_shares
-from msa.torch_impl.items import ItemBatch, item_batches, item_logits
+from msa.torch_impl.item_batches import ItemBatch, item_batches, item_logits
+from msa.torch_impl.key_blocks import to_rows
 from msa.torch_impl.numerics import working_dtype
-from msa.torch_impl.rows import to_rows
 
 
 @torch.no_grad()

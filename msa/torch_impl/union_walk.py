@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.ir import Output, TileUnion
+from msa.torch_impl.key_blocks import to_rows
 from msa.torch_impl.numerics import working_dtype
-from msa.torch_impl.rows import to_rows
 from msa.torch_impl.tiles import borders, owners, query_positions
 
 

@@ -21,15 +21,16 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl import tuning
+from msa.triton_impl.index_loss import index_loss
+from msa.triton_impl.launch import positions_of, require_kernels
 from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
-from msa.triton_impl.student import judge
-from msa.triton_impl.teacher import teach
-from msa.triton_impl.tile_edges import reverse_union, unite_all
+from msa.triton_impl.tables import query_table
+from msa.triton_impl.teacher import teacher_probabilities
+from msa.triton_impl.tile_reverse_index import reverse_union, unite_all
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import positions_of, query_table, require_kernels
 
 
 @on_its_device
@@ -99,7 +100,7 @@ class Alignment(torch.autograd.Function):
                 chosen = all_blocks(part, block, groups, device)
             else:
                 chosen = Selection(selection.indices[queries].contiguous(), part, block)
-            schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
+            schedule = schedule_edges(reverse_edges(chosen), tuning.LOSS_EDGES)
             qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
             if lse is None:
                 sums = softmax_sums(qs, ks, schedule, scale, is_index=False)
@@ -112,9 +113,11 @@ class Alignment(torch.autograd.Function):
             else:
                 union = split_tiles(chosen, positions)
             edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
-            teacher = teach(qs, ks, sums, chosen.indices, edges, scale, dense=selection is None)
+            teacher = teacher_probabilities(
+                qs, ks, sums, chosen.indices, edges, scale, dense=selection is None
+            )
             gradients = (d_q[queries], d_k[keys]) if wants_gradient else None
-            loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
+            loss += index_loss(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
         count = max(1, n_q * groups)
         ctx.save_for_backward(d_q, d_k)
         ctx.count, ctx.dtypes = count, (q_idx.dtype, k_idx.dtype)

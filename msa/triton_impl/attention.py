@@ -44,15 +44,15 @@ from msa.triton_impl import tuning
 from msa.triton_impl.alignment import align_index
 from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.key_gradients import key_gradients
+from msa.triton_impl.launch import positions_of, require_kernels
 from msa.triton_impl.partials import attend_chunks
 from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
-from msa.triton_impl.tile_edges import reverse_union, tile_sequences
+from msa.triton_impl.tile_reverse_index import reverse_union, tile_sequences
 from msa.triton_impl.tile_union import split_tiles, union_width
-from msa.triton_impl.tiles import positions_of, require_kernels
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]

@@ -5,8 +5,9 @@
         out = sum over s of exp(lse[s] - LSE) * out[s]
 
 What the fast form changes:
- 1. Memory decides: each partial is read once, 16 heads of one query side by side in a program.
- 2. Slots beyond the query's count are neither read nor trusted: they may hold anything.
+ 1. The time is that of reading memory: each partial is read once, and a program has up to 16 heads
+    of one query, which lie side by side.
+ 2. Slots beyond the query's count are not read: they may hold anything.
 """
 
 from __future__ import annotations
@@ -18,15 +19,28 @@ import triton
 import triton.language as tl
 
 from msa.ir import Output, Partials
+from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import contiguous, pad, require_top_k
+from msa.triton_impl.tile_verbs import load_tile, store_tile
 
 
 @triton.jit
 def combine_kernel(parts, lses, counts, out, lse, HQ: tl.constexpr, HKV: tl.constexpr,
                    G: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, DIM_V: tl.constexpr,
                    BDV: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """BH heads of one group of one query."""
+    """BH heads of one group of one query.
+
+    Parameters:
+        parts: [Tq, Hq, k, Dv], 16-bit or float32; partial outputs
+        lses: [Tq, Hq, k], float32, natural logarithms
+        counts: [Tq, Hkv], int32; slots in use
+        out: [Tq, Hq, Dv], 16-bit or float32; written
+        lse: [Tq, Hq], float32, natural logarithm; written
+        HQ, HKV, G: query heads, groups, query heads of a group
+        TOP_K, P: k, and rounded up to a power of two
+        DIM_V, BDV: Dv, and rounded up to a power of two
+        BH: heads of one program
+    """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_g = tl.program_id(2) * BH + tl.arange(0, BH)
     m_g = o_g < G
@@ -42,12 +56,9 @@ def combine_kernel(parts, lses, counts, out, lse, HQ: tl.constexpr, HKV: tl.cons
     for i_s in range(0, count):
         p_lse = lses + o_x * TOP_K + i_s
         b_w = tl.exp(tl.load(p_lse, mask=m_g, other=float("-inf")) - b_top)
-        p_x = parts + (o_x * TOP_K + i_s)[:, None] * DIM_V + o_d[None, :]
-        b_x = tl.load(p_x, mask=m_g[:, None] & (o_d < DIM_V)[None, :], other=0.0)
+        b_x = load_tile(parts + (o_x * TOP_K + i_s) * DIM_V, m_g, o_d, DIM_V)  # [BH, BDV]
         b_out += b_w[:, None] * b_x.to(tl.float32)
-    b_out = b_out / b_sum[:, None]
-    p_out = out + o_x[:, None] * DIM_V + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_g[:, None] & (o_d < DIM_V)[None, :])
+    store_tile(out + o_x * DIM_V, m_g, o_d, b_out / b_sum[:, None], DIM_V)
     tl.store(lse + o_x, b_top + tl.log(b_sum), mask=m_g)
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Selection
+from msa.triton_impl.launch import require_kernels
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import require_kernels
 
 
 @on_its_device

@@ -10,9 +10,9 @@ What the fast form changes:
  1. K and V are loaded once per item and stay on chip.
  2. Query positions times heads make one tile: with 16 heads, 4 gathered queries are 64 rows. A
     query's heads lie side by side in memory, so the gather reads long runs.
- 3. Edges ascend, so one look at the item's first query tells whether any mask is needed at all.
+ 3. Edges ascend, so the item's first query alone decides whether any mask is needed.
  4. exp2 in place of exp: log2(e) is folded into the scale, which is multiplied on after the maximum
-    is taken off (union_walk.py says why).
+    is taken off (`online_softmax_step` says why).
  5. Every edge owns its slot: no atomics, and any order of the items gives the same bits.
 """
 
@@ -24,19 +24,19 @@ import triton.language as tl
 from jaxtyping import Float
 
 from msa.ir import Array, Partials, Schedule
+from msa.triton_impl.launch import contiguous, is_exact, pad, require_kernels
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import (
+from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.tile_verbs import (
     LN2,
     LOG2E,
     LOWEST,
     along,
-    block_table,
-    contiguous,
-    is_exact,
+    load_item,
     load_keys,
-    pad,
-    query_table,
-    require_kernels,
+    load_tile,
+    online_softmax_step,
+    store_tile,
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
@@ -48,21 +48,44 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                  DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
                  HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """One item; BM = query positions x HEADS rows at a time."""
+    """One item; BM = query positions x HEADS rows at a time.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        v: [Tk, Hkv, Dv], as q
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
+        own_keys: [Tq], int32; each query's own key among the packed keys
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        out: [Tq, Hq, k, Dv], as q; written in the slots of the edges
+        lse: [Tq, Hq, k], float32, natural logarithm; written in the slots of the edges
+        scale: float; softmax scale times log2(e)
+        n_blocks: int; blocks of all sequences
+        stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
+        stride_qh, stride_kh, stride_vh: elements from one head of q, k, v to the next
+        G, HQ: query heads of a group, of all groups
+        HEADS: heads of one program
+        DIM, DIM_V: D, Dv
+        BD, BDV: D, Dv rounded up to powers of two
+        TOP_K: k
+        BK, BN: keys of a block, keys of one product
+        BM: rows of one product
+        PRECISION: input precision of the products
+    """
     i_item = tl.program_id(0)
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        row = tl.load(rows + i_item)
-        i_r, i_b = row // n_blocks, row % n_blocks
-        first, key_stop = tl.load(first_keys + i_b), tl.load(key_stops + i_b)
+        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
         o_d, o_dv, o_m = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BM)
         o_g = tl.program_id(1) * HEADS + o_m % HEADS  # [BM] head within its group
         o_h = i_r * G + o_g
         p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
         p_h = q + along(o_h, stride_qh)  # [BM]
         if BN == BK:
-            b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BK)  # [BK, BD]
-            b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BK)  # [BK, BDV]
+            b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BK)  # [BK, BD]
+            b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BK)  # [BK, BDV]
         masked = tl.load(own_keys + tl.load(query_ids + start)) < first + BK - 1
         length = (stop - start).to(tl.int32)
         for i_e in range(0, length, BM // HEADS):
@@ -72,8 +95,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
             b_slot = tl.load(slots + start + o_e, mask=m_e, other=0)
             b_own = tl.load(own_keys + b_t, mask=m_e, other=0)
             m_m = m_e & (o_g < G)
-            p_q = (p_h + along(b_t, stride_qt))[:, None] + o_d[None, :]
-            b_q = tl.load(p_q, mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+            b_q = load_tile(p_h + along(b_t, stride_qt), m_m, o_d, DIM)  # [BM, BD]
             p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
             if BN == BK:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
@@ -89,21 +111,16 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                 b_sum = tl.zeros([BM], tl.float32)
                 b_o = tl.zeros([BM, BDV], tl.float32)
                 for i_n in range(0, BK, BN):
-                    b_kn = load_keys(p_k, first + i_n, key_stop, stride_kt, o_d, DIM, BD, BN)
-                    b_vn = load_keys(p_v, first + i_n, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)
+                    b_kn = load_keys(p_k, first + i_n, key_stop, stride_kt, o_d, DIM, BN)
+                    b_vn = load_keys(p_v, first + i_n, key_stop, stride_vt, o_dv, DIM_V, BN)
                     b_s = tl.dot(b_q, tl.trans(b_kn), input_precision=PRECISION)  # [BM, BN]
                     o_n = first + i_n + tl.arange(0, BN)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
-                    b_old = b_top
-                    b_top = tl.maximum(b_old, tl.max(b_s, 1))
-                    b_p = tl.exp2((b_s - b_top[:, None]) * scale)
-                    b_decay = tl.exp2((b_old - b_top) * scale)
-                    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+                    b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale)
                     b_o = b_o * b_decay[:, None]
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # 0 if all scores are -inf
-            tl.store(out + p_o[:, None] * DIM_V + o_dv[None, :], b_o.to(out.dtype.element_ty),
-                     mask=m_m[:, None] & (o_dv < DIM_V)[None, :])  # fmt: skip
+            store_tile(out + p_o * DIM_V, m_m, o_dv, b_o, DIM_V)
             tl.store(lse + p_o, b_top * (scale * LN2) + tl.log(b_sum), mask=m_m)
 
 

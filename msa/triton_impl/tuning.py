@@ -67,7 +67,7 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=2),
         (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=2),
     },
-    "judge": {
+    "index_loss": {
         (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=3),
         (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=3),
     },
@@ -89,7 +89,7 @@ DEFAULTS = {
     "queries": TileConfig(rows=32, keys=32, stages=1),
     "sums": TileConfig(rows=32, keys=64, stages=1),
     "teacher": TileConfig(rows=32, keys=64, stages=1),
-    "judge": TileConfig(rows=32, keys=32, stages=1),
+    "index_loss": TileConfig(rows=32, keys=32, stages=1),
     "pages": TileConfig(rows=32, keys=32, stages=1, programs=528),
     "paged": TileConfig(rows=16, keys=32, stages=1),
 }
@@ -116,7 +116,7 @@ and group beside it."""
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""
 
-JUDGE_EDGES = 512
+LOSS_EDGES = 512
 """The same where each item leaves a gradient of its whole block of index keys."""
 
 KEY_TILES, TEACHER_TILES = 256, 64

@@ -10,15 +10,12 @@
 
 What the fast form changes:
  1. Neighbouring queries times heads make one tile, 8 x 16 = 128 rows: no gather, no partials.
- 2. A row that did not select b is masked by its running maximum, not score by score: subtracting
-    +inf in place of the maximum makes its weights exactly 0.
+ 2. A row that did not select b is masked by its running maximum, not score by score: +inf is
+    subtracted in place of the maximum, which makes the row's weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
  4. The next block's id is loaded one step ahead, so that its keys can be fetched early.
- 5. The maximum is taken off before the scale is multiplied on: scale * score - scale * maximum
-    would become one fused multiply-add, whose residual at the maximum is not 0 but half a unit in
-    the last place, enough to lose the whole row where logits pass 2^23.
- 6. Blocks that few queries of the tile share can be left to the KV-outer kernel: their partial
-    results are folded in at the end, which saves the combine step a kernel and a pass over `out`.
+ 5. Blocks that few queries of the tile share can be left to the KV-outer kernel. Their partial
+    results are folded in at the end, so no separate combine kernel has to read and write `out`.
 """
 
 from __future__ import annotations
@@ -30,50 +27,53 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.ir import Array, Output, Partials, Sequences, TileUnion
-from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    along,
+from msa.triton_impl.launch import (
     can_describe,
     contiguous,
     describe,
     heads_of,
     is_exact,
-    load_keys,
     pad,
     require_kernels,
-    tile_table,
 )
+from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tables import tile_table
+from msa.triton_impl.tile_verbs import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    along,
+    load_keys,
+    load_tile,
+    online_softmax_step,
+    store_tile,
+)
+from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
 from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def softmax_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b_own, m_row, scale,
-                 stride_kt, stride_vt, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
-                 BDV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def attend_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b_own, m_row, scale,
+                stride_kt, stride_vt, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
+                BDV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """BN keys from `first` on, for the rows in m_row [BM]; EDGE where tokens may be invisible."""
     o_n, o_d, o_dv = first + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     if TMA:
         b_k, b_v = k.load([first, i_r * DIM]), v.load([first, i_r * DIM_V])
     elif EDGE or DIM != BD or DIM_V != BDV:
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
-        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
+        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
+        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BN)  # [BN, BDV]
     else:
         b_k = tl.load(p_k + along(o_n, stride_kt)[:, None] + o_d[None, :])
         b_v = tl.load(p_v + along(o_n, stride_vt)[:, None] + o_dv[None, :])
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
     if EDGE:
         b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
-    b_new = tl.where(m_row, tl.maximum(b_top, tl.max(b_s, 1)), b_top)
-    b_p = tl.exp2((b_s - tl.where(m_row, b_new, float("inf"))[:, None]) * scale)
-    b_decay = tl.exp2((b_top - b_new) * scale)
-    b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+    b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale, m_row)
     b_o = b_o * b_decay[:, None]
     b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-    return b_new, b_sum, b_o
+    return b_top, b_sum, b_o
 
 
 @triton.jit
@@ -84,21 +84,43 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
                 BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr,
                 P: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of query positions x HEADS = BM rows."""
+    """One tile of query positions x HEADS = BM rows.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        v: [Tk, Hkv, Dv], as q
+        k_tiles, v_tiles: descriptors of k and v with tiles of BN rows; without TMA k and v
+        tiles: [tiles, 5], int32; a `tile_table`
+        ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
+        masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
+        counts: [tiles, Hkv], int32; blocks of each union
+        parts: [Tq, Hq, k, Dv], as q; outputs of other blocks to fold in, read with FOLD only
+        part_lses: [Tq, Hq, k], float32; their LSEs, natural logarithms
+        part_counts: [Tq, Hkv], int32; slots in use of parts and part_lses
+        out: [Tq, Hq, Dv], as q; written
+        lse: [Tq, Hq], float32, natural logarithm; written
+        scale: float; softmax scale times log2(e)
+        U: int; width of ids and masks
+        stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
+        stride_qh, stride_kh, stride_vh: elements from one head of q, k, v to the next
+        G, HKV: query heads of a group, groups
+        HEADS: heads of one program
+        DIM, DIM_V: D, Dv
+        BD, BDV: D, Dv rounded up to powers of two
+        BK, BN: keys of a block, keys of one product
+        BM: rows of the tile
+        TOP_K, P: k of the parts, and rounded up to a power of two
+        FOLD: bool; fold in the parts
+        TMA: bool; blocks without a token mask come by the bulk copy engine
+        PRECISION: input precision of the products
+    """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p_tile = tiles + i_t * 5
-    start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
-    first_key, key_stop = tl.load(p_tile + 3), tl.load(p_tile + 4)
-    o_m = tl.arange(0, BM)
-    o_i = o_m // HEADS  # [BM] query within the tile
-    o_g = tl.program_id(2) * HEADS + o_m % HEADS
-    o_h = i_r * G + o_g
+    start, stop, own, first_key, key_stop = load_tile_record(tiles, i_t)
+    o_i, o_t, o_h, m_m = tile_rows(start, stop, i_r, tl.program_id(2), G, HEADS, BM)
     b_own = own + o_i
-    m_m = (start + o_i < stop) & (o_g < G)
-    o_t = (start + o_i).to(tl.int64)
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    p_q = q + along(o_t, stride_qt) + along(o_h, stride_qh)  # [BM]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    b_q = load_tile(q + along(o_t, stride_qt) + along(o_h, stride_qh), m_m, o_d, DIM)  # [BM, BD]
     p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
     i_tr = i_t * HKV + i_r
     p_id, p_mask = ids + i_tr * U, masks + i_tr * U
@@ -107,20 +129,15 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     b_top = tl.full([BM], LOWEST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BDV], tl.float32)
-    # blocks that reach beyond the first query's own key: at most three, the last of the union
-    o_l = count - 1 - tl.arange(0, 4)
-    b_last = tl.load(p_id + o_l, mask=o_l >= 0, other=-1)
-    inner = count - tl.sum((first_key + (b_last + 1) * BK - 1 > own).to(tl.int32))
+    inner = inner_blocks(p_id, count, first_key, own, BK)
     STEPS: tl.constexpr = BK // BN  # products per block
-    i_b, b_bits = tl.load(p_id), tl.load(p_mask)
+    i_b, b_bits = load_block(p_id, p_mask, 0)
     for i in range(0, inner * STEPS):
-        i_next = tl.minimum(i // STEPS + 1, count - 1)
-        next_b, next_bits = tl.load(p_id + i_next), tl.load(p_mask + i_next)
-        m_row = ((b_bits >> o_i) & 1) != 0
+        next_b, next_bits = load_block(p_id, p_mask, tl.minimum(i // STEPS + 1, count - 1))
         first = first_key + i_b * BK + (i % STEPS) * BN
-        b_top, b_sum, b_o = softmax_step(
-            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own, m_row,
-            scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, False, TMA,
+        b_top, b_sum, b_o = attend_step(
+            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own,
+            selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, False, TMA,
             PRECISION)  # fmt: skip
         if STEPS == 1:
             i_b, b_bits = next_b, next_bits
@@ -128,12 +145,11 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
             last = i % STEPS == STEPS - 1
             i_b, b_bits = tl.where(last, next_b, i_b), tl.where(last, next_bits, b_bits)
     for i in range(inner * STEPS, count * STEPS):
-        i_b, b_bits = tl.load(p_id + i // STEPS), tl.load(p_mask + i // STEPS)
-        m_row = ((b_bits >> o_i) & 1) != 0
+        i_b, b_bits = load_block(p_id, p_mask, i // STEPS)
         first = first_key + i_b * BK + (i % STEPS) * BN
-        b_top, b_sum, b_o = softmax_step(
-            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own, m_row,
-            scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, True, False,
+        b_top, b_sum, b_o = attend_step(
+            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own,
+            selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, True, False,
             PRECISION)  # fmt: skip
 
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
@@ -153,12 +169,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
             m_o = i_s < b_count
             p_x = o_x * TOP_K + i_s
             b_w = tl.exp(tl.load(part_lses + p_x, mask=m_o, other=float("-inf")) - b_near)
-            b_x = tl.load(parts + p_x[:, None] * DIM_V + o_dv[None, :],
-                          mask=m_o[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
-            b_o += b_w[:, None] * b_x.to(tl.float32)
-    b_o = b_o / b_sum[:, None]
-    p_out = out + o_x[:, None] * DIM_V + o_dv[None, :]
-    tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_m[:, None] & (o_dv < DIM_V)[None, :])
+            b_o += b_w[:, None] * load_tile(parts + p_x * DIM_V, m_o, o_dv, DIM_V).to(tl.float32)
+    store_tile(out + o_x * DIM_V, m_m, o_dv, b_o / b_sum[:, None], DIM_V)
     tl.store(lse + o_x, b_near + tl.log(b_sum), mask=m_m)
 
 

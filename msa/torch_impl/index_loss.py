@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def judge(
+def index_loss(
     logits: Float[Tensor, "*rows G n"],
     scores: Float[Tensor, "*rows n"],
     support: Bool[Tensor, "#*rows n"],
@@ -20,7 +20,7 @@ def judge(
     d KL / d scores = student - teacher, so no graph has to be kept for it.
 
     >>> support = torch.ones(1, 2, dtype=torch.bool)
-    >>> loss, slope = judge(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]), support)
+    >>> loss, slope = index_loss(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]), support)
     >>> loss.item(), slope
     (0.0, tensor([[0., 0.]]))
     """

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.ir import Schedule
-from msa.torch_impl.rows import scaled_bmm
+from msa.torch_impl.key_blocks import scaled_bmm
 from msa.torch_impl.tiles import block_positions, query_positions
 
 CPU_BATCH = 2**20

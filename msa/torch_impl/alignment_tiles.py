@@ -11,10 +11,10 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Schedule, Selection, Sequences
-from msa.torch_impl.divergence import judge
-from msa.torch_impl.items import edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
-from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
+from msa.torch_impl.index_loss import index_loss
+from msa.torch_impl.item_batches import edges_per_item, item_batches, item_logits
+from msa.torch_impl.key_blocks import add_to_rows, scaled_bmm, to_rows, to_tokens
+from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.tiles import query_positions, sequence_tiles
 
 Four = tuple[Tensor, ...]
@@ -26,7 +26,7 @@ DENSE_BUFFER = 2**22
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TileLoss:
     """Summed KL of one tile of queries, and its gradients (0 where none was asked for)."""
 
     queries: slice
@@ -36,13 +36,13 @@ class Verdict:
     d_keys: Float[Tensor, "n Di"] | float = 0.0
 
 
-def dense_verdicts(
+def dense_losses(
     tensors: Four,
     lse: Float[Tensor, "Tq Hq"] | None,
     sequences: Sequences,
     config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[Verdict]:
+) -> Iterator[TileLoss]:
     """The warm-up form: whole rows of scores, as many queries at a time as memory likes."""
     q, k, q_idx, k_idx = tensors
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -57,23 +57,23 @@ def dense_verdicts(
         logits = logits.view(groups, n_q, group, n_keys).masked_fill_(~support[:, None], -torch.inf)
         scores = q_idx[qs].transpose(0, 1) @ k_idx[ks].T * scale
         known = None if lse is None else lse[qs].reshape(n_q, groups, group).transpose(0, 1)
-        loss, slope = judge(logits, scores, support, known)
+        loss, slope = index_loss(logits, scores, support, known)
         if not wants_gradient:
-            yield Verdict(qs, ks, loss)
+            yield TileLoss(qs, ks, loss)
             continue
         slope *= scale
         d_queries = (slope @ k_idx[ks]).transpose(0, 1)
         d_keys = slope.flatten(0, 1).T @ q_idx[qs].transpose(0, 1).flatten(0, 1)
-        yield Verdict(qs, ks, loss, d_queries, d_keys)
+        yield TileLoss(qs, ks, loss, d_queries, d_keys)
 
 
-def sparse_verdicts(
+def sparse_losses(
     tensors: Four,
     lse: Float[Tensor, "Tq Hq"] | None,
     selection: Selection,
     config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[Verdict]:
+) -> Iterator[TileLoss]:
     """The selected blocks only: every edge brings its scores to its slot."""
     q, k, q_idx, k_idx = tensors
     selection = trimmed(selection)
@@ -88,12 +88,12 @@ def sparse_verdicts(
         logits = slot_logits(q[qs], k[ks], schedule, config.softmax_scale_for(q.shape[-1]))
         scores = slot_logits(q_idx[qs], k_idx[ks, None], schedule, scale)
         known = None if lse is None else lse[qs].reshape(-1, group)
-        loss, slope = judge(logits, scores[:, 0], readable(part), known)
+        loss, slope = index_loss(logits, scores[:, 0], readable(part), known)
         if wants_gradient:
             d_queries, d_keys = index_gradients(q_idx[qs], k_idx[ks], slope, schedule, scale)
-            yield Verdict(qs, ks, loss, d_queries, d_keys)
+            yield TileLoss(qs, ks, loss, d_queries, d_keys)
         else:
-            yield Verdict(qs, ks, loss)
+            yield TileLoss(qs, ks, loss)
 
 
 def slot_logits(
