@@ -64,7 +64,7 @@ def test_every_parameter_is_listed(name):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_tensor_has_a_shape_and_a_dtype(name):
-    """What a kernel gets is a tensor with a shape, a number, a stride, or a compile-time constant."""
+    """An argument is a tensor, a number or a stride; the others are compile-time constants."""
     constants = {a.arg for a in KERNELS[name].args.args if a.annotation is not None}
     for parameter, said in listed(ast.get_docstring(KERNELS[name])).items():
         if parameter in constants:

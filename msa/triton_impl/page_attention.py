@@ -145,6 +145,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
     o_g = i_h * HEADS + tl.arange(0, HEADS)  # [HEADS] head within the group
     m_g, o_h = o_g < G, i_r * G + o_g
     o_x = i_q.to(tl.int64) * (HKV * G) + o_h  # [HEADS] row of out
+    p_out = out + o_x * DIM_V
     p_id = ids + i_x.to(tl.int64) * TOP_K
     position = tl.load(lengths + along(i_s, stride_ls)).to(tl.int32) - N + i_n
     p_q = q + along(i_s, stride_qb) + along(i_n, stride_qn) + along(o_h, stride_qh)  # [HEADS]
@@ -152,7 +153,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
     wait_for_previous(PDL)
     if position < 0:  # an empty slot of the batch
         if i_c == 0:
-            store_tile(out + o_x * DIM_V, m_g, o_dv, tl.zeros([HEADS, BDV], tl.float32), DIM_V)
+            store_tile(p_out, m_g, o_dv, tl.zeros([HEADS, BDV], tl.float32), DIM_V)
             tl.store(lse + o_x, tl.full([HEADS], float("-inf"), tl.float32), mask=m_g)
             tl.store(p_id + o_j, tl.full([P], -1, tl.int32), mask=o_j < TOP_K)
     else:
@@ -202,7 +203,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
                 tl.store(p_id + i_out, i_b, mask=i_j < TOP_K)
         b_lse = b_top * (scale * LN2) + tl.log(b_sum)  # natural logarithm; -inf without a token
         if SPLITS == 1:
-            store_tile(out + o_x * DIM_V, m_g, o_dv, b_o / b_sum[:, None], DIM_V)
+            store_tile(p_out, m_g, o_dv, b_o / b_sum[:, None], DIM_V)
             tl.store(lse + o_x, b_lse, mask=m_g)
         else:
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -212,7 +213,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
             p_arrival = arrivals + i_x.to(tl.int64) * tl.num_programs(2) + i_h
             if tl.atomic_add(p_arrival, 1, sem="acq_rel") == SPLITS - 1:
                 b_o, b_lse = add_up(parts, part_lses, o_x, m_g, DIM_V, BDV, SPLITS)
-                store_tile(out + o_x * DIM_V, m_g, o_dv, b_o, DIM_V)
+                store_tile(p_out, m_g, o_dv, b_o, DIM_V)
                 tl.store(lse + o_x, b_lse, mask=m_g)
 
 
