@@ -41,7 +41,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that 
 # jaxtyping's hook wraps every function of a module. Triton reads a kernel's own source and globals,
 # so kernels stay as they are; the functions around them are checked.
 is_unchecked = _import_hook._is_no_type_check
-_import_hook._is_no_type_check = lambda node: is_unchecked(node) or ast.unparse(node) == "triton.jit"
+_import_hook._is_no_type_check = lambda node: (
+    is_unchecked(node) or ast.unparse(node) == "triton.jit"
+)
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 settings.register_profile(

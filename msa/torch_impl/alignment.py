@@ -27,9 +27,9 @@ def align_index(
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
-    main branch's over that support (None, or so large that it is too coarse: found here). The
-    gradient reaches q_idx and k_idx only;
-    the loss is float32, or float64 for float64 inputs.
+    LSE of the main branch over the same tokens; it is computed here if it is None, or so large that
+    its rounding matters. The gradient reaches q_idx and k_idx only. The loss is float32, or float64
+    for float64 inputs.
 
     >>> x = torch.zeros(3, 1, 2)
     >>> q_idx = torch.zeros(3, 1, 2, requires_grad=True)
@@ -43,7 +43,7 @@ def align_index(
 
 
 class Alignment(torch.autograd.Function):
-    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -58,13 +58,13 @@ class Alignment(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=q.device)
         d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
         if selection is None:
-            verdicts = dense_losses(tensors, known, sequences, config, wants_gradient)
+            losses = dense_losses(tensors, known, sequences, config, wants_gradient)
         else:
-            verdicts = sparse_losses(tensors, known, selection, config, wants_gradient)
-        for verdict in verdicts:
-            loss += verdict.loss
-            d_queries[verdict.queries] = verdict.d_queries
-            d_keys[verdict.keys] += verdict.d_keys
+            losses = sparse_losses(tensors, known, selection, config, wants_gradient)
+        for part in losses:
+            loss += part.loss
+            d_queries[part.queries] = part.d_queries
+            d_keys[part.keys] += part.d_keys
         count = max(1, q_idx.shape[0] * q_idx.shape[1])
         ctx.save_for_backward(d_queries / count, d_keys / count)
         ctx.dtypes = q_idx.dtype, k_idx.dtype
@@ -74,7 +74,7 @@ class Alignment(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward found."""
+        """Scale the gradients that the forward computed."""
         grads = (x * d_loss for x in ctx.saved_tensors)
         d_queries, d_keys = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
         return None, None, d_queries, d_keys, None, None, None, None, None

@@ -74,15 +74,15 @@ def attend_selection(
 class SelectedAttention(torch.autograd.Function):
     """Forward through the lowering; backward by recomputing each tile (see gradients.py).
 
-    Recorded step by step, autograd would keep every edge's probabilities and add gradients up with
-    racing index_put calls. This way it keeps q, k, v, out, lse, and every sum has one order (R19).
+    Autograd would keep every edge's probabilities, and add up gradients in an order that may change
+    between runs. This function keeps q, k, v, out and lse, and every sum has one order (R19).
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, softmax_scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Run each tile of queries down to its combined output; lse in the working precision."""
+        """Compute the combined output of each tile of queries; lse in the working precision."""
         dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
         out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
         lse = q.new_empty(q.shape[:2], dtype=dtype)

@@ -6,8 +6,8 @@
         teacher             mean of the heads' probabilities, in the slots of the edges
         loss, gradients     KL, d_q_idx, d_k_idx
 
-The warm-up form is the same with a Selection of all visible blocks. Super-tiles bound the memory:
-it grows with the length of the sequences, not with its square.
+The warm-up form is the same with a Selection of all visible blocks. Because of the super-tiles,
+memory grows with the length of the sequences, not with its square.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) 
 
 
 class Alignment(torch.autograd.Function):
-    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
 
     @staticmethod
     @on_its_device
@@ -127,7 +127,7 @@ class Alignment(torch.autograd.Function):
     @differentiable_once
     @on_its_device
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward found."""
+        """Scale the gradients that the forward computed."""
         grads = (x * (d_loss / ctx.count) for x in ctx.saved_tensors)
         d_q, d_k = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes))
         return None, None, d_q, d_k, *([None] * 5)

@@ -1,4 +1,4 @@
-"""The loss of the index branch: KL(main branch || index branch) and its gradient (eq. 9-10, R17).
+"""The loss of the index branch, KL(main || index), and its gradient (eq. 9-10, R17).
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each edge (query t, slot s):

@@ -1,4 +1,4 @@
-"""Lowering, first arrow: from the blocks that a query reads to the queries that read a block (R13).
+"""Lowering, first arrow: from the blocks of each query to the queries of each block (R13).
 
     for each query t, ascending, group r and slot s:
         append (t, s) to row (r, indices[t, r, s])

@@ -1,6 +1,6 @@
-"""Launch parameters as data: one frozen record per kernel, from a table that was measured.
+"""Launch parameters as data: one frozen record per kernel, from a table of measurements.
 
-The table is written by hand from what `benchmarks/tune.py` prints; docs/ladder.md says what else
+The table is written by hand from the output of `benchmarks/tune.py`; docs/ladder.md says what else
 was tried. A shape that is not in the table takes the safe default of its kernel.
 """
 
