@@ -44,7 +44,7 @@ class ItemBatch:
     all_lanes: int
 
     def places(self, group: int) -> Int[Tensor, " W_C_G"]:
-        """For each edge and head its row in a buffer [lanes, group, k]; copies get the row after."""
+        """The row of each edge and head in a buffer [lanes, group, k]; copies get the row after."""
         head = torch.arange(group, device=self.lanes.device)
         places = (self.lanes[..., None] * group + head) * self.top_k + self.slots[..., None]
         return torch.where(
