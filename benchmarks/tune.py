@@ -24,7 +24,7 @@ from msa.triton_impl.attention import attend_selection
 from msa.triton_impl.index_loss import index_loss
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of
-from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
@@ -101,7 +101,7 @@ def candidates(length: int, keep: float) -> Iterator[Candidate]:
         schedule = schedule_edges(index, edges)
         yield (
             f"chunks {edges}", tile, flops,
-            lambda tile=tile, schedule=schedule: attend_chunks(
+            lambda tile=tile, schedule=schedule: fill_slots(
                 x.q, x.k, x.v, schedule, scale, tile),
         )  # fmt: skip
 

@@ -49,10 +49,10 @@ from msa.ir import Array, Output, Selection, Sequences
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import tuning
 from msa.triton_impl.alignment import align_index
-from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
-from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
@@ -90,19 +90,19 @@ def attend_part(
 ) -> None:
     """Attend one super-tile in one order; nothing here waits for the device."""
 
-    def kv_outer(chosen: Selection):
+    def kv_outer(chosen: Selection) -> Slots:
         schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
-        return attend_chunks(q, k, v, schedule, softmax_scale)
+        return fill_slots(q, k, v, schedule, softmax_scale)
 
     if order == "kv_outer":
-        combine_partials(kv_outer(selection), into=into)
+        weigh_slots(kv_outer(selection), softmax_scale, into)
         return
     tile_size = positions_of(q.shape[1] // k.shape[1])
     union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into,
-        partials=None if union.remote is None else kv_outer(union.remote),
+        slots=None if union.remote is None else kv_outer(union.remote),
     )  # fmt: skip
 
 
@@ -144,7 +144,7 @@ class SelectedAttention(torch.autograd.Function):
         (n_q, heads, _), dim_v = q.shape, v.shape[2]
         out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
         lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
-        per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+        per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
         per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
         runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
         size = max(1, -(-n_q // max(1, runs)))

@@ -41,6 +41,7 @@ from msa.triton_impl.tile_verbs import (
     along,
     load_tile,
     online_softmax_step,
+    slot_weight,
     store_tile,
     wait_for_threads,
 )
@@ -68,26 +69,28 @@ def selected_block(o_b, m_best, b_rank, i_j, n_first, n_kept, recent, own):
 
 
 @triton.jit
-def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
+def add_up(parts, part_tops, part_totals, o_x, m_x, scale, DIM_V: tl.constexpr, BDV: tl.constexpr,
            SPLITS: tl.constexpr):  # fmt: skip
-    """The LSE-weighted mean of the partial results of rows o_x [R], and their total LSE (R16)."""
+    """The weighted mean of the parts of rows o_x [R], their highest score and their sum (R16)."""
     o_dv = tl.arange(0, BDV)
-    b_lse = tl.load(part_lses + o_x[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :],
-                    mask=m_x[:, None], other=0.0)  # fmt: skip
-    b_top = tl.max(b_lse, 1)  # [R]
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
+    o_s = tl.arange(0, SPLITS)[None, :]
+    p_s = o_x[:, None] * SPLITS + o_s
+    b_tops = tl.load(part_tops + p_s, mask=m_x[:, None], other=0.0)
+    b_totals = tl.load(part_totals + p_s, mask=m_x[:, None], other=0.0)
+    b_top = tl.max(b_tops, 1)  # [R]
+    b_weights = slot_weight(b_tops, b_totals, b_top[:, None], scale)  # [R, SPLITS]
+    b_sum = tl.sum(b_weights, 1)
     p_x = parts + o_x * (SPLITS * DIM_V)
     b_o = tl.zeros([o_x.shape[0], BDV], tl.float32)
     for i in tl.static_range(SPLITS):  # all loads at once
-        b_w = tl.exp(tl.load(part_lses + o_x * SPLITS + i, mask=m_x, other=0.0) - b_top)
+        b_w = tl.sum(tl.where(o_s == i, b_weights, 0.0), 1)
         b_o += b_w[:, None] * load_tile(p_x + i * DIM_V, m_x, o_dv, DIM_V).to(tl.float32)
-    return b_o / b_sum[:, None], b_top + tl.log(b_sum)
+    return b_o / b_sum[:, None], b_top, b_sum
 
 
 @triton.jit
-def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_lses,
-                       arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
+def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_tops,
+                       part_totals, arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
                        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
                        stride_ts, stride_tb, stride_ls, stride_ksp, stride_ksh, stride_vsp,
                        stride_vsh, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
@@ -110,7 +113,8 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         scores: [B, n, Hkv, PIECES * LENGTH], float32; read unless KNOWN
         ids: [B, n, Hkv, k], int32; the selection, read with KNOWN, else written
         parts: [B, n, Hq, SPLITS, Dv], as q; partial outputs, written and read if SPLITS > 1
-        part_lses: [B, n, Hq, SPLITS], float32, natural logarithms; as parts
+        part_tops: [B, n, Hq, SPLITS], float32; highest scores, not scaled, as parts
+        part_totals: [B, n, Hq, SPLITS], float32; sums of exp2(scale * (score - top)), as parts
         arrivals: [B, n * Hkv * tiles of heads], int32; counters, 0 before the launch
         out: [B, n, Hq, Dv], as q; written
         lse: [B, n, Hq], float32, natural logarithm; written
@@ -208,13 +212,15 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         else:
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
             store_tile(parts + (o_x * SPLITS + i_c) * DIM_V, m_g, o_dv, b_o, DIM_V)
-            tl.store(part_lses + o_x * SPLITS + i_c, b_lse, mask=m_g)
+            tl.store(part_tops + o_x * SPLITS + i_c, b_top, mask=m_g)
+            tl.store(part_totals + o_x * SPLITS + i_c, b_sum, mask=m_g)
             wait_for_threads()  # all of the part is written before the arrival is counted
             p_arrival = arrivals + i_x.to(tl.int64) * tl.num_programs(2) + i_h
             if tl.atomic_add(p_arrival, 1, sem="acq_rel") == SPLITS - 1:
-                b_o, b_lse = add_up(parts, part_lses, o_x, m_g, DIM_V, BDV, SPLITS)
+                b_o, b_top, b_sum = add_up(parts, part_tops, part_totals, o_x, m_g, scale, DIM_V,
+                                           BDV, SPLITS)  # fmt: skip
                 store_tile(p_out, m_g, o_dv, b_o, DIM_V)
-                tl.store(lse + o_x, b_lse, mask=m_g)
+                tl.store(lse + o_x, b_top * (scale * LN2) + tl.log(b_sum), mask=m_g)
 
 
 def attend_pages(
@@ -242,7 +248,7 @@ def attend_pages(
     tiles = triton.cdiv(group, some)
     splits = splits_of(rows * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
     parts = torch.empty((rows * group, splits, dim_v), dtype=q.dtype, device=device)
-    part_lses = torch.empty((rows * group, splits), dtype=torch.float32, device=device)
+    tops, totals = torch.empty((2, rows * group, splits), dtype=torch.float32, device=device)
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
@@ -251,7 +257,7 @@ def attend_pages(
         launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[rows, splits, tiles](
             q, cache.k_pages, cache.v_pages, *scales, cache.page_table, cache.lengths, scores, ids,
-            parts, part_lses, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
+            parts, tops, totals, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
             *q.stride()[:3], *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
             *cache.page_table.stride(), cache.lengths.stride(0), *scales[0].stride(),
             *scales[1].stride(), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),

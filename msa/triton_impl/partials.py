@@ -3,8 +3,9 @@
     for each work item (block of one group, edges start ... stop):          # KV-outer
         K, V = the block's keys and values
         for each edge (query t, slot s), for each head of the group:
-            S = softmax_scale * q[t, head] @ K^T, tokens after t's own key masked
-            out[t, head, s], lse[t, head, s] = softmax(S) @ V, logsumexp(S)
+            S = q[t, head] @ K^T, tokens after t's own key masked
+            out[t, head, s] = softmax(softmax_scale * S) @ V
+            top[t, head, s] = max S;  total[t, head, s] = sum exp(softmax_scale * (S - top))
 
 What the fast form changes:
  1. K and V are loaded once per item and stay on chip.
@@ -14,9 +15,13 @@ What the fast form changes:
  4. exp2 in place of exp: log2(e) is folded into the scale, which is multiplied on after the maximum
     is taken off (`online_softmax_step` says why).
  5. Every edge owns its slot: no atomics, and any order of the items gives the same bits.
+ 6. A slot keeps its highest score and its sum apart (`slot_weight` says why). Its LSE, which is
+    softmax_scale * top + log(total), is computed only where the lowering shows it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -24,11 +29,11 @@ import triton.language as tl
 from jaxtyping import Float
 
 from msa.ir import Array, Partials, Schedule
+from msa.triton_impl.combine import Slots
 from msa.triton_impl.launch import contiguous, is_exact, pad, require_kernels
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tables import block_table, query_table
 from msa.triton_impl.tile_verbs import (
-    LN2,
     LOG2E,
     LOWEST,
     along,
@@ -43,8 +48,8 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 @triton.jit
 def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops,
-                 out, lse, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
-                 stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+                 out, tops, totals, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
+                 stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
                  DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
                  HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
@@ -60,7 +65,8 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         own_keys: [Tq], int32; each query's own key among the packed keys
         first_keys, key_stops: [blocks], int32; a `block_table`
         out: [Tq, Hq, k, Dv], as q; written in the slots of the edges
-        lse: [Tq, Hq, k], float32, natural logarithm; written in the slots of the edges
+        tops: [Tq, Hq, k], float32; highest score, not scaled, written as out
+        totals: [Tq, Hq, k], float32; sum of exp2(scale * (score - top)), written as out
         scale: float; softmax scale times log2(e)
         n_blocks: int; blocks of all sequences
         stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
@@ -121,28 +127,30 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # 0 if all scores are -inf
             store_tile(out + p_o * DIM_V, m_m, o_dv, b_o, DIM_V)
-            tl.store(lse + p_o, b_top * (scale * LN2) + tl.log(b_sum), mask=m_m)
+            tl.store(tops + p_o, b_top, mask=m_m)
+            tl.store(totals + p_o, b_sum, mask=m_m)
 
 
-@on_its_device
-def attend_chunks(
+def fill_slots(
     q: Float[Array, "Tq Hq D"],
     k: Float[Array, "Tk Hkv D"],
     v: Float[Array, "Tk Hkv Dv"],
     schedule: Schedule,
     softmax_scale: float,
     tile: TileConfig | None = None,
-) -> Partials:
-    """For every edge and head the block-local softmax output and its LSE, in its slot (R15).
+) -> Slots:
+    """For every edge and head the block-local softmax in its slot, for a contiguous schedule.
 
-    out has q's dtype, lse is float32; slots that no edge owns are not written.
+    out has q's dtype; slots that no edge owns are not written.
     """
-    index, schedule = contiguous(schedule.reverse_index), contiguous(schedule)
-    require_kernels(index.block_size, index.top_k, q=q, k=k, v=v)
+    index = schedule.reverse_index
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
     out = torch.empty((n_q, heads, index.top_k, dim_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((n_q, heads, index.top_k), dtype=torch.float32, device=q.device)
+    tops, totals = (
+        torch.empty((n_q, heads, index.top_k), dtype=torch.float32, device=q.device)
+        for _ in range(2)
+    )
     items = len(schedule.rows)
     if items:
         tile = tile or choose("chunks", q.dtype, max(pad(dim), pad(dim_v)), index.block_size)
@@ -152,10 +160,31 @@ def attend_chunks(
         first_keys, key_stops = block_table(sequences, block, q.device)
         chunk_kernel[items, triton.cdiv(group, some)](
             q, k, v, schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
-            own, first_keys, key_stops, out, lse, softmax_scale * LOG2E.value,
+            own, first_keys, key_stops, out, tops, totals, softmax_scale * LOG2E.value,
             sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
             TOP_K=index.top_k, HQ=heads, BK=block, BN=tile.keys, BM=max(tile.rows, some),
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
-    return Partials(out, lse, index.counts)
+    return Slots(out, tops, totals, index.counts)
+
+
+@on_its_device
+def attend_chunks(
+    q: Float[Array, "Tq Hq D"],
+    k: Float[Array, "Tk Hkv D"],
+    v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule,
+    softmax_scale: float,
+) -> Partials:
+    """For every edge and head the block-local softmax output and its LSE, in its slot (R15).
+
+    out has q's dtype. lse is float64, so that the logarithm of a block's sum is not lost beside
+    large logits. Slots that no edge owns hold anything.
+    """
+    index = contiguous(schedule.reverse_index)
+    require_kernels(index.block_size, index.top_k, q=q, k=k, v=v)
+    slots = fill_slots(q, k, v, replace(contiguous(schedule), reverse_index=index), softmax_scale)
+    assert slots.total is not None
+    lse = softmax_scale * slots.top.double() + slots.total.double().log()
+    return Partials(slots.out, lse, slots.counts)

@@ -118,6 +118,17 @@ def online_softmax_step(b_s, b_top, b_sum, scale, m_row=None):
 
 
 @triton.jit
+def slot_weight(b_tops, b_totals, b_most, scale):
+    """What a slot adds to the sum of its row's softmax, whose highest score is b_most (R16).
+
+    A slot keeps its highest score, not scaled, and its sum of exp2((score - highest) * scale) as
+    two numbers. In one float32 number, the LSE, the logarithm of the sum is lost beside a large
+    score. The difference of two scores is as exact as the scores are.
+    """
+    return b_totals * tl.exp2((b_tops - b_most) * scale)
+
+
+@triton.jit
 def fast_log(x):
     """Natural logarithm off by 2^-22 at most, or as much of itself; 0 becomes -inf."""
     if FAST:

@@ -26,7 +26,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa.ir import Array, Output, Partials, Sequences, TileUnion
+from msa.ir import Array, Output, Sequences, TileUnion
+from msa.triton_impl.combine import Slots
 from msa.triton_impl.launch import (
     can_describe,
     contiguous,
@@ -46,6 +47,7 @@ from msa.triton_impl.tile_verbs import (
     load_keys,
     load_tile,
     online_softmax_step,
+    slot_weight,
     store_tile,
 )
 from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
@@ -77,9 +79,10 @@ def attend_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b_
 
 
 @triton.jit
-def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, part_lses,
-                part_counts, out, lse, scale, U, stride_qt, stride_qh, stride_kt, stride_kh,
-                stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr,
+def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, part_tops,
+                part_totals, part_counts, out, lse, scale, U, stride_qt, stride_qh, stride_kt,
+                stride_kh, stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr,
+                HKV: tl.constexpr,
                 DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                 BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr,
                 P: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
@@ -96,8 +99,9 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
         masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
         counts: [tiles, Hkv], int32; blocks of each union
         parts: [Tq, Hq, k, Dv], as q; outputs of other blocks to fold in, read with FOLD only
-        part_lses: [Tq, Hq, k], float32; their LSEs, natural logarithms
-        part_counts: [Tq, Hkv], int32; slots in use of parts and part_lses
+        part_tops: [Tq, Hq, k], float32; their highest scores, not scaled
+        part_totals: [Tq, Hq, k], float32; their sums of exp2(scale * (score - top))
+        part_counts: [Tq, Hkv], int32; slots of the parts that are in use
         out: [Tq, Hq, Dv], as q; written
         lse: [Tq, Hq], float32, natural logarithm; written
         scale: float; softmax scale times log2(e)
@@ -153,25 +157,28 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
             PRECISION)  # fmt: skip
 
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
-    b_near = b_top * (scale * LN2)  # [BM] natural logarithms, as the partials have them
     if FOLD:
         o_s = tl.arange(0, P)
         b_count = tl.load(part_counts + o_t * HKV + i_r, mask=m_m, other=0)
         m_s = o_s[None, :] < b_count[:, None]
-        b_lse = tl.load(part_lses + o_x[:, None] * TOP_K + o_s[None, :], mask=m_s,
-                        other=float("-inf"))  # fmt: skip
-        b_far = tl.max(b_lse, 1)
-        b_decay = tl.where(b_near >= b_far, 1.0, tl.exp(b_near - b_far))
-        b_near = tl.maximum(b_near, b_far)
-        b_sum = b_sum * b_decay + tl.sum(tl.exp(b_lse - b_near[:, None]), 1)
+        p_s = o_x[:, None] * TOP_K + o_s[None, :]
+        b_tops = tl.load(part_tops + p_s, mask=m_s, other=LOWEST)
+        b_totals = tl.load(part_totals + p_s, mask=m_s, other=0.0)
+        b_most = tl.maximum(b_top, tl.max(b_tops, 1))
+        b_decay = tl.exp2((b_top - b_most) * scale)
+        b_sum = b_sum * b_decay + tl.sum(
+            slot_weight(b_tops, b_totals, b_most[:, None], scale), 1)  # fmt: skip
         b_o = b_o * b_decay[:, None]
+        b_top = b_most
         for i_s in range(0, tl.max(b_count)):
             m_o = i_s < b_count
             p_x = o_x * TOP_K + i_s
-            b_w = tl.exp(tl.load(part_lses + p_x, mask=m_o, other=float("-inf")) - b_near)
+            b_w = slot_weight(tl.load(part_tops + p_x, mask=m_o, other=LOWEST),
+                              tl.load(part_totals + p_x, mask=m_o, other=0.0), b_top,
+                              scale)  # fmt: skip
             b_o += b_w[:, None] * load_tile(parts + p_x * DIM_V, m_o, o_dv, DIM_V).to(tl.float32)
     store_tile(out + o_x * DIM_V, m_m, o_dv, b_o / b_sum[:, None], DIM_V)
-    tl.store(lse + o_x, b_near + tl.log(b_sum), mask=m_m)
+    tl.store(lse + o_x, b_top * (scale * LN2) + tl.log(b_sum), mask=m_m)
 
 
 def walk(
@@ -185,11 +192,11 @@ def walk(
     counts: Int[Tensor, "tiles Hkv"],
     tile_size: int,
     softmax_scale: float,
-    partials: Partials | None = None,
+    slots: Slots | None = None,
     into: Output | None = None,
     tile: TileConfig | None = None,
 ) -> Output:
-    """Walk the first `counts` blocks of each tile; then fold in the partials of other blocks."""
+    """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks."""
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
     if into is None:
@@ -201,16 +208,18 @@ def walk(
     tile = tile or choose("union", q.dtype, max(pad(dim), pad(dim_v)), block_size)
     positions = pad(tile_size, 1)
     some = heads_of(group, positions, tile.rows)
-    fold = partials is not None
-    parts, lses, part_counts = (
-        (partials.out, partials.lse, partials.counts) if fold else (into.out, into.lse, counts)
+    fold = slots is not None
+    parts = (
+        (slots.out, slots.top, slots.total, slots.counts)
+        if fold
+        else (into.out, into.lse, into.lse, counts)
     )
-    top_k = lses.shape[-1] if fold else 1
+    top_k = slots.top.shape[-1] if fold else 1
     tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
     key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else ()
     walk_kernel[len(tiles), groups, triton.cdiv(group, some)](
-        q, k, v, *(key_tiles if tma else (k, v)), tiles, block_ids, row_masks, counts, parts, lses,
-        part_counts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.shape[2],
+        q, k, v, *(key_tiles if tma else (k, v)), tiles, block_ids, row_masks, counts,
+        *parts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.shape[2],
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, HKV=groups,
         DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size, BN=tile.keys,
         BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold, TMA=tma,
