@@ -32,8 +32,11 @@ def walk_bytes(sequences: Sequences) -> int:
 
 
 def partial_bytes(edges: int) -> int:
-    """Of each edge KV-outer: its query, gathered; its partial result, written and read again."""
-    return edges * (EDGE + 2 * (EDGE + LSE))
+    """Of each edge KV-outer: its query, gathered; its partial result, written and read again.
+
+    Beside its output a partial result has two numbers of a head, each as large as an LSE.
+    """
+    return edges * (EDGE + 2 * (EDGE + 2 * LSE))
 
 
 def reverse_bytes(selection: Selection) -> int:

@@ -22,10 +22,10 @@ from msa.ir import Selection, Sequences
 from msa.triton_impl import align_index, select_fused, tuning
 from msa.triton_impl.attention import attend_selection
 from msa.triton_impl.key_gradients import key_gradients
+from msa.triton_impl.launch import positions_of
 from msa.triton_impl.query_gradients import query_gradients
-from msa.triton_impl.tile_edges import reverse_union
+from msa.triton_impl.tile_reverse_index import reverse_union
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import positions_of
 
 BOUND = 0.01
 """Largest relative error of gradients in bfloat16, by Frobenius norm over what is sampled."""

@@ -21,17 +21,17 @@ from msa.ir import Sequences
 from msa.triton_impl import selection as selection_stage
 from msa.triton_impl import tuning
 from msa.triton_impl.attention import attend_selection
+from msa.triton_impl.index_loss import index_loss
 from msa.triton_impl.key_gradients import key_gradients
-from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.launch import positions_of
+from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
-from msa.triton_impl.student import judge
-from msa.triton_impl.teacher import teach
-from msa.triton_impl.tile_edges import reverse_union
+from msa.triton_impl.teacher import teacher_probabilities
+from msa.triton_impl.tile_reverse_index import reverse_union
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import positions_of
 from msa.triton_impl.tuning import TileConfig
 from msa.triton_impl.union_walk import walk
 
@@ -55,7 +55,7 @@ KEYS = tiles((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 4))
 QUERIES = tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 4), (128, 64, 8, 3))
 SUMS = tiles((64, 128, 4, 3), (128, 128, 4, 2))
 TEACHER = tiles((64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 2))
-JUDGE = tiles((32, 128, 4, 2), (32, 128, 4, 3), (16, 128, 4, 2))
+LOSS = tiles((32, 128, 4, 2), (32, 128, 4, 3), (16, 128, 4, 2))
 
 
 Candidate = tuple[str, TileConfig, float, Callable[[], object]]
@@ -101,7 +101,7 @@ def candidates(length: int, keep: float) -> Iterator[Candidate]:
         schedule = schedule_edges(index, edges)
         yield (
             f"chunks {edges}", tile, flops,
-            lambda tile=tile, schedule=schedule: attend_chunks(
+            lambda tile=tile, schedule=schedule: fill_slots(
                 x.q, x.k, x.v, schedule, scale, tile),
         )  # fmt: skip
 
@@ -129,7 +129,7 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
             lambda tile=tile, edges=edges: key_gradients(
                 x.q, x.k, x.v, d_out, lse, d_lse, edges, scale, tile),
         )  # fmt: skip
-    schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
+    schedule = schedule_edges(reverse_edges(chosen), tuning.LOSS_EDGES)
     for tile in SUMS:
         yield (
             "sums main", tile, flops / 2,
@@ -145,14 +145,14 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
     for tile in TEACHER:
         yield (
             "teacher", tile, flops / 2,
-            lambda tile=tile, edges=edges: teach(
+            lambda tile=tile, edges=edges: teacher_probabilities(
                 x.q, x.k, lse, chosen.indices, edges, scale, tile=tile),
         )  # fmt: skip
-    teacher = teach(x.q, x.k, lse, chosen.indices, edges, scale)
-    for tile in JUDGE:
+    teacher = teacher_probabilities(x.q, x.k, lse, chosen.indices, edges, scale)
+    for tile in LOSS:
         yield (
-            "judge", tile, 3 * flops / 32,
-            lambda tile=tile: judge(
+            "index_loss", tile, 3 * flops / 32,
+            lambda tile=tile: index_loss(
                 x.q_idx, x.k_idx, teacher, *student, schedule, scale, gradients, tile),
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ Nothing of msa may be imported here: jaxtyping's hook has to see its modules fir
 
 from __future__ import annotations
 
+import ast
 import gc
 import importlib.util
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import providers
+from jaxtyping import _import_hook
 
 STARTED = time.monotonic()
 CUDA = torch.cuda.is_available()
@@ -35,6 +37,13 @@ if not CUDA:
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that tests start too
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# jaxtyping's hook wraps every function of a module. Triton reads a kernel's own source and globals,
+# so kernels stay as they are; the functions around them are checked.
+is_unchecked = _import_hook._is_no_type_check
+_import_hook._is_no_type_check = lambda node: (
+    is_unchecked(node) or ast.unparse(node) == "triton.jit"
+)
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 settings.register_profile(

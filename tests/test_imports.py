@@ -122,7 +122,7 @@ def test_no_module_is_left_out():
 def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
     known = {"ir", "config", backend} | ({"loop_order"} if backend == "triton_impl" else set())
     for path in (PACKAGE / backend).glob("*.py"):
-        speaks = ("places.py", "tiles.py", "block_topk.py")  # of the limits of kernels
+        speaks = ("places.py", "launch.py", "block_topk.py")  # of the limits of kernels
         own = {"checks"} if backend == "triton_impl" and path.name in speaks else set()
         assert inside_msa(imported(path)) <= known | own, path
 

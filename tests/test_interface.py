@@ -18,7 +18,7 @@ def test_the_contract_has_thirteen_functions():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_same_name_same_arguments(backend, name):
     wanted = list(inspect.signature(getattr(Backend, name)).parameters)[1:]  # without self
     given = inspect.signature(getattr(load_backend(backend), name))

@@ -17,7 +17,7 @@ from test_mutants import attempt
 
 from msa import torch_impl
 from msa.conformance import as_module, subjects
-from msa.torch_impl import attention, divergence, gradients
+from msa.torch_impl import attention, gradients, index_loss
 
 
 def as_if(value, slope):
@@ -104,7 +104,7 @@ MUTANTS = {  # what sees it, functions of the contract, or what is patched benea
     "delta_without_d_lse": (MAIN, patched(attention, "selection_gradients", delta_without_d_lse)),
     "infinities_subtracted": (
         ("r17_infinite_scores_have_finite_slopes",),
-        patched(divergence, "log_softmax", infinities_subtracted),
+        patched(index_loss, "log_softmax", infinities_subtracted),
     ),
 }  # fmt: skip
 

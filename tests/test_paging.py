@@ -533,7 +533,7 @@ def test_many_queries_go_in_tiles(monkeypatch):
     arguments = tokens["q"], tokens["q_idx"], pool.cache
     whole = msa.decode(*arguments, config=CONFIG)
     monkeypatch.setattr(
-        "msa.torch_impl.lowering.CPU_BUFFER", 400
+        "msa.torch_impl.scheduled_tiles.CPU_BUFFER", 400
     )  # numbers, 80 a query: 18 = 5 + 5 + 5 + 3
     tiled = msa.decode(*arguments, config=CONFIG)
     close(tiled.out, whole.out)

@@ -16,7 +16,7 @@ import torch
 import msa
 from msa import checks, triton_impl
 from msa.ir import Selection, Sequences
-from msa.triton_impl import places, tiles
+from msa.triton_impl import places, tables
 from msa.triton_impl.places import device_table, on_its_device, tensors_of
 
 PACKAGE = Path(msa.__file__).parent
@@ -320,8 +320,8 @@ def test_threads_that_miss_at_once(cuda):
 
 def test_tables_on_the_cpu():
     one, cpu = Sequences.one(3, 5), torch.device("cpu")
-    assert tiles.query_table(one, 16, cpu) is tiles.query_table(Sequences.one(3, 5), 16, cpu)
-    assert tiles.query_table(one, 16, cpu).tolist() == [[2, 3, 4], [2, 3, 4], [0, 0, 0]]
+    assert tables.query_table(one, 16, cpu) is tables.query_table(Sequences.one(3, 5), 16, cpu)
+    assert tables.query_table(one, 16, cpu).tolist() == [[2, 3, 4], [2, 3, 4], [0, 0, 0]]
 
 
 def test_tensors_of_forms():

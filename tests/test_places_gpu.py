@@ -18,7 +18,7 @@ import msa
 import msa.ops
 from msa import triton_impl
 from msa.ir import Sequences
-from msa.triton_impl import places, selection, tiles
+from msa.triton_impl import places, selection, tables
 
 pytestmark = pytest.mark.gpu
 CONFIG = msa.MSAConfig(block_size=16, top_k=4)
@@ -46,7 +46,7 @@ def forward_and_backward(inputs, **options):
 
 def forget_tables():
     """The next call of any shape is the first one again, but for kernels that are compiled."""
-    for table in (tiles.query_table, tiles.block_table, tiles.tile_table, selection.plan_scan):
+    for table in (tables.query_table, tables.block_table, tables.tile_table, selection.plan_scan):
         table.cache_clear()
 
 
@@ -61,9 +61,9 @@ def make_other_tables(n):
     for i in range(1, places.TABLES + 2):
         other = Sequences.one(n - i, n - i)
         for size in (1, 4, 8, 16):
-            tiles.tile_table(other, size, device)
-        tiles.query_table(other, 16, device)
-        tiles.block_table(other, 16, device)
+            tables.tile_table(other, size, device)
+        tables.query_table(other, 16, device)
+        tables.block_table(other, 16, device)
         selection.plan_scan(other, CONFIG, 64, device)
 
 

@@ -34,7 +34,7 @@ def test_fields_whose_sizes_disagree_are_refused():
         Output(np.zeros((3, 4, 2)), np.zeros((3, 5)))
 
 
-@pytest.mark.parametrize("name", ["reference", "torch"])
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
 def test_arguments_whose_sizes_disagree_are_refused(name):
     make = np.zeros if name == "reference" else torch.zeros
     q, k, v = make((3, 1, 4)), make((3, 1, 5)), make((3, 1, 2))  # q and k differ in D

@@ -8,6 +8,7 @@ block takes long in the interpreter: there the greatest sizes run on a GPU only.
 from __future__ import annotations
 
 import gc
+import importlib
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import msa.ops
 from msa import checks
 from msa.dispatch import load_backend
 from msa.ir import Selection, Sequences
-from msa.triton_impl import attention, page_attention, selection, tile_union, tiles, tuning
+from msa.triton_impl import attention, page_attention, selection, tile_union, topk, tuning
 from msa.triton_impl.tuning import TileConfig
 
 CUDA = torch.cuda.is_available()
@@ -238,7 +239,7 @@ def test_the_warm_up_form_has_as_many_blocks_as_it_likes():
 
 def test_counts_have_room_for_the_largest():
     """What `keep_best` packs: keys above the threshold, and tied ones of the longest row."""
-    above, bits = LARGEST + selection.SLACK, tiles.ABOVE_BITS.value
+    above, bits = LARGEST + selection.SLACK, topk.ABOVE_BITS.value
     assert above < 2**bits
     assert max(2**17, selection.WIDEST, 2 * LARGEST) << bits < 2**31
 
@@ -313,7 +314,8 @@ def test_gradients_by_super_tiles(monkeypatch):
         loss = output.out.square().sum() + output.lse.cos().sum()
         return torch.autograd.grad(loss, tensors)
 
-    part, add_up = attention.gradients_of_part, attention.key_gradients.__globals__["sum_items"]
+    keys = importlib.import_module("msa.triton_impl.key_gradients")
+    part, add_up = attention.gradients_of_part, keys.sum_items
 
     def noted(tensors, *args):
         sizes.append(len(tensors[0]))
@@ -324,7 +326,7 @@ def test_gradients_by_super_tiles(monkeypatch):
         return add_up(parts, *args, **options)
 
     monkeypatch.setattr(attention, "gradients_of_part", noted)
-    monkeypatch.setitem(attention.key_gradients.__globals__, "sum_items", held_by)
+    monkeypatch.setattr(keys, "sum_items", held_by)
     whole = gradients("triton")
     assert sizes == [40]
     monkeypatch.setattr(tuning, "KEY_TILES", 2)

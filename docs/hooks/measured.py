@@ -23,13 +23,14 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FINDINGS = ROOT / "msa" / "ablations"
 """The folder of the ablations' results, which are part of the package."""
-SHARED = ("tiles", "tuning")
+SHARED = ("tile_verbs", "launch", "tables", "tuning")
 KERNELS = {
-    "prefill": ("union_walk", "partials", "combine", "selection", "block_topk", "quantize",
-                "tile_union", "reverse_index", "schedule", *SHARED),
-    "train": ("key_gradients", "query_gradients", "item_sums", "tile_edges", "alignment", "student",
-              "teacher", "softmax_sums", "union_walk", *SHARED),
-    "decode": ("decode", "page_scores", "page_attention", "early", "append", *SHARED),
+    "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
+                "quantize", "tile_union", "reverse_index", "schedule", *SHARED),
+    "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
+              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED),
+    "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
+               *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results speaks of."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",

@@ -1,7 +1,7 @@
 """The executable spec: NumPy, float64, loops where they are clearer than arrays.
 
 Read it next to the paper, in the order of the imports below. It imports no other backend and no
-torch: the oracle must not run what it judges.
+torch, because the other backends are tested against it.
 """
 
 from msa.reference.alignment import align_index

@@ -26,8 +26,8 @@ def align_index(
 
     The teacher P is the mean of the softmax *probabilities* of the group's heads; the student is
     the softmax of the index scores over the same support: the selected visible tokens, or all
-    visible ones in the warm-up form (selection=None). lse is the main branch's over that support,
-    for who has it (None: found here).
+    visible ones in the warm-up form (selection=None). lse: the LSE of the main branch over the same
+    tokens, if it is known; None computes it here.
 
     >>> q, k = np.ones((1, 1, 1)), np.log([[[1.0]], [[3.0]]])  # P = 1/4, 3/4; P_idx = 1/2, 1/2
     >>> args = q, k, q, 0 * k[:, 0], None, Sequences.one(1, 2), MSAConfig()
@@ -61,7 +61,7 @@ def align_index(
 def log_softmax(scores: Array, support: Array) -> Array:
     """Logarithm of the student; -inf outside the support.
 
-    +inf scores share all the mass among themselves; if every score is -inf, the whole support does.
+    Scores of +inf share all the mass; if every score is -inf, the whole support shares it.
     """
     scores = np.where(support, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)

@@ -26,7 +26,9 @@ def attend_selection(
     mask = np.repeat(mask_of(selection), group, axis=1)
     probabilities, lse = masked_softmax(head_logits(q, k, softmax_scale), mask)
     out = np.empty((n_q, heads, v.shape[-1]))
-    for i, h in np.ndindex(n_q, heads):  # what is not in the support is not read, be it NaN
+    for i, h in np.ndindex(
+        n_q, heads
+    ):  # tokens outside the support are not read, so NaN there does no harm
         read = mask[i, h]
         out[i, h] = probabilities[i, h, read] @ v[read, h // group].astype(np.float64)
     return Output(out.astype(q.dtype), lse.astype(np.float32), selection)
@@ -42,7 +44,7 @@ def attend(
     config: MSAConfig,
     align: bool = False,
 ) -> Output:
-    """MSA: the index branch selects, the main branch attends (R4-R12), and teaches it (R17)."""
+    """MSA: the index branch selects, the main branch attends (R4-R12); align adds a loss (R17)."""
     selection = select_fused(q_idx, k_idx, sequences, config)
     output = attend_selection(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))
     kl = align_index(q, k, q_idx, k_idx, selection, sequences, config) if align else None

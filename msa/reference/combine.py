@@ -13,7 +13,7 @@ def combine_partials(partials: Partials, dtype: Any = None) -> Output:
     """out = sum over slots of exp(LSE_s - LSE) * O_s with LSE = logsumexp of the LSE_s.
 
     Softmax over a disjoint union of supports is the LSE-weighted mean of the softmaxes over its
-    parts: this is the whole reason why a block may be attended to alone.
+    parts. This is why a block may be attended to alone.
     """
     _, heads, top_k, _ = partials.out.shape
     group = heads // partials.counts.shape[1]

@@ -16,7 +16,7 @@ def decode_step(
     cache: PagedKV,
     config: MSAConfig,
 ) -> Output:
-    """Lay each sequence's pages out flat, then attend as ever; empty slots give 0 and LSE -inf."""
+    """Copy each sequence's pages into one array, then attend; empty slots give 0 and LSE -inf."""
     batch, n, heads, _ = q.shape
     out = np.zeros((batch, n, heads, cache.v_pages.shape[-1]), q.dtype)
     lse = np.full((batch, n, heads), -np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""Lowering, first arrow: from "which blocks does a query read" to "who reads a block" (R13)."""
+"""Lowering, first arrow: from the blocks of each query to the queries of each block (R13)."""
 
 from __future__ import annotations
 

@@ -41,5 +41,5 @@ def select_fused(
     sequences: Sequences,
     config: MSAConfig,
 ) -> Selection:
-    """The two steps, one after the other: the spec has nothing to fuse."""
+    """The two steps one after the other: the spec fuses nothing."""
     return select_blocks(score_blocks(q_idx, k_idx, sequences, config), config)

@@ -16,7 +16,7 @@ def attend_union(
     tile_union: TileUnion,
     softmax_scale: float,
 ) -> Output:
-    """One block after another; the running maximum, sum and output are rescaled as it rises."""
+    """One block after another; when the running maximum rises, sum and output are scaled down."""
     group, block = q.shape[1] // k.shape[1], tile_union.block_size
     positions = np.array(tile_union.sequences.positions(), np.int64)
     key_spans = [ks for qs, ks in tile_union.sequences.spans() for _ in range(qs.start, qs.stop)]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
+from msa.torch_impl.alignment_tiles import dense_losses, sparse_losses
 from msa.torch_impl.numerics import differentiable_once, rounds_coarsely, working_dtype
-from msa.torch_impl.verdicts import dense_verdicts, sparse_verdicts
 
 
 def align_index(
@@ -26,10 +26,10 @@ def align_index(
 ) -> Float[Tensor, ""]:
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
-    selection=None is the warm-up form: both distributions run over all visible tokens. lse is that
-    of the main branch over the same tokens; where it is None, or so large that its rounding would
-    be seen, it is computed here. The gradient reaches q_idx and k_idx only. The loss is float32, or
-    float64 for float64 inputs.
+    selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
+    LSE of the main branch over the same tokens; it is computed here if it is None, or so large that
+    its rounding matters. The gradient reaches q_idx and k_idx only. The loss is float32, or float64
+    for float64 inputs.
 
     >>> x = torch.zeros(3, 1, 2)
     >>> q_idx = torch.zeros(3, 1, 2, requires_grad=True)
@@ -44,7 +44,7 @@ def align_index(
 
 
 class Alignment(torch.autograd.Function):
-    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
 
     @staticmethod
     def forward(ctx: Any, q_idx: Tensor, k_idx: Tensor, *others: Any) -> Tensor:
@@ -85,13 +85,13 @@ def align_index_forward(
     loss = torch.zeros((), dtype=torch.float64, device=q.device)
     d_queries, d_keys = torch.zeros_like(tensors[2]), torch.zeros_like(tensors[3])
     if selection is None:
-        verdicts = dense_verdicts(tensors, known, sequences, config, with_gradient)
+        losses = dense_losses(tensors, known, sequences, config, with_gradient)
     else:
-        verdicts = sparse_verdicts(tensors, known, selection, config, with_gradient)
-    for verdict in verdicts:
-        loss += verdict.loss
-        d_queries[verdict.queries] = verdict.d_queries
-        d_keys[verdict.keys] += verdict.d_keys
+        losses = sparse_losses(tensors, known, selection, config, with_gradient)
+    for part in losses:
+        loss += part.loss
+        d_queries[part.queries] = part.d_queries
+        d_keys[part.keys] += part.d_keys
     count = max(1, q_idx.shape[0] * q_idx.shape[1])
     wide = torch.float64 in (q.dtype, q_idx.dtype)
     loss = (loss / count).to(torch.float64 if wide else torch.float32)

@@ -13,10 +13,10 @@ from msa.ir import Output, Selection, Sequences
 from msa.torch_impl.alignment import align_index
 from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
-from msa.torch_impl.items import edges_per_item
-from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
+from msa.torch_impl.item_batches import edges_per_item
 from msa.torch_impl.numerics import differentiable_once, working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
+from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.selection import select_fused
 
 
@@ -74,8 +74,8 @@ def attend_selection(
 class SelectedAttention(torch.autograd.Function):
     """Forward through the lowering; backward by recomputing each tile (see gradients.py).
 
-    Recorded step by step, autograd would keep every edge's probabilities and add gradients up with
-    racing index_put calls. This way it keeps q, k, v, out, lse, and every sum has one order (R19).
+    Autograd would keep every edge's probabilities, and add up gradients in an order that may change
+    between runs. This function keeps q, k, v, out and lse, and every sum has one order (R19).
     """
 
     @staticmethod

@@ -35,7 +35,7 @@ def combine_partials(partials: Partials, dtype: Any = None) -> Output:
 class Slots:
     """Partials before the logarithm: the LSE of a slot is its top plus the logarithm of its total.
 
-    Beside large logits a sum of weights would vanish in float32; kept apart, both are exact.
+    In one float32 number the logarithm would be lost beside a large logit; two numbers keep both.
     """
 
     out: Float[Tensor, "Tq Hq k Dv"]
@@ -53,7 +53,7 @@ def weigh_slots(slots: Slots) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, 
     weights = (shares / total[..., None]).to(slots.out.dtype)
     # A product of [1, k] by [k, Dv] for every head reads the slots once and writes no copy of them.
     out = torch.matmul(weights[..., None, :], slots.out)[..., 0, :]
-    # Only where slots are free may 0 * NaN have crept in: the first few queries of a sequence.
+    # 0 * NaN can occur only where slots are free: for the first few queries of a sequence.
     few = (slots.counts < slots.top.shape[2]).any(-1).nonzero()[:, 0]
     clean = torch.where(filled(slots.top[few], slots.counts[few])[..., None], slots.out[few], 0.0)
     out[few] = torch.matmul(weights[few][..., None, :], clean)[..., 0, :]

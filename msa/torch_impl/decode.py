@@ -11,8 +11,8 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Sequences
-from msa.torch_impl.lowering import queries_per_tile, trimmed
 from msa.torch_impl.numerics import working_dtype
+from msa.torch_impl.scheduled_tiles import queries_per_tile, trimmed
 from msa.torch_impl.selection import select_fused
 from msa.torch_impl.tiles import borders, owners, query_positions
 
@@ -63,7 +63,7 @@ def decode_step(
 def packed_index_keys(
     cache: PagedKV, slots: Tensor, sequences: Sequences
 ) -> Float[Tensor, "Tk Di"]:
-    """Index keys of the live sequences behind one another (R1)."""
+    """Index keys of the live sequences, packed (R1)."""
     device, block = slots.device, cache.k_idx_pages.shape[1]
     owner = owners(sequences.cu_seqlens_k, device)
     token = torch.arange(sequences.total_k, device=device)
@@ -83,8 +83,8 @@ def attend_pages(
     """One dense softmax over the k * Bk tokens of the blocks that each query and group selected.
 
     `tables` and `positions` are those of the sequence that the query belongs to. A place without a
-    block stands for its block 0, and what is read there is thrown away: as rubbish after the last
-    token is, NaN included.
+    block reads block 0 of the sequence and is masked, as are the places after the last token, which
+    may hold NaN.
 
     Returns:
         out [t, Hq, Dv] and lse [t, Hq] in the working precision.

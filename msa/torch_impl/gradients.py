@@ -1,12 +1,12 @@
-"""Backward of attention over a fixed selection: the forward's items once more (R18, R19).
+"""Backward of attention over a fixed selection: it computes the forward's items again (R18, R19).
 
 With P = exp(S - lse) recomputed, for each edge and head
 
     dV += P^T dO          dP = dO V^T            delta = <dO, O> - dlse
     dS  = P (dP - delta)  dQ += scale dS K       dK += scale dS^T Q
 
-Where lse is so large that its own rounding would be seen in P, the row's highest logit takes its
-place, and dO and delta are divided by the row's sum: the same P, exactly normalised.
+Where lse is so large that its rounding would change P, the row's highest logit is used in its
+place, and dO and delta are divided by the row's sum. This is the same P, exactly normalised.
 
 Each edge writes its dQ to its own slot, and the slots of a query are added up in order; dK and dV
 of a block are added up item by item, in order.
@@ -19,11 +19,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Selection
-from msa.torch_impl.items import ItemBatch, edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import ScheduledTile, queries_per_tile, schedule_tiles, trimmed
+from msa.torch_impl.item_batches import (
+    ItemBatch,
+    edges_per_item,
+    item_batches,
+    item_logits,
+    scaled_bmm,
+)
+from msa.torch_impl.key_blocks import add_to_rows, to_rows, to_tokens
 from msa.torch_impl.numerics import rounds_coarsely
 from msa.torch_impl.partials import row_sums
-from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
+from msa.torch_impl.scheduled_tiles import ScheduledTile, queries_per_tile, schedule_tiles, trimmed
 
 Three = tuple[Tensor, Tensor, Tensor]
 

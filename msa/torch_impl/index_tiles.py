@@ -14,7 +14,7 @@ from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.tiles import QueryTile, sequence_tiles
 
 CPU_PRODUCTS = 2**20
-"""Products at a time: 4 MiB, reduced to their maxima while the cache still has them (measured)."""
+"""Products at a time: 4 MiB, so that they are still in the cache when reduced (measured)."""
 GPU_PRODUCTS = 2**27
 MAXIMA = 2**22
 """Block scores at a time."""
@@ -29,8 +29,8 @@ def scored_tiles(
 ) -> Iterator[tuple[QueryTile, BlockScores]]:
     """Tile after tile of queries, each with its block scores [t, Hkv, blocks visible to the tile].
 
-    What the tile cannot see is never multiplied. `scale` is positive, so that it may wait until
-    only the maxima are left: rounding keeps the order.
+    Keys that the tile cannot see are not multiplied. `scale` is positive and multiplies only the
+    maxima: rounding keeps the order of scores.
     """
     dtype, on_cpu = working_dtype(q_idx, k_idx, scale), q_idx.device.type == "cpu"
     keys, groups = k_idx.to(dtype), q_idx.shape[1]
@@ -39,7 +39,7 @@ def scored_tiles(
     size = max(1, min(size, sequences.total_q, most))
     room = max(CPU_PRODUCTS if on_cpu else GPU_PRODUCTS, size * groups * block_size)
     room = min(room, size * groups * max(1, sequences.total_k))
-    # One memory for all products: touching fresh memory costs as much as a product.
+    # One buffer for all products: writing to fresh memory costs as much as a product.
     buffer = keys.new_empty(room)
     for tile in sequence_tiles(sequences, size):
         queries = q_idx[tile.queries].to(dtype)
@@ -65,7 +65,7 @@ def block_maxima(
     """
     n_q, groups, dim = queries.shape
     rows = queries.reshape(n_q * groups, dim)
-    first = len(keys) - n_q  # the first query's position: before it, all is visible
+    first = len(keys) - n_q  # the first query's position: all earlier keys are visible
     step = max(1, len(buffer) // (len(rows) * block_size)) * block_size
     parts = []
     for start in range(0, len(keys), step):
@@ -79,7 +79,7 @@ def block_maxima(
 
 
 def hide_future(products: Float[Tensor, "t Hkv n"], first: int) -> None:
-    """Set what lies after each query to -inf, in place; query 0 stands at column `first`.
+    """Set the products after each query to -inf, in place; query 0 is at column `first`.
 
     >>> products = torch.zeros(2, 1, 3)
     >>> hide_future(products, first=0)
@@ -100,6 +100,6 @@ def reduce_blocks(
         products = functional.pad(products, (0, missing), value=-torch.inf)
     blocks = products.view(len(products), -1, block_size)
     maxima = blocks.amax(-1)
-    if bool(maxima.isnan().any()):  # rare, and amax tells: so look at the small result only
+    if bool(maxima.isnan().any()):  # rare, and visible in the small result
         maxima = torch.where(blocks.isnan(), -torch.inf, blocks).amax(-1)
     return maxima

@@ -1,4 +1,4 @@
-"""In which precision to compute."""
+"""The precision in which products are computed, and checks of what float32 can hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 FINE = 2.0**-18
-"""How far float32 may round a logarithm whose exponential is to be a probability: that of 32."""
+"""The largest rounding error of an LSE from which probabilities are computed: float32's at 32."""
 
 
 def working_dtype(left: Tensor, right: Tensor, scale: float = 1.0) -> torch.dtype:
@@ -46,19 +46,19 @@ def largest(x: Tensor) -> float:
     highest = _highest(x)
     if math.isfinite(highest):
         return highest
-    return _highest(x.nan_to_num(0.0, 0.0, 0.0))  # rare: it must not decide for the others
+    return _highest(x.nan_to_num(0.0, 0.0, 0.0))  # rare: values that are not finite are left out
 
 
 def _highest(x: Tensor) -> float:
-    """The highest magnitude, NaN if there is one; aminmax makes no copy as abs would."""
+    """The highest magnitude, or NaN if x holds NaN; aminmax makes no copy, unlike abs."""
     low, high = torch.aminmax(x.detach())
     return float(torch.maximum(-low, high))
 
 
 def rounds_coarsely(lse: Tensor) -> bool:
-    """Whether exp(logits - lse) would be off by more than FINE, for lse itself was rounded.
+    """Whether exp(logits - lse) would be off by more than FINE because lse itself was rounded.
 
-    Not so where it holds NaN or infinities, which are to be seen in what is made of it.
+    False where lse holds NaN or infinities, so that these appear in the result.
 
     >>> [rounds_coarsely(torch.tensor([x, 1.0])) for x in (30.0, -1e3, torch.inf)]
     [False, True, False]
@@ -67,10 +67,10 @@ def rounds_coarsely(lse: Tensor) -> bool:
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that cannot be differentiated again: who tries gets an error.
+    """Mark a backward that cannot be differentiated again, so that trying it is an error.
 
-    torch's own mark says nothing where no incoming gradient asks for one, as under
-    create_graph=True; second derivatives would be left out silently.
+    torch's own mark raises only if an incoming gradient requires a gradient. Under
+    create_graph=True none does, and second derivatives would be left out silently.
     """
     marked = once_differentiable(backward)
 

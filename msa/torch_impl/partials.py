@@ -8,9 +8,9 @@ from torch import Tensor
 
 from msa.ir import Partials, Schedule
 from msa.torch_impl.combine import Slots, row_shares
-from msa.torch_impl.items import ItemBatch, item_batches, item_logits
+from msa.torch_impl.item_batches import ItemBatch, item_batches, item_logits
+from msa.torch_impl.key_blocks import to_rows
 from msa.torch_impl.numerics import working_dtype
-from msa.torch_impl.rows import to_rows
 
 
 @torch.no_grad()
@@ -27,8 +27,8 @@ def attend_chunks(
     Not recorded by autograd: the gradients of R18 are those of `attend_selection`.
 
     Returns:
-        out [Tq, Hq, k, Dv] in the working precision, lse float64 [Tq, Hq, k], so that it knows how
-        many tokens a block has beside logits of any size; unowned slots hold anything.
+        out [Tq, Hq, k, Dv] in the working precision. lse [Tq, Hq, k] is float64, so that the
+        logarithm of a block's sum is not lost beside large logits. Unowned slots hold anything.
 
     >>> from msa.ir import Selection, Sequences
     >>> from msa.torch_impl import reverse_selection, schedule_chunks
@@ -50,7 +50,7 @@ Buffers = tuple[Float[Tensor, "slots Dv"], Float[Tensor, " slots"], Float[Tensor
 
 
 def slot_buffers(q: Tensor, v: Tensor, top_k: int, queries: int) -> Buffers:
-    """Room for the partials of so many queries, and one place more for what nobody wants."""
+    """Room for the partials of so many queries, and one place more that copies are written to."""
     slots = queries * q.shape[1] * top_k + 1
     return q.new_empty(slots, v.shape[2]), q.new_empty(slots), q.new_empty(slots)
 
@@ -63,10 +63,10 @@ def fill_slots(
     softmax_scale: float,
     buffers: Buffers,
 ) -> Slots:
-    """attend_chunks into buffers that are there already, which may be larger than needed.
+    """attend_chunks with given buffers, which may be larger than needed.
 
-    A caller with many tiles lends the same memory to all of them: touching fresh memory for the
-    first time costs as much as filling it.
+    A caller with many tiles uses the same memory for all of them, because writing to fresh memory
+    for the first time costs as much as filling it.
     """
     index = schedule.reverse_index
     n_q, heads, groups, top_k = q.shape[0], q.shape[1], k.shape[1], index.top_k
@@ -76,7 +76,7 @@ def fill_slots(
     used = [buffer[: slots + 1] for buffer in buffers]
     for items in item_batches(schedule, edge_cost=group * index.block_size):
         found = attend_items(lanes, keys, values, items, softmax_scale)
-        places = items.places(group)  # the one past the last takes what copies compute
+        places = items.places(group)  # copies write to the place after the last
         for buffer, numbers in zip(used, found):
             buffer.index_copy_(0, places, numbers)
     out, top, total = (buffer[:slots].unflatten(0, (n_q, heads, top_k)) for buffer in used)
@@ -90,13 +90,13 @@ def attend_items(
     items: ItemBatch,
     softmax_scale: float,
 ) -> tuple[Float[Tensor, "edges_G Dv"], Float[Tensor, " edges_G"], Float[Tensor, " edges_G"]]:
-    """Softmax of each item's heads over its one block, its highest logit, and the sum beside that.
+    """Softmax of each item's heads over its block, the highest logit, sum of exp(logit - highest).
 
     Edges and heads lie in one leading dim.
     """
     _, logits = item_logits(lanes, keys, items, softmax_scale)
     weights = logits.softmax(-1)
-    # The highest weight is 1 / total: it comes without a second pass of exponentials.
+    # The highest weight is 1 / total, so the exponentials need not be computed twice.
     top, total = logits.amax(-1), weights.amax(-1).reciprocal_()
     out = torch.bmm(weights, values.index_select(0, items.rows))
     return out.flatten(0, 1), top.flatten(), total.flatten()

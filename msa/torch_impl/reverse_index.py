@@ -1,4 +1,4 @@
-"""Lowering, first arrow: from "which blocks does a query read" to "who reads a block" (R13)."""
+"""Lowering, first arrow: from the blocks of each query to the queries of each block (R13)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msa.torch_impl.tiles import borders, owners
 def reverse_selection(selection: Selection) -> ReverseIndex:
     """The same edges sorted by group and block, queries ascending within each (R13).
 
-    The edges are written down query by query, so a stable sort by row is all there is to do.
+    The edges of a selection are in the order of queries, so a stable sort by row is enough.
 
     Args:
         selection: indices int32 [Tq, Hkv, k].

@@ -43,11 +43,11 @@ def select_blocks(scores: BlockScores, config: MSAConfig) -> Selection:
 def best_blocks(
     values: Float[Tensor, "Tq Hkv NB"], candidates: Bool[Tensor, "Tq #Hkv NB"], count: int
 ) -> Bool[Tensor, "Tq Hkv NB"]:
-    """The `count` best candidates, ties to the lower id; rows with too few of them give any answer.
+    """The `count` best candidates, ties to the lower id; undefined for rows with too few.
 
-    topk promises no order among equals, but the *value* of the count-th best is the same whichever
-    of them it takes. All above it are in, and of those equal to it the first ones, by counting.
-    It costs a quarter of a stable sort.
+    topk promises no order among equals, but the *value* of the count-th best does not depend on
+    that order. All blocks above this value are chosen, and of those equal to it the first ones.
+    This takes a quarter of the time of a stable sort.
     """
     count = min(count, values.shape[-1])
     if count == 0:

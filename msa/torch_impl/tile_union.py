@@ -29,7 +29,7 @@ def unite_tiles(selection: Selection, tile_size: int) -> TileUnion:
     query, group, slot = (ids >= 0).nonzero(as_tuple=True)
     key = (tiles[query] * groups + group) * widest + ids[query, group, slot]
     entries, entry_of_edge = torch.unique(key, return_inverse=True)  # ascending
-    # Every query has a bit of its own, so that adding is joining; integers add alike in any order.
+    # Every query has its own bit, so a sum is a union; sums of integers are the same in any order.
     masks = torch.zeros_like(entries).index_add_(0, entry_of_edge, bits[query])
     lane, block = entries // max(1, widest), entries % max(1, widest)
     first = torch.searchsorted(lane, torch.arange(len(starts) * groups, device=ids.device))

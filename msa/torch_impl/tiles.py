@@ -1,8 +1,8 @@
-"""Where a query stands, and how a long problem is cut into tiles of queries.
+"""Positions of queries and blocks, and how a long problem is cut into tiles of queries.
 
-A run of neighbouring queries with the keys up to its last one is again a legal problem: the
-alignment rule (R2) calls it a chunked prefill. So a tile needs no code of its own. Every stage
-takes it as it is, and memory grows with the tile instead of the sequence.
+A run of neighbouring queries with the keys up to its last query is a legal problem itself (R2, as
+in a chunked prefill). So every stage takes a tile as it is, and memory grows with the tile instead
+of the sequence.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def query_positions(sequences: Sequences, device: torch.device) -> Int[Tensor, "
 def block_positions(
     sequences: Sequences, block_size: int, device: torch.device
 ) -> Int[Tensor, " blocks"]:
-    """For every block, all sequences numbered through, the position of its first token (R3).
+    """For every block, numbered through all sequences, the position of its first token (R3).
 
     >>> block_positions(Sequences((0, 1, 2), (0, 5, 8)), 4, torch.device("cpu"))
     tensor([0, 4, 0])

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.ir import Output, TileUnion
+from msa.torch_impl.key_blocks import to_rows
 from msa.torch_impl.numerics import working_dtype
-from msa.torch_impl.rows import to_rows
 from msa.torch_impl.tiles import borders, owners, query_positions
 
 
@@ -69,8 +69,8 @@ def attend_union(
 def key_rows(tile_union: TileUnion) -> Int[Tensor, "tiles Hkv U"]:
     """The row of each entry among all groups' blocks.
 
-    Where there is no entry, that of the walk's first: its weights are 0, and 0 times what is not
-    finite must not reach another sequence or group (R9).
+    A place without an entry gets the row of the walk's first entry. Its weights are 0, but 0 times
+    NaN is NaN, so the row must not be that of another sequence or group (R9).
     """
     ids, device = tile_union.block_ids, tile_union.block_ids.device
     sequences = tile_union.sequences
@@ -105,7 +105,7 @@ class Walk:
 
     @classmethod
     def begin(cls, queries: Float[Tensor, "W Hkv T G D"], width: int) -> Walk:
-        """Nothing read yet."""
+        """The state before any block is read."""
         shape = queries.shape[:-1]
         return cls(
             queries,
@@ -121,7 +121,7 @@ class Walk:
         read: Bool[Tensor, "W Hkv T Bk"],
         scale: float,
     ) -> None:
-        """Read one block: what was gathered fades as the maximum rises."""
+        """Read one block; when the maximum rises, earlier sums are scaled down."""
         logits = self.queries.flatten(2, 3) @ keys.mT * scale
         logits = logits.unflatten(2, self.queries.shape[2:4])
         logits = torch.where(read[..., None, :], logits, -torch.inf)

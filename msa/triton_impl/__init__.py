@@ -1,7 +1,18 @@
 """The stages as Triton kernels, for NVIDIA GPUs, and for any CPU under TRITON_INTERPRET=1.
 
-The same files as `msa.reference`, one kernel or two in each: pseudocode first, then a numbered list
-of what the fast form changes. Integer-valued results are equal to the spec's bit for bit.
+The files of `msa.reference`, with one or two kernels in each: pseudocode first, then a numbered
+list of what the fast form changes. Integer-valued results are equal to the spec's bit for bit.
+
+`attend` does more than `msa.lower` shows. It uses two forms that only this backend has, so neither
+`msa.ir` nor `msa.pipeline` names them:
+
+    SplitUnion (tile_union.py)          a TileUnion without the blocks that few queries of the tile
+                                        share; those are a Selection of their own
+    TileEdges (tile_reverse_index.py)   a ReverseIndex and its Schedule with tiles of queries in the
+                                        place of queries, for gradients and the alignment loss
+
+`attention.py` says when they are used. What several kernels share is in launch.py, tables.py,
+tile_verbs.py, tile_walk.py, topk.py and bits.py.
 """
 
 from msa.triton_impl.alignment import align_index, align_index_forward

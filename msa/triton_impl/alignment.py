@@ -6,8 +6,8 @@
         teacher             mean of the heads' probabilities, in the slots of the edges
         loss, gradients     KL, d_q_idx, d_k_idx
 
-The warm-up form is the same with a Selection of all visible blocks. Super-tiles bound the memory:
-it grows with the length of the sequences, not with its square.
+The warm-up form is the same with a Selection of all visible blocks. Because of the super-tiles,
+memory grows with the length of the sequences, not with its square.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl import tuning
+from msa.triton_impl.index_loss import index_loss
+from msa.triton_impl.launch import positions_of, require_kernels
 from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
-from msa.triton_impl.student import judge
-from msa.triton_impl.teacher import teach
-from msa.triton_impl.tile_edges import reverse_union, unite_all
+from msa.triton_impl.tables import query_table
+from msa.triton_impl.teacher import teacher_probabilities
+from msa.triton_impl.tile_reverse_index import reverse_union, unite_all
 from msa.triton_impl.tile_union import split_tiles
-from msa.triton_impl.tiles import positions_of, query_table, require_kernels
 
 
 @on_its_device
@@ -83,7 +84,7 @@ def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) 
 
 
 class Alignment(torch.autograd.Function):
-    """The loss is a scalar: its gradient is ready when the loss is, and only that is kept."""
+    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
 
     @staticmethod
     @on_its_device
@@ -151,7 +152,7 @@ def align_index_sums(
             chosen = all_blocks(part, block, groups, device)
         else:
             chosen = Selection(selection.indices[queries].contiguous(), part, block)
-        schedule = schedule_edges(reverse_edges(chosen), tuning.JUDGE_EDGES)
+        schedule = schedule_edges(reverse_edges(chosen), tuning.LOSS_EDGES)
         qs, ks, qs_idx, ks_idx = q[queries], k[keys], q_idx[queries], k_idx[keys]
         if lse is None:
             sums = softmax_sums(qs, ks, schedule, scale, is_index=False)
@@ -164,9 +165,11 @@ def align_index_sums(
         else:
             union = split_tiles(chosen, positions)
         edges = reverse_union(union, chosen, tuning.TEACHER_TILES)
-        teacher = teach(qs, ks, sums, chosen.indices, edges, scale, dense=selection is None)
+        teacher = teacher_probabilities(
+            qs, ks, sums, chosen.indices, edges, scale, dense=selection is None
+        )
         gradients = (d_q[queries], d_k[keys]) if with_gradient else None
-        loss += judge(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
+        loss += index_loss(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
     count = max(1, n_q * groups)
     if with_gradient:
         d_q /= count

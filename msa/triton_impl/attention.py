@@ -1,25 +1,32 @@
-"""The whole path: select, then attend over the selected blocks in the order that pays (R4-R12).
+"""The whole path: select, then attend to the selected blocks in the cheaper order (R4-R12).
 
-    union     every block of a tile's union is walked by the whole tile: no partials, but a tile
-              does the work of a block even for one of its queries
-    kv_outer  every block is read by exactly the queries that selected it: no work in vain, but
-              each (query, block) pair leaves a partial result that is written and read again
-    auto      by the tile: one whose queries agree walks its union; from a long union, the blocks
-              that one query alone (from a very long one: one or two) selected go KV-outer, and
-              the walk folds their partials in at its end
+    union     every block of a tile's union is walked by the whole tile: no partials, but the whole
+              tile computes a block even if only one of its queries selected it
+    kv_outer  every block is read by exactly the queries that selected it: nothing is computed
+              needlessly, but each (query, block) pair writes a partial result that is read again
+    auto      chooses for each tile. A tile whose union is short walks it. If the union is long, the
+              blocks that only one query selected (if it is very long, one or two queries) go
+              KV-outer, and the walk folds in their partials at its end
 
-The rule of auto is a break-even: walking costs every row of the tile, KV-outer only the rows that
-want the block, at a lower rate. It looks at the size of the tile's union (msa/loop_order.py), on
-the device: nothing waits. Where a block has too few readers for KV-outer to load it (MIN_EDGES on
-average), or queries have very many blocks (LARGEST_SPLIT), auto means union.
+The lowering that `msa.lower` shows has either the forms of kv_outer (Selection, ReverseIndex,
+Schedule, Partials) or the TileUnion of union. auto, the default, has both at once: its SplitUnion
+(tile_union.py) is a TileUnion of the shared blocks, and a Selection of the others, `remote`, which
+is lowered KV-outer. The gradients and the alignment loss use TileEdges (tile_reverse_index.py).
+
+The rule of auto compares costs: a walk computes a block for every row of the tile, KV-outer only
+for the rows that selected it, but at a lower rate. The size of the tile's union decides
+(msa/loop_order.py), on the device, so the host does not wait. If blocks have too few readers for
+KV-outer (fewer than MIN_EDGES on average), or queries have very many blocks (LARGEST_SPLIT), auto
+means union.
 
 Backward (R18): dQ by a walk over unions, dK and dV KV-outer by tiles of queries.
 
-Both go by super-tiles of queries, so that what they hold beside their results is bounded:
+Both take super-tiles of queries one after another, so that their memory beside the results is
+bounded:
 
-    forward     PARTIAL_BYTES (msa/triton_impl/tuning.py): partial results and marks; 64 bytes for
-                each edge of a super-tile
-    backward    PARTIAL_BYTES: what items of keys leave, and marks; 4 * Tk * Hkv * (D + Dv) bytes
+    forward     PARTIAL_BYTES (msa/triton_impl/tuning.py) for partial results and marks; 64 bytes
+                for each edge of a super-tile
+    backward    PARTIAL_BYTES for the sums of items and marks; 4 * Tk * Hkv * (D + Dv) bytes
                 for one item of each block and group, as much again for sums over more than one
                 super-tile; 32 bytes for each edge of a super-tile's unions
 
@@ -41,17 +48,17 @@ from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
-from msa.triton_impl.combine import combine_partials
+from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
-from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.launch import positions_of, require_kernels
+from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.places import differentiable_once, on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
-from msa.triton_impl.tile_edges import reverse_union, tile_sequences
+from msa.triton_impl.tile_reverse_index import reverse_union, tile_sequences
 from msa.triton_impl.tile_union import split_tiles, union_width
-from msa.triton_impl.tiles import positions_of, require_kernels
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -59,7 +66,7 @@ LoopOrder = Literal["auto", "kv_outer", "union"]
 
 @lru_cache(maxsize=64)
 def super_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
-    """`Sequences.tiles`, cut once for a shape that comes again."""
+    """`Sequences.tiles`, kept for shapes that come again."""
     return tuple(sequences.tiles(size))
 
 
@@ -80,21 +87,21 @@ def attend_part(
     order: str,
     into: Output,
 ) -> None:
-    """One super-tile, in one order; nothing here waits for the device."""
+    """Attend one super-tile in one order; nothing here waits for the device."""
 
-    def kv_outer(chosen: Selection):
+    def kv_outer(chosen: Selection) -> Slots:
         schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
-        return attend_chunks(q, k, v, schedule, softmax_scale)
+        return fill_slots(q, k, v, schedule, softmax_scale)
 
     if order == "kv_outer":
-        combine_partials(kv_outer(selection), into=into)
+        weigh_slots(kv_outer(selection), softmax_scale, into)
         return
     tile_size = positions_of(q.shape[1] // k.shape[1])
     union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into,
-        partials=None if union.remote is None else kv_outer(union.remote),
+        slots=None if union.remote is None else kv_outer(union.remote),
     )  # fmt: skip
 
 
@@ -115,7 +122,7 @@ def attend_selection(
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
 
     Raises:
-        ValueError: a block size that the kernels do not have.
+        ValueError: if the kernels do not support the block size.
     """
     require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
     return attend_checked(q, k, v, selection, softmax_scale, loop_order)
@@ -182,7 +189,7 @@ def attend_super_tiles(
     (n_q, heads, _), dim_v = q.shape, v.shape[2]
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
-    per_query = heads * selection.top_k * (dim_v * q.element_size() + 4)
+    per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
     per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
     runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
     size = max(1, -(-n_q // max(1, runs)))
@@ -274,7 +281,7 @@ def attend(
 ) -> Output:
     """MSA: the index branch selects in one pass, the main branch attends (R4-R12).
 
-    align=True adds the alignment loss, which takes the LSE of this very call (R17).
+    align=True adds the alignment loss, which uses the LSE of this call (R17).
     """
     require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)  # checks these two

@@ -6,11 +6,11 @@
 What the fast form changes:
  1. One read of the row, no exponential and no sort: selection needs the order of scores only.
  2. The row stays in registers, as integers in the order of its scores. A threshold that the best
-    `places` reach is found by bisection, counting; it ends as soon as exactly `places` reach it.
- 3. Bisection starts well: the best `places` of the maxima of some pieces of the row bound the
-    threshold from below, and finding them costs a thirtieth.
- 4. The chosen columns become bits of a few words; each output then looks for its own bit. Ids are
-    ascending so, as R8 wants them, and a prefix sum over all columns is needed for ties only.
+    `places` reach is found by bisection, counting. It ends as soon as exactly `places` reach it.
+ 3. Bisection starts close to the threshold: the row is cut into pieces, and the best `places` of
+    their maxima bound the threshold from below. Finding these costs a thirtieth of the search.
+ 4. The chosen columns become bits of a few words, and each output finds its own bit. So ids are
+    ascending, as R8 wants them, and a prefix sum over all columns is needed for ties only.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from torch import Tensor
 from msa.checks import check_scored_blocks
 from msa.config import MSAConfig
 from msa.ir import BlockScores, Selection
+from msa.triton_impl.bits import count_bits
+from msa.triton_impl.launch import pad, require_kernels
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import (
+from msa.triton_impl.tables import query_table
+from msa.triton_impl.topk import (
     NO_BLOCK,
     NO_SCORE,
-    count_bits,
     keep_best,
-    pad,
-    query_table,
-    require_kernels,
     score_key,
     store_selection,
     threshold_of,
@@ -71,7 +70,24 @@ def row_topk_kernel(scores, positions, out, n_rows, n_blocks, HKV: tl.constexpr,
                     TOP_K: tl.constexpr, P: tl.constexpr, SINK: tl.constexpr,
                     LOCAL: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr,
                     W: tl.constexpr, R: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """R rows of up to W scores."""
+    """R rows of up to W scores.
+
+    Parameters:
+        scores: [Tq, Hkv, NB], float32
+        positions: [Tq], int32; each query's position in its sequence
+        out: [Tq, Hkv, k], int32; the selection, written
+        n_rows: int; Tq * Hkv
+        n_blocks: int; NB
+        HKV: groups
+        BK: keys of a block
+        TOP_K, P: k, and rounded up to a power of two
+        SINK, LOCAL: forced first and recent blocks
+        PLACES: places for blocks that are not forced
+        PIECES: pieces of a row, whose maxima tell where bisection starts
+        W: NB rounded up to a power of two
+        R: rows of one program
+        WORDS: bool; write the ids by way of bits in words
+    """
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_r = o_r < n_rows
     b_own = tl.load(positions + o_r // HKV, mask=m_r, other=0) // BK  # [R]
@@ -116,7 +132,7 @@ def select_rows(
     block_size: int,
     config: MSAConfig,
 ) -> Int[Tensor, "Tq Hkv k"]:
-    """The selected blocks of each row, whose query stands at positions[row] (R6-R8)."""
+    """The selected blocks of each row; positions[t] is the position of query t (R6-R8)."""
     n_q, groups, n_blocks = values.shape
     out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=values.device)
     places = config.top_k - config.forced_blocks

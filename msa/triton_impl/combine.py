@@ -5,28 +5,62 @@
         out = sum over s of exp(lse[s] - LSE) * out[s]
 
 What the fast form changes:
- 1. Memory decides: each partial is read once, 16 heads of one query side by side in a program.
- 2. Slots beyond the query's count are neither read nor trusted: they may hold anything.
+ 1. The time is that of reading memory: each partial is read once, and a program has up to 16 heads
+    of one query, which lie side by side.
+ 2. Slots beyond the query's count are not read: they may hold anything.
+ 3. A slot has two numbers in place of its LSE: the highest score and the sum beside it.
+    `slot_weight` says why.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from msa.ir import Output, Partials
+from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import contiguous, pad, require_top_k
+from msa.triton_impl.tile_verbs import LN2, LOG2E, LOWEST, load_tile, slot_weight, store_tile
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Partials before the logarithm: the LSE of a slot is scale * top + log(total)."""
+
+    out: Float[Tensor, "Tq Hq k Dv"]
+    top: Float[Tensor, "Tq Hq k"]
+    """The highest score, not scaled."""
+    total: Float[Tensor, "Tq Hq k"]
+    """The sum of exp(scale * (score - top))."""
+    counts: Int[Tensor, "Tq Hkv"]
+    """Slots in use; the others hold anything."""
 
 
 @triton.jit
-def combine_kernel(parts, lses, counts, out, lse, HQ: tl.constexpr, HKV: tl.constexpr,
-                   G: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, DIM_V: tl.constexpr,
-                   BDV: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """BH heads of one group of one query."""
+def combine_kernel(parts, tops, totals, counts, out, lse, scale, HQ: tl.constexpr,
+                   HKV: tl.constexpr, G: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
+                   DIM_V: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """BH heads of one group of one query.
+
+    Parameters:
+        parts: [Tq, Hq, k, Dv], 16-bit or float32; partial outputs
+        tops: [Tq, Hq, k], float32; the highest score of each slot, not scaled
+        totals: [Tq, Hq, k], float32; each slot's sum of exp2(scale * (score - top))
+        counts: [Tq, Hkv], int32; slots in use
+        out: [Tq, Hq, Dv], 16-bit or float32; written
+        lse: [Tq, Hq], float32, natural logarithm; written
+        scale: float; softmax scale times log2(e)
+        HQ, HKV, G: query heads, groups, query heads of a group
+        TOP_K, P: k, and rounded up to a power of two
+        DIM_V, BDV: Dv, and rounded up to a power of two
+        BH: heads of one program
+    """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_g = tl.program_id(2) * BH + tl.arange(0, BH)
     m_g = o_g < G
@@ -34,43 +68,52 @@ def combine_kernel(parts, lses, counts, out, lse, HQ: tl.constexpr, HKV: tl.cons
     o_s, o_d = tl.arange(0, P), tl.arange(0, BDV)
     count = tl.load(counts + i_t * HKV + i_r)
     m_s = m_g[:, None] & (o_s < count)[None, :]
-    b_lse = tl.load(lses + o_x[:, None] * TOP_K + o_s[None, :], mask=m_s, other=float("-inf"))
-    b_top = tl.max(b_lse, 1)  # [BH]
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
+    p_s = o_x[:, None] * TOP_K + o_s[None, :]
+    b_tops = tl.load(tops + p_s, mask=m_s, other=LOWEST)
+    b_totals = tl.load(totals + p_s, mask=m_s, other=0.0)
+    b_most = tl.maximum(tl.max(b_tops, 1), LOWEST)  # [BH]
+    b_sum = tl.sum(slot_weight(b_tops, b_totals, b_most[:, None], scale), 1)
     b_out = tl.zeros([BH, BDV], tl.float32)
     for i_s in range(0, count):
-        p_lse = lses + o_x * TOP_K + i_s
-        b_w = tl.exp(tl.load(p_lse, mask=m_g, other=float("-inf")) - b_top)
-        p_x = parts + (o_x * TOP_K + i_s)[:, None] * DIM_V + o_d[None, :]
-        b_x = tl.load(p_x, mask=m_g[:, None] & (o_d < DIM_V)[None, :], other=0.0)
+        p_x = o_x * TOP_K + i_s
+        b_w = slot_weight(tl.load(tops + p_x, mask=m_g, other=LOWEST),
+                          tl.load(totals + p_x, mask=m_g, other=0.0), b_most, scale)  # fmt: skip
+        b_x = load_tile(parts + p_x * DIM_V, m_g, o_d, DIM_V)  # [BH, BDV]
         b_out += b_w[:, None] * b_x.to(tl.float32)
-    b_out = b_out / b_sum[:, None]
-    p_out = out + o_x[:, None] * DIM_V + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_g[:, None] & (o_d < DIM_V)[None, :])
-    tl.store(lse + o_x, b_top + tl.log(b_sum), mask=m_g)
+    store_tile(out + o_x * DIM_V, m_g, o_d, b_out / b_sum[:, None], DIM_V)
+    tl.store(lse + o_x, b_most * (scale * LN2) + tl.log(b_sum), mask=m_g)
 
 
-@on_its_device
-def combine_partials(partials: Partials, dtype: Any = None, into: Output | None = None) -> Output:
-    """The LSE-weighted mean of the slots (R16); out in `dtype` (None: the partials'), lse float32.
-
-    Args:
-        into: write to these contiguous tensors instead of new ones.
-    """
-    partials = contiguous(partials)
-    n_q, heads, top_k, dim_v = partials.out.shape
-    require_top_k(top_k)
-    device, groups = partials.out.device, partials.counts.shape[1]
+def weigh_slots(slots: Slots, softmax_scale: float, into: Output) -> Output:
+    """Write the combination of contiguous slots to `into`, whose tensors are contiguous too."""
+    n_q, heads, top_k, dim_v = slots.out.shape
+    groups = slots.counts.shape[1]
     group = heads // groups
-    if into is None:
-        out = torch.empty((n_q, heads, dim_v), dtype=dtype or partials.out.dtype, device=device)
-        into = Output(out, torch.empty((n_q, heads), dtype=torch.float32, device=device))
     some = min(pad(group, 1), 16)
     if n_q:
         combine_kernel[n_q, groups, triton.cdiv(group, some)](
-            partials.out, partials.lse, partials.counts, into.out, into.lse, HQ=heads, HKV=groups,
-            G=group, TOP_K=top_k, P=pad(top_k, 1), DIM_V=dim_v, BDV=pad(dim_v, 1), BH=some,
+            slots.out, slots.top, slots.total, slots.counts, into.out, into.lse,
+            softmax_scale * LOG2E.value, HQ=heads, HKV=groups, G=group, TOP_K=top_k,
+            P=pad(top_k, 1), DIM_V=dim_v, BDV=pad(dim_v, 1), BH=some,
             num_warps=4 if some * dim_v >= 1024 else 1,
         )  # fmt: skip
     return into
+
+
+def split_lse(partials: Partials) -> Slots:
+    """Slots with a scale of 1: the LSE rounded to float32, and what the rounding left over."""
+    top = partials.lse.float()
+    rest = torch.where(top.isfinite(), partials.lse - top, 0.0)
+    return Slots(partials.out, top, rest.exp().float(), partials.counts)
+
+
+@on_its_device
+def combine_partials(partials: Partials, dtype: Any = None) -> Output:
+    """The LSE-weighted mean of the slots (R16); out in `dtype`, by default that of the partials."""
+    partials = contiguous(partials)
+    n_q, heads, top_k, dim_v = partials.out.shape
+    require_top_k(top_k)
+    device = partials.out.device
+    out = torch.empty((n_q, heads, dim_v), dtype=dtype or partials.out.dtype, device=device)
+    lse = torch.empty((n_q, heads), dtype=torch.float32, device=device)
+    return weigh_slots(split_lse(partials), 1.0, Output(out, lse))

@@ -4,7 +4,7 @@
     out, lse, ids = attend_pages(q, cache, scores)  # select, attend to what was selected
 
 No shape depends on a length, and nothing is read back to the host, so both can be captured in a
-CUDA graph; `decode_step` reads the lengths only to say whose selection is whose.
+CUDA graph; `decode_step` reads the lengths only to assign the selection to the live sequences.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Selection
+from msa.triton_impl.launch import require_kernels
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import require_kernels
 
 
 @on_its_device
@@ -31,8 +31,8 @@ def decode_step(
 ) -> Output:
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-    Not recorded by autograd. While a CUDA graph is captured the selection is None, for whose it
-    will be is known only when the graph is replayed.
+    Not recorded by autograd. While a CUDA graph is captured the selection is None: which sequences
+    are live is not known before the graph is replayed.
 
     Returns:
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
@@ -50,7 +50,7 @@ def decode_step(
 
 
 def counters(q: Float[Tensor, "B n Hq D"], groups: int) -> Int[Tensor, "B programs"]:
-    """How many programs have arrived, for each row and each tile of its heads."""
+    """Counters of the programs that have arrived, for each row and each tile of its heads."""
     batch, n, heads, _ = q.shape
     tiles = -(-(heads // groups) // head_tile(heads // groups))
     return torch.empty((batch, n * groups * tiles), dtype=torch.int32, device=q.device)

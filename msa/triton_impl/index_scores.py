@@ -9,7 +9,7 @@ What the fast form changes:
  1. All groups share one index key, so the rows of a tile are (query, group) pairs: with four
     groups a key tile serves four times as many rows.
  2. Blocks before the tile's first query are visible as a whole and need no mask.
- 3. A NaN is dropped by the hardware's maximum; only a block of nothing but NaN needs a look.
+ 3. The hardware's maximum drops NaN, so only a block with no other score needs a check.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from jaxtyping import Float
 
 from msa.config import MSAConfig
 from msa.ir import Array, BlockScores, Sequences
+from msa.triton_impl.launch import is_exact, pad, require_kernels
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import along, is_exact, pad, require_kernels, tile_table
+from msa.triton_impl.tables import tile_table
+from msa.triton_impl.tile_verbs import along, load_tile
+from msa.triton_impl.tile_walk import load_tile_record
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -31,17 +34,32 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
                  HKV: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
                  BK: tl.constexpr, BN: tl.constexpr, RUN: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of BM rows times RUN blocks."""
-    p_tile = tiles + tl.program_id(0).to(tl.int64) * 5
-    start, stop, own, first_key = (tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2),
-                                   tl.load(p_tile + 3))  # fmt: skip
+    """One tile of BM rows times RUN blocks.
+
+    Parameters:
+        q: [Tq, Hkv, Di], 16-bit or float32; index queries
+        k: [Tk, Di], as q; index keys
+        tiles: [tiles, 5], int32; a `tile_table`
+        out: [Tq, Hkv, NB], float32; scores, written
+        scale: float; index scale
+        n_blocks: int; NB
+        stride_qt, stride_kt: elements from one token of q, k to the next
+        stride_qr: elements from one group of q to the next
+        HKV: groups
+        DIM, BD: Di, and rounded up to a power of two
+        BM: rows of the tile: queries times groups
+        BK, BN: keys of a block, keys of one product
+        RUN: blocks of one program
+        PRECISION: input precision of the products
+    """
+    start, stop, own, first_key, _ = load_tile_record(tiles, tl.program_id(0))
     o_m = tl.arange(0, BM)
     o_t = start + o_m // HKV  # [BM] query
     b_own = own + o_m // HKV  # [BM] its own key
     m_m = o_t < stop
     o_d = tl.arange(0, BD)
     p_q = q + along(o_t, stride_qt) + along(o_m % HKV, stride_qr)  # [BM]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
     p_out = out + (o_t.to(tl.int64) * HKV + o_m % HKV) * n_blocks  # [BM]
 
     last_own = own + stop - start - 1

@@ -1,9 +1,10 @@
-"""Sums of what work items and slots left behind, each in one fixed order (R19).
+"""Sums over the parts that work items and slots wrote, each in one fixed order (R19).
 
     items   out[token, head] += sum over the items of the token's block of parts[item, token]
     slots   out[query, group] = sum over the query's slots s of parts[query, group, s]
 
-What the fast form changes: memory decides; every part is read once, a tile of a block per program.
+What the fast form changes: the time is that of reading memory, so every part is read once, and each
+program sums up one tile of a block.
 """
 
 from __future__ import annotations
@@ -11,18 +12,34 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.ir import Schedule
-from msa.triton_impl.tiles import along, block_table, pad
+from msa.triton_impl.launch import pad
+from msa.triton_impl.tables import block_table
+from msa.triton_impl.tile_verbs import along
 
 
 @triton.jit
 def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blocks, stride_t,
                      stride_h, SUM: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
                      BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """BN tokens of one block and one head of out, which SUM groups of the schedule share."""
+    """BN tokens of one block and one head of out; each head is the sum of SUM groups.
+
+    Parameters:
+        parts: [items, Bk, D], float32
+        item_stops: [rows], int64; the number of items of the rows 0 ... x
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        out: [Tk, H, D], 16-bit or float32; written, or added to with ADD
+        scale: float; factor of the sums
+        n_blocks: int; blocks of all sequences
+        stride_t, stride_h: elements from one token of out to the next, from one head
+        SUM: groups of the schedule that one head of out sums up
+        ADD: bool; add to out instead of writing it
+        DIM, BD: D, and rounded up to a power of two
+        BK, BN: keys of a block, keys of one program
+    """
     i_b, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BN
     o_d, o_n = tl.arange(0, BD), i_n + tl.arange(0, BN)
     m_d = (o_d < DIM)[None, :]
@@ -68,7 +85,17 @@ def sum_items(
 @triton.jit
 def sum_slots_kernel(parts, counts, out, scale, PIECES: tl.constexpr, TOP_K: tl.constexpr,
                      DIM: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """The slots of one (query, group) pair, PIECES parts in each."""
+    """The slots of one (query, group) pair, PIECES parts in each.
+
+    Parameters:
+        parts: [Tq, Hkv, k, PIECES, D], float32
+        counts: [Tq, Hkv], int32; slots in use
+        out: [Tq, Hkv, D], float32; written
+        scale: float; factor of the sums
+        PIECES: parts of a slot
+        TOP_K: k
+        DIM, BD: D, and rounded up to a power of two
+    """
     i_x = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     b_sum = tl.zeros([BD], tl.float32)
@@ -80,11 +107,11 @@ def sum_slots_kernel(parts, counts, out, scale, PIECES: tl.constexpr, TOP_K: tl.
 
 def sum_slots(
     parts: Float[Tensor, "Tq Hkv k pieces D"],
-    counts: Float[Tensor, "Tq Hkv"],
+    counts: Int[Tensor, "Tq Hkv"],
     out: Float[Tensor, "Tq Hkv D"],
     scale: float = 1.0,
 ) -> None:
-    """Write scale * the sum of the slots that are in use; out is contiguous."""
+    """Write scale * the sum of the first `counts` slots; out is contiguous."""
     *_, top_k, pieces, dim = parts.shape
     if counts.numel():
         sum_slots_kernel[counts.numel(),](

@@ -8,13 +8,14 @@
     dK, dV of a block = the sum of its items, in order
 
 What the fast form changes:
- 1. Edges are tiles of neighbouring queries (tile_edges.py): their rows lie side by side, so nothing
-    is gathered. Rows of queries that did not select the block are read as zeros, with lse = +inf.
+ 1. Edges are tiles of neighbouring queries (tile_reverse_index.py): their rows lie side by side, so
+    nothing is gathered. Rows of queries that did not select the block are read as zeros, with
+    lse = +inf.
  2. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
     the next, without a trip through memory.
  3. The next edge's record is loaded one step ahead, so that its rows can be fetched early.
- 4. Hot blocks are cut into items; each writes its sums apart, in float32, and a second kernel adds
-    them up. No atomics, so the same bits every time (R19).
+ 4. Hot blocks are cut into items. Each item writes its own sums, in float32, and a second kernel
+    adds them up. No atomics, so the bits are the same every time (R19).
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.triton_impl.item_sums import sum_items
-from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, along, block_table, heads_of, is_exact, load_keys, pad
+from msa.triton_impl.launch import heads_of, is_exact, pad
+from msa.triton_impl.tables import block_table
+from msa.triton_impl.tile_reverse_index import TileEdges, load_edge
+from msa.triton_impl.tile_verbs import LOG2E, along, load_item, load_keys, load_tile
+from msa.triton_impl.tile_walk import selects
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -38,29 +42,53 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
                          HKV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
                          BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
                          BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys of one item; BM = query positions x HEADS rows at a time."""
+    """BN keys of one item; BM = query positions x HEADS rows at a time.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        v: [Tk, Hkv, Dv], as q
+        d_out: [Tq, Hq, Dv], as q; the gradient of the output
+        lse: [Tq, Hq], float32, natural logarithm; the forward's LSE
+        delta: [Tq, Hq], float32; <d_out, out> - d_lse
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        records: [edges, 4], int32; see `TileEdges`
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        d_k: [items, Bk, D], float32; not yet times the softmax scale, written
+        d_v: [items, Bk, Dv], float32; written
+        scale: float; softmax scale times log2(e)
+        n_blocks: int; blocks of all sequences
+        stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
+        stride_qh, stride_kh, stride_vh: elements from one head of q, k, v to the next
+        G, HKV: query heads of a group, groups
+        HEADS: heads of one product
+        DIM, DIM_V: D, Dv
+        BD, BDV: D, Dv rounded up to powers of two
+        BK, BN: keys of a block, keys of one program
+        BM: rows of one product
+        PRECISION: input precision of the products
+    """
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        row = tl.load(rows + i_item)
-        i_r, i_b = row // n_blocks, row % n_blocks
-        first, key_stop = tl.load(first_keys + i_b) + i_n, tl.load(key_stops + i_b)
+        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        first += i_n
         o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), first + tl.arange(0, BN)
         o_i, o_g = tl.arange(0, BM) // HEADS, tl.arange(0, BM) % HEADS
         p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
         p_tile = q + along(o_i, stride_qt) + along(i_r * G + o_g, stride_qh)  # [BM]
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
-        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
+        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
+        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BN)  # [BN, BDV]
         b_dk, b_dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
         i_t, own, bits = load_edge(records, start)
         for i_e in range(start, stop):
             next_t, next_own, next_bits = load_edge(records, tl.minimum(i_e + 1, stop - 1))
             for i_c in tl.static_range(0, G, HEADS):
-                m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
+                m_m = selects(bits, o_i) & (i_c + o_g < G)
                 o_h = i_r * G + i_c + o_g
                 p_q = p_tile + (along(i_t, stride_qt) + along(i_c, stride_qh))
-                b_q = tl.load(p_q[:, None] + o_d[None, :],
-                              mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
+                b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
                 p_x = i_t.to(tl.int64) * (HKV * G)
                 o_x = o_i * (HKV * G) + o_h  # [BM] row of out, from the tile's first on
                 b_do = tl.load(d_out + p_x * DIM_V + (o_x[:, None] * DIM_V + o_dv[None, :]),

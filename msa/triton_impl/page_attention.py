@@ -8,12 +8,13 @@
         out, lse = o / l, m + log l
 
 What the fast form changes:
- 1. The selected blocks of a row are cut among programs, for a step has few rows. Each leaves a
-    partial result in a slot of its own; the program that arrives last adds up all of them in the
-    order of their slots (R16), so who is last changes no bit (R19), and one launch is saved.
- 2. Each of these programs selects for itself, from scores that lie in L2: two microseconds at a
-    million tokens, where a launch costs as much and a wait. It compares all pairs of some maxima,
-    so beyond MOST_PLACES places the kernel of `block_topk` selects before, once for each row.
+ 1. A step has few rows, so the selected blocks of a row are cut among programs. Each program writes
+    a partial result to its own slot. The program that arrives last adds up all slots in their order
+    (R16): which program is last changes no bit (R19), and no second launch is needed.
+ 2. Each of these programs selects the blocks of its row again, from scores that lie in L2 (see
+    `page_topk`). This takes 2 us at a million tokens; a separate launch would take as long, and the
+    programs would have to wait for it. The search compares all pairs of some maxima, so for more
+    than MOST_PLACES places the kernel of `block_topk` selects first, once for each row.
  3. As in `page_scores`, lengths are read on the device.
 """
 
@@ -30,110 +31,66 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.block_topk import select_rows
-from msa.triton_impl.early import early_launch, wait_for_others
-from msa.triton_impl.tiles import (
+from msa.triton_impl.dependent_launch import dependent_launch, wait_for_previous
+from msa.triton_impl.launch import is_exact, pad
+from msa.triton_impl.page_topk import best_of_scores
+from msa.triton_impl.tile_verbs import (
     LN2,
     LOG2E,
     LOWEST,
-    NO_BLOCK,
-    NO_SCORE,
     along,
-    is_exact,
-    pad,
-    score_key,
+    load_tile,
+    online_softmax_step,
+    slot_weight,
+    store_tile,
+    wait_for_threads,
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
 STEP = 64
 """Blocks of each piece that are held in registers at a time."""
 WIDE = 2**12
-"""From so many blocks on a row of scores is worth fewer splits: each of them reads it whole."""
+"""Rows of so many scores or more get fewer splits, because every split reads the whole row."""
 MOST_PLACES = 128
-"""Places for which a program selects by itself."""
-HIGHEST_RANK = tl.constexpr(2**63 - 1)
+"""Most places for which each program selects by itself; for more, another kernel selects before."""
 
 
 @triton.jit
-def ranked(b_score, o_b, m_b):
-    """Scores and block ids as one integer each: higher score first, then lower id (R7); unique."""
-    b_key = tl.where(m_b, score_key(b_score), NO_SCORE)
-    return (b_key.to(tl.int64) << 32) | (NO_BLOCK - o_b)
+def selected_block(o_b, m_best, b_rank, i_j, n_first, n_kept, recent, own):
+    """The block in place i_j of the selection, or -1: first blocks, the best, recent blocks.
 
-
-@triton.jit
-def best_of_scores(p_score, first, stop, PLACES: tl.constexpr, PP: tl.constexpr,
-                   PIECES: tl.constexpr, LENGTH: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """The best PLACES of the blocks first ... stop: some candidates' ids, and which are chosen.
-
-    Both [PP, LENGTH]. A row is looked at by one program, which has nothing else to do meanwhile, so
-    what counts is the number of reductions one after the other, not the work:
-     1. Every PIECES-th block makes a piece. The best PLACES blocks lie in the PLACES pieces whose
-        maxima are best, found by comparing all pairs of maxima at once. Only these are looked at
-        again.
-     2. The least of these maxima is reached by the best PLACES blocks and few others. Up to four of
-        these are taken off one by one; if there are more, bisection ends it.
+    o_b, m_best, b_rank: ids of candidates, which of them are the best, and their ranks from 1 on;
+    n_first: forced first blocks; n_kept: these and the best; recent: the first recent block; own:
+    the query's own block, which is the last recent one.
     """
-    o_p, o_l = tl.arange(0, PIECES), tl.arange(0, STEP)
-    b_top = tl.full([PIECES], float("-inf"), tl.float32)
-    b_id = tl.full([PIECES], NO_BLOCK, tl.int32)  # the first block that has the maximum
-    for i in range(0, LENGTH, STEP):
-        o_b = (i + o_l)[:, None] * PIECES + o_p[None, :]
-        m_b = (o_b >= first) & (o_b < stop)
-        b_x = tl.load(p_score + o_b)
-        b_x = tl.where(m_b & (b_x == b_x), b_x, float("-inf"))
-        b_max = tl.max(b_x, 0)
-        b_at = tl.min(tl.where(m_b & (b_x == b_max[None, :]), o_b, NO_BLOCK), 0)
-        m_new = (b_max > b_top) | (b_id == NO_BLOCK)
-        b_top, b_id = tl.where(m_new, b_max, b_top), tl.where(m_new, b_at, b_id)
-    m_p = b_id < NO_BLOCK
-    b_best = ranked(b_top, tl.where(m_p, b_id, o_p), m_p)
-    b_above = tl.sum((b_best[None, :] > b_best[:, None]).to(tl.int32), 1)  # [PIECES]
-    o_x = tl.arange(0, PP)
-    b_piece = tl.sum(tl.where(b_above[None, :] == o_x[:, None], o_p[None, :], 0), 1)  # [PP]
-    low = tl.min(tl.where(b_above < PLACES, b_best, HIGHEST_RANK), 0)
-    high = tl.max(b_best, 0)
-
-    o_b = tl.arange(0, LENGTH)[None, :] * PIECES + b_piece[:, None]  # [PP, LENGTH]
-    m_b = (o_b >= first) & (o_b < stop) & (o_x < min(PLACES, PIECES))[:, None]
-    b_x = ranked(tl.load(p_score + o_b), o_b, m_b)
-    n = tl.sum((m_b & (b_x >= low)).to(tl.int32))
-    tries = 0
-    while n > PLACES:
-        if tries < 4:
-            low = tl.min(tl.where(b_x > low, b_x, HIGHEST_RANK))
-            n -= 1
-        else:
-            middle = (low | high) - ((low ^ high) >> 1)  # mean, rounded up, cannot overflow
-            n_middle = tl.sum((b_x >= middle).to(tl.int32))
-            low = tl.where(n_middle >= PLACES, middle, low)
-            n = tl.where(n_middle >= PLACES, n_middle, n)
-            high = tl.where(n_middle >= PLACES, high, middle - 1)
-        tries += 1
-    return o_b, m_b & (b_x >= low)
+    i_b = tl.sum(tl.where(m_best & (b_rank == i_j - n_first + 1), o_b, 0))
+    i_b = tl.where(i_j < n_kept, i_b, recent + i_j - n_kept)
+    return tl.where(i_j < n_first, i_j, tl.where(i_b <= own, i_b, -1))
 
 
 @triton.jit
-def add_up(parts, part_lses, o_x, m_x, DIM_V: tl.constexpr, BDV: tl.constexpr,
+def add_up(parts, part_tops, part_totals, o_x, m_x, scale, DIM_V: tl.constexpr, BDV: tl.constexpr,
            SPLITS: tl.constexpr):  # fmt: skip
-    """The LSE-weighted mean of the partial results of rows o_x [R], and their total LSE (R16)."""
+    """The weighted mean of the parts of rows o_x [R], their highest score and their sum (R16)."""
     o_dv = tl.arange(0, BDV)
-    b_lse = tl.load(part_lses + o_x[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :],
-                    mask=m_x[:, None], other=0.0)  # fmt: skip
-    b_top = tl.max(b_lse, 1)  # [R]
-    b_top = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_sum = tl.sum(tl.exp(b_lse - b_top[:, None]), 1)
-    p_x = parts + o_x[:, None] * (SPLITS * DIM_V) + o_dv[None, :]
-    m_part = m_x[:, None] & (o_dv < DIM_V)[None, :]
-    b_o = tl.zeros(p_x.shape, tl.float32)
+    o_s = tl.arange(0, SPLITS)[None, :]
+    p_s = o_x[:, None] * SPLITS + o_s
+    b_tops = tl.load(part_tops + p_s, mask=m_x[:, None], other=0.0)
+    b_totals = tl.load(part_totals + p_s, mask=m_x[:, None], other=0.0)
+    b_top = tl.max(b_tops, 1)  # [R]
+    b_weights = slot_weight(b_tops, b_totals, b_top[:, None], scale)  # [R, SPLITS]
+    b_sum = tl.sum(b_weights, 1)
+    p_x = parts + o_x * (SPLITS * DIM_V)
+    b_o = tl.zeros([o_x.shape[0], BDV], tl.float32)
     for i in tl.static_range(SPLITS):  # all loads at once
-        b_w = tl.exp(tl.load(part_lses + o_x * SPLITS + i, mask=m_x, other=0.0) - b_top)
-        b_o += b_w[:, None] * tl.load(p_x + i * DIM_V, mask=m_part, other=0.0).to(tl.float32)
-    return b_o / b_sum[:, None], b_top + tl.log(b_sum)
+        b_w = tl.sum(tl.where(o_s == i, b_weights, 0.0), 1)
+        b_o += b_w[:, None] * load_tile(p_x + i * DIM_V, m_x, o_dv, DIM_V).to(tl.float32)
+    return b_o / b_sum[:, None], b_top, b_sum
 
 
 @triton.jit
-def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_lses,
-                       arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
+def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_tops,
+                       part_totals, arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
                        stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
                        stride_ts, stride_tb, stride_ls, stride_ksp, stride_ksh, stride_vsp,
                        stride_vsh, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
@@ -143,8 +100,47 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
                        LOCAL: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr,
                        LENGTH: tl.constexpr, STEP: tl.constexpr, PP: tl.constexpr,
                        SPLITS: tl.constexpr, KNOWN: tl.constexpr, EIGHT: tl.constexpr,
-                       EARLY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """HEADS heads of one query and group, and every SPLITS-th part of its selected blocks."""
+                       PDL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """HEADS heads of one query and group, and every SPLITS-th part of its selected blocks.
+
+    Parameters:
+        q: [B, n, Hq, D], 16-bit or float32
+        k: [pages, Bk, Hkv, D], as q or e4m3
+        v: [pages, Bk, Hkv, Dv], as k
+        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
+        table: [B, columns], int32 or int64; a sequence's pages in order
+        lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
+        scores: [B, n, Hkv, PIECES * LENGTH], float32; read unless KNOWN
+        ids: [B, n, Hkv, k], int32; the selection, read with KNOWN, else written
+        parts: [B, n, Hq, SPLITS, Dv], as q; partial outputs, written and read if SPLITS > 1
+        part_tops: [B, n, Hq, SPLITS], float32; highest scores, not scaled, as parts
+        part_totals: [B, n, Hq, SPLITS], float32; sums of exp2(scale * (score - top)), as parts
+        arrivals: [B, n * Hkv * tiles of heads], int32; counters, 0 before the launch
+        out: [B, n, Hq, Dv], as q; written
+        lse: [B, n, Hq], float32, natural logarithm; written
+        scale: float; softmax scale times log2(e)
+        stride_qb, stride_qn, stride_qh: elements from one sequence, query, head of q to the next
+        stride_kp, stride_kt, stride_kh: elements from one page, token, head of k to the next
+        stride_vp, stride_vt, stride_vh: elements from one page, token, head of v to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_ls: elements from one sequence of lengths to the next
+        stride_ksp, stride_ksh: elements from one page, head of k_scales to the next
+        stride_vsp, stride_vsh: elements from one page, head of v_scales to the next
+        N, HKV, G: new queries of a sequence, groups, query heads of a group
+        HEADS: heads of one program
+        DIM, DIM_V: D, Dv
+        BD, BDV: D, Dv rounded up to powers of two
+        BK, BN: keys of a block, keys of one product
+        TOP_K, P: k, and rounded up to a power of two
+        SINK, LOCAL: forced first and recent blocks
+        PLACES, PP: places for blocks that are not forced, and rounded up to a power of two
+        PIECES, LENGTH, STEP: see `best_of_scores`
+        SPLITS: programs that share the blocks of a row
+        KNOWN: bool; the selection is in ids already
+        EIGHT: bool; pages are of 8 bits
+        PDL: bool; see `wait_for_previous`
+        PRECISION: input precision of the products
+    """
     i_x, i_c, i_h = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_q, i_r = i_x // HKV, i_x % HKV
     i_s, i_n = i_q // N, i_q % N
@@ -153,16 +149,15 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
     o_g = i_h * HEADS + tl.arange(0, HEADS)  # [HEADS] head within the group
     m_g, o_h = o_g < G, i_r * G + o_g
     o_x = i_q.to(tl.int64) * (HKV * G) + o_h  # [HEADS] row of out
-    m_o = m_g[:, None] & (o_dv < DIM_V)[None, :]
-    p_out = out + o_x[:, None] * DIM_V + o_dv[None, :]
+    p_out = out + o_x * DIM_V
     p_id = ids + i_x.to(tl.int64) * TOP_K
     position = tl.load(lengths + along(i_s, stride_ls)).to(tl.int32) - N + i_n
     p_q = q + along(i_s, stride_qb) + along(i_n, stride_qn) + along(o_h, stride_qh)  # [HEADS]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_g[:, None] & (o_d < DIM)[None, :], other=0.0)
-    wait_for_others(EARLY)
+    b_q = load_tile(p_q, m_g, o_d, DIM)  # [HEADS, BD]
+    wait_for_previous(PDL)
     if position < 0:  # an empty slot of the batch
         if i_c == 0:
-            tl.store(p_out, tl.zeros([HEADS, BDV], out.dtype.element_ty), mask=m_o)
+            store_tile(p_out, m_g, o_dv, tl.zeros([HEADS, BDV], tl.float32), DIM_V)
             tl.store(lse + o_x, tl.full([HEADS], float("-inf"), tl.float32), mask=m_g)
             tl.store(p_id + o_j, tl.full([P], -1, tl.int32), mask=o_j < TOP_K)
     else:
@@ -188,31 +183,21 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
             if KNOWN:
                 i_b = tl.load(p_id + i_j, mask=i_j < TOP_K, other=-1)
             else:
-                i_b = tl.sum(tl.where(m_best & (b_rank == i_j - n_first + 1), o_b, 0))
-                i_b = tl.where(i_j < n_kept, i_b, recent + i_j - n_kept)
-                i_b = tl.where(i_j < n_first, i_j, tl.where(i_b <= own, i_b, -1))
+                i_b = selected_block(o_b, m_best, b_rank, i_j, n_first, n_kept, recent, own)
             m_page = (i_b >= 0) & (i_j < TOP_K)
             page = tl.load(p_table + along(i_b, stride_tb), mask=m_page, other=0)
             i_t = (i % STEPS) * BN
-            o_t = i_t + o_n  # [BN] token of the page
-            m_n = o_t < tl.where(m_page, position + 1 - i_b * BK, 0)
+            m_n = i_t + o_n < tl.where(m_page, position + 1 - i_b * BK, 0)  # [BN] visible tokens
             p_n = p_k + along(page, stride_kp) + along(i_t, stride_kt) + o_nk
-            b_k = tl.load(p_n[:, None] + o_d[None, :],
-                          mask=m_n[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
+            b_k = load_tile(p_n, m_n, o_d, DIM)  # [BN, BD]
             p_n = p_v + along(page, stride_vp) + along(i_t, stride_vt) + o_nv
-            b_v = tl.load(p_n[:, None] + o_dv[None, :],
-                          mask=m_n[:, None] & (o_dv < DIM_V)[None, :], other=0.0)  # fmt: skip
+            b_v = load_tile(p_n, m_n, o_dv, DIM_V)  # [BN, BDV]
             b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)
             if EIGHT:
                 b_s *= tl.load(p_k_scale + along(page, stride_ksp))
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))  # [HEADS, BN]
-            b_new = tl.maximum(b_top, tl.max(b_s, 1))
-            b_p = tl.exp2((b_s - b_new[:, None]) * scale)
-            b_decay = tl.exp2((b_top - b_new) * scale)
-            b_top = b_new
-            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-            b_v = b_v.to(b_q.dtype)
-            b_pv = tl.dot(b_p.to(b_q.dtype), b_v, input_precision=PRECISION)
+            b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale)
+            b_pv = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), input_precision=PRECISION)
             if EIGHT:
                 b_pv *= tl.load(p_v_scale + along(page, stride_vsp))
             b_o = b_o * b_decay[:, None] + b_pv
@@ -222,19 +207,20 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
                 tl.store(p_id + i_out, i_b, mask=i_j < TOP_K)
         b_lse = b_top * (scale * LN2) + tl.log(b_sum)  # natural logarithm; -inf without a token
         if SPLITS == 1:
-            tl.store(p_out, (b_o / b_sum[:, None]).to(out.dtype.element_ty), mask=m_o)
+            store_tile(p_out, m_g, o_dv, b_o / b_sum[:, None], DIM_V)
             tl.store(lse + o_x, b_lse, mask=m_g)
         else:
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-            p_part = parts + o_x[:, None] * (SPLITS * DIM_V) + o_dv[None, :]
-            tl.store(p_part + i_c * DIM_V, b_o.to(parts.dtype.element_ty), mask=m_o)
-            tl.store(part_lses + o_x * SPLITS + i_c, b_lse, mask=m_g)
-            tl.debug_barrier()  # all of it is written before the arrival is told
+            store_tile(parts + (o_x * SPLITS + i_c) * DIM_V, m_g, o_dv, b_o, DIM_V)
+            tl.store(part_tops + o_x * SPLITS + i_c, b_top, mask=m_g)
+            tl.store(part_totals + o_x * SPLITS + i_c, b_sum, mask=m_g)
+            wait_for_threads()  # all of the part is written before the arrival is counted
             p_arrival = arrivals + i_x.to(tl.int64) * tl.num_programs(2) + i_h
             if tl.atomic_add(p_arrival, 1, sem="acq_rel") == SPLITS - 1:
-                b_o, b_lse = add_up(parts, part_lses, o_x, m_g, DIM_V, BDV, SPLITS)
-                tl.store(p_out, b_o.to(out.dtype.element_ty), mask=m_o)
-                tl.store(lse + o_x, b_lse, mask=m_g)
+                b_o, b_top, b_sum = add_up(parts, part_tops, part_totals, o_x, m_g, scale, DIM_V,
+                                           BDV, SPLITS)  # fmt: skip
+                store_tile(p_out, m_g, o_dv, b_o, DIM_V)
+                tl.store(lse + o_x, b_top * (scale * LN2) + tl.log(b_sum), mask=m_g)
 
 
 def attend_pages(
@@ -262,23 +248,23 @@ def attend_pages(
     tiles = triton.cdiv(group, some)
     splits = splits_of(rows * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
     parts = torch.empty((rows * group, splits, dim_v), dtype=q.dtype, device=device)
-    part_lses = torch.empty((rows * group, splits), dtype=torch.float32, device=device)
+    tops, totals = torch.empty((2, rows * group, splits), dtype=torch.float32, device=device)
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
     if rows:
         eight = cache.k_scales is not None
-        unread = out[0, 0]  # in the place of scales, where there are none
+        unread = out[0, 0]  # where there are no scales
         scales = (cache.k_scales, cache.v_scales) if eight else (unread, unread)
         launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[rows, splits, tiles](
             q, cache.k_pages, cache.v_pages, *scales, cache.page_table, cache.lengths, scores, ids,
-            parts, part_lses, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
+            parts, tops, totals, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
             *q.stride()[:3], *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
             *cache.page_table.stride(), cache.lengths.stride(0), *scales[0].stride(),
             *scales[1].stride(), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),
             BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=config.top_k, P=slots,
             SINK=config.sink_blocks, LOCAL=config.local_blocks, PLACES=places, PP=pad(places, 1),
             PIECES=pieces, LENGTH=width // pieces, STEP=min(width // pieces, STEP), SPLITS=splits,
-            KNOWN=known, EIGHT=eight, PRECISION=is_exact(q), **early_launch(device), **launch,
+            KNOWN=known, EIGHT=eight, PRECISION=is_exact(q), **dependent_launch(device), **launch,
         )  # fmt: skip
     return out, lse, ids
 
@@ -286,8 +272,10 @@ def attend_pages(
 def best_pages(
     cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"]
 ) -> Int[Tensor, "B n Hkv k"]:
-    """The selected ids of each row, by a kernel that has room for many; those of an empty slot of
-    the batch mean nothing."""
+    """The selected ids of each row, by the kernel of `block_topk`.
+
+    The ids of an empty slot of the batch mean nothing.
+    """
     batch, n, groups, width = scores.shape
     new = torch.arange(n, dtype=torch.int32, device=scores.device) - n
     positions = (cache.lengths[:, None] + new).int().flatten()

@@ -6,17 +6,16 @@
             score[b] = max over tokens of index_scale * K @ q_idx
 
 What the fast form changes:
- 1. Memory decides: an index key is read once and serves all new queries and groups. Keys are the
-    tall operand of the product, queries times groups its few columns.
+ 1. The time is that of reading memory, so an index key is read once for all new queries and groups.
+    Keys are the tall operand of the product, queries times groups its few columns.
  2. Forced blocks are never scored (see `selection`), so no block is partial and no token masked.
- 3. A program takes one block, or every n-th of them, and writes scores of its own, so there is
-    nothing to merge: the next kernel selects from whole rows, and no split changes a bit.
- 4. Lengths are read on the device, and the grid is that of the longest sequence that the table has
-    room for: a captured launch stays right while the sequences grow.
- 5. Keys of 8 bits meet queries that are sums of three e4m3 tensors, on the tensor cores, which is
-    quicker than widening the keys: that alone takes longer than to read them. Float32 queries, and
-    those on older devices, get widened keys. A page's scale is put on its maximum: a power of two
-    changes no order.
+ 3. A program takes one block, or every n-th block, and writes their scores, so there is nothing to
+    merge: the next kernel selects from whole rows, and the number of programs changes no bit.
+ 4. Lengths are read on the device, and the grid is large enough for the longest sequence that the
+    table has room for. So a captured launch stays right while the sequences grow.
+ 5. Keys of 8 bits are multiplied by queries that are sums of three e4m3 tensors, on the tensor
+    cores. Widening the keys would take longer than reading them. Float32 queries and older devices
+    get widened keys. A page's scale multiplies its maximum: a power of two changes no order.
 """
 
 from __future__ import annotations
@@ -29,31 +28,30 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import PagedKV
-from msa.triton_impl.early import early_launch, is_hopper, wait_for_others
-from msa.triton_impl.tiles import along, can_describe, describe, is_exact, pad
+from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
+from msa.triton_impl.dependent_launch import dependent_launch, is_hopper, wait_for_previous
+from msa.triton_impl.launch import can_describe, describe, is_exact, pad
+from msa.triton_impl.tile_verbs import along, load_tile
 from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
 def three_parts(b_q):
-    """Rows as sums of three e4m3 tensors, and what to multiply the sums by, a power of two [BM].
+    """Rows as sums of three e4m3 tensors, and the power of two that undoes the stretch [BM].
 
-    A row is stretched until its largest number is 224 to 448; bfloat16 has 8 significant bits and
-    each part 4, so that only what is below 2^-17 of the largest is lost. As in `quantize`, NaN
-    stays NaN, infinities become large numbers, and neither has a say in the stretch.
+    A row is stretched until its largest number is 224 to 448. bfloat16 has 8 significant bits and
+    each part has 4, so only what is below 2^-17 of the largest number is lost. As in `quantize`,
+    NaN stays NaN, infinities become large numbers, and neither changes the stretch.
     """
     b_x = b_q.to(tl.float32)
-    b_size = tl.abs(b_x)
-    b_size = tl.max(tl.where(b_size < float("inf"), b_size, 0.0), 1)  # NaN is not less
-    b_bits = b_size.to(tl.int32, bitcast=True)
-    b_power = 8 + 127 - (b_bits >> 23) - ((b_bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-    b_power = tl.minimum(b_power, 126)
-    b_x *= ((b_power + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+    b_largest = tl.max(finite_size(b_x), 1)
+    b_stretch = e4m3_stretch(b_largest.to(tl.int32, bitcast=True))
+    b_x *= power_of_two(b_stretch)[:, None]
     b_high = b_x.to(tl.float8e4nv)
     b_x -= b_high.to(tl.float32)
     b_middle = b_x.to(tl.float8e4nv)
     b_low = (b_x - b_middle.to(tl.float32)).to(tl.float8e4nv)
-    return b_high, b_middle, b_low, ((127 - b_power) << 23).to(tl.float32, bitcast=True)
+    return b_high, b_middle, b_low, power_of_two(254 - b_stretch)
 
 
 @triton.jit
@@ -63,12 +61,41 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
                        DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                        BN: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
                        EIGHT: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
-                       EARLY: tl.constexpr, A: tl.constexpr,
+                       PDL: tl.constexpr, A: tl.constexpr,
                        PRECISION: tl.constexpr):  # fmt: skip
-    """Every n-th block of one sequence, for BM rows of (query, group)."""
+    """Every n-th block of one sequence, for BM rows of (query, group).
+
+    Parameters:
+        q: [B, n, Hkv, Di], 16-bit or float32; index queries
+        k: [pages, Bk, Di], as q or e4m3; index keys, with TMA their descriptor, tiles of BN rows
+        k_scales: [pages], float32; factors of the pages, read with EIGHT only
+        table: [B, columns], int32 or int64; a sequence's pages in order
+        lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
+        scores: [B, n, Hkv, width], float32; written for blocks that are not forced
+        arrivals: [B, n_arrivals], int32; counters of the next kernel, set to 0
+        scale: float; index scale
+        n_arrivals: int; counters of a sequence
+        width: int; row length of scores
+        stride_qb, stride_qn, stride_qr: elements from one sequence, query, group of q to the next
+        stride_kp, stride_kt: elements from one page, token of k to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_ls: elements from one sequence of lengths to the next
+        stride_sp: elements from one page of k_scales to the next
+        N, HKV: new queries of a sequence, groups
+        DIM, BD: Di, and rounded up to a power of two
+        BM: rows of one program: queries times groups
+        BK, BN: keys of a block, keys of one product
+        SINK, LOCAL: forced first and recent blocks
+        EIGHT: bool; pages are of 8 bits
+        PARTS: bool; queries are split into three e4m3 tensors
+        TMA: bool; keys come by the bulk copy engine
+        PDL: bool; see `wait_for_previous`
+        A: n_arrivals rounded up to a power of two
+        PRECISION: input precision of the products
+    """
     i_p, i_s, i_m = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    wait_for_others(EARLY)
-    if (i_p == 0) & (i_m == 0):  # nobody has arrived yet in the next kernel
+    wait_for_previous(PDL)
+    if (i_p == 0) & (i_m == 0):  # no program of the next kernel has arrived yet
         o_a = tl.arange(0, A)
         p_a = arrivals + i_s.to(tl.int64) * n_arrivals + o_a
         tl.store(p_a, tl.zeros_like(o_a), mask=o_a < n_arrivals)
@@ -79,8 +106,7 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
         m_m = o_m < N * HKV
         o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
         p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
-        b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :],
-                      other=0.0)  # fmt: skip
+        b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
         if PARTS:
             b_high, b_middle, b_low, b_shrink = three_parts(b_q)
         p_table = table + along(i_s, stride_ts)
@@ -117,7 +143,9 @@ def score_pages(
     arrivals: Int[Tensor, "B programs"],
     tile: TileConfig | None = None,
 ) -> Float[Tensor, "B n Hkv width"]:
-    """The score of each block that is not forced; other places hold anything, up to a power of two.
+    """The score of each block that is not forced; other places hold anything.
+
+    The width is the number of the table's columns rounded up to a power of two.
 
     Args:
         arrivals: counters of the next kernel, set to 0 here.
@@ -131,7 +159,7 @@ def score_pages(
     rows = min(pad(n * groups), tile.rows)
     programs = max(1, min(columns, programs_for(batch * columns, tile) // max(batch, 1)))
     eight = cache.k_idx_scales is not None
-    scales = cache.k_idx_scales if eight else pages  # which are not read in the place of scales
+    scales = cache.k_idx_scales if eight else pages  # not read
     parts = eight and not wide and is_hopper(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
@@ -143,15 +171,15 @@ def score_pages(
         BD=pad(dim, 32 if parts else 16), BM=rows, BK=block, BN=tile.keys,
         SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
         A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
-        **early_launch(q_idx.device), **tile.launch(),
+        **dependent_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores
 
 
 def programs_for(blocks: int, tile: TileConfig) -> int:
-    """One wave of programs if two blocks each are enough for that, else one program per block.
+    """One wave of programs if each gets at most two blocks then, else one program per block.
 
-    A single wave leaves room on the device for the next kernel to be set up beside it, which is
-    worth more than what a second block in the same program costs.
+    A single wave leaves room on the device for the next kernel to be set up beside it. This gains
+    more time than a second block in the same program costs.
     """
     return tile.programs if blocks <= 2 * tile.programs else blocks

@@ -1,21 +1,21 @@
-"""Where a call runs: any CUDA device, any stream, any thread, and inside the capture of a graph.
+"""Calls work on any CUDA device, any stream, any thread, and inside the capture of a graph.
 
 Triton launches on the current device, so every entry of this backend makes the device of its
 tensors current first (`on_its_device`). Kernels go to the current stream of that device, as torch's
-own do. What outlives a call are the tables that `device_table` keeps, and for these it holds that
+own do. Only the tables that `device_table` keeps outlive a call. For these it holds that
 
- 1. a table is complete before anyone gets it: its copy is waited for, so that any stream may read
-    it. The copy runs on a stream of its own and waits for no kernel of the caller;
- 2. it is made in a thread of its own, where neither the memory pool of a graph nor inference mode
-    reaches, so that its memory is ordinary memory whatever the caller was doing;
- 3. its memory is given back only when the streams that have read it are through, and never if a
-    graph was captured with it, for a graph may be replayed at any time;
- 4. a table that is not there yet cannot be made while a graph is captured, since its copy could not
-    be waited for. This is refused: one call outside of the capture makes it.
+ 1. a table is complete before it is returned: the host waits for its copy, so any stream may read
+    it. The copy runs on a separate stream and waits for no kernel of the caller;
+ 2. it is made in a separate thread, where neither the memory pool of a graph nor inference mode
+    applies, so its memory is ordinary memory in whatever state the caller is;
+ 3. its memory is freed only when the streams that read it have done so, and never if a graph was
+    captured with it, because a graph may be replayed at any time;
+ 4. a missing table cannot be made while a graph is captured, because the host could not wait for
+    its copy. This is an error, and one call outside of the capture makes the table.
 
-A miss costs a thread and a copy that is waited for, some tens of microseconds, once for each shape
-and device; a hit costs two questions to torch. Two threads that miss at once make two tables of the
-same numbers; one of them is kept.
+A table that is not kept yet costs a thread and a copy that the host waits for, some tens of
+microseconds, once for each shape and device. A kept table costs two calls of torch. Two threads
+that need the same new table at once make two of them; one is kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 TABLES = 64
-"""Tables that each function keeps; the one that was not asked for longest is dropped first."""
+"""Tables that each function keeps; the least recently used one is dropped first."""
 
 
 def tensors_of(thing: Any) -> list[Tensor]:
@@ -53,7 +53,7 @@ def tensors_of(thing: Any) -> list[Tensor]:
 
 
 def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the CUDA device of the first tensor among the arguments the current one meanwhile."""
+    """Run a function with the CUDA device of its first tensor argument as the current device."""
 
     @wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> R:
@@ -73,22 +73,22 @@ def on_its_device(function: Callable[P, R]) -> Callable[P, R]:
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which this device's tables are copied.
 
-    It has high priority, which few streams have: torch hands its streams out in turns, and the
-    capture of a graph takes one of normal priority.
+    It has high priority: torch hands out its streams of each priority in turns, and the capture of
+    a graph takes one of normal priority, so the two cannot be the same.
     """
     return torch.cuda.Stream(device, priority=-1)
 
 
 @dataclass
 class Kept:
-    """A table, or a form that holds some, and which streams have read it."""
+    """A table, or a form that holds tables, and the streams that have read it."""
 
     thing: Any
     tensors: list[Tensor]
     streams: set[int] = field(default_factory=set)
 
     def use(self, device: torch.device) -> None:
-        """Note that what is launched next reads it."""
+        """Note that the kernels launched next read the table."""
         if torch.cuda.is_current_stream_capturing():
             IN_GRAPHS[id(self)] = self
             return
@@ -100,11 +100,11 @@ class Kept:
 
 
 IN_GRAPHS: dict[int, Kept] = {}
-"""What graphs were captured with. It is never dropped: torch does not tell when a graph is."""
+"""Tables that graphs were captured with, never dropped: torch does not report deleted graphs."""
 
 
 class device_table(Generic[P, R]):  # a decorator, so named like a function
-    """Keep what a function makes for the same arguments (see above); its last one is the device."""
+    """Keep what a function returns for the same arguments (see above); the last is the device."""
 
     def __init__(self, make: Callable[P, R]) -> None:
         update_wrapper(self, make)
@@ -113,7 +113,7 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         self.cache_clear = self._keep.cache_clear
 
     def __call__(self, *args: P.args, **options: P.kwargs) -> R:
-        """The table, complete, to be read by what is launched next on the current stream."""
+        """The complete table, for kernels that are launched next on the current stream."""
         *others, device = args
         assert isinstance(device, torch.device) and not options
         if device.type != "cuda":
@@ -143,10 +143,10 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that cannot be differentiated again: who tries gets an error.
+    """Mark a backward that cannot be differentiated again, so that trying it is an error.
 
-    torch's own mark says nothing where no incoming gradient asks for one, as under
-    create_graph=True; second derivatives would be left out silently.
+    torch's own mark raises only if an incoming gradient requires a gradient. Under
+    create_graph=True none does, and second derivatives would be left out silently.
     """
     marked = once_differentiable(backward)
 

@@ -8,8 +8,9 @@
             dQ += softmax_scale * dS K[b]
 
 What the fast form changes:
- 1. The walk is that of the forward: rows that did not select b have +inf in place of their lse.
- 2. A tile holds dO and out anyway, so it computes delta and leaves it for the keys' half.
+ 1. The walk is the forward's: rows that did not select b have +inf in place of their lse.
+ 2. A tile has dO and out in registers anyway, so this kernel computes delta and writes it for the
+    kernel of dK and dV.
 """
 
 from __future__ import annotations
@@ -21,18 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Selection
+from msa.triton_impl.launch import can_describe, describe, heads_of, is_exact, pad
+from msa.triton_impl.tables import tile_table
 from msa.triton_impl.tile_union import SplitUnion
-from msa.triton_impl.tiles import (
-    LOG2E,
-    along,
-    can_describe,
-    describe,
-    heads_of,
-    is_exact,
-    load_keys,
-    pad,
-    tile_table,
-)
+from msa.triton_impl.tile_verbs import LOG2E, along, load_keys, load_tile, store_tile
+from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -46,8 +40,8 @@ def gradient_step(b_q, b_do, b_lse, b_delta, b_dq, k, v, p_k, p_v, i_r, first, k
     if TMA:
         b_k, b_v = k.load([first, i_r * DIM]), v.load([first, i_r * DIM_V])
     else:
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
-        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BDV, BN)  # [BN, BDV]
+        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
+        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BN)  # [BN, BDV]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_p = tl.exp2(b_s * scale - tl.where(m_row, b_lse, float("inf"))[:, None])
@@ -65,25 +59,44 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
                            DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
                            BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr,
                            PRECISION: tl.constexpr):  # fmt: skip
-    """One tile of query positions x HEADS = BM rows."""
+    """One tile of query positions x HEADS = BM rows.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        v: [Tk, Hkv, Dv], as q
+        k_tiles, v_tiles: descriptors of k and v with tiles of BN rows; without TMA k and v
+        out, d_out: [Tq, Hq, Dv], as q; the forward's output and its gradient
+        lse, d_lse: [Tq, Hq], float32; the forward's LSE, a natural logarithm, and its gradient
+        tiles: [tiles, 5], int32; a `tile_table`
+        ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
+        masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
+        counts: [tiles, Hkv], int32; blocks of each union
+        d_q: [Tq, Hq, D], as q; written
+        delta: [Tq, Hq], float32; <d_out, out> - d_lse, written
+        scale: float; softmax scale times log2(e)
+        softmax_scale: float
+        U: int; width of ids and masks
+        stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
+        stride_qh, stride_kh, stride_vh: elements from one head of q, k, v to the next
+        G, HKV: query heads of a group, groups
+        HEADS: heads of one program
+        DIM, DIM_V: D, Dv
+        BD, BDV: D, Dv rounded up to powers of two
+        BK, BN: keys of a block, keys of one product
+        BM: rows of the tile
+        TMA: bool; blocks without a token mask come by the bulk copy engine
+        PRECISION: input precision of the products
+    """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p_tile = tiles + i_t * 5
-    start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
-    first_key, key_stop = tl.load(p_tile + 3), tl.load(p_tile + 4)
-    o_m = tl.arange(0, BM)
-    o_i = o_m // HEADS  # [BM] query within the tile
-    o_g = tl.program_id(2) * HEADS + o_m % HEADS
-    o_h = i_r * G + o_g
+    start, stop, own, first_key, key_stop = load_tile_record(tiles, i_t)
+    o_i, o_t, o_h, m_m = tile_rows(start, stop, i_r, tl.program_id(2), G, HEADS, BM)
     b_own = own + o_i
-    m_m = (start + o_i < stop) & (o_g < G)
-    o_t = (start + o_i).to(tl.int64)
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
-    m_q, m_o = m_m[:, None] & (o_d < DIM)[None, :], m_m[:, None] & (o_dv < DIM_V)[None, :]
-    p_q = q + along(o_t, stride_qt) + along(o_h, stride_qh)  # [BM]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    b_do = tl.load(d_out + o_x[:, None] * DIM_V + o_dv[None, :], mask=m_o, other=0.0)
-    b_out = tl.load(out + o_x[:, None] * DIM_V + o_dv[None, :], mask=m_o, other=0.0)
+    b_q = load_tile(q + along(o_t, stride_qt) + along(o_h, stride_qh), m_m, o_d, DIM)  # [BM, BD]
+    b_do = load_tile(d_out + o_x * DIM_V, m_m, o_dv, DIM_V)  # [BM, BDV]
+    b_out = load_tile(out + o_x * DIM_V, m_m, o_dv, DIM_V)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
     b_delta -= tl.load(d_lse + o_x, mask=m_m, other=0.0)
     tl.store(delta + o_x, b_delta, mask=m_m)
@@ -94,33 +107,26 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
     count = tl.load(counts + i_tr)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
-    # blocks that reach beyond the first query's own key: at most three, the last of the union
-    o_l = count - 1 - tl.arange(0, 4)
-    b_last = tl.load(p_id + o_l, mask=o_l >= 0, other=-1)
-    inner = count - tl.sum((first_key + (b_last + 1) * BK - 1 > own).to(tl.int32))
+    inner = inner_blocks(p_id, count, first_key, own, BK)
     STEPS: tl.constexpr = BK // BN  # products per block
-    i_b, b_bits = tl.load(p_id), tl.load(p_mask)
+    i_b, b_bits = load_block(p_id, p_mask, 0)
     for i in range(0, inner * STEPS):
-        i_next = tl.minimum(i // STEPS + 1, count - 1)
-        next_b, next_bits = tl.load(p_id + i_next), tl.load(p_mask + i_next)
-        m_row = ((b_bits >> o_i) & 1) != 0
+        next_b, next_bits = load_block(p_id, p_mask, tl.minimum(i // STEPS + 1, count - 1))
         first = first_key + i_b * BK + (i % STEPS) * BN
         b_dq = gradient_step(
             b_q, b_do, b_lse, b_delta, b_dq, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop,
-            b_own, m_row, scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, False, TMA,
-            PRECISION)  # fmt: skip
+            b_own, selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN,
+            False, TMA, PRECISION)  # fmt: skip
         last = i % STEPS == STEPS - 1
         i_b, b_bits = tl.where(last, next_b, i_b), tl.where(last, next_bits, b_bits)
     for i in range(inner * STEPS, count * STEPS):
-        i_b, b_bits = tl.load(p_id + i // STEPS), tl.load(p_mask + i // STEPS)
-        m_row = ((b_bits >> o_i) & 1) != 0
+        i_b, b_bits = load_block(p_id, p_mask, i // STEPS)
         first = first_key + i_b * BK + (i % STEPS) * BN
         b_dq = gradient_step(
             b_q, b_do, b_lse, b_delta, b_dq, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop,
-            b_own, m_row, scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, True, False,
-            PRECISION)  # fmt: skip
-    p_dq = d_q + o_x[:, None] * DIM + o_d[None, :]
-    tl.store(p_dq, (b_dq * softmax_scale).to(d_q.dtype.element_ty), mask=m_q)
+            b_own, selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN,
+            True, False, PRECISION)  # fmt: skip
+    store_tile(d_q + o_x * DIM, m_m, o_d, b_dq * softmax_scale, DIM)
 
 
 def query_gradients(

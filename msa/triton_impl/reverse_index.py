@@ -1,15 +1,15 @@
-"""Lowering, first arrow: from "which blocks does a query read" to "who reads a block" (R13).
+"""Lowering, first arrow: from the blocks of each query to the queries of each block (R13).
 
     for each query t, ascending, group r and slot s:
         append (t, s) to row (r, indices[t, r, s])
 
 What the fast form changes:
- 1. A stable counting sort in place of appending. Where an edge goes = where its row starts + how
-    many queries of earlier tiles read the row + how many earlier queries of its own tile do.
- 2. A tile is 32 queries, so who reads a row is one word: bit i for query 32 * tile + i. The words
-    are filled by integer atomic OR, which gives the same word in any order (R19).
- 3. The last two summands are then bit counts: of the words of the tiles above, summed up once
-    along each column, and of the bits below one's own.
+ 1. A stable counting sort in place of appending. The place of an edge = the start of its row + the
+    number of queries of earlier tiles that read the row + that of earlier queries of its own tile.
+ 2. A tile is 32 queries, so one word says which of them read a row: bit i for query 32 * tile + i.
+    The words are filled by integer atomic OR, which gives the same word in any order (R19).
+ 3. The last two summands are then bit counts: of the words of earlier tiles, summed up once along
+    each column, and of the bits below the edge's own bit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from msa.ir import ReverseIndex, Selection, Sequences
+from msa.triton_impl.bits import count_bits
+from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import contiguous, count_bits, pad, query_table, require_top_k
+from msa.triton_impl.tables import query_table
 
 TILE = 32  # queries per word
 
 
 def mark_bytes(sequences: Sequences, block_size: int, groups: int) -> int:
-    """What one more query adds to the marks: a bit for each row, and 32 of a prefix sum for 32.
+    """Bytes of marks for one more query: for each row a bit, and a 32nd of an int32 prefix sum.
 
     >>> mark_bytes(Sequences.one(2048, 2048), 128, 4)
     16
@@ -39,7 +41,19 @@ def mark_bytes(sequences: Sequences, block_size: int, groups: int) -> int:
 @triton.jit
 def mark_kernel(indices, first_block, words, n_q, n_blocks, n_rows, HKV: tl.constexpr,
                 TOP_K: tl.constexpr, P: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Set the bit of each edge; R (query, group) pairs."""
+    """Set the bit of each edge; R (query, group) pairs.
+
+    Parameters:
+        indices: [Tq, Hkv, k], int32; the selection
+        first_block: [Tq], int32; number of the first block of each query's sequence
+        words: [tiles, rows], int32; bit i: query i of the tile reads the row, set
+        n_q: int; Tq
+        n_blocks: int; blocks of all sequences
+        n_rows: int; rows of the reverse index: Hkv * n_blocks
+        HKV: groups
+        TOP_K, P: k, and rounded up to a power of two
+        R: (query, group) pairs of one program
+    """
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]  # [R, 1]
     o_t, o_s = o_r // HKV, tl.arange(0, P)[None, :]
     m_x = (o_t < n_q) & (o_s < TOP_K)
@@ -53,7 +67,15 @@ def mark_kernel(indices, first_block, words, n_q, n_blocks, n_rows, HKV: tl.cons
 
 @triton.jit
 def prefix_kernel(words, before, lengths, n_tiles, n_rows, BT: tl.constexpr, BR: tl.constexpr):
-    """Along each column of words: the number of set bits in the tiles before, and in all."""
+    """Along each column of words: the number of set bits in the tiles before, and in all.
+
+    Parameters:
+        words: [tiles, rows], int32; bit i: query i of the tile reads the row
+        before: [tiles, rows], int32; set bits of the tiles before, written
+        lengths: [rows], int32; set bits of all tiles, written
+        n_tiles, n_rows: int; tiles of queries, rows of the reverse index
+        BT, BR: tiles of one step, rows of one program
+    """
     o_row = tl.program_id(0) * BR + tl.arange(0, BR)
     m_row = o_row < n_rows
     b_sum = tl.zeros([BR], tl.int32)
@@ -71,7 +93,24 @@ def prefix_kernel(words, before, lengths, n_tiles, n_rows, BT: tl.constexpr, BR:
 def fill_kernel(indices, first_block, words, before, offsets, query_ids, slots, counts, n_q,
                 n_blocks, n_rows, HKV: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
                 R: tl.constexpr):  # fmt: skip
-    """Write each edge to its place; R (query, group) pairs."""
+    """Write each edge to its place; R (query, group) pairs.
+
+    Parameters:
+        indices: [Tq, Hkv, k], int32; the selection
+        first_block: [Tq], int32; number of the first block of each query's sequence
+        words: [tiles, rows], int32; bit i: query i of the tile reads the row
+        before: [tiles, rows], int32; set bits of the tiles before
+        offsets: [rows + 1], int64; where the edges of a row start
+        query_ids: [edges], int32; the query of each edge, written
+        slots: [edges], int32; the place of the block in that query's selection, written
+        counts: [Tq, Hkv], int32; blocks of each selection, written
+        n_q: int; Tq
+        n_blocks: int; blocks of all sequences
+        n_rows: int; rows of the reverse index: Hkv * n_blocks
+        HKV: groups
+        TOP_K, P: k, and rounded up to a power of two
+        R: (query, group) pairs of one program
+    """
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     o_t, o_s = o_r // HKV, tl.arange(0, P)[None, :]
     m_r = o_t < n_q
@@ -90,8 +129,10 @@ def fill_kernel(indices, first_block, words, before, offsets, query_ids, slots, 
 
 
 def reverse_edges(selection: Selection) -> ReverseIndex:
-    """`reverse_selection` without waiting for the device: the edge arrays are Tq * Hkv * k long,
-    and hold edges up to row_offsets[-1] only."""
+    """`reverse_selection` without waiting for the device.
+
+    The arrays of edges are Tq * Hkv * k long, and hold edges up to row_offsets[-1] only.
+    """
     indices = selection.indices
     n_q, groups, top_k = indices.shape
     sequences, device = selection.sequences, indices.device
@@ -127,8 +168,8 @@ def reverse_edges(selection: Selection) -> ReverseIndex:
 def reverse_selection(selection: Selection) -> ReverseIndex:
     """The same edges sorted by group and block, queries ascending within each (R13).
 
-    Beside its result it holds `mark_bytes` for each query, which grow with the number of blocks:
-    for long sequences take queries in super-tiles, as attention does.
+    Beside its result it needs `mark_bytes` of memory for each query, which grow with the number of
+    blocks: for long sequences take queries in super-tiles, as attention does.
     """
     require_top_k(selection.top_k)
     index = reverse_edges(contiguous(selection))

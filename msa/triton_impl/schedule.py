@@ -6,7 +6,7 @@
 
 What the fast form changes:
  1. A row's first item is the number of items of the rows before it: one prefix sum.
- 2. Rows are independent then; a program writes the items of a few rows side by side.
+ 2. Rows are independent after that, and a program writes the items of R rows side by side.
 """
 
 from __future__ import annotations
@@ -16,13 +16,23 @@ import triton
 import triton.language as tl
 
 from msa.ir import ReverseIndex, Schedule
+from msa.triton_impl.launch import contiguous
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import contiguous
 
 
 @triton.jit
 def items_kernel(offsets, item_stops, rows, starts, stops, n_rows, chunk, R: tl.constexpr):
-    """The items of R rows; item_stops[x] is the number of items of rows 0 ... x."""
+    """The items of R rows.
+
+    Parameters:
+        offsets: [rows + 1], int64; where the edges of a row of the reverse index start
+        item_stops: [rows], int64; the number of items of the rows 0 ... x
+        rows: [items], int32; the row of each item, written
+        starts, stops: [items], int64; the edges of each item, written
+        n_rows: int; rows of the reverse index
+        chunk: int; edges of an item, at most
+        R: rows of one program
+    """
     o_row = tl.program_id(0) * R + tl.arange(0, R)
     m_row = o_row < n_rows
     b_start = tl.load(offsets + o_row, mask=m_row, other=0)
@@ -38,8 +48,11 @@ def items_kernel(offsets, item_stops, rows, starts, stops, n_rows, chunk, R: tl.
 
 
 def schedule_edges(reverse_index: ReverseIndex, chunk_size: int) -> Schedule:
-    """`schedule_chunks` without waiting for the device: as many items as there can be at most,
-    those beyond the real ones empty (start = stop)."""
+    """`schedule_chunks` without waiting for the device.
+
+    It has as many items as there can be at most. Those after the real ones are empty (start =
+    stop).
+    """
     offsets = reverse_index.row_offsets
     device, n_rows = offsets.device, len(offsets) - 1
     edges = len(reverse_index.query_ids)

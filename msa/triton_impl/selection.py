@@ -10,16 +10,17 @@
 What the fast form changes:
  1. Forced blocks are never scored. The own block is always forced (R6), so every scored block lies
     wholly in the past: no token mask anywhere, and no partial block.
- 2. A running top-k of a few hundred rows is never up to date at once. Instead each row has a
-    threshold that its best `places` blocks reach, and appends what beats it to a buffer of
-    CAPACITY candidates in L2. Every CHECK blocks, buffers near overflow are cut back; on ordinary
-    scores this happens after about 64, 160, 400, 1000 ... blocks.
- 3. Strictly beating the threshold is exact: ids ascend, so on a tie the earlier block stays.
+ 2. Keeping an exact top-k for a few hundred rows at every block would be slow. Instead each row
+    has a threshold that its best `places` blocks reach, and appends each block that beats it to a
+    buffer of CAPACITY candidates in L2. Every CHECK blocks, buffers that are nearly full are cut
+    back. With ordinary scores this happens after about 64, 160, 400, 1000 ... blocks.
+ 3. A block must beat the threshold strictly, which is exact: ids ascend, so of equal scores the
+    earlier block stays.
  4. Nothing is ever sorted. A threshold is found by bisection on the scores as integers, counting
-    how many reach it; a prefix sum then closes the gaps, and ids stay ascending, as R8 wants them.
+    how many reach it. A prefix sum then closes the gaps, and ids stay ascending, as R8 wants them.
  5. The keys are split among several programs when there are few queries (or too few tiles to fill
-    the device evenly); the finishing kernel looks at all buffers of a row at once.
- 6. Long items start first, so that the device runs dry only once.
+    the device evenly); the finishing kernel reads all buffers of a row at once.
+ 6. Long items start first, so that all programs end at about the same time.
 """
 
 from __future__ import annotations
@@ -36,33 +37,29 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl.block_topk import select_blocks
+from msa.triton_impl.launch import can_describe, describe, is_exact, pad, require_kernels
 from msa.triton_impl.places import device_table, on_its_device
 from msa.triton_impl.quantize import to_fp8
-from msa.triton_impl.tiles import (
+from msa.triton_impl.tables import to_device
+from msa.triton_impl.tile_verbs import along, load_tile, wait_for_threads
+from msa.triton_impl.topk import (
     NO_BLOCK,
     NO_SCORE,
-    along,
-    can_describe,
-    describe,
-    is_exact,
     keep_best,
-    pad,
-    require_kernels,
     score_key,
     store_selection,
     threshold_of,
-    to_device,
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
 __all__ = ["select_blocks", "select_fused"]
 
 CAPACITY = 64  # candidates of one row's buffer, at least
-CHECK = 8  # blocks between two looks at the fill of the buffers
+CHECK = 8  # blocks between two checks of how full the buffers are
 SLACK = 6  # candidates beyond `places` that may stay when a buffer is cut back
 PROGRAMS = 132 * 3  # items that keep the device evenly loaded
 SHORTEST = 16  # blocks of one item, at least
-WIDEST = 2**15  # candidates that the finishing kernel looks at, at most, unless one buffer has more
+WIDEST = 2**15  # candidates that the finishing kernel reads, at most, unless one buffer has more
 
 
 @triton.jit
@@ -71,11 +68,15 @@ def cut_back(keys, ids, p_low, p_count, b_count, BM: tl.constexpr, CAP: tl.const
     """Leave each row about its best PLACES candidates; return the new thresholds and counts [BM].
 
     Any threshold that the best PLACES reach is correct, so SLACK more may stay: that is quicker.
+    The candidates do not fit into registers at once. So the rows are cut back SLICE at a time, in
+    place: counts go out to p_count, each slice reads and rewrites its columns of `keys` and `ids`
+    and leaves its threshold and count, and all rows read these back at the end. Other threads wrote
+    what a thread reads here; `wait_for_threads` says why that is sound.
     """
     o_m = tl.arange(0, BM)
     o_c = tl.arange(0, CAP)[:, None]
     tl.store(p_count + o_m, b_count)
-    tl.debug_barrier()
+    wait_for_threads()
     for first in range(0, BM, SLICE):
         o_s = first + tl.arange(0, SLICE)
         m_x = o_c < tl.load(p_count + o_s)[None, :]
@@ -84,12 +85,12 @@ def cut_back(keys, ids, p_low, p_count, b_count, BM: tl.constexpr, CAP: tl.const
         b_low = threshold_of(b_key, m_x, b_low, PLACES, SLACK, 0)
         m_keep, b_rank, b_kept = keep_best(b_key, m_x, b_low, PLACES, 0)
         b_id = tl.load(ids + o_c * BM + o_s[None, :], mask=m_keep, other=0)
-        tl.debug_barrier()
+        wait_for_threads()
         tl.store(keys + b_rank * BM + o_s[None, :], b_key, mask=m_keep)
         tl.store(ids + b_rank * BM + o_s[None, :], b_id, mask=m_keep)
         tl.store(p_low + o_s, tl.where(b_kept < PLACES, NO_SCORE, b_low))
         tl.store(p_count + o_s, b_kept)
-    tl.debug_barrier()
+    wait_for_threads()
     return tl.load(p_low + o_m), tl.load(p_count + o_m)
 
 
@@ -99,7 +100,32 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
                 BK: tl.constexpr, BN: tl.constexpr, LOCAL: tl.constexpr, PLACES: tl.constexpr,
                 CAP: tl.constexpr, CHECK: tl.constexpr, SLACK: tl.constexpr,
                 SLICE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One item: BM rows against a run of blocks; leaves its candidates in its buffer."""
+    """One item: BM rows against a run of blocks; writes its candidates to its buffer.
+
+    Parameters:
+        q: [Tq, Hkv, Di], 16-bit, float32 or e4m3; index queries
+        k: [Tk, Di], as q; index keys, with TMA their descriptor with tiles of BN rows
+        items: [items, 7], int32; see `ScanPlan`
+        keys: [buffers, CAP, BM], int32; the candidates' scores as integers, written
+        ids: [buffers, CAP, BM], int32; the candidates' block ids, written
+        fills: [buffers, BM], int32; candidates of each row, written
+        lows: [buffers, BM], int32; scratch of `cut_back`
+        scale: float; index scale
+        stride_qt, stride_kt: elements from one token of q, k to the next
+        stride_qr: elements from one group of q to the next
+        HKV: groups
+        DIM, BD: Di, and rounded up to a power of two
+        BM: rows of the tile: queries times groups
+        BK, BN: keys of a block, keys of one product
+        LOCAL: forced recent blocks
+        PLACES: places for blocks that are not forced
+        CAP: candidates that a row's buffer holds
+        CHECK: blocks between two checks of how full the buffers are
+        SLACK: candidates beyond PLACES that may stay when a buffer is cut back
+        SLICE: rows that `cut_back` takes at a time
+        TMA: bool; keys come by the bulk copy engine
+        PRECISION: input precision of the products
+    """
     p_item = items + tl.program_id(0).to(tl.int64) * 7
     start, stop, position, first_key = (tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2),
                                         tl.load(p_item + 3))  # fmt: skip
@@ -112,7 +138,7 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
     b_limit = tl.where(m_m, b_limit, 0)
     o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
     p_q = q + along(o_t, stride_qt) + along(o_m % HKV, stride_qr)  # [BM]
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)
+    b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
 
     keys += slot * (CAP * BM)
     ids += slot * (CAP * BM)
@@ -150,7 +176,24 @@ def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.conste
                   LOCAL: tl.constexpr, PLACES: tl.constexpr,
                   CAP: tl.constexpr, C: tl.constexpr, SPLITS: tl.constexpr,
                   R: tl.constexpr):  # fmt: skip
-    """R rows: the best of the first C candidates of up to SPLITS buffers, and the forced blocks."""
+    """R rows: the best of the first C candidates of up to SPLITS buffers, and the forced blocks.
+
+    Parameters:
+        keys, ids: [buffers, CAP, BM], int32; candidates, as `scan_kernel` wrote them
+        fills: [buffers, BM], int32; candidates of each row
+        tiles: [tiles, 5], int32; see `ScanPlan`
+        out: [Tq, Hkv, k], int32; the selection, written
+        HKV: groups
+        BM: rows of the tile: queries times groups
+        BK: keys of a block
+        TOP_K, P: k, and rounded up to a power of two
+        SINK, LOCAL: forced first and recent blocks
+        PLACES: places for blocks that are not forced
+        CAP: candidates that a row's buffer holds
+        C: candidates that are read of each buffer
+        SPLITS: buffers of a tile, at most, a power of two
+        R: rows of one program
+    """
     p_tile = tiles + tl.program_id(0).to(tl.int64) * 5
     start, stop, position = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
     slot, n_slots = tl.load(p_tile + 3).to(tl.int64), tl.load(p_tile + 4)
@@ -176,7 +219,7 @@ def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.conste
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """Who scans which blocks: items for the scan (longest first), tiles for the finish."""
+    """Which program scans which blocks: items to scan (longest first), tiles to finish."""
 
     items: Int[Tensor, "items 7"]
     """First query, its stop, position of the first, first key, first block, its stop, buffer."""
@@ -188,7 +231,7 @@ class ScanPlan:
 
 
 def capacity_for(config: MSAConfig) -> int:
-    """Candidates of one row's buffer: the best, and room for some more before it is cut back."""
+    """Candidates of one row's buffer: the best ones, and room for more until it is cut back."""
     return pad(config.top_k - config.forced_blocks + SLACK + CHECK, CAPACITY)
 
 
@@ -196,7 +239,7 @@ def capacity_for(config: MSAConfig) -> int:
 def plan_scan(
     sequences: Sequences, config: MSAConfig, queries: int, device: torch.device
 ) -> ScanPlan:
-    """Tiles of `queries` neighbouring queries, and their blocks cut so that the device fills."""
+    """Tiles of `queries` neighbouring queries, their blocks cut into enough items to fill a GPU."""
     tiles = []
     for qs, ks in sequences.spans():
         start = np.arange(qs.start, qs.stop, queries)
@@ -205,7 +248,7 @@ def plan_scan(
         last = (position + stop - start - 1) // config.block_size
         end = np.maximum(last - config.local_blocks + 1, config.sink_blocks)
         if config.forced_blocks == config.top_k:
-            end[:] = config.sink_blocks  # no place is left to fight for
+            end[:] = config.sink_blocks  # every place is forced
         tiles.append(np.column_stack([start, stop, position, np.full_like(start, ks.start), end]))
     table = np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
     lengths = table[:, 4] - config.sink_blocks

@@ -8,14 +8,16 @@
         top = max over s of top[s]
         log_total = log of the sum over s of total[s] * exp(scale * (top[s] - top))
 
-A softmax is then exp(scale * (S - top) - log_total), its LSE is scale * top + log_total. One number
-in place of the two would lose the softmax where the maximum is large, or infinite.
+A softmax is then exp(scale * (S - top) - log_total), and its LSE is scale * top + log_total. Two
+numbers are kept because the LSE alone loses the softmax where the maximum is large or infinite.
 
     main branch    a row that holds NaN or +inf, or nothing but -inf, has log_total = NaN
     index branch   NaN -> -inf (R4); where the maximum is infinite, the scores equal to it share all
                    the mass
 
-What the fast form changes: as in partials.py; a block of keys stays on chip for its item.
+What the fast form changes:
+ 1. Keys are loaded once per item and stay on chip. Edges times heads make one tile of rows.
+ 2. Every edge owns its slot: no atomics, and a second kernel merges the slots in order (R19).
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.ir import Schedule
-from msa.triton_impl.tiles import (
+from msa.triton_impl.launch import is_exact, pad
+from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.tile_verbs import (
     LOG2E,
     LOWEST,
     along,
-    block_table,
     edge_rows,
-    is_exact,
+    load_item,
     load_keys,
-    pad,
-    query_table,
+    load_tile,
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
@@ -48,17 +50,40 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
                       DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
                       BM: tl.constexpr, INDEX: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys of one item; BM = edges x GP rows at a time."""
+    """BN keys of one item; BM = edges x GP rows at a time.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
+        own_keys: [Tq], int32; each query's own key among the packed keys
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        tops, totals: [Tq, Hq, k, Bk / BN], float32; highest score, not scaled, and sum of
+            exp2(scale * (score - highest)), written in the slots of the edges
+        scale: float; softmax or index scale times log2(e)
+        n_blocks: int; blocks of all sequences
+        stride_qt, stride_kt: elements from one token of q, k to the next
+        stride_qh, stride_kh: elements from one head of q, k to the next
+        G, GP: query heads of a group, and rounded up to a power of two
+        HQ: query heads of all groups
+        TOP_K: k
+        DIM, BD: D, and rounded up to a power of two
+        BK, BN: keys of a block, keys of one program
+        BM: rows of one product
+        INDEX: bool; scores are those of the index branch
+        PRECISION: input precision of the products
+    """
     i_item, i_n = tl.program_id(0), tl.program_id(1)
     PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        row = tl.load(rows + i_item)
-        i_r, i_b = row // n_blocks, row % n_blocks
-        first, key_stop = tl.load(first_keys + i_b) + i_n * BN, tl.load(key_stops + i_b)
+        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        first += i_n * BN
         o_d, o_n = tl.arange(0, BD), first + tl.arange(0, BN)
         p_k = k + along(i_r, stride_kh)
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
+        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
         length = (stop - start).to(tl.int32) * GP
         for x in range(0, length, BM):
             b_t, o_g, m_m = edge_rows(query_ids + start, x, length, G, GP, BM)
@@ -66,9 +91,7 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
             b_own = tl.load(own_keys + b_t, mask=m_m, other=0)
             o_h = i_r * G + o_g
             p_q = q + along(b_t, stride_qt) + along(o_h, stride_qh)  # [BM]
-            b_q = tl.load(
-                p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0
-            )
+            b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
             m_s = o_n[None, :] <= b_own[:, None]
             if INDEX:
@@ -89,7 +112,23 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
 def merge_sums_kernel(tops, totals, counts, top, log_total, scale, n, G: tl.constexpr,
                       WIDTH: tl.constexpr, P: tl.constexpr, R: tl.constexpr, PIECES: tl.constexpr,
                       INDEX: tl.constexpr):  # fmt: skip
-    """R (query, head) pairs; WIDTH parts each, of which the first count * PIECES are in use."""
+    """R (query, head) pairs; WIDTH parts each, of which the first count * PIECES are in use.
+
+    Parameters:
+        tops, totals: [Tq, Hq, WIDTH], float32; what `block_sums_kernel` wrote
+        counts: [Tq, Hkv], int32; slots in use
+        top: [Tq, Hq], float32; highest score, not scaled, written
+        log_total: [Tq, Hq], float32, natural logarithm of the sum of exp2(scale * (score - top));
+            written
+        scale: float; softmax or index scale times log2(e)
+        n: int; Tq * Hq
+        G: query heads of a group
+        WIDTH: k * PIECES
+        P: parts of one step, a power of two
+        R: pairs of one program
+        PIECES: parts of a slot
+        INDEX: bool; scores are those of the index branch
+    """
     o_x = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     m_x = o_x < n
     b_count = tl.load(counts + o_x // G, mask=m_x, other=0) * PIECES
@@ -125,7 +164,7 @@ def softmax_sums(
 ) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:
     """Highest unscaled score and log of the sum of exp(scale * (score - highest)), float32.
 
-    is_index: of the index branch, whose scores may be infinite or NaN (see above).
+    is_index: the scores are those of the index branch, which may be infinite or NaN (see above).
     """
     index, device = schedule.reverse_index, q.device
     sequences, block = index.sequences, index.block_size

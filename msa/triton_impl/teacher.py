@@ -1,4 +1,4 @@
-"""What the main branch looks at: each edge's mean of its heads' probabilities (eq. 9, R17).
+"""The teacher of the index: the mean of the main branch's probabilities over heads (eq. 9, R17).
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each edge (query t, slot s):
@@ -6,8 +6,8 @@
                 exp(softmax_scale * (K q^T - top) - log_total)    # or softmax_scale * K q^T - lse
 
 What the fast form changes:
- 1. Edges are tiles of neighbouring queries (tile_edges.py), rows that did not select the block
-    are read as zeros and written nowhere.
+ 1. Edges are tiles of neighbouring queries (tile_reverse_index.py). Rows that did not select the
+    block are read as zeros and not written.
  2. Keys lie along the rows, so a query's heads lie side by side in a thread's registers: their mean
     costs few exchanges between threads.
 """
@@ -20,8 +20,11 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa.triton_impl.tile_edges import TileEdges, load_edge
-from msa.triton_impl.tiles import LOG2E, along, block_table, heads_of, is_exact, load_keys, pad
+from msa.triton_impl.launch import heads_of, is_exact, pad
+from msa.triton_impl.tables import block_table
+from msa.triton_impl.tile_reverse_index import TileEdges, load_edge
+from msa.triton_impl.tile_verbs import LOG2E, along, load_item, load_keys, load_tile
+from msa.triton_impl.tile_walk import selects
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -32,25 +35,48 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
                    P: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
                    BN: tl.constexpr, E: tl.constexpr, DENSE: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys of one item; E queries x HEADS rows at a time."""
+    """BN keys of one item; E queries x HEADS rows at a time.
+
+    Parameters:
+        q: [Tq, Hq, D], 16-bit or float32
+        k: [Tk, Hkv, D], as q
+        top: [Tq, Hq], float32; highest scores, not scaled, or None where log_total is the LSE
+        log_total: [Tq, Hq], float32, natural logarithm; see `softmax_sums`
+        indices: [Tq, Hkv, k], int32; the selection, read unless DENSE
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        records: [edges, 4], int32; see `TileEdges`
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        teacher: [Tq, Hkv, k, Bk], float32; probabilities, written in the slots of the edges
+        scale: float; softmax scale times log2(e)
+        n_blocks: int; blocks of all sequences
+        stride_qt, stride_kt: elements from one token of q, k to the next
+        stride_qh, stride_kh: elements from one head of q, k to the next
+        G, HKV: query heads of a group, groups
+        HEADS: heads of one product
+        TOP_K, P: k, and rounded up to a power of two
+        DIM, BD: D, and rounded up to a power of two
+        BK, BN: keys of a block, keys of one program
+        E: queries of a tile, a power of two
+        DENSE: bool; the slot of a block is its number
+        PRECISION: input precision of the products
+    """
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        row = tl.load(rows + i_item)
-        i_r, i_b = row // n_blocks, row % n_blocks
-        first_block, key_stop = tl.load(first_keys + i_b), tl.load(key_stops + i_b)
-        first = first_block + i_n
+        i_r, i_b, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        first += i_n
         o_d, o_n, o_q = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, E)
         o_i, o_g = tl.arange(0, E * HEADS) // HEADS, tl.arange(0, E * HEADS) % HEADS
         p_k = k + along(i_r, stride_kh)
         p_tile = q + along(o_i, stride_qt) + along(i_r * G + o_g, stride_qh)  # [E * HEADS]
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
+        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
         i_id = i_b - tl.load(records + start * 4 + 3)  # the block's number in its sequence
         i_t, own, bits = load_edge(records, start)
         for i_e in range(start, stop):
             next_t, next_own, next_bits = load_edge(records, tl.minimum(i_e + 1, stop - 1))
             p_t = i_t.to(tl.int64)
-            m_q = ((bits >> o_q) & 1) != 0
+            m_q = selects(bits, o_q)
             o_x = o_q * HKV + i_r  # [E] (query, group) pair, from the tile's first query on
             b_slot = tl.full([E], 0, tl.int32) + i_id
             if not DENSE:
@@ -60,11 +86,10 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
                 b_slot = tl.sum(tl.where(b_ids == i_id, o_s, 0), 1)  # [E]
             b_p = tl.zeros([BN, E], tl.float32)
             for i_c in tl.static_range(0, G, HEADS):
-                m_m = (((bits >> o_i) & 1) != 0) & (i_c + o_g < G)
+                m_m = selects(bits, o_i) & (i_c + o_g < G)
                 o_h = i_r * G + i_c + o_g
                 p_q = p_tile + (along(i_t, stride_qt) + along(i_c, stride_qh))
-                b_q = tl.load(p_q[:, None] + o_d[None, :],
-                              mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0)  # fmt: skip
+                b_q = load_tile(p_q, m_m, o_d, DIM)  # [E * HEADS, BD]
                 p_x = p_t * (HKV * G) + (o_i * (HKV * G) + o_h)
                 b_log = tl.load(log_total + p_x, mask=m_m, other=float("inf")) * LOG2E
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, E * HEADS]
@@ -79,7 +104,7 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
             i_t, own, bits = next_t, next_own, next_bits
 
 
-def teach(
+def teacher_probabilities(
     q: Float[Tensor, "Tq Hq D"],
     k: Float[Tensor, "Tk Hkv D"],
     sums: tuple[Float[Tensor, "Tq Hq"] | None, Float[Tensor, "Tq Hq"]],
@@ -92,8 +117,8 @@ def teach(
     """The teacher in the slots of the edges, float32; slots that no edge owns are not written.
 
     Args:
-        sums: those of `softmax_sums`; or None and the LSE, where only that is known.
-        dense: slot b is block b, and `indices` gives the shape alone.
+        sums: what `softmax_sums` returned; or None and the LSE, where only the LSE is known.
+        dense: slot b is block b, and only the shape of `indices` is used.
     """
     top, log_total = sums
     schedule, index = edges.schedule, edges.schedule.reverse_index

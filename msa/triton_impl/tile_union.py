@@ -7,13 +7,14 @@
     Selection of their own, `remote`, to be attended to KV-outer
 
 What the fast form changes:
- 1. All pairs in place of lists: each edge of the tile looks at all others, a few dozen at a time. A
-    block's mask is the sum of the bits of the edges that carry its id; the edge of its first query
-    speaks for the block; its place is the number of speakers with smaller ids.
- 2. In the split form only blocks with enough bits have a speaker. The gaps that they leave in the
-    other queries' rows are closed by a prefix sum along each row.
+ 1. All pairs in place of lists: each edge of the tile is compared with all others, a few dozen at a
+    time. A block's mask is the sum of the bits of the edges that have its id. The edge of the first
+    query that selected a block writes it (its writer); the block's place is the number of writers
+    with smaller ids.
+ 2. In the split form only blocks with enough bits have a writer. The others stay in the queries'
+    rows of `remote`, and a prefix sum along each row closes the gaps there.
  3. All pairs of more than PAIRED edges would take too long. There, each block that the tile can see
-    is looked up in each query's row, which ascends, by halving it: more blocks, but few steps each.
+    is looked up in each query's row by bisection, for rows ascend: more blocks, but few steps each.
 """
 
 from __future__ import annotations
@@ -27,15 +28,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from msa.ir import Selection, TileUnion
+from msa.triton_impl.bits import count_bits
+from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tiles import (
-    NO_BLOCK,
-    contiguous,
-    count_bits,
-    pad,
-    require_top_k,
-    tile_table,
-)
+from msa.triton_impl.tables import tile_table
+from msa.triton_impl.tile_verbs import wait_for_threads
+from msa.triton_impl.topk import NO_BLOCK
 
 PAIRED = 1024
 """Edges of a tile that are compared in pairs, at most; the split form has no other way."""
@@ -45,7 +43,23 @@ PAIRED = 1024
 def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whole, pairs,
                  HKV: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
                  CHUNK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
-    """One tile of up to BT queries and one group: E = BT * P edges."""
+    """One tile of up to BT queries and one group: E = BT * P edges.
+
+    Parameters:
+        indices: [Tq, Hkv, k], int32; the selection
+        tiles: [tiles, 5], int32; a `tile_table`
+        ids: [tiles, Hkv, E], int32; the blocks of each union, ascending, then -1, written
+        masks: [tiles, Hkv, E], int32; bit i: query i of the tile selected the block, written
+        counts: [tiles, Hkv], int32; blocks of each union, written
+        remote: [Tq, Hkv, k], int32; each query's other blocks, then -1, written with SPLIT only
+        remote_counts: [Tq, Hkv], int32; other blocks of each query, written with SPLIT only
+        whole, pairs: int; the limits of `split_tiles`, read with SPLIT only
+        HKV: groups
+        TOP_K, P: k, and rounded up to a power of two
+        BT: queries of a tile, rounded up to a power of two
+        CHUNK: edges that all edges are compared with at a time
+        SPLIT: bool; blocks that few queries share leave a long union
+    """
     E: tl.constexpr = BT * P
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, stop = tl.load(tiles + i_t * 5), tl.load(tiles + i_t * 5 + 1)
@@ -66,23 +80,23 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
         b_bit = tl.full([1, CHUNK], 1, tl.int32) << o_j[None, :]
         b_mask += tl.sum(tl.where(b_id[:, None] == b_other[None, :], b_bit, 0), 1)
     b_mask = tl.where(m_e, b_mask, 0)
-    m_speaks = m_e & ((b_mask & ((tl.full([E], 1, tl.int32) << o_i) - 1)) == 0)
-    n = tl.sum(m_speaks.to(tl.int32))
+    m_writes = m_e & ((b_mask & ((tl.full([E], 1, tl.int32) << o_i) - 1)) == 0)
+    n = tl.sum(m_writes.to(tl.int32))
     m_near = m_e
     if SPLIT:
         least = tl.where(n <= whole, 1, tl.where(n <= pairs, 2, 3))
         m_near = m_e & (count_bits(b_mask.to(tl.uint32)) >= least)
-        m_speaks = m_speaks & m_near
-        n = tl.sum(m_speaks.to(tl.int32))
-    tl.store(ids + o_e, tl.where(m_speaks, b_id, NO_BLOCK))
-    tl.debug_barrier()
+        m_writes = m_writes & m_near
+        n = tl.sum(m_writes.to(tl.int32))
+    tl.store(ids + o_e, tl.where(m_writes, b_id, NO_BLOCK))
+    wait_for_threads()
     b_place = tl.zeros([E], tl.int32)
     for first in range(0, E, CHUNK):
         b_other = tl.load(ids + first + tl.arange(0, CHUNK))
         b_place += tl.sum((b_other[None, :] < b_id[:, None]).to(tl.int32), 1)
-    tl.debug_barrier()
-    tl.store(ids + b_place, b_id, mask=m_speaks)
-    tl.store(masks + b_place, b_mask, mask=m_speaks)
+    wait_for_threads()
+    tl.store(ids + b_place, b_id, mask=m_writes)
+    tl.store(masks + b_place, b_mask, mask=m_writes)
     tl.store(ids + o_e, tl.full([E], -1, tl.int32), mask=o_e >= n)
     tl.store(masks + o_e, tl.zeros([E], tl.int32), mask=o_e >= n)
     tl.store(counts + i_t * HKV + i_r, n)
@@ -104,7 +118,21 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
 def long_union_kernel(indices, tiles, ids, masks, counts, U, HKV: tl.constexpr,
                       TOP_K: tl.constexpr, P: tl.constexpr, HALVINGS: tl.constexpr,
                       BK: tl.constexpr, W: tl.constexpr):  # fmt: skip
-    """One tile and one group, W of the blocks that it sees at a time."""
+    """One tile and one group, W of the blocks that it sees at a time.
+
+    Parameters:
+        indices: [Tq, Hkv, k], int32; the selection
+        tiles: [tiles, 5], int32; a `tile_table`
+        ids: [tiles, Hkv, U], int32; the blocks of each union, ascending, then -1, written
+        masks: [tiles, Hkv, U], int32; bit i: query i of the tile selected the block, written
+        counts: [tiles, Hkv], int32; blocks of each union, written
+        U: int; width of ids and masks
+        HKV: groups
+        TOP_K, P: k, and rounded up to a power of two
+        HALVINGS: log2(P)
+        BK: keys of a block
+        W: blocks of one step
+    """
     i_t, i_r = tl.program_id(0), tl.program_id(1)
     p_tile = tiles + i_t * 5
     start, stop, own = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2)
@@ -140,9 +168,11 @@ def long_union_kernel(indices, tiles, ids, masks, counts, U, HKV: tl.constexpr,
 
 @dataclass(frozen=True)
 class SplitUnion:
-    """The shared blocks of each tile, to be walked, and each query's other blocks.
+    """The blocks of each tile that the tile walks, and each query's other blocks.
 
-    `remote` has each query's other blocks, ascending, then -1; None if every block is walked.
+    This form belongs to the triton backend alone. It is a `TileUnion` whose width the host need not
+    read, and in which blocks that few queries share may be missing. These are in `remote`: each
+    query's other blocks, ascending, then -1; None if every block is walked.
     """
 
     block_ids: Int[Tensor, "tiles Hkv E"]

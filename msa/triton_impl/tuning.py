@@ -1,6 +1,6 @@
-"""Launch parameters as data: one frozen record per kernel, from a table that was measured.
+"""Launch parameters as data: one frozen record per kernel, from a table of measurements.
 
-The table is written by hand from what `benchmarks/tune.py` prints; docs/ladder.md says what else
+The table is written by hand from the output of `benchmarks/tune.py`; docs/ladder.md says what else
 was tried. A shape that is not in the table takes the safe default of its kernel.
 """
 
@@ -67,7 +67,7 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 128): TileConfig(rows=64, keys=128, warps=4, stages=2),
         (2, 64): TileConfig(rows=64, keys=128, warps=4, stages=2),
     },
-    "judge": {
+    "index_loss": {
         (2, 128): TileConfig(rows=32, keys=128, warps=4, stages=3),
         (2, 64): TileConfig(rows=32, keys=128, warps=4, stages=3),
     },
@@ -89,7 +89,7 @@ DEFAULTS = {
     "queries": TileConfig(rows=32, keys=32, stages=1),
     "sums": TileConfig(rows=32, keys=64, stages=1),
     "teacher": TileConfig(rows=32, keys=64, stages=1),
-    "judge": TileConfig(rows=32, keys=32, stages=1),
+    "index_loss": TileConfig(rows=32, keys=32, stages=1),
     "pages": TileConfig(rows=32, keys=32, stages=1, programs=528),
     "paged": TileConfig(rows=16, keys=32, stages=1),
 }
@@ -116,7 +116,7 @@ and group beside it."""
 CHUNK_EDGES = 128
 """Edges of one work item of the schedule, in the fused path."""
 
-JUDGE_EDGES = 512
+LOSS_EDGES = 512
 """The same where each item leaves a gradient of its whole block of index keys."""
 
 KEY_TILES, TEACHER_TILES = 256, 64

@@ -1,4 +1,4 @@
-"""KL between the main branch and the index branch on one tile, and its gradient (eq. 9-10, R17)."""
+"""The loss of the index branch, KL(main || index), and its gradient (eq. 9-10, R17)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def judge(
+def index_loss(
     logits: Float[Tensor, "*rows G n"],
     scores: Float[Tensor, "*rows n"],
     support: Bool[Tensor, "#*rows n"],
@@ -15,12 +15,12 @@ def judge(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "*rows n"]]:
     """The summed KL of the rows and its gradient with respect to the scores.
 
-    The teacher is the mean of the heads' probabilities; `logits` hold -inf outside the support and
-    `lse` their log-sum-exp, where it is known.
-    d KL / d scores = student - teacher, so no graph has to be kept for it.
+    The teacher is the mean of the heads' probabilities. `logits` hold -inf outside the support;
+    `lse` is their log-sum-exp, where it is known. d KL / d scores = student - teacher, so autograd
+    need not record anything.
 
     >>> support = torch.ones(1, 2, dtype=torch.bool)
-    >>> loss, slope = judge(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]), support)
+    >>> loss, slope = index_loss(torch.zeros(1, 3, 2), torch.tensor([[1.0, 1.0]]), support)
     >>> loss.item(), slope
     (0.0, tensor([[0., 0.]]))
     """
@@ -36,7 +36,7 @@ def log_softmax(
 ) -> Float[Tensor, "*rows n"]:
     """Logarithm of the student, -inf outside the support; NaN counts as -inf (R4).
 
-    +inf scores share all the mass among themselves; if every score is -inf, the whole support does.
+    Scores of +inf share all the mass; if every score is -inf, the whole support shares it.
 
     >>> scores = torch.tensor([[0.0, torch.inf, torch.inf, torch.nan], [-torch.inf] * 4])
     >>> log_softmax(scores, torch.tensor([True, True, True, False])).exp()

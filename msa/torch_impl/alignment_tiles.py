@@ -1,4 +1,4 @@
-"""The two supports of the alignment loss, tile by tile: selected blocks, or all that is visible."""
+"""The alignment loss tile by tile, over selected blocks or over all visible tokens (R17)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Schedule, Selection, Sequences
-from msa.torch_impl.divergence import judge
-from msa.torch_impl.items import edges_per_item, item_batches, item_logits
-from msa.torch_impl.lowering import queries_per_tile, schedule_tiles, trimmed
-from msa.torch_impl.rows import add_to_rows, scaled_bmm, to_rows, to_tokens
+from msa.torch_impl.index_loss import index_loss
+from msa.torch_impl.item_batches import edges_per_item, item_batches, item_logits, scaled_bmm
+from msa.torch_impl.key_blocks import add_to_rows, to_rows, to_tokens
+from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.tiles import query_positions, sequence_tiles
 
 Four = tuple[Tensor, ...]
@@ -22,11 +22,11 @@ Four = tuple[Tensor, ...]
 
 
 DENSE_BUFFER = 2**22
-"""Scores of all heads that the warm-up form holds at a time."""
+"""How many scores, of all heads, the warm-up form computes at a time."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TileLoss:
     """Summed KL of one tile of queries, and its gradients (0 where none was asked for)."""
 
     queries: slice
@@ -36,14 +36,14 @@ class Verdict:
     d_keys: Float[Tensor, "n Di"] | float = 0.0
 
 
-def dense_verdicts(
+def dense_losses(
     tensors: Four,
     lse: Float[Tensor, "Tq Hq"] | None,
     sequences: Sequences,
     config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[Verdict]:
-    """The warm-up form: whole rows of scores, as many queries at a time as memory likes."""
+) -> Iterator[TileLoss]:
+    """The warm-up form: whole rows of scores, as many queries at a time as DENSE_BUFFER allows."""
     q, k, q_idx, k_idx = tensors
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
     scale = config.index_scale_for(q_idx.shape[-1])
@@ -57,24 +57,24 @@ def dense_verdicts(
         logits = logits.view(groups, n_q, group, n_keys).masked_fill_(~support[:, None], -torch.inf)
         scores = q_idx[qs].transpose(0, 1) @ k_idx[ks].T * scale
         known = None if lse is None else lse[qs].reshape(n_q, groups, group).transpose(0, 1)
-        loss, slope = judge(logits, scores, support, known)
+        loss, slope = index_loss(logits, scores, support, known)
         if not wants_gradient:
-            yield Verdict(qs, ks, loss)
+            yield TileLoss(qs, ks, loss)
             continue
         slope *= scale
         d_queries = (slope @ k_idx[ks]).transpose(0, 1)
         d_keys = slope.flatten(0, 1).T @ q_idx[qs].transpose(0, 1).flatten(0, 1)
-        yield Verdict(qs, ks, loss, d_queries, d_keys)
+        yield TileLoss(qs, ks, loss, d_queries, d_keys)
 
 
-def sparse_verdicts(
+def sparse_losses(
     tensors: Four,
     lse: Float[Tensor, "Tq Hq"] | None,
     selection: Selection,
     config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[Verdict]:
-    """The selected blocks only: every edge brings its scores to its slot."""
+) -> Iterator[TileLoss]:
+    """The form for selected blocks: the scores of every edge are written to its slot."""
     q, k, q_idx, k_idx = tensors
     selection = trimmed(selection)
     group, top_k = q.shape[1] // k.shape[1], selection.top_k
@@ -88,12 +88,12 @@ def sparse_verdicts(
         logits = slot_logits(q[qs], k[ks], schedule, config.softmax_scale_for(q.shape[-1]))
         scores = slot_logits(q_idx[qs], k_idx[ks, None], schedule, scale)
         known = None if lse is None else lse[qs].reshape(-1, group)
-        loss, slope = judge(logits, scores[:, 0], readable(part), known)
+        loss, slope = index_loss(logits, scores[:, 0], readable(part), known)
         if wants_gradient:
             d_queries, d_keys = index_gradients(q_idx[qs], k_idx[ks], slope, schedule, scale)
-            yield Verdict(qs, ks, loss, d_queries, d_keys)
+            yield TileLoss(qs, ks, loss, d_queries, d_keys)
         else:
-            yield Verdict(qs, ks, loss)
+            yield TileLoss(qs, ks, loss)
 
 
 def slot_logits(
@@ -102,7 +102,7 @@ def slot_logits(
     schedule: Schedule,
     scale: float,
 ) -> Float[Tensor, "lanes G k_Bk"]:
-    """Scores of all tokens in their slots, -inf elsewhere; Hk = 1: a key that all groups share."""
+    """Scores of all tokens in their slots, -inf elsewhere. Hk = 1: all groups share one key."""
     index = schedule.reverse_index
     lanes = queries.reshape(index.counts.numel(), -1, queries.shape[2])
     group, block, top_k = lanes.shape[1], index.block_size, index.top_k
@@ -115,7 +115,7 @@ def slot_logits(
 
 
 def readable(selection: Selection) -> Bool[Tensor, "lanes k_Bk"]:
-    """Which tokens of a query's slots are there and not in its future (R9).
+    """Which tokens of a query's slots exist and are not in its future (R9).
 
     >>> ids = torch.tensor([[[0, 1]]], dtype=torch.int32)
     >>> readable(Selection(ids, Sequences.one(1, 3), block_size=2))
@@ -139,7 +139,7 @@ def index_gradients(
     index = schedule.reverse_index
     block, (n_q, groups, dim) = index.block_size, q_idx.shape
     lanes, rows = q_idx.reshape(-1, dim), to_rows(k_idx[:, None], index.sequences, block)
-    # One more row of zeros: what the copies in short items find.
+    # One more row of zeros, which the copies in short items read.
     slope = torch.cat([slope.view(-1, block), slope.new_zeros(1, block)])
     d_slots = q_idx.new_zeros(len(slope), dim)
     d_rows = rows.new_zeros(groups * len(rows), block, dim)

@@ -1,4 +1,4 @@
-"""Keys and values as rows of whole blocks: there, back, and sums of gradients in a fixed order."""
+"""Keys and values as rows of whole blocks, the way back, and sums of gradients in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from msa.torch_impl.tiles import borders, owners
 
 
 def block_slots(sequences: Sequences, block_size: int, device: torch.device) -> Int[Tensor, " Tk"]:
-    """Where each packed token lies when every block is filled up to full length (R1, R3).
+    """The place of each packed token when every block is filled up to full length (R1, R3).
 
     >>> block_slots(Sequences((0, 3, 5), (0, 3, 5)), 2, torch.device("cpu"))
     tensor([0, 1, 2, 4, 5])
@@ -35,7 +35,7 @@ def to_rows(
 def to_tokens(
     rows: Float[Tensor, "rows Bk D"], heads: int, sequences: Sequences
 ) -> Float[Tensor, "Tk H D"]:
-    """The way back from `to_rows`."""
+    """The inverse of `to_rows`."""
     block_size = rows.shape[1]
     padded = rows.reshape(heads, -1, rows.shape[2])
     return padded[:, block_slots(sequences, block_size, rows.device)].transpose(0, 1)
@@ -46,8 +46,8 @@ def add_to_rows(
 ) -> None:
     """total[rows] += addends in a fixed order, in place (R19).
 
-    Items of one row lie side by side, so each run is added up in order and each row then written
-    once. index_add_ and index_put_(accumulate=True) would race: their order is nobody's promise.
+    Items of one row lie side by side, so each run is added up in order and each row is then written
+    once. index_add_ and index_put_(accumulate=True) add in an order that may change between runs.
 
     >>> total = torch.zeros(3, 1, 1)
     >>> add_to_rows(total, torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))
@@ -58,10 +58,3 @@ def add_to_rows(
     if len(distinct) < len(rows):
         addends = torch.segment_reduce(addends, "sum", lengths=lengths, axis=0)
     total[distinct] += addends
-
-
-def scaled_bmm(
-    left: Float[Tensor, "W m n"], right: Float[Tensor, "W n p"], scale: float
-) -> Float[Tensor, "W m p"]:
-    """scale * left @ right, the factor inside the product: one pass over the result less."""
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)

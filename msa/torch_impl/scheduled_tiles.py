@@ -1,6 +1,6 @@
-"""The chain from a Selection to a Schedule, one tile of queries at a time.
+"""From a Selection to Schedules, one tile of queries at a time, so that memory stays bounded.
 
-For the two files that walk edges from end to end: attention and alignment.
+Attention, its gradients and the alignment loss use this, because they need every edge.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msa.torch_impl.schedule import schedule_chunks
 
 @dataclass(frozen=True)
 class ScheduledTile:
-    """A tile of queries, the keys that it may see, and the work that its selection asks for."""
+    """A tile of queries, the keys that it may see, and the schedule of its selection."""
 
     queries: slice
     keys: slice
@@ -25,13 +25,15 @@ class ScheduledTile:
 
 
 def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
-    """As many queries as let a slot buffer of one number per element reach BUFFER."""
+    """So many queries that a buffer of `elements_per_query` numbers for each has the size below."""
     total = CPU_BUFFER if like.device.type == "cpu" else GPU_BUFFER
     return min(max(1, total // elements_per_query), max(1, like.shape[0]))
 
 
 def trimmed(selection: Selection) -> Selection:
-    """With no more places than the longest sequence has blocks: a large k takes no memory.
+    """The selection with at most as many places as the longest sequence has blocks.
+
+    So a large k takes no memory.
 
     >>> import torch
     >>> from msa.ir import Sequences
@@ -54,3 +56,4 @@ def schedule_tiles(selection: Selection, size: int, chunk_size: int) -> Iterator
 
 CPU_BUFFER = 2**23
 GPU_BUFFER = 2**27
+"""Numbers of one slot buffer."""

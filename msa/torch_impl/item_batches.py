@@ -1,8 +1,8 @@
-"""Work items as dense batches: what the schedule (R14) looks like to a batched matrix product.
+"""Work items as dense batches: the schedule (R14) in the form of batched matrix products.
 
-A block of keys is read by many queries, so an item is one ordinary product: its gathered queries,
-all heads of the group stacked, against its one block of keys. The other loop order would gather
-k blocks of keys for each query, Bk / Hq times the traffic; on a CPU it is several times slower.
+Many queries read one block of keys, so an item is one ordinary product: its gathered queries, with
+all heads of the group stacked, times its block of keys. The other loop order would gather k blocks
+of keys for each query, which moves Bk / Hq times as much data. On a CPU it is several times slower.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msa.ir import Schedule
-from msa.torch_impl.rows import scaled_bmm
 from msa.torch_impl.tiles import block_positions, query_positions
 
 CPU_BATCH = 2**20
-"""Logits at a time, 4 MiB. Smaller batches stay closer to the core and are no faster: each product
-is threaded by itself, and on a busy machine every start of the threads is a wait (measured)."""
+"""Logits of one batch, 4 MiB (measured). Smaller batches fit a faster cache, but every product
+starts the threads again, and on a busy machine each start takes time."""
 GPU_BATCH = 2**25
 
 
 @dataclass(frozen=True)
 class ItemBatch:
-    """W items of up to C edges each, shorter ones filled up with copies of their first edge.
+    """W items of up to C edges each; shorter items are filled up with copies of their first edge.
 
     A lane is a (query, group) pair, numbered `query * Hkv + group`.
     """
@@ -34,18 +33,18 @@ class ItemBatch:
     rows: Int[Tensor, " W"]
     """Row of the reverse index: which block of which group the item reads."""
     lanes: Int[Tensor, "W C"]
-    """Who reads it."""
+    """The lanes that read the block."""
     slots: Int[Tensor, "W C"]
     """The rank of the block in the lane's selection."""
     real: Bool[Tensor, "W C"]
     """False for copies."""
     visible: Bool[Tensor, "W C Bk"] | None
-    """Tokens not in the edge's future; None if no block of the batch is anyone's own (R3)."""
+    """Tokens not in the edge's future; None if no edge reads its query's own block (R3)."""
     top_k: int
     all_lanes: int
 
     def places(self, group: int) -> Int[Tensor, " W_C_G"]:
-        """For each edge and head its row in a buffer [lanes, group, k]; one past it for copies."""
+        """The row of each edge and head in a buffer [lanes, group, k]; copies get the row after."""
         head = torch.arange(group, device=self.lanes.device)
         places = (self.lanes[..., None] * group + head) * self.top_k + self.slots[..., None]
         return torch.where(
@@ -59,10 +58,10 @@ def edges_per_item(group: int) -> int:
 
 
 def item_batches(schedule: Schedule, edge_cost: int) -> Iterator[ItemBatch]:
-    """All items, as many at a time as keep `edges * edge_cost` numbers in the cache.
+    """All items, in batches of so many that `edges * edge_cost` numbers fit into the cache.
 
-    Full items come first, in row order. The short ones, at most one of each row, follow by length,
-    so that hardly any copies are computed. No batch holds both: items of a row lie side by side.
+    Full items come first, in row order. The short items, at most one of each row, follow by length,
+    so that few copies are computed. No batch holds both kinds, so items of a row lie side by side.
     """
     if not len(schedule.rows):
         return
@@ -128,3 +127,10 @@ def item_logits(
         by_edge = logits.view(count, width, group, -1)
         by_edge.masked_fill_(~items.visible[:, :, None], -torch.inf)
     return queries, logits
+
+
+def scaled_bmm(
+    left: Float[Tensor, "W m n"], right: Float[Tensor, "W n p"], scale: float
+) -> Float[Tensor, "W m p"]:
+    """scale * left @ right. The product itself applies the factor, which saves a pass over it."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)

@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel of a chain is set up while the one before it still runs.
 
-Each kernel of the chain waits for the one before, then lets the next one be set up. The wait comes
-first, so that what a kernel sees is complete all the way up the chain.
+Each kernel of the chain waits for the kernel before it, then lets the next one be set up. The wait
+comes first, so a kernel sees all that the kernels before it wrote.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_others(EARLY: tl.constexpr):
-    """Up to here a kernel may run beside the one before it, and must not read what that writes."""
-    if EARLY:
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before has ended. Above this call, do not read what it writes."""
+    if PDL:
         gdc_wait()
         gdc_launch_dependents()
 
 
 @lru_cache(maxsize=8)
-def early_launch(device: torch.device) -> dict[str, Any]:
-    """The launch arguments of a kernel of the chain; says so once where it has to do without."""
+def dependent_launch(device: torch.device) -> dict[str, Any]:
+    """The launch arguments of a kernel of the chain; warns once on devices without this feature."""
     if is_hopper(device):
-        return {"EARLY": True, "launch_pdl": True}
+        return {"PDL": True, "launch_pdl": True}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         warnings.warn(
@@ -37,10 +37,10 @@ def early_launch(device: torch.device) -> dict[str, Any]:
             RuntimeWarning,
             stacklevel=2,
         )
-    return {"EARLY": False}
+    return {"PDL": False}
 
 
 @lru_cache(maxsize=8)
 def is_hopper(device: torch.device) -> bool:
-    """Compute capability 9.0 or later; the interpreter has none."""
+    """Whether the device is a GPU of compute capability 9.0 or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

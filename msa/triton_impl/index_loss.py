@@ -1,4 +1,4 @@
-"""The index branch judged by the main branch: KL and its gradient (eq. 9-10, R17).
+"""The loss of the index branch, KL(main || index), and its gradient (eq. 9-10, R17).
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each edge (query t, slot s):
@@ -10,7 +10,7 @@
 
 What the fast form changes:
  1. All groups share the index keys, so edges alone are the rows: a tile is 64 gathered queries.
- 2. Nothing of size queries x tokens is ever written but the teacher's probabilities, in slots.
+ 2. Of all numbers for each query and token, only the teacher's probabilities are ever written.
 """
 
 from __future__ import annotations
@@ -23,35 +23,62 @@ from torch import Tensor
 
 from msa.ir import Schedule
 from msa.triton_impl.item_sums import sum_items, sum_slots
-from msa.triton_impl.tiles import (
+from msa.triton_impl.launch import is_exact, pad
+from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.tile_verbs import (
     along,
-    block_table,
     edge_rows,
     fast_log,
-    is_exact,
+    load_item,
     load_keys,
-    pad,
-    query_table,
+    load_tile,
+    store_tile,
 )
 from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, query_ids, slots,
+def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, query_ids, slots,
                  own_keys, first_keys, key_stops, losses, d_q, d_k, scale, n_blocks, stride_qt,
                  stride_qh, stride_kt, HKV: tl.constexpr, TOP_K: tl.constexpr, DIM: tl.constexpr,
                  BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
                  GRADIENT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys of one item; BM edges at a time."""
+    """BN keys of one item; BM edges at a time.
+
+    Parameters:
+        q_idx: [Tq, Hkv, Di], 16-bit or float32
+        k_idx: [Tk, Di], as q_idx
+        teacher: [Tq, Hkv, k, Bk], float32; probabilities
+        top: [Tq, Hkv], float32; each row's highest score, not scaled
+        log_total: [Tq, Hkv], float32, natural logarithm; see `softmax_sums`
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
+        own_keys: [Tq], int32; each query's own key among the packed keys
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        losses: [Tq, Hkv, k, Bk / BN], float32; written in the slots of the edges
+        d_q: [Tq, Hkv, k, Bk / BN, Di], float32; not yet times the scale, written with GRADIENT only
+        d_k: [items, Bk, Di], float32; not yet times the scale, written with GRADIENT only
+        scale: float; index scale
+        n_blocks: int; blocks of all sequences
+        stride_qt, stride_kt: elements from one token of q_idx, k_idx to the next
+        stride_qh: elements from one group of q_idx to the next
+        HKV: groups
+        TOP_K: k
+        DIM, BD: Di, and rounded up to a power of two
+        BK, BN: keys of a block, keys of one program
+        BM: edges of one product
+        GRADIENT: bool; write d_q and d_k
+        PRECISION: input precision of the products
+    """
     i_item, i_n = tl.program_id(0), tl.program_id(1)
     PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        row = tl.load(rows + i_item)
-        i_r, i_b = row // n_blocks, row % n_blocks
-        first, key_stop = tl.load(first_keys + i_b) + i_n * BN, tl.load(key_stops + i_b)
+        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        first += i_n * BN
         o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
-        b_k = load_keys(k_idx, first, key_stop, stride_kt, o_d, DIM, BD, BN)  # [BN, BD]
+        b_k = load_keys(k_idx, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
         b_dk = tl.zeros([BN, BD], tl.float32)
         length = (stop - start).to(tl.int32)
         for x in range(0, length, BM):
@@ -59,9 +86,7 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
             b_slot = tl.load(slots + start + x + tl.arange(0, BM), mask=m_m, other=0)
             b_own = tl.load(own_keys + b_t, mask=m_m, other=-1)
             p_q = q_idx + along(b_t, stride_qt) + along(i_r, stride_qh)  # [BM]
-            b_q = tl.load(
-                p_q[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < DIM)[None, :], other=0.0
-            )
+            b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
             o_x = b_t * HKV + i_r
             b_top = tl.load(top + o_x, mask=m_m, other=0.0)[:, None]
             b_log = tl.load(log_total + o_x, mask=m_m, other=0.0)[:, None]
@@ -79,14 +104,13 @@ def judge_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops, que
                 b_ds = tl.where(m_s, tl.exp(b_student) - b_p, 0.0).to(b_q.dtype)
                 b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
                 b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-                tl.store(d_q + p_x[:, None] * DIM + o_d[None, :], b_dq,
-                         mask=m_m[:, None] & (o_d < DIM)[None, :])  # fmt: skip
+                store_tile(d_q + p_x * DIM, m_m, o_d, b_dq, DIM)
         if GRADIENT:
             o_y = i_item.to(tl.int64) * BK + i_n * BN + o_n  # [BN] row of d_k
             tl.store(d_k + o_y[:, None] * DIM + o_d[None, :], b_dk, mask=(o_d < DIM)[None, :])
 
 
-def judge(
+def index_loss(
     q_idx: Float[Tensor, "Tq Hkv Di"],
     k_idx: Float[Tensor, "Tk Di"],
     teacher: Float[Tensor, "Tq Hkv k Bk"],
@@ -104,7 +128,7 @@ def judge(
     index, device = schedule.reverse_index, q_idx.device
     sequences, block = index.sequences, index.block_size
     (n_q, groups, dim), items = q_idx.shape, len(schedule.rows)
-    tile = tile or choose("judge", q_idx.dtype, pad(dim), block)
+    tile = tile or choose("index_loss", q_idx.dtype, pad(dim), block)
     pieces = block // tile.keys
     losses = torch.zeros((n_q, groups, index.top_k, pieces), dtype=torch.float32, device=device)
     parts = [losses, losses]
@@ -113,7 +137,7 @@ def judge(
         parts = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     if items:
         own = query_table(sequences, block, device)[0]
-        judge_kernel[items, pieces](
+        index_loss_kernel[items, pieces](
             q_idx, k_idx, teacher, top, log_total, schedule.rows, schedule.starts, schedule.stops,
             index.query_ids, index.slots, own, *block_table(sequences, block, device), losses,
             *parts, index_scale, sequences.cu_blocks(block)[-1], *q_idx.stride()[:2],

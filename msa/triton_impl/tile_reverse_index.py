@@ -4,8 +4,8 @@
         append (tile, place of b in the union) to row (group, b)
     cut the rows into work items
 
-A tile stands where a query stood, so the reverse index and the schedule of the forward do all of
-it. A tile is read in one long run of memory, and its row mask says which queries count.
+A tile takes the place of a query, so the reverse index and the schedule of the forward do all of
+this. A tile is read in one long run of memory, and its row mask says which queries read the block.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from msa.ir import Schedule, Selection, Sequences
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
+from msa.triton_impl.tables import query_table, tile_table
 from msa.triton_impl.tile_union import SplitUnion
-from msa.triton_impl.tiles import query_table, tile_table
 
 
 @triton.jit
 def load_edge(records, i_e):
-    """Edge i_e: its tile's first query, that query's own key, the mask of the rows that count."""
+    """Edge i_e: its tile's first query, that query's own key, the mask of rows that read it."""
     p_x = records + i_e * 4
     return tl.load(p_x), tl.load(p_x + 1), tl.load(p_x + 2)
 
@@ -35,7 +35,20 @@ def load_edge(records, i_e):
 @triton.jit
 def record_kernel(query_ids, slots, offsets, masks, tiles, first_blocks, records, n_blocks, U,
                   HKV: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """What a program wants to know of B edges, side by side."""
+    """Write the records of B edges: what a program needs of an edge, side by side.
+
+    Parameters:
+        query_ids, slots: [edges], int32; tile of an edge, place of the block in its union
+        offsets: [rows + 1], int64; where the edges of a row of the reverse index start
+        masks: [tiles, Hkv, U], int32; bit i: query i of the tile selected the block
+        tiles: [tiles, 5], int32; a `tile_table`
+        first_blocks: [Tq], int32; number of the first block of each query's sequence
+        records: [edges, 4], int32; see `TileEdges`, written
+        n_blocks: int; blocks of all sequences
+        U: int; width of masks
+        HKV: groups
+        B: edges of one program
+    """
     o_e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     m_e = o_e < tl.load(offsets + HKV * n_blocks)
     b_r = tl.zeros([B], tl.int32)  # rows are ordered by group
@@ -54,11 +67,12 @@ def record_kernel(query_ids, slots, offsets, masks, tiles, first_blocks, records
 
 @dataclass(frozen=True)
 class TileEdges:
-    """Who reads each block, by tiles of `tile_size` queries.
+    """Which tiles of `tile_size` queries read each block.
 
-    `schedule` is that of a selection whose queries are tiles. `records` has, in its order of edges,
-    each tile's first query, that query's own key, bit i for query i of those that count, and the
-    number of the sequence's first block.
+    This form is of the triton backend alone, for gradients and the alignment loss. `schedule` is
+    the schedule of a selection whose queries are tiles. `records` has, in the order of its edges:
+    the tile's first query, that query's own key, a mask with bit i set if query i of the tile reads
+    the block, and the number of the sequence's first block.
     """
 
     tile_size: int

@@ -1,0 +1,81 @@
+"""Tables that tell a program where its tile lies.
+
+Tables are small int32 tensors. The host makes them from the borders of the sequences, one for each
+(sequences, block size, device), and keeps them (see `places`), so a second call with the same
+borders copies nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from msa.ir import Sequences
+from msa.triton_impl.places import device_table
+
+
+def to_device(table: np.ndarray, device: torch.device) -> Int[Tensor, "..."]:
+    """Copy a table to the device as int32. Only functions marked `device_table` may call this."""
+    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
+
+
+def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
+    """values[s] repeated for every member of sequence s."""
+    return np.repeat(values, np.diff(np.array(borders, np.int64)))
+
+
+@device_table
+def query_table(sequences: Sequences, block_size: int, device: torch.device) -> Int[Tensor, "3 Tq"]:
+    """For each query: the packed index of its own key, its position (R2), its first block's number.
+
+    A key j of the same sequence is visible exactly when j <= the own key.
+
+    >>> query_table(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[3, 4, 5], [3, 4, 0], [0, 0, 3]]
+    """
+    cu_q, cu_k = (np.array(b, np.int64) for b in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
+    cu_blocks = np.array(sequences.cu_blocks(block_size), np.int64)
+    index = np.arange(sequences.total_q)
+    own = index + _spread(cu_k[1:] - cu_q[1:], sequences.cu_seqlens_q)
+    position = own - _spread(cu_k[:-1], sequences.cu_seqlens_q)
+    first_block = _spread(cu_blocks[:-1], sequences.cu_seqlens_q)
+    return to_device(np.stack([own, position, first_block]), device)
+
+
+@device_table
+def block_table(
+    sequences: Sequences, block_size: int, device: torch.device
+) -> Int[Tensor, "2 blocks"]:
+    """For each block, numbered through all sequences: its first packed key, its sequence's end.
+
+    >>> block_table(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[0, 2, 4, 5], [5, 5, 5, 6]]
+    """
+    cu_k = np.array(sequences.cu_seqlens_k, np.int64)
+    cu_blocks = sequences.cu_blocks(block_size)
+    blocks = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
+    first_key = _spread(cu_k[:-1], cu_blocks) + blocks * block_size
+    return to_device(np.stack([first_key, _spread(cu_k[1:], cu_blocks)]), device)
+
+
+@device_table
+def tile_table(
+    sequences: Sequences, tile_size: int, device: torch.device
+) -> Int[Tensor, "tiles 5"]:
+    """Tiles of neighbouring queries: start, stop, own key of the start, first key, end of keys.
+
+    Tiles start at each sequence's first query, so none holds queries of two sequences.
+
+    >>> tile_table(Sequences((0, 3, 4), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[0, 2, 2, 0, 5], [2, 3, 4, 0, 5], [3, 4, 5, 5, 6]]
+    """
+    rows = []
+    for qs, ks in sequences.spans():
+        start = np.arange(qs.start, qs.stop, tile_size)
+        stop = np.minimum(start + tile_size, qs.stop)
+        own = start + (ks.stop - qs.stop)
+        ends = np.broadcast_to(np.array([[ks.start, ks.stop]]), (len(start), 2))
+        rows.append(np.column_stack([start, stop, own, ends]))
+    return to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)

@@ -1,0 +1,75 @@
+"""Every kernel lists its parameters: read from the source, nothing is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "msa" / "triton_impl"
+HEADING = "    Parameters:\n"
+
+
+def functions(path):
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+def is_jitted(function):
+    return any(ast.unparse(d).startswith("triton.jit") for d in function.decorator_list)
+
+
+def launched(path):
+    """Names of the kernels that a file launches: name[grid](...)."""
+    calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+    targets = (n.func.value for n in calls if isinstance(n.func, ast.Subscript))
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+KERNELS = {
+    f.name: f for path in sorted(FOLDER.glob("*.py")) for f in functions(path)
+    if is_jitted(f) and f.name.endswith("_kernel")
+}  # fmt: skip
+
+
+def listed(docstring):
+    """The list of parameters: name -> what is said of it; entries may name several."""
+    text = docstring.split(HEADING.strip() + "\n")[1]
+    entries = re.sub(r"\n {4,}(?![\w, ]+:)", " ", text)
+    found = {}
+    for line in filter(None, map(str.strip, entries.splitlines())):
+        names, colon, said = line.partition(":")
+        assert colon and said.strip(), line
+        for name in names.split(", "):
+            assert name not in found, f"{name} is listed twice"
+            found[name] = said.strip()
+    return found
+
+
+def test_every_launched_function_is_a_kernel():
+    names = set().union(*map(launched, FOLDER.glob("*.py")))
+    assert names == set(KERNELS)
+    assert len(names) >= 27
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_parameter_is_listed(name):
+    """Each parameter stands in the list once, and the list names nothing else."""
+    docstring = ast.get_docstring(KERNELS[name])
+    assert docstring and HEADING.strip() in docstring
+    parameters = [arg.arg for arg in KERNELS[name].args.args]
+    assert set(listed(docstring)) == set(parameters)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_tensor_has_a_shape_and_a_dtype(name):
+    """An argument is a tensor, a number or a stride; the others are compile-time constants."""
+    constants = {a.arg for a in KERNELS[name].args.args if a.annotation is not None}
+    for parameter, said in listed(ast.get_docstring(KERNELS[name])).items():
+        if parameter in constants:
+            continue
+        if parameter.startswith("stride_"):
+            assert said.startswith("elements from one "), parameter
+        elif not said.startswith(("int", "float", "descriptors of ")):
+            assert re.match(r"\[.+?\], (\w|-)", said), (parameter, said)
