@@ -21,6 +21,7 @@ usage: msa COMMAND [options]
 MiniMax Sparse Attention from math to metal.
 
 commands:
+  doctor              versions, devices, and which parts of msa run on this machine
   explain             a 12-token example through every form of the lowering
   verify              rules R1-R21 on this machine's backends, or on a function of yours
   demo                a trained model answers questions about pictures hidden in a long text
@@ -41,6 +42,7 @@ commands:
 """
 
 COMMANDS = {
+    "doctor": ("msa.doctor", "DoctorOptions", "torch"),
     "explain": ("msa.explain", "ExplainOptions", "torch"),
     "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
     "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
