@@ -19,7 +19,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.figures import INK, MUTED, STYLE
+from benchmarks.figures.style import INK, MUTED, STYLE
 from benchmarks.plots import source
 from msa.model.attention import Mode
 from msa.model.checkpoint import load_trained

@@ -42,29 +42,29 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    from benchmarks import decode_figure, figures, findings_figure, integrations_figure, roofline
+    from benchmarks.figures import decode, findings, integrations, prefill, roofline, style
 
-    prefill = (
-        ("", figures.latency_and_gain),
+    of_prefill = (
+        ("", prefill.latency_and_gain),
         ("_roofline", roofline.roofline),
-        ("_union", figures.loop_orders),
+        ("_union", prefill.loop_orders),
     )
     kinds = {
-        "decode": (("", decode_figure.steps),),
-        "findings": (("", findings_figure.findings),),
-        "integrations": (("", integrations_figure.lengths),),
+        "decode": (("", decode.steps),),
+        "findings": (("", findings.findings),),
+        "integrations": (("", integrations.lengths),),
     }
     found = files.read_json("results", results)
     if not isinstance(found, dict):
         raise ValueError(f"results must hold one JSON object, got another value in {results}")
     made: dict[Path, str] = {}
     files.check_folder("to", folder)
-    for suffix, figure_of in kinds.get(results.stem.partition("_")[0], prefill):
+    for suffix, figure_of in kinds.get(results.stem.partition("_")[0], of_prefill):
         path = folder / f"{results.stem}{suffix}.svg"
-        with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": path.stem}):
+        with pyplot.rc_context(style.STYLE | {"svg.hashsalt": path.stem}):
             try:
                 figure = figure_of(found)
-            except figures.MissingResults as error:
+            except style.MissingResults as error:
                 made[path] = str(error)
                 continue
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

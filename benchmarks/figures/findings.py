@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.figures import (
+from benchmarks.figures.style import (
     BLUE,
     GREEN,
     INK,

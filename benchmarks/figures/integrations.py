@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.figures import BLUE, INK, MUTED, QUIET, SKY, need, tidy_tokens
+from benchmarks.figures.style import BLUE, INK, MUTED, QUIET, SKY, need, tidy_tokens
 from benchmarks.reading import Found
 
 WAYS = {

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.cases import CONFIG, DIM, GROUPS
-from benchmarks.figures import BLUE, INK, MUTED, ORANGE, need
+from benchmarks.figures.style import BLUE, INK, MUTED, ORANGE, need
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found, best_dense
 

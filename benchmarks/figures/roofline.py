@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.figures import BLUE, GREEN, INK, MUTED, ORANGE, QUIET, need, plain_ticks
+from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, QUIET, need, plain_ticks
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found, at
 
