@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -21,15 +20,12 @@ Part = Literal["steps", "quality"]
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DecodeOptions(report.Options):
     """Check, then time decoding over paged caches of up to four million tokens on this GPU.
 
     Takes about a minute on an H100.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/decode_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: steps beside dense attention, what 8 bits lose."""
 
@@ -67,11 +63,5 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console.print(lost)
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(DecodeOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(DecodeOptions, run))

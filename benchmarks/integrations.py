@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -20,15 +19,12 @@ Part = Literal["operators", "lengths"]
 
 
 @dataclass(frozen=True)
-class IntegrationsOptions:
+class IntegrationsOptions(report.Options):
     """Check, then time what `msa.ops` costs, and transformers on its own attention and on this one.
 
     Each way of running the model goes from length to length until it no longer fits.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/integrations_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: operators beside the plain functions, in compiled and captured graphs;
     four layers of MiniMax-M3's attention at 4K to 128K tokens."""
@@ -71,11 +67,5 @@ def cell(rows: list[dict[str, Any]], n: int) -> str:
     return ""
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(IntegrationsOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(IntegrationsOptions, run))

@@ -19,16 +19,13 @@ Part = Literal["ceilings", "lengths", "million", "production", "topk"]
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PrefillOptions(report.Options):
     """Check, then time selection and attention on this GPU against dense attention.
 
     Takes about two minutes on an H100. Neighbouring queries' selections agree to a known degree,
     rho: the chance that a query keeps each remote block of its predecessor.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/prefill_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: the device's own ceilings, prompts of 4K to 128K tokens, a million tokens in
     chunks, production shapes, the stand-alone top-k."""
@@ -48,11 +45,5 @@ def run(options: PrefillOptions) -> int:
     return code
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(PrefillOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(PrefillOptions, run))

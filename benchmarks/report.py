@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,22 @@ def write(path: Path, found: dict[str, Any]) -> None:
     files.write(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def arguments(doc: str | None, parts: tuple[str, ...]) -> argparse.Namespace:
-    """`out` and `parts` from the command line, where tyro is not installed."""
-    parser = argparse.ArgumentParser(description=doc)
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark on a GPU takes; each adds `parts`, the names of what it measures."""
+
+    out: Path | None = None
+    """Where to write the results, again after each part; None is
+    benchmarks/results/BENCHMARK_DEVICE.json."""
+
+
+def main(options: Any, run: Callable[[Any], int]) -> int:
+    """Run a benchmark with `--out` and `--parts` of the command line; tyro is not needed."""
+    parser = argparse.ArgumentParser(description=options.__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
-    return parser.parse_args()
+    parser.add_argument("--parts", nargs="*", default=options.parts, choices=options.parts)
+    given = parser.parse_args()
+    return run(options(out=given.out, parts=tuple(given.parts)))
 
 
 def measure(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -20,15 +19,12 @@ Part = Literal["steps", "warm_up"]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(report.Options):
     """Check, then time forward, backward and alignment loss on this GPU against dense attention.
 
     Takes about two minutes on an H100.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/train_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: steps of 8K to 128K tokens, the warm-up form at 32K."""
 
@@ -64,11 +60,5 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         )
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(TrainOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(TrainOptions, run))
