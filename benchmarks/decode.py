@@ -1,8 +1,6 @@
-"""`msa bench decode`: a step of generation on a GPU, first correct, then fast; results and table.
+"""`msa bench decode` checks and times a step of generation on a GPU.
 
-    python -m benchmarks.decode [--out results.json] [--parts steps quality]
-
-is the same command where tyro is not installed.
+The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps quality]
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ class DecodeOptions(report.Options):
 
 
 def run(options: DecodeOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("decode", options, "benchmarks.decode_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     console = console or Console()
     made = report.table(
         "A decode step, µs: index, selection, attention", "batch x context", "form", "dense",

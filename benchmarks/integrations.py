@@ -1,8 +1,8 @@
-"""`msa bench integrations`: torch operators and Hugging Face's MiniMax-M3 on a GPU.
+"""`msa bench integrations` times torch operators and Hugging Face's MiniMax-M3 on a GPU.
+
+It needs transformers. The same without tyro:
 
     python -m benchmarks.integrations [--out results.json] [--parts operators lengths]
-
-is the same command where tyro is not installed. It needs transformers.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class IntegrationsOptions(report.Options):
 
 
 def run(options: IntegrationsOptions) -> int:
-    """Measure, write, print the tables; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("integrations", options, "benchmarks.integration_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     console = console or Console()
     made = report.table("Operators, ms", "call", "function", "operator", "compiled", "captured")
     for row in found.get("operators", ()):
@@ -55,7 +55,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
 
 
 def cell(rows: list[dict[str, Any]], n: int) -> str:
-    """What one way did at one length.
+    """Format what one way did at one length.
 
     >>> rows = [{"n": 4096, "time": {"ms": 12.34}, "gib": 1.5}, {"n": 8192, "ends": "no memory"}]
     >>> [cell(rows, n) for n in (4096, 8192, 16384)]

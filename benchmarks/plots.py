@@ -1,6 +1,7 @@
-"""`msa bench plots`: the figures of a results file, as SVG; the same file gives the same figures.
+"""`msa bench plots` draws the figures of a results file as SVG.
 
-Each figure carries in its metadata the name and the SHA-256 of the results it was drawn from.
+The same file always gives the same figures. The metadata of a figure have the name and the SHA-256
+of its results file.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ class PlotsOptions:
     results: Path = Path("benchmarks/results/prefill_h100.json")
     """What `msa bench prefill`, `decode` or `integrations` wrote, or `msa findings run`."""
     to: Path = Path("docs")
-    """The folder of the figures, which are named after the results file."""
+    """The folder to draw to; figures are named after the results file."""
 
 
 def source(results: Path) -> str:
-    """Name and digest of a results file."""
+    """Return the name and the digest of a results file."""
     return f"{results.name} sha256 {hashlib.sha256(results.read_bytes()).hexdigest()}"
 
 
@@ -79,7 +80,7 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
 
 
 def run(options: PlotsOptions) -> int:
-    """Draw, and say of each figure where it is, or why it is not."""
+    """Draw, and print for each figure where it is, or why it was not drawn."""
     for path, reason in draw(options.results, options.to).items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")
     return 0

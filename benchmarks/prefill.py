@@ -1,9 +1,7 @@
-"""`msa bench prefill`: prefill on a GPU, first correct, then fast; a results file and its table.
+"""`msa bench prefill` checks and times prefill on a GPU.
 
-    python -m benchmarks.prefill [--out results.json] [--parts lengths million ...]
-
-is the same command where tyro is not installed. Every case is checked on sampled queries before it
-is timed; one that fails ends the run.
+Every case is checked on sampled queries before it is timed; a wrong result ends the run. The same
+without tyro: python -m benchmarks.prefill [--out results.json] [--parts lengths million ...]
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ class PrefillOptions(report.Options):
 
 
 def run(options: PrefillOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     from benchmarks import prefill_table
 
     code, out = report.measure("prefill", options, "benchmarks.stages", prefill_table.show)

@@ -1,4 +1,4 @@
-"""What every benchmark on a GPU says: which machine, which versions, when; results as JSON."""
+"""What all benchmarks on a GPU share: options, the head of a results file, writing, tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msa import files
 
 
 def has_device(command: str) -> bool:
-    """Whether torch sees a CUDA device; if not, say on the error stream who needs one."""
+    """Whether torch sees a CUDA device; if not, print which command needs one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -32,7 +32,7 @@ def has_device(command: str) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """The head of a results file: device, multiprocessors, torch, triton, date."""
+    """Return the head of a results file: device, multiprocessors, torch, triton, date."""
     import torch
     import triton
 
@@ -47,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
-    """Where results of this machine belong.
+    """Return the path for results of this machine.
 
     >>> str(results_path("prefill", {"device": "NVIDIA H100 80GB HBM3"}))
     'benchmarks/results/prefill_h100.json'
@@ -59,7 +59,7 @@ def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """The results as JSON, in the folder made for them."""
+    """Write the results as JSON; a missing folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, (json.dumps(found, indent=1) + "\n").encode())
 
@@ -95,8 +95,8 @@ def measure(
         stages: the module that has the parts by name in PARTS; imported only where a GPU is.
 
     Returns:
-        0, or 2 without a GPU, or 1 with a word on the error stream if a part is wrong; and where
-        the results are.
+        the exit code and the path of the results. The code is 0, or 2 without a GPU, or 1 if the
+        results of a part are wrong; then a message is on the error stream.
     """
     if not has_device(f"msa bench {benchmark}"):
         return 2, Path()
@@ -119,7 +119,7 @@ def measure(
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table of numbers, its first column a name."""
+    """Make an empty table of numbers; its first column is a name."""
     made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
     made.title_justify = made.caption_justify = "left"
     for i, column in enumerate(columns):

@@ -1,8 +1,6 @@
-"""`msa bench train`: a training step on a GPU, first correct, then fast; results and their table.
+"""`msa bench train` checks and times a training step on a GPU.
 
-    python -m benchmarks.train [--out results.json] [--parts steps warm_up]
-
-is the same command where tyro is not installed.
+The same without tyro: python -m benchmarks.train [--out results.json] [--parts steps warm_up]
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ class TrainOptions(report.Options):
 
 
 def run(options: TrainOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the table. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("train", options, "benchmarks.train_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as a table."""
     console = console or Console()
     made = report.table(
         "A training step, ms: forward, backward, alignment loss", "tokens", "rho", "dense", "MSA",
