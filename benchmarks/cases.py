@@ -76,8 +76,9 @@ def make_selection(
 
     The first block and the own block are always in it. Each of the k - 2 other places keeps its
     block from one query to the next with chance `keep`, and is drawn anew otherwise (with
-    every > 1: only at queries that are multiples of `every`). Place j draws among blocks j + 1, j + 1 + (k - 2), ...,
-    so places never collide; every visible block is equally likely, up to rounding.
+    every > 1: only at queries that are multiples of `every`). Place j draws among blocks j + 1,
+    j + 1 + (k - 2), ..., so places never collide. Every visible block is equally likely, up to
+    rounding.
     """
     random = torch.Generator(device).manual_seed(seed)
     places = config.top_k - 2

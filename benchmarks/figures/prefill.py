@@ -36,7 +36,7 @@ DENSE = {"cudnn": ("cuDNN", INK), "fa4": ("FlashAttention-4", ORANGE), "flash": 
 
 # -- latency and gain -----------------------------------------------------------------------------
 def dense_curves(found: Found) -> dict[str, Curve]:
-    """Milliseconds of each baseline that was measured; a million tokens by interpolation."""
+    """Return milliseconds of each baseline that was measured; a million tokens by interpolation."""
     curves: dict[str, Curve] = {}
     for name in DENSE:
         curve = {row["n"]: ms(row, name) for row in need(found, "lengths")}
@@ -47,7 +47,7 @@ def dense_curves(found: Found) -> dict[str, Curve]:
 
 
 def sparse_curve(found: Found, keep: float, fp8: bool = False) -> Curve:
-    """Milliseconds of selection and attention."""
+    """Return milliseconds of selection and attention, by tokens."""
     name = "whole_fp8" if fp8 else "whole"
     curve = {row["n"]: ms(at(row, keep), name) for row in need(found, "lengths")}
     if "million" in found and keep == 0.95:
@@ -58,7 +58,7 @@ def sparse_curve(found: Found, keep: float, fp8: bool = False) -> Curve:
 
 
 def draw_latency(axis: Axes, found: Found) -> None:
-    """Milliseconds against tokens; the band reaches from rho = 0 to the fp8 index."""
+    """Draw milliseconds against tokens; the band reaches from rho = 0 to the fp8 index."""
     lengths = {row["n"] for row in found["lengths"]}
     slow, sparse, fast = (
         sparse_curve(found, 0.0), sparse_curve(found, 0.95), sparse_curve(found, 0.95, fp8=True)
@@ -70,7 +70,7 @@ def draw_latency(axis: Axes, found: Found) -> None:
         last = max(curve)
         if last == max(sparse):
             ends.append((last, curve[last], f"{text}, {duration(curve[last])}", color))
-        else:  # it stops where the others go on: named above its end
+        else:  # the line ends before the others do, so its name stands above its end
             axis.text(last, curve[last] * 1.5, text, color=color, ha="right")
     band = {"y1": list(slow.values()), "y2": list(fast.values())}
     axis.fill_between(list(sparse), **band, color=BLUE, alpha=0.15, lw=0)
@@ -83,7 +83,7 @@ def draw_latency(axis: Axes, found: Found) -> None:
 
 
 def draw_gain(axis: Axes, found: Found) -> None:
-    """How many times faster than cuDNN, whose time over a million tokens is interpolated."""
+    """Draw how many times faster than cuDNN; its time for a million tokens is interpolated."""
     lengths, cudnn = {row["n"] for row in found["lengths"]}, dense_curves(found)["cudnn"]
     most = max(cudnn)
     ends: list[End] = []
@@ -106,10 +106,10 @@ def draw_gain(axis: Axes, found: Found) -> None:
 
 
 def latency_and_gain(found: Found) -> Figure:
-    """Left: milliseconds against tokens; right: how many times faster than cuDNN.
+    """Draw milliseconds against tokens on the left, times faster than cuDNN on the right.
 
     Raises:
-        MissingResults: results without whole prompts, or without cuDNN's time of one.
+        MissingResults: if there are no whole prompts, or no time of cuDNN for one of them.
     """
     if any(math.isnan(ms(row, "cudnn")) for row in need(found, "lengths")):
         raise MissingResults("the results lack a time of 'cudnn'")
@@ -133,7 +133,7 @@ def latency_and_gain(found: Found) -> Figure:
 
 # -- loop orders ----------------------------------------------------------------------------------
 def loop_orders(found: Found) -> Figure:
-    """Useful TFLOP/s of the attention stage against the mean union of four queries' blocks."""
+    """Draw useful TFLOP/s of attention against the mean union of the blocks of four queries."""
     rows = need(found, "lengths")
     figure, axis = pyplot.subplots(figsize=(7.4, 4.3))
     figure.subplots_adjust(left=0.075, right=0.86, top=0.93, bottom=0.2)

@@ -32,7 +32,7 @@ class MissingResults(Exception):
 
 
 def need(found: Found, name: str) -> Any:
-    """A part of the results.
+    """Return a part of the results.
 
     Raises:
         MissingResults: if it was not measured.
@@ -43,7 +43,7 @@ def need(found: Found, name: str) -> Any:
 
 
 def duration(milliseconds: float) -> str:
-    """With its unit.
+    """Format a duration with its unit.
 
     >>> [duration(x) for x in (0.12, 10, 1246.8)]
     ['0.12 ms', '10.0 ms', '1.25 s']
@@ -54,7 +54,7 @@ def duration(milliseconds: float) -> str:
 
 
 def spread(values: list[float], gap: float) -> list[float]:
-    """Places for labels beside points: in the same order, at least `gap` apart.
+    """Choose places for labels beside points: in the same order, at least `gap` apart.
 
     >>> spread([0.0, 1.0, 1.1], 0.5)
     [0.0, 0.8, 1.3]
@@ -63,7 +63,7 @@ def spread(values: list[float], gap: float) -> list[float]:
     groups: list[list[int]] = []
 
     def place(group: list[int]) -> float:
-        """The lowest place of a group of touching labels, around the mean of their points."""
+        """Return the lowest place of a group of touching labels, centred on their points."""
         return sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2
 
     for i in order:
@@ -76,7 +76,7 @@ def spread(values: list[float], gap: float) -> list[float]:
 
 
 def label_ends(axis: Axes, ends: list[End], gap: float = 0.055) -> None:
-    """Name the lines to the right of their ends; the axis has its limits by then.
+    """Write the names of lines to the right of their ends. The axis must have its limits.
 
     gap: the least distance of two labels, as a share of the axis.
     """
@@ -90,7 +90,7 @@ def label_ends(axis: Axes, ends: list[End], gap: float = 0.055) -> None:
 
 
 def tidy_tokens(axis: Axes, least: int, most: int) -> None:
-    """Lengths on a log axis, in K and M."""
+    """Show token counts on a log axis, in K and M."""
     axis.set_xscale("log", base=2)
     axis.set_xlim(least / 1.25, most * 1.15)
     powers = range(int(math.log2(least)), int(math.log2(most)) + 1)
@@ -102,14 +102,14 @@ def tidy_tokens(axis: Axes, least: int, most: int) -> None:
 
 
 def plain_ticks(axis: Axes) -> None:
-    """Numbers in place of powers of ten, on both logarithmic axes."""
+    """Show numbers and not powers of ten, on both logarithmic axes."""
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
         side.set_minor_locator(NullLocator())
 
 
 def line(axis: Axes, curve: Curve, color: str, measured: set[int], **style: Any) -> None:
-    """A line through all points; those that were not measured as a whole are hollow."""
+    """Draw a line through all points; points that were not measured as a whole are hollow."""
     axis.plot(list(curve), list(curve.values()), color=color, **style)
     for n, value in curve.items():
         face = color if n in measured else "white"
