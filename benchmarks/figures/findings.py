@@ -44,7 +44,7 @@ def findings(found: Found) -> Figure:
 
 
 def draw_rows(axis: Axes, found: Found) -> None:
-    """Draw a line for each row: dots for seeds, a bar for the mean of far answers, a ring for near."""
+    """Draw a line for each row: dots for seeds, a bar for the mean of far answers, a ring: near."""
     rows = [row for row in ROWS.values() if runs_of(found, row.name)]
     for place, row in enumerate(reversed(rows)):
         far, near = (percents(runs_of(found, row.name), name) for name in ("far", "near"))
