@@ -42,7 +42,6 @@ commands:
 """
 
 COMMANDS = {
-    "doctor": ("msa.doctor", "DoctorOptions", "torch"),
     "explain": ("msa.explain", "ExplainOptions", "torch"),
     "verify": ("msa.conformance.report", "VerifyOptions", "verify"),
     "demo": ("msa.model.demo", "DemoOptions", "model,demo"),
@@ -58,6 +57,7 @@ COMMANDS = {
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
     "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
     "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
+    "doctor": ("msa.doctor", "DoctorOptions", "torch"),
 }
 """The module that runs each command, the name of its options there, and the extras it needs."""
 REFUSED, INTERRUPTED, CLOSED = 2, 130, 141
