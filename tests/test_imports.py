@@ -31,10 +31,10 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "quality": {"api", "checks", "config", "dispatch", "ir", "paging"},
     "recall": {"checks", "ir", "layout"},
     "files": set(),
-    "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
-    "explain_print": {"explain", "loop_order"},
     "doctor": {"doctor_trials"},
     "doctor_trials": set(),
+    "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
+    "explain_print": {"explain", "loop_order"},
     "cli": set(),
     "__init__": {"api", "config", "dispatch", "ir", "page_arrays", "paging", "pipeline", "quality"},
 }
