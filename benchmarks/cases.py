@@ -1,4 +1,4 @@
-"""What is measured: lengths, selections of known agreement, production shapes. Data, no timing."""
+"""The cases that benchmarks measure: lengths, selections of known agreement, real shapes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RAGGED = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """One problem's tensors, bfloat16 on the GPU."""
+    """The tensors of one problem, in bfloat16 on the GPU."""
 
     q: Float[Tensor, "Tq Hq D"]
     k: Float[Tensor, "Tk Hkv D"]
@@ -50,7 +50,7 @@ class Inputs:
 
 
 def make_inputs(sequences: Sequences, seed: int = 0) -> Inputs:
-    """Random normal tensors of the shape that every figure of the project speaks of."""
+    """Draw random normal tensors; their shape is the one that all figures of the project use."""
     random = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -72,12 +72,13 @@ def make_selection(
     seed: int = 0,
     device: str = "cuda",
 ) -> Selection:
-    """A canonical selection whose neighbours agree to a known degree.
+    """Draw a canonical selection whose neighbouring queries agree to a known degree.
 
-    The first and the own block always; each of the k - 2 other places keeps its block from one
-    query to the next with chance `keep`, and is drawn anew otherwise (with every > 1: only at
-    queries that are multiples of `every`). Place j draws among blocks j + 1, j + 1 + (k - 2), ...,
-    so places never collide; every visible block is equally likely, up to rounding.
+    The first block and the own block are always in it. Each of the k - 2 other places keeps its
+    block from one query to the next with chance `keep`, and is drawn anew otherwise (with
+    every > 1: only at queries that are multiples of `every`). Place j draws among blocks j + 1,
+    j + 1 + (k - 2), ..., so places never collide. Every visible block is equally likely, up to
+    rounding.
     """
     random = torch.Generator(device).manual_seed(seed)
     places = config.top_k - 2
@@ -109,14 +110,14 @@ def make_selection(
 
 
 def attention_flops(selection: Selection, heads: int = HEADS, dim: int = DIM) -> float:
-    """Useful operations of the attention stage: two products over the selected blocks."""
+    """Count useful operations of the attention stage: two products over the selected blocks."""
     per_group = heads // selection.indices.shape[1]
     edges = int((selection.indices >= 0).sum())
     return 4.0 * per_group * dim * edges * selection.block_size
 
 
 def select_flops(sequences: Sequences, groups: int = GROUPS, dim: int = DIM) -> float:
-    """Operations of the index branch over visible tokens."""
+    """Count operations of the index branch over visible tokens."""
     pairs = sum(
         (qs.stop - qs.start) * (ks.stop - ks.start) - (qs.stop - qs.start) ** 2 / 2
         for qs, ks in sequences.spans()

@@ -26,7 +26,7 @@ class Wrong(Exception):
 
 
 def sampled(total: int, number: int = 24) -> list[int]:
-    """Some queries: the first, the last, and others between.
+    """Choose some queries: the first, the last, and others between.
 
     >>> sampled(100, 4)
     [0, 33, 66, 99]
@@ -35,7 +35,7 @@ def sampled(total: int, number: int = 24) -> list[int]:
 
 
 def place(sequences: Sequences, query: int) -> tuple[slice, int]:
-    """The keys of a query's sequence, and the query's position among them (R2)."""
+    """Find the keys of a query's sequence, and the query's position among them (R2)."""
     qs, ks = next((q, k) for q, k in sequences.spans() if q.start <= query < q.stop)
     return ks, query - qs.stop + ks.stop - ks.start
 
@@ -43,7 +43,7 @@ def place(sequences: Sequences, query: int) -> tuple[slice, int]:
 def past_scores(
     q_idx: Float[Tensor, "Tq Hkv D"], k_idx: Float[Tensor, "Tk D"], sequences: Sequences, query: int
 ) -> Float[Tensor, "Hkv own"]:
-    """Float32 scores of the blocks before a query's own one, unscaled (R4, R5)."""
+    """Compute float32 scores, unscaled, of the blocks before a query's own block (R4, R5)."""
     keys, position = place(sequences, query)
     own = position // CONFIG.block_size
     past = k_idx[keys.start : keys.start + own * CONFIG.block_size].float()
@@ -52,7 +52,7 @@ def past_scores(
 
 
 def check_select(sequences: Sequences) -> None:
-    """The fused selection equals a plain one on sampled queries, bit for bit, on integer inputs."""
+    """Check that the fused selection equals a plain one on sampled queries of integer inputs."""
     random = torch.Generator("cuda").manual_seed(1)
 
     def integers(*shape: int) -> Tensor:
@@ -73,9 +73,9 @@ def check_select(sequences: Sequences) -> None:
 
 
 def score_lost(x: Inputs, fine: Int[Tensor, "Tq Hkv k"], coarse: Int[Tensor, "Tq Hkv k"]) -> float:
-    """The share of block score that a coarser selection gives away, on sampled queries.
+    """Measure the share of block score that a coarser selection loses, on sampled queries.
 
-    Scores are those of bfloat16 operands; own blocks, which everyone has, do not count.
+    Scores are those of bfloat16 operands. Own blocks do not count, since both selections have them.
     """
     had = lost = 0.0
     for i in sampled(x.sequences.total_q):
@@ -92,13 +92,17 @@ def score_lost(x: Inputs, fine: Int[Tensor, "Tq Hkv k"], coarse: Int[Tensor, "Tq
 
 
 def exact(x: Inputs, query: int, r: int, tokens: Tensor | slice) -> tuple[Tensor, Tensor]:
-    """Float64 outputs and log-sum-exps of one query and group over the given tokens."""
+    """Compute outputs and log-sum-exps of one query and group in float64, over the given tokens."""
     logits = x.q[query, r * GROUP : (r + 1) * GROUP].double() @ x.k[tokens, r].double().T * SCALE
     return logits.softmax(1) @ x.v[tokens, r].double(), logits.logsumexp(1)
 
 
 def check_attention(x: Inputs, chosen: Selection, order: LoopOrder) -> float:
-    """The largest error of sampled queries against float64; raises beyond bfloat16's rounding."""
+    """Return the largest error of sampled queries against float64.
+
+    Raises:
+        Wrong: if it is beyond the rounding of bfloat16.
+    """
     result = attend_selection(x.q, x.k, x.v, chosen, SCALE, order)
     worst = 0.0
     for i in sampled(x.sequences.total_q):
@@ -117,7 +121,7 @@ def check_attention(x: Inputs, chosen: Selection, order: LoopOrder) -> float:
 
 
 def check_dense(x: Inputs, out: Float[Tensor, "Tq Hq D"], causal: bool) -> float:
-    """The same for dense attention of one sequence, over visible tokens or over all of them."""
+    """Return the same for dense attention of one sequence, over visible or over all tokens."""
     worst = 0.0
     for i in sampled(x.sequences.total_q):
         tokens = slice(0, place(x.sequences, i)[1] + 1 if causal else None)

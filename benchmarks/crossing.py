@@ -1,8 +1,7 @@
 """From which length on is MSA faster than dense attention on a CPU?
 
-Correctness comes before time: MSA is first compared with the reference on a small problem, and with
-PyTorch's own causal attention where every block is kept (R11). Then both are timed in turn, so that
-a busy minute of the machine falls on both.
+MSA is first compared with the reference on a small problem, and with PyTorch's causal attention
+when every block is kept (R11). Then both are timed in turn, so that other load slows both.
 
     python -m benchmarks.crossing --repeats 7
 """
@@ -37,7 +36,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Crossing:
-    """What is timed."""
+    """Time dense attention and MSA on this CPU, and find the length from which MSA is faster."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     q_heads: int = 8
@@ -48,12 +47,12 @@ class Crossing:
     top_k: int = 8
     repeats: int = 5
     threads: int = 0
-    """0 keeps PyTorch's own choice."""
+    """Threads of PyTorch; 0 keeps its default."""
     out: Path = Path("benchmarks/results/crossing_cpu.json")
 
     @property
     def config(self) -> MSAConfig:
-        """The part of it that MSA knows."""
+        """The configuration of MSA."""
         return MSAConfig(block_size=self.block_size, top_k=self.top_k)
 
     def inputs(self, length: int) -> Inputs:
@@ -87,13 +86,13 @@ class Timing:
 
 
 def dense_attention(inputs: Inputs) -> Callable[[], Tensor]:
-    """PyTorch's causal attention on its favourite layout [1, H, T, D], laid out beforehand."""
+    """PyTorch's causal attention on the layout [1, H, T, D], which is made beforehand."""
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in inputs[:3])
     return lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def sparse_attention(inputs: Inputs, config: MSAConfig) -> Callable[[], Tensor]:
-    """The whole of MSA: scoring, selection, attention."""
+    """All of MSA: scoring, selection, attention."""
     sequences = Sequences.one(len(inputs[0]), len(inputs[0]))
     return lambda: torch_impl.attend(*inputs, sequences, config).out
 
@@ -134,7 +133,7 @@ def time_in_turn(functions: dict[str, Callable[[], Tensor]], repeats: int) -> di
 
 
 def crossing_length(rows: dict[int, dict[str, Timing]]) -> float | None:
-    """Where the two curves meet, straight on a log-log scale between the lengths around it.
+    """Find where the two curves meet, interpolated on a log-log scale between two lengths.
 
     >>> def row(dense, sparse):
     ...     return {"dense": Timing(dense, 0, 0), "msa": Timing(sparse, 0, 0)}
@@ -154,7 +153,7 @@ def crossing_length(rows: dict[int, dict[str, Timing]]) -> float | None:
 
 
 def show(rows: dict[int, dict[str, Timing]], crossing: float | None) -> None:
-    """The table and its one-line summary."""
+    """Print the table and a summary of one line."""
     table = Table(title="seconds, median (fastest - slowest)")
     for title in ("tokens", "dense SDPA", "MSA", "dense / MSA"):
         table.add_column(title, justify="right")

@@ -1,15 +1,12 @@
-"""`msa bench decode`: a step of generation on a GPU, first correct, then fast; results and table.
+"""`msa bench decode` checks and times a step of generation on a GPU.
 
-    python -m benchmarks.decode [--out results.json] [--parts steps quality]
-
-is the same command where tyro is not installed.
+The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps quality]
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -21,26 +18,23 @@ Part = Literal["steps", "quality"]
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DecodeOptions(report.Options):
     """Check, then time decoding over paged caches of up to four million tokens on this GPU.
 
     Takes about a minute on an H100.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/decode_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: steps beside dense attention, what 8 bits lose."""
 
 
 def run(options: DecodeOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("decode", options, "benchmarks.decode_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     console = console or Console()
     made = report.table(
         "A decode step, µs: index, selection, attention", "batch x context", "form", "dense",
@@ -67,11 +61,5 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     console.print(lost)
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(DecodeOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(DecodeOptions, run))

@@ -55,7 +55,7 @@ def make_cache(batch: int, context: int, seed: int, integers: bool = False) -> P
 
 
 def in_eight_bits(cache: PagedKV, names: tuple[str, ...]) -> PagedKV:
-    """The same cache with some of its pages in e4m3, each with the scale of `msa.eight_bits`."""
+    """Convert some pages of a cache to e4m3, each with the scale of `msa.eight_bits`."""
     changed: dict[str, Tensor] = {}
     for name in names:
         pages = getattr(cache, f"{name}_pages")
@@ -67,7 +67,7 @@ def in_eight_bits(cache: PagedKV, names: tuple[str, ...]) -> PagedKV:
 
 
 def make_queries(batch: int, integers: bool = False) -> tuple[Tensor, Tensor]:
-    """One query of each sequence, and its index queries."""
+    """Make one query for each sequence, and its index queries."""
     random = torch.Generator("cuda").manual_seed(7)
     like: dict[str, Any] = {"device": "cuda", "generator": random}
     q = torch.randn(batch, 1, HEADS, DIM, dtype=torch.bfloat16, **like)
@@ -110,7 +110,7 @@ def check(cache: PagedKV, q: Tensor, q_idx: Tensor, output: Output) -> float:
 
 
 def replays(calls: list[Callable[[], Any]], each: int = 1) -> dict[str, float]:
-    """Microseconds of one call: each captured in a graph, the graphs replayed in turns."""
+    """Time calls in microseconds: each is captured in a graph, and the graphs replay in turns."""
     graphs = []
     for call in calls:
         call()
@@ -134,12 +134,12 @@ def replays(calls: list[Callable[[], Any]], each: int = 1) -> dict[str, float]:
 
 
 def in_layers(calls: list[Callable[[], Any]]) -> dict[str, float]:
-    """The share of one call in a graph of LAYERS of them."""
+    """Time one call as its share of a graph of LAYERS calls."""
     return replays([lambda: [calls[i % len(calls)]() for i in range(LAYERS)]], LAYERS)
 
 
 def time_steps(caches: list[PagedKV], q: Tensor, q_idx: Tensor) -> dict[str, Any]:
-    """A whole step, and its two kernels in a graph of layers."""
+    """Time a whole step, and its two kernels in a graph of layers."""
     arrivals = decoding.counters(q, GROUPS)
     scores = [score_pages(q_idx, cache, CONFIG, arrivals) for cache in caches]
 
@@ -163,7 +163,7 @@ def time_steps(caches: list[PagedKV], q: Tensor, q_idx: Tensor) -> dict[str, Any
 
 
 def dense(q: Tensor, caches: list[PagedKV]) -> dict[str, Any]:
-    """torch's dense attention of one query over flat keys, the heads of a group as rows."""
+    """Time torch's dense attention of one query over flat keys; the heads of a group are rows."""
     batch = len(q)
     rows = q.view(batch, GROUPS, HEADS // GROUPS, DIM)
     flat = [
@@ -189,7 +189,7 @@ def dense(q: Tensor, caches: list[PagedKV]) -> dict[str, Any]:
 
 
 def steps() -> list[dict[str, Any]]:
-    """Every shape in every form, checked and timed, beside dense attention over the same keys."""
+    """Check and time every shape in every form, and dense attention over the same keys."""
     rows = []
     for batch, context in SHAPES:
         q, q_idx = make_queries(batch)
@@ -212,7 +212,7 @@ def steps() -> list[dict[str, Any]]:
 
 
 def quality() -> dict[str, Any]:
-    """What 8 bits lose on 131,072 random tokens, and on tokens of which some channels stand out."""
+    """Measure what 8 bits lose on 131,072 random tokens, and on tokens with some large channels."""
     random = torch.Generator("cuda").manual_seed(11)
 
     def normal(*shape: int) -> Float[Tensor, "..."]:

@@ -1,4 +1,4 @@
-"""The baselines: dense attention by torch (cuDNN, flash) and, where installed, FlashAttention-4."""
+"""The baselines: dense attention by torch (cuDNN, flash) and, if installed, FlashAttention-4."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.checks import Wrong, check_dense
 from benchmarks.timing import timed
 
 Row = dict[str, float] | str
-"""Times and largest error, or why there are none."""
+"""Times and the largest error, or a sentence that says why there are none."""
 
 
 def checked(x: Inputs, call: Callable[[], Tensor], causal: bool) -> Row:
-    """Time a baseline that is right; otherwise say what is wrong with it."""
+    """Time a baseline if its results are right; otherwise return what is wrong."""
     try:
         error = check_dense(x, call(), causal)
         return timed(call, graph=False) | {"error": error}
@@ -28,7 +28,7 @@ def checked(x: Inputs, call: Callable[[], Tensor], causal: bool) -> Row:
 
 
 def sdpa(x: Inputs, backend: SDPBackend) -> Row:
-    """torch's dense attention: causal for a whole prompt, over all keys for a chunk of one."""
+    """Time torch's dense attention: causal for a whole prompt, over all keys for a chunk."""
     q, k, v = (t.transpose(0, 1)[None] for t in (x.q, x.k, x.v))
     causal = x.sequences.total_q == x.sequences.total_k
 
@@ -41,7 +41,7 @@ def sdpa(x: Inputs, backend: SDPBackend) -> Row:
 
 
 def flash_attention_4(x: Inputs) -> Row:
-    """FlashAttention-4 (flash-attn-4 on PyPI), causal: the last query sees every key."""
+    """Time FlashAttention-4 (package flash-attn-4), causal: the last query sees every key."""
     try:
         attend: Any = importlib.import_module("flash_attn.cute").flash_attn_func
     except ImportError as error:
@@ -55,8 +55,8 @@ def flash_attention_4(x: Inputs) -> Row:
 
 
 def baselines(x: Inputs, flash: bool) -> dict[str, Row]:
-    """All of them on one problem; torch's flash, slower than cuDNN, only where it does not take
-    long."""
+    """Time all baselines on one problem; torch's flash only on short ones, since it is slower than
+    cuDNN."""
     rows = {"cudnn": sdpa(x, SDPBackend.CUDNN_ATTENTION)}
     if flash:
         rows["flash"] = sdpa(x, SDPBackend.FLASH_ATTENTION)

@@ -37,7 +37,7 @@ Call = Callable[..., tuple[Tensor, ...]]
 
 # -- operators ------------------------------------------------------------------------------------
 def operators() -> list[dict[str, Any]]:
-    """Three calls, each in four ways."""
+    """Time three calls, each in four ways."""
     x = make_inputs(Sequences.one(TOKENS, TOKENS))
     tensors = (x.q, x.k, x.v, x.q_idx, x.k_idx)
     torch.manual_seed(0)
@@ -72,33 +72,33 @@ def operators() -> list[dict[str, Any]]:
 
 
 def attention(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """By the public function."""
+    """Call the public function."""
     output = msa.attention(*tensors, config=CONFIG)
     assert output.selection is not None
     return output.out, output.lse, output.selection.indices
 
 
 def attention_operator(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """By the operator."""
+    """Call the operator."""
     return msa.ops.attention(*tensors, config=CONFIG)[:3]
 
 
 def with_loss(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Output and alignment loss, by the public function."""
+    """Compute output and alignment loss with the public function."""
     output = msa.attention(*tensors, config=CONFIG, align=True)
     assert output.kl is not None
     return output.out, output.kl
 
 
 def with_loss_operator(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same by operators."""
+    """Compute the same with operators."""
     out, _, _, kl = msa.ops.attention(*tensors, config=CONFIG, align=True)
     assert kl is not None
     return out, kl
 
 
 def training_step(forward: Call) -> Call:
-    """All five gradients behind a forward that gives output and loss."""
+    """Compute all five gradients after a forward that gives output and loss."""
 
     def step(*tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -131,7 +131,7 @@ def in_four_ways(
 
 
 def capture(operator: Call, tensors: tuple[Tensor, ...]) -> tuple[Call, tuple[Tensor, ...]]:
-    """A function that replays the graph of a call, and the tensors that the graph reads."""
+    """Capture a call; return a function that replays it, and the tensors that the graph reads."""
     static = tuple(t.clone() for t in tensors)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -151,7 +151,7 @@ def capture(operator: Call, tensors: tuple[Tensor, ...]) -> tuple[Call, tuple[Te
 
 
 def check_equal(name: str, found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
-    """To the bit: the kernels are the same, and so is their order (R19)."""
+    """Compare results bit for bit: the kernels and their order are the same (R19)."""
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
         if not torch.equal(a, b):
             off = (a.double() - b.double()).abs().max().item()
@@ -160,7 +160,7 @@ def check_equal(name: str, found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]
 
 # -- Hugging Face ---------------------------------------------------------------------------------
 def make_model(dtype: torch.dtype, device: str = "cuda", **sizes: Any) -> Any:
-    """Four layers with MiniMax-M3's attention: 64 heads of 128, 4 groups, blocks of 128, k = 16."""
+    """Build four layers with MiniMax-M3's attention: 64 heads of 128, 4 groups, k = 16."""
     from transformers import MiniMaxM3VLTextConfig
     from transformers.models.minimax_m3_vl import MiniMaxM3VLForCausalLM
 
@@ -178,17 +178,17 @@ def make_model(dtype: torch.dtype, device: str = "cuda", **sizes: Any) -> Any:
 
 
 def set_eager(model: Any) -> None:
-    """Scores, masks and probabilities in full."""
+    """Use transformers' eager attention, which builds all scores, masks and probabilities."""
     model.set_attn_implementation("eager")
 
 
 def set_sdpa(model: Any) -> None:
-    """A mask in full, and torch's attention."""
+    """Use transformers' sdpa: a full mask, and torch's attention."""
     model.set_attn_implementation("sdpa")
 
 
 def set_msa(model: Any) -> None:
-    """transformers selects; attention is this project's."""
+    """Use `register`: transformers selects, and this project attends."""
     from msa.integrations.transformers import register
 
     register()
@@ -196,7 +196,7 @@ def set_msa(model: Any) -> None:
 
 
 def set_enabled(model: Any) -> None:
-    """All is this project's."""
+    """Use `enable`: this project selects and attends."""
     from msa.integrations.transformers import enable
 
     enable(model)
@@ -211,7 +211,7 @@ WAYS: dict[str, Callable[[Any], None]] = {
 
 
 def lengths() -> dict[str, Any]:
-    """Each way from length to length; the errors of the check beforehand."""
+    """Check all ways, then run each way from length to length until it no longer fits."""
     model = make_model(torch.float32)
     found = {"errors": check_ways(model, make_ids(CHECKED)), "ways": {}}
     del model
@@ -224,14 +224,14 @@ def lengths() -> dict[str, Any]:
 
 
 def make_ids(n: int, device: str = "cuda") -> Tensor:
-    """Random tokens [1, n]."""
+    """Draw random tokens [1, n]."""
     random = torch.Generator().manual_seed(n)
     return torch.randint(3, 1024, (1, n), generator=random).to(device)
 
 
 @torch.no_grad()
 def check_ways(model: Any, ids: Tensor) -> dict[str, Any]:
-    """The hidden states of all ways against those of eager attention."""
+    """Compare the hidden states of all ways with those of eager attention."""
     set_eager(model)
     wanted = model.model(ids, use_cache=False).last_hidden_state
     errors = {}
@@ -248,7 +248,7 @@ def check_ways(model: Any, ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def walk(model: Any, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Time and peak memory beyond the model of one forward pass, until it does not fit."""
+    """Measure time and peak memory (beside the model) by length, until a pass no longer fits."""
     rows: list[dict[str, Any]] = []
     for n in lengths:
         try:
@@ -261,7 +261,7 @@ def walk(model: Any, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def forward_pass(model: Any, n: int) -> dict[str, Any]:
-    """Logits of the last token of n; nothing is cached."""
+    """Time a forward pass of n tokens that gives the logits of the last one; no cache."""
     ids = make_ids(n)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

@@ -1,15 +1,14 @@
-"""`msa bench integrations`: torch operators and Hugging Face's MiniMax-M3 on a GPU.
+"""`msa bench integrations` times torch operators and Hugging Face's MiniMax-M3 on a GPU.
+
+It needs transformers. The same without tyro:
 
     python -m benchmarks.integrations [--out results.json] [--parts operators lengths]
-
-is the same command where tyro is not installed. It needs transformers.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -20,27 +19,24 @@ Part = Literal["operators", "lengths"]
 
 
 @dataclass(frozen=True)
-class IntegrationsOptions:
+class IntegrationsOptions(report.Options):
     """Check, then time what `msa.ops` costs, and transformers on its own attention and on this one.
 
     Each way of running the model goes from length to length until it no longer fits.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/integrations_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: operators beside the plain functions, in compiled and captured graphs;
     four layers of MiniMax-M3's attention at 4K to 128K tokens."""
 
 
 def run(options: IntegrationsOptions) -> int:
-    """Measure, write, print the tables; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("integrations", options, "benchmarks.integration_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as tables."""
     console = console or Console()
     made = report.table("Operators, ms", "call", "function", "operator", "compiled", "captured")
     for row in found.get("operators", ()):
@@ -59,7 +55,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
 
 
 def cell(rows: list[dict[str, Any]], n: int) -> str:
-    """What one way did at one length.
+    """Format what one way did at one length.
 
     >>> rows = [{"n": 4096, "time": {"ms": 12.34}, "gib": 1.5}, {"n": 8192, "ends": "no memory"}]
     >>> [cell(rows, n) for n in (4096, 8192, 16384)]
@@ -71,11 +67,5 @@ def cell(rows: list[dict[str, Any]], n: int) -> str:
     return ""
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(IntegrationsOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(IntegrationsOptions, run))

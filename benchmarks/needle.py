@@ -19,7 +19,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.figures import INK, MUTED, STYLE
+from benchmarks.figures.style import INK, MUTED, STYLE
 from benchmarks.plots import source
 from msa.ablations.run import cpu_name
 from msa.model.attention import Mode
@@ -33,7 +33,7 @@ RECORDS = 8
 
 @dataclass(frozen=True)
 class Needle:
-    """What is asked."""
+    """Ask the shipped model for pictures at every depth of documents of several lengths."""
 
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     """Tokens of the documents; the model was trained on at most 512."""
@@ -49,7 +49,7 @@ class Needle:
 
 
 def measure(options: Needle, model: Model) -> dict[str, Any]:
-    """What is written: for each attention and length right answers and questions by depth."""
+    """For each attention and length: right answers and questions, by depth."""
     torch.set_num_threads(options.threads)
     found: dict[str, dict[str, list[tuple[int, int]]]] = {mode: {} for mode in MODES}
     for length in options.lengths:

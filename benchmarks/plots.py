@@ -1,6 +1,7 @@
-"""`msa bench plots`: the figures of a results file, as SVG; the same file gives the same figures.
+"""`msa bench plots` draws the figures of a results file as SVG.
 
-Each figure carries in its metadata the name and the SHA-256 of the results it was drawn from.
+The same file always gives the same figures. The metadata of a figure have the name and the SHA-256
+of its results file.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ class PlotsOptions:
     results: Path = Path("benchmarks/results/prefill_h100.json")
     """What `msa bench prefill`, `decode` or `integrations` wrote, or `msa findings run`."""
     to: Path = Path("docs")
-    """The folder of the figures, which are named after the results file."""
+    """The folder to draw to; figures are named after the results file."""
 
 
 def source(results: Path) -> str:
-    """Name and digest of a results file."""
+    """Return the name and the digest of a results file."""
     return f"{results.name} sha256 {hashlib.sha256(results.read_bytes()).hexdigest()}"
 
 
@@ -42,29 +43,29 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    from benchmarks import decode_figure, figures, findings_figure, integrations_figure, roofline
+    from benchmarks.figures import decode, findings, integrations, prefill, roofline, style
 
-    prefill = (
-        ("", figures.latency_and_gain),
+    of_prefill = (
+        ("", prefill.latency_and_gain),
         ("_roofline", roofline.roofline),
-        ("_union", figures.loop_orders),
+        ("_union", prefill.loop_orders),
     )
     kinds = {
-        "decode": (("", decode_figure.steps),),
-        "findings": (("", findings_figure.findings),),
-        "integrations": (("", integrations_figure.lengths),),
+        "decode": (("", decode.steps),),
+        "findings": (("", findings.findings),),
+        "integrations": (("", integrations.lengths),),
     }
     found = files.read_json("results", results)
     if not isinstance(found, dict):
         raise ValueError(f"results must hold one JSON object, got another value in {results}")
     made: dict[Path, str] = {}
     files.check_folder("to", folder)
-    for suffix, figure_of in kinds.get(results.stem.partition("_")[0], prefill):
+    for suffix, figure_of in kinds.get(results.stem.partition("_")[0], of_prefill):
         path = folder / f"{results.stem}{suffix}.svg"
-        with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": path.stem}):
+        with pyplot.rc_context(style.STYLE | {"svg.hashsalt": path.stem}):
             try:
                 figure = figure_of(found)
-            except figures.MissingResults as error:
+            except style.MissingResults as error:
                 made[path] = str(error)
                 continue
             except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -79,7 +80,7 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
 
 
 def run(options: PlotsOptions) -> int:
-    """Draw, and say of each figure where it is, or why it is not."""
+    """Draw, and print for each figure where it is, or why it was not drawn."""
     for path, reason in draw(options.results, options.to).items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")
     return 0

@@ -1,9 +1,7 @@
-"""`msa bench prefill`: prefill on a GPU, first correct, then fast; a results file and its table.
+"""`msa bench prefill` checks and times prefill on a GPU.
 
-    python -m benchmarks.prefill [--out results.json] [--parts lengths million ...]
-
-is the same command where tyro is not installed. Every case is checked on sampled queries before it
-is timed; one that fails ends the run.
+Every case is checked on sampled queries before it is timed; a wrong result ends the run. The same
+without tyro: python -m benchmarks.prefill [--out results.json] [--parts lengths million ...]
 """
 
 from __future__ import annotations
@@ -19,16 +17,13 @@ Part = Literal["ceilings", "lengths", "million", "production", "topk"]
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PrefillOptions(report.Options):
     """Check, then time selection and attention on this GPU against dense attention.
 
     Takes about two minutes on an H100. Neighbouring queries' selections agree to a known degree,
     rho: the chance that a query keeps each remote block of its predecessor.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/prefill_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: the device's own ceilings, prompts of 4K to 128K tokens, a million tokens in
     chunks, production shapes, the stand-alone top-k."""
@@ -37,7 +32,7 @@ class PrefillOptions:
 
 
 def run(options: PrefillOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the tables. Exit codes: 2 without a GPU, 1 for wrong results."""
     from benchmarks import prefill_table
 
     code, out = report.measure("prefill", options, "benchmarks.stages", prefill_table.show)
@@ -48,11 +43,5 @@ def run(options: PrefillOptions) -> int:
     return code
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(PrefillOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(PrefillOptions, run))

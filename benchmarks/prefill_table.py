@@ -1,4 +1,4 @@
-"""The results of `msa bench prefill` as tables on the terminal."""
+"""The tables that `msa bench prefill` prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOP_ORDERS = ("auto", "kv_outer", "union")
 
 
 def number(value: float, unit: str = "") -> str:
-    """Three digits of a time or ratio; a dash for what was not measured.
+    """Format a time or ratio with three digits; a dash if it was not measured.
 
     >>> [number(x) for x in (0.1204, 29.44, 491.7, 1246.8, float("nan"))]
     ['0.12', '29.4', '492', '1,247', '–']
@@ -26,7 +26,7 @@ def number(value: float, unit: str = "") -> str:
 
 
 def tokens(n: int) -> str:
-    """A length in units of 1,024.
+    """Format a length in units of 1,024.
 
     >>> tokens(131072)
     '128K'
@@ -35,12 +35,12 @@ def tokens(n: int) -> str:
 
 
 def share(row: Found, name: str) -> str:
-    """A share as a percentage, if it was measured."""
+    """Format a share as a percentage; a dash if it was not measured."""
     return f"{row[name]:.1%}" if name in row else "–"
 
 
 def dense_and_select(rows: list[Found]) -> Table:
-    """What MSA is compared with, and its index branch."""
+    """Make the table of dense attention and of the index branch."""
     made = table(
         "Whole prompts: dense attention and the selection, ms", "tokens", "cuDNN", "flash", "FA-4",
         "select", "TFLOP/s", "fp8", "TFLOP/s", "same blocks", "score lost",
@@ -63,7 +63,7 @@ def dense_and_select(rows: list[Found]) -> Table:
 
 
 def attention(rows: list[Found]) -> Table:
-    """The attention stage in each loop order, and the whole against cuDNN."""
+    """Make the table of the attention stage in each loop order, and of all of MSA against cuDNN."""
     made = table(
         "Attention over the selection (useful TFLOP/s), and the whole against cuDNN (ms)",
         "tokens", "ρ", "union of 4", *LOOP_ORDERS, "largest error", "whole", "× cuDNN", "fp8",
@@ -86,7 +86,7 @@ def attention(rows: list[Found]) -> Table:
 
 
 def million(found: Found) -> Table:
-    """Chunks of a million tokens, and all of them."""
+    """Make the table of chunks of a million tokens, and of all of them together."""
     chunks = found["chunks"]
     keeps = [stage["keep"] for stage in chunks[0]["attention"]]
     made = table(
@@ -112,7 +112,7 @@ def million(found: Found) -> Table:
 
 
 def production(found: Found) -> Table:
-    """Shapes seen in production, one layer each."""
+    """Make the table of shapes seen in production, one layer each."""
     made = table(
         "Production shapes, select + attention", "queries", "keys", "calls", "ms", "least", "most"
     )
@@ -128,7 +128,7 @@ def production(found: Found) -> Table:
 
 
 def topk(rows: list[Found]) -> Table:
-    """The stand-alone top-k against torch.topk."""
+    """Make the table of the stand-alone top-k and torch.topk."""
     made = table("Stand-alone top-k, ms", "rows", "blocks", "k", "torch.topk", "ours", "faster by")
     for row in rows:
         theirs, ours = ms(row, "torch"), ms(row, "ours")

@@ -1,4 +1,4 @@
-"""Results read again: what the table and the figures ask of a results file. No GPU."""
+"""Functions that read results files, for tables and figures. They need no GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Found = dict[str, Any]
 
 
 def ms(row: Found, name: str) -> float:
-    """Median milliseconds of a stage; NaN where it was not measured.
+    """Return the median milliseconds of a stage; NaN if it was not measured.
 
     >>> ms({"cudnn": {"ms": 2.0}, "fa4": "not installed"}, "cudnn")
     2.0
@@ -26,7 +26,7 @@ def ms(row: Found, name: str) -> float:
 
 
 def best_dense(row: Found) -> float:
-    """Microseconds of the quicker dense decode step.
+    """Return the microseconds of the faster dense decode step.
 
     >>> best_dense({"dense": {"cudnn": "RuntimeError: no", "flash": {"us": 109.0}}})
     109.0
@@ -35,12 +35,12 @@ def best_dense(row: Found) -> float:
 
 
 def at(row: Found, keep: float) -> Found:
-    """The attention stage where neighbours agree to `keep`."""
+    """Return the attention stage that was measured with ρ = `keep`."""
     return next(stage for stage in row["attention"] if stage["keep"] == keep)
 
 
 def reasons(rows: list[Found]) -> list[str]:
-    """Why a baseline has no time: every stage whose place a sentence takes, each said once."""
+    """List why baselines have no time: the sentences that stand in place of a stage, each once."""
     said = {
         f"{name}: {value}": None for row in rows for name, value in row.items()
         if name in ("cudnn", "flash", "fa4") and isinstance(value, str)
@@ -49,8 +49,8 @@ def reasons(rows: list[Found]) -> list[str]:
 
 
 def over_million(million: Found, measure: Callable[[Found], float]) -> float:
-    """A sum over all chunks of a million tokens, of which some were measured: the others by linear
-    interpolation in the keys before them.
+    """Sum a measure over all chunks of a million tokens. Some chunks were measured; the others are
+    interpolated linearly, by the number of keys before them.
 
     >>> chunks = [{"prefix": p * CHUNK, "ms": 1.0 + p} for p in (0, 63)]
     >>> over_million({"chunks": chunks}, lambda chunk: chunk["ms"])
@@ -63,12 +63,12 @@ def over_million(million: Found, measure: Callable[[Found], float]) -> float:
 
 
 def million_dense(million: Found) -> float:
-    """Milliseconds of dense attention by cuDNN over a million tokens, interpolated."""
+    """Return the milliseconds of dense attention by cuDNN over a million tokens, interpolated."""
     return over_million(million, lambda chunk: ms(chunk, "cudnn"))
 
 
 def million_sparse(million: Found, keep: float) -> float:
-    """Milliseconds of selection and attention, interpolated."""
+    """Return the milliseconds of selection and attention over a million tokens, interpolated."""
     return over_million(
         million, lambda chunk: ms(chunk["select"], "bf16") + at(chunk, keep)["ms"]
     )  # fmt: skip

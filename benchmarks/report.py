@@ -1,4 +1,4 @@
-"""What every benchmark on a GPU says: which machine, which versions, when; results as JSON."""
+"""What all benchmarks on a GPU share: options, the head of a results file, writing, tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from msa import files
 
 
 def has_device(command: str) -> bool:
-    """Whether torch sees a CUDA device; if not, say on the error stream who needs one."""
+    """Whether torch sees a CUDA device; if not, print which command needs one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -31,7 +32,7 @@ def has_device(command: str) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """The head of a results file: device, multiprocessors, torch, triton, date."""
+    """Return the head of a results file: device, multiprocessors, torch, triton, date."""
     import torch
     import triton
 
@@ -46,7 +47,7 @@ def machine() -> dict[str, Any]:
 
 
 def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
-    """Where results of this machine belong.
+    """Return the path for results of this machine.
 
     >>> str(results_path("prefill", {"device": "NVIDIA H100 80GB HBM3"}))
     'benchmarks/results/prefill_h100.json'
@@ -58,17 +59,27 @@ def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """The results as JSON, in the folder made for them."""
+    """Write the results as JSON; a missing folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def arguments(doc: str | None, parts: tuple[str, ...]) -> argparse.Namespace:
-    """`out` and `parts` from the command line, where tyro is not installed."""
-    parser = argparse.ArgumentParser(description=doc)
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark on a GPU takes; each adds `parts`, the names of what it measures."""
+
+    out: Path | None = None
+    """Where to write the results, again after each part; None is
+    benchmarks/results/BENCHMARK_DEVICE.json."""
+
+
+def main(options: Any, run: Callable[[Any], int]) -> int:
+    """Run a benchmark with `--out` and `--parts` of the command line; tyro is not needed."""
+    parser = argparse.ArgumentParser(description=options.__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", nargs="*", default=parts, choices=parts)
-    return parser.parse_args()
+    parser.add_argument("--parts", nargs="*", default=options.parts, choices=options.parts)
+    given = parser.parse_args()
+    return run(options(out=given.out, parts=tuple(given.parts)))
 
 
 def measure(
@@ -84,8 +95,8 @@ def measure(
         stages: the module that has the parts by name in PARTS; imported only where a GPU is.
 
     Returns:
-        0, or 2 without a GPU, or 1 with a word on the error stream if a part is wrong; and where
-        the results are.
+        the exit code and the path of the results. The code is 0, or 2 without a GPU, or 1 if the
+        results of a part are wrong; then a message is on the error stream.
     """
     if not has_device(f"msa bench {benchmark}"):
         return 2, Path()
@@ -108,7 +119,7 @@ def measure(
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table of numbers, its first column a name."""
+    """Make an empty table of numbers; its first column is a name."""
     made = Table(title=title, title_style="bold", box=box.SIMPLE_HEAD)
     made.title_justify = made.caption_justify = "left"
     for i, column in enumerate(columns):

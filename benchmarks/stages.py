@@ -28,7 +28,7 @@ LIMITS = limits(CONFIG.top_k)
 
 
 def layer(x: Inputs, chosen: Selection, kind: str | None = None) -> Callable[[], Any]:
-    """Selection on the index tensors, then attention over a selection of known agreement."""
+    """Run selection on the index tensors, then attention over a selection of known agreement."""
     return lambda: (
         select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind),
         attend_selection(x.q, x.k, x.v, chosen, SCALE),
@@ -36,7 +36,7 @@ def layer(x: Inputs, chosen: Selection, kind: str | None = None) -> Callable[[],
 
 
 def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
-    """The attention stage at one persistence: each loop order, and what makes its index."""
+    """Time the attention stage at one persistence: each loop order, and how its index is made."""
     chosen = make_selection(x.sequences, keep)
     flops = cases.attention_flops(chosen)
     union = split_tiles(chosen, 4)
@@ -68,7 +68,7 @@ def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
 
 
 def select_stage(x: Inputs) -> dict[str, Any]:
-    """The fused selection in bfloat16 and fp8, and how much the two differ."""
+    """Time the fused selection in bfloat16 and in fp8, and measure how much the two differ."""
     check_select(x.sequences)
     flops = cases.select_flops(x.sequences)
     row: dict[str, Any] = {"checked": "equal bit for bit on sampled queries, integer inputs"}
@@ -89,7 +89,7 @@ def select_stage(x: Inputs) -> dict[str, Any]:
 
 
 def whole_prompt(n: int) -> dict[str, Any]:
-    """One prompt of n tokens."""
+    """Measure one prompt of n tokens."""
     print(f"{n} tokens", flush=True)
     x = make_inputs(Sequences.one(n, n))
     row: dict[str, Any] = {"n": n} | baselines(x, flash=n <= 32768)
@@ -100,7 +100,7 @@ def whole_prompt(n: int) -> dict[str, Any]:
 
 
 def million_chunk(prefix: int) -> dict[str, Any]:
-    """The 16K queries behind `prefix` chunks of 16K tokens."""
+    """Measure 16K queries whose sequence has `prefix` earlier tokens."""
     print(f"{cases.CHUNK} tokens behind {prefix * cases.CHUNK}", flush=True)
     x = make_inputs(Sequences.one(cases.CHUNK, (prefix + 1) * cases.CHUNK))
     row: dict[str, Any] = {"prefix": prefix * cases.CHUNK, "select": select_stage(x)}
@@ -122,7 +122,7 @@ def million_chunk(prefix: int) -> dict[str, Any]:
 
 
 def million_whole() -> dict[str, Any]:
-    """All 64 chunks of a million tokens, one after the other, neighbours agreeing to 0.95."""
+    """Time all 64 chunks of a million tokens, one after the other, at ρ = 0.95."""
     x = make_inputs(Sequences.one(cases.CHUNK, cases.MILLION))
     parts = []
     for prefix in range(cases.MILLION // cases.CHUNK):
@@ -147,18 +147,18 @@ def freshly(call: Callable[..., Any], *given: Any) -> Any:
 
 
 def lengths() -> list[dict[str, Any]]:
-    """Prompts of 4K to 128K tokens."""
+    """Measure prompts of 4K to 128K tokens."""
     return [freshly(whole_prompt, n) for n in cases.LENGTHS]
 
 
 def million() -> dict[str, Any]:
-    """A million tokens in chunks of 16K: five chunks by stages, then all of them."""
+    """Measure a million tokens in chunks of 16K: five chunks by stages, then all of them."""
     chunks = [freshly(million_chunk, prefix) for prefix in cases.PREFIXES]
     return {"chunks": chunks, "whole_keep_0.95": freshly(million_whole)}
 
 
 def production() -> dict[str, Any]:
-    """The production shapes, neighbours sharing their blocks by 32; then ragged batches."""
+    """Measure the production shapes, 32 neighbours sharing their blocks; then ragged batches."""
     rows: list[dict[str, Any]] = []
     for n_q, n_k, calls in cases.PRODUCTION:
         rows.append({"n_q": n_q, "n_k": n_k, "calls": calls} | one_layer(Sequences.one(n_q, n_k)))
@@ -171,7 +171,7 @@ def production() -> dict[str, Any]:
 
 
 def one_layer(sequences: Sequences) -> dict[str, float]:
-    """Selection and attention of one layer."""
+    """Time selection and attention of one layer."""
     x = make_inputs(sequences)
     chosen = make_selection(sequences, 0.0, every=32)
     check_select(sequences)
@@ -182,9 +182,9 @@ def one_layer(sequences: Sequences) -> dict[str, float]:
 
 
 def topk_rows(n: int, blocks: int, k: int) -> dict[str, Any]:
-    """n rows of scores, all blocks visible."""
+    """Make n rows of scores, with all blocks visible."""
     scores = torch.randn(n, 1, blocks, device="cuda")
-    scores[:, :, -1] = 100.0  # the forced block is everyone's best, so the two agree
+    scores[:, :, -1] = 100.0  # the forced block has the best score of every row, so both choose it
     positions = torch.full((n,), blocks * 128 - 1, device="cuda", dtype=torch.int32)
     config = MSAConfig(top_k=k)
     ours = select_rows(scores, positions, 128, config)
@@ -199,7 +199,7 @@ def topk_rows(n: int, blocks: int, k: int) -> dict[str, Any]:
 
 
 def topk() -> list[dict[str, Any]]:
-    """The stand-alone top-k over rows of scores against torch.topk (the paper's Table 1)."""
+    """Time the stand-alone top-k over rows of scores, and torch.topk (the paper's Table 1)."""
     shapes = ((2**17, 1024, 16), (2**17, 2048, 32), (2**19, 4096, 16))
     return [freshly(topk_rows, *shape) for shape in shapes]
 

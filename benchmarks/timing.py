@@ -1,4 +1,4 @@
-"""Time on the GPU: medians of graph replays between events, the L2 overwritten before each."""
+"""Timing on the GPU: medians of graph replays; the L2 cache is overwritten before each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 LONG = 20.0
-"""Milliseconds from which on a call runs without a graph, fewer times."""
+"""A call that takes more milliseconds than this runs without a graph, and fewer times."""
 
 
 def timed(call: Callable[[], Any], graph: bool = True) -> dict[str, float]:
-    """Median, least and most milliseconds of a call, 15 times replayed.
+    """Time a call: median, least and most milliseconds of 15 replays.
 
     A call of more than LONG runs 3 times, one of more than two seconds once, both without a graph.
     """
@@ -33,7 +33,7 @@ def timed(call: Callable[[], Any], graph: bool = True) -> dict[str, float]:
 
 
 def one_run(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call, the L2 cache full of something else."""
+    """Time one call in milliseconds, after the L2 cache was filled with other data."""
     torch.empty(2**27, dtype=torch.int8, device="cuda").zero_()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -44,7 +44,7 @@ def one_run(call: Callable[[], Any]) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """What the device can do at best, by torch: a copy of 4 GiB, products of 8192^3.
+    """Measure what the device can do at best: torch's copy of 4 GiB and products of 8192^3.
 
     TB/s of the copy count what is read and what is written; TFLOP/s of the fp8 product are those
     with bfloat16 results.

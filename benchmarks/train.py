@@ -1,15 +1,12 @@
-"""`msa bench train`: a training step on a GPU, first correct, then fast; results and their table.
+"""`msa bench train` checks and times a training step on a GPU.
 
-    python -m benchmarks.train [--out results.json] [--parts steps warm_up]
-
-is the same command where tyro is not installed.
+The same without tyro: python -m benchmarks.train [--out results.json] [--parts steps warm_up]
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -20,26 +17,23 @@ Part = Literal["steps", "warm_up"]
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(report.Options):
     """Check, then time forward, backward and alignment loss on this GPU against dense attention.
 
     Takes about two minutes on an H100.
     """
 
-    out: Path | None = None
-    """Where to write the results, again after each part; None is
-    benchmarks/results/train_DEVICE.json."""
     parts: tuple[Part, ...] = get_args(Part)
     """What to measure: steps of 8K to 128K tokens, the warm-up form at 32K."""
 
 
 def run(options: TrainOptions) -> int:
-    """Measure, write, print the table; 2 without a GPU, 1 if something is wrong."""
+    """Measure, write, print the table. Exit codes: 2 without a GPU, 1 for wrong results."""
     return report.measure("train", options, "benchmarks.train_stages", show)[0]
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """The results as tables."""
+    """Print the results as a table."""
     console = console or Console()
     made = report.table(
         "A training step, ms: forward, backward, alignment loss", "tokens", "rho", "dense", "MSA",
@@ -64,11 +58,5 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         )
 
 
-def main() -> int:
-    """The command without tyro."""
-    given = report.arguments(__doc__, get_args(Part))
-    return run(TrainOptions(given.out, tuple(given.parts)))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report.main(TrainOptions, run))

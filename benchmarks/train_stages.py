@@ -34,7 +34,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def leaves(x: Inputs) -> Inputs:
-    """The same tensors, asking for gradients."""
+    """Return the same tensors, which now require gradients."""
     names = ("q", "k", "v", "q_idx", "k_idx")
     return replace(x, **{name: getattr(x, name).detach().requires_grad_() for name in names})
 
@@ -53,7 +53,7 @@ def step(x: Inputs, chosen: Selection, d_out: Tensor) -> tuple[Tensor, Gradients
 
 
 def dense_step(x: Inputs, d_out: Tensor) -> Gradients:
-    """Dense attention by cuDNN, forward and backward."""
+    """Run dense attention by cuDNN, forward and backward."""
     q, k, v = (t.transpose(0, 1)[None] for t in (x.q, x.k, x.v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -63,7 +63,7 @@ def dense_step(x: Inputs, d_out: Tensor) -> Gradients:
 # -- first correct --------------------------------------------------------------------------------
 @torch.no_grad()
 def check_query_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Gradients) -> float:
-    """dQ and d q_idx of sampled queries against float64; the larger relative error."""
+    """Compare dQ and d q_idx of sampled queries with float64; return the larger relative error."""
     sums = {"q": [0.0, 0.0], "q_idx": [0.0, 0.0]}
     count = x.sequences.total_q * cases.GROUPS
 
@@ -95,7 +95,7 @@ def check_query_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Grad
 
 @torch.no_grad()
 def check_key_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Gradients) -> float:
-    """dK and dV of three blocks of a sequence against float64, over all queries that read them."""
+    """Compare dK and dV of three blocks with float64, over all queries that read them."""
     off, norm = 0.0, 0.0
     block, n = CONFIG.block_size, x.sequences.total_q
     for r, b in ((0, 0), (1, n // block // 2), (3, n // block - 1)):
@@ -123,7 +123,7 @@ def check_key_gradients(x: Inputs, chosen: Selection, d_out: Tensor, got: Gradie
 
 
 def check_loss(x: Inputs, chosen: Selection, kl: Tensor) -> float:
-    """The loss against the torch backend in float32, which needs memory: for short prompts."""
+    """Compare the loss with the torch backend in float32. It needs memory: for short prompts."""
     q, k, q_idx, k_idx = (t.detach().float() for t in (x.q, x.k, x.q_idx, x.k_idx))
     wanted = torch_impl.align_index(q, k, q_idx, k_idx, chosen, x.sequences, CONFIG)
     off = abs(float(kl) / float(wanted) - 1)
@@ -134,7 +134,7 @@ def check_loss(x: Inputs, chosen: Selection, kl: Tensor) -> float:
 
 # -- then fast ------------------------------------------------------------------------------------
 def peak(call: Callable[[], Any]) -> float:
-    """GiB that a call adds to what is there, at its peak."""
+    """Measure how many GiB a call needs at its peak, beside what is already allocated."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -143,7 +143,7 @@ def peak(call: Callable[[], Any]) -> float:
 
 
 def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
-    """Each stage alone; useful TFLOP/s count 2, 3, 4 and 1 products over the selected blocks."""
+    """Time each stage alone; useful TFLOP/s count 2, 3, 4 and 1 products per selected block."""
     q, k, v, q_idx, k_idx = (t.detach() for t in (x.q, x.k, x.v, x.q_idx, x.k_idx))
     output = attend_selection(q, k, v, chosen, SCALE)
     out, lse = output.out, output.lse
@@ -172,7 +172,7 @@ def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
 
 
 def sparse_row(x: Inputs, keep: float, d_out: Tensor) -> dict[str, Any]:
-    """A whole step at one persistence."""
+    """Time a whole step at one persistence."""
     chosen = make_selection(x.sequences, keep)
     kl, got = step(x, chosen, d_out)
     row: dict[str, Any] = {
@@ -198,12 +198,12 @@ def sparse_row(x: Inputs, keep: float, d_out: Tensor) -> dict[str, Any]:
 
 
 def steps() -> list[dict[str, Any]]:
-    """Prompts of 8K to 128K tokens, dense and sparse."""
+    """Measure prompts of 8K to 128K tokens, dense and sparse."""
     return [freshly(one_length, n) for n in LENGTHS]
 
 
 def one_length(n: int) -> dict[str, Any]:
-    """One prompt of n tokens."""
+    """Measure one prompt of n tokens."""
     x = leaves(make_inputs(Sequences.one(n, n)))
     d_out = torch.randn_like(x.q).detach()
     row: dict[str, Any] = {"n": n, "dense_extra_gib": peak(lambda: dense_step(x, d_out))}
@@ -215,7 +215,7 @@ def one_length(n: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def dense_lse(x: Inputs) -> Float[Tensor, "Tq Hq"]:
-    """The dense log-sum-exp, which a dense attention of the user's would hand over."""
+    """Compute the dense log-sum-exp, which a user's own dense attention would already have."""
     lse = torch.empty(x.q.shape[:2], device=x.q.device)
     positions = torch.arange(x.sequences.total_k, device=x.q.device)
     for h in range(cases.HEADS):
@@ -226,7 +226,7 @@ def dense_lse(x: Inputs) -> Float[Tensor, "Tq Hq"]:
 
 
 def warm_up() -> dict[str, Any]:
-    """32K tokens: dense attention by cuDNN with the alignment loss over all visible tokens."""
+    """Time dense attention by cuDNN with the alignment loss over all visible tokens, at 32K."""
     n = 32768
     x = leaves(make_inputs(Sequences.one(n, n)))
     d_out, lse = torch.randn_like(x.q).detach(), dense_lse(x)

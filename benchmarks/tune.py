@@ -1,10 +1,11 @@
-"""Measure launch parameters: prints, for each kernel, every candidate with its time.
+"""Measure launch parameters, and print every candidate of each kernel with its time.
 
     for i in $(seq 0 13); do python -m benchmarks.tune --warm $i/14 & done; wait   # compile
     python -m benchmarks.tune [--training]
 
-What wins goes into `msa/triton_impl/tuning.py` by hand. Compiling is most of the work, so workers
-compile shares of the candidates beforehand, on a small problem of the same divisibilities.
+Copy the best candidates into `msa/triton_impl/tuning.py` by hand. Compiling is most of the work, so
+workers compile shares of the candidates beforehand, on a small problem whose sizes are divisible by
+the same numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from msa.triton_impl.union_walk import walk
 
 
 def tiles(*rows: tuple[int, int, int, int]) -> list[TileConfig]:
-    """(rows, keys, warps, stages), keys by the bulk copy engine."""
+    """Make configurations of (rows, keys, warps, stages); keys come by the bulk copy engine."""
     return [TileConfig(r, k, warps, stages, descriptors=True) for r, k, warps, stages in rows]
 
 
@@ -62,7 +63,7 @@ Candidate = tuple[str, TileConfig, float, Callable[[], object]]
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 6) -> float:
-    """Median time of a call between events."""
+    """Return the median time of a call, between events."""
     call()
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, stop in marks:
@@ -74,7 +75,7 @@ def milliseconds(call: Callable[[], object], repeats: int = 6) -> float:
 
 
 def candidates(length: int, keep: float) -> Iterator[Candidate]:
-    """Every candidate as (kernel and variant, configuration, operations, call)."""
+    """Yield every candidate as (kernel and variant, configuration, operations, call)."""
     sequences = Sequences.one(length, length)
     x = cases.make_inputs(sequences)
     chosen = cases.make_selection(sequences, keep)
@@ -107,7 +108,7 @@ def candidates(length: int, keep: float) -> Iterator[Candidate]:
 
 
 def training(length: int, keep: float) -> Iterator[Candidate]:
-    """The same for the backward and the alignment loss; operations are those that are needed."""
+    """Yield the same for the backward and the alignment loss; operations are the useful ones."""
     sequences = Sequences.one(length, length)
     x = cases.make_inputs(sequences)
     chosen = cases.make_selection(sequences, keep)
@@ -158,7 +159,7 @@ def training(length: int, keep: float) -> Iterator[Candidate]:
 
 
 def main() -> None:
-    """Compile a share, or time everything."""
+    """Compile a share of the candidates, or time all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--warm", help="i/n: compile every n-th candidate, from the i-th on")
     parser.add_argument("--length", type=int, default=16384)

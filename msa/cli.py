@@ -21,6 +21,7 @@ usage: msa COMMAND [options]
 MiniMax Sparse Attention from math to metal.
 
 commands:
+  doctor              show versions, devices, and which parts of msa run on this machine
   explain             print a 12-token example in every form of the lowering
   verify              test rules R1-R21 on the backends here, or on a function of yours
   demo                let a trained model answer questions about pictures in a long text
@@ -56,6 +57,7 @@ COMMANDS = {
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
     "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
     "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
+    "doctor": ("msa.doctor", "DoctorOptions", "torch"),
 }
 """The module that runs each command, the name of its options there, and the extras it needs."""
 REFUSED, INTERRUPTED, CLOSED = 2, 130, 141

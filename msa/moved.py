@@ -71,6 +71,36 @@ MOVED: dict[str, str] = {
     "msa.demo.poster": "msa.demo.digits.poster",
     "msa.demo.report": "msa.demo.digits.tables",
     "msa.demo.stream": "msa.demo.digits.stream",
+    # the conformance kit
+    "msa.conformance.adapters": "msa.conformance.foreign.arguments",
+    **{
+        f"msa.conformance.adapters:{name}_{kind}": f"msa.conformance.foreign.like_{name}:{name}_{kind}"
+        for name in ("msa", "transformers", "vllm", "official")
+        for kind in ("select", "sparse_attention", "attention")
+        if kind != "attention" or name == "msa"
+    },
+    "msa.conformance.bad_input_table": "msa.conformance.bad_input.collect",
+    "msa.conformance.calls": "msa.conformance.run_stage",
+    "msa.conformance.calls:judge": "msa.conformance.run_stage:compare_output",
+    "msa.conformance.conventions": "msa.conformance.foreign.conventions",
+    "msa.conformance.conventions:Call": "msa.conformance.foreign.signature:Signature",
+    "msa.conformance.conventions:Convention": "msa.conformance.foreign.signature:Convention",
+    "msa.conformance.conventions:Kind": "msa.conformance.foreign.signature:FunctionKind",
+    "msa.conformance.messages": "msa.conformance.foreign.bad_target",
+    "msa.conformance.messages:find": "msa.conformance.foreign.bad_target:find_target",
+    "msa.conformance.packing": "msa.conformance.foreign.pages_and_rows",
+    "msa.conformance.report": "msa.conformance.verify_run",
+    "msa.conformance.report:Result": "msa.conformance.results:Result",
+    "msa.conformance.report:try_one": "msa.conformance.results:try_one",
+    "msa.conformance.target": "msa.conformance.foreign.target",
+    "msa.conformance.targets": "msa.conformance.own_targets",
+    "msa.conformance.trial": "msa.conformance.search",
+    "msa.conformance.properties_places": "msa.conformance.properties.places_strides",
+    **{
+        f"msa.conformance.properties_{theme}": f"msa.conformance.properties.{theme}"
+        for theme in ("alignment", "attention", "behaviour", "index", "lowering", "not_finite",
+                      "options", "selection", "sequences", "sizes", "training")
+    },
 }
 """Old path to new path. An entry "old.module" moves a whole module. An entry "old.module:name" says
 where one name of that module is now, if it has a new name or if it left the other names."""

@@ -6,42 +6,19 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from rich.console import Console
 
 import msa
-from benchmarks import cases, decode, decode_figure, decode_stages, plots, report
+from benchmarks import cases, decode, decode_stages, plots
 from benchmarks.checks import Wrong
-from msa import cli
+from benchmarks.figures.decode import least_bytes
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "decode_h100.json"
 FOUND = json.loads(RESULTS.read_text())
-
-
-def test_without_a_device_the_command_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["bench", "decode", "--out", str(tmp_path / "results.json")]) == 2
-    assert capsys.readouterr().err.startswith("msa bench decode needs a CUDA device, ")
-
-
-def test_parts_of_the_options_are_those_of_the_stages():
-    assert get_args(decode.Part) == tuple(decode_stages.PARTS)
-
-
-def test_what_is_wrong_ends_the_run(monkeypatch, capsys, tmp_path):
-    def wrong():
-        raise Wrong("the selection differs")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(report, "machine", lambda: {"device": "NVIDIA H100 80GB HBM3"})
-    monkeypatch.setitem(decode_stages.PARTS, "steps", wrong)
-    out = tmp_path / "results.json"
-    assert decode.run(decode.DecodeOptions(out, ("steps",))) == 1
-    assert "not timed, for it is wrong: the selection differs" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -99,5 +76,5 @@ def test_the_figure_is_that_of_the_committed_results(tmp_path):
 def test_marks_lie_below_what_was_measured():
     for row in FOUND["steps"]:
         for form in ("bf16", "fp8 index"):
-            floor = decode_figure.least_bytes(row["batch"], row["context"], form) / 3e12
+            floor = least_bytes(row["batch"], row["context"], form) / 3e12
             assert 0.25 < floor * 1e6 / row[form]["layer"]["us"] < 1.0

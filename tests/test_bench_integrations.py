@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 from functools import partial
-from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ if sys.version_info < (3, 11):
 from benchmarks import integration_stages as stages
 from benchmarks import integrations
 from benchmarks.checks import Wrong
-from msa import cli
 from msa.ops import functional
 
 WAYS = "function", "operator", "compiled", "captured"
@@ -26,16 +24,6 @@ SIZES = {
     "head_dim": 16, "dense_intermediate_size": 32, "index_n_heads": 2, "index_head_dim": 16,
     "index_block_size": 8, "index_topk_blocks": 3, "initializer_range": 0.2,
 }  # fmt: skip
-
-
-def test_without_a_device_the_command_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["bench", "integrations", "--out", str(tmp_path / "results.json")]) == 2
-    assert capsys.readouterr().err.startswith("msa bench integrations needs a CUDA device, ")
-
-
-def test_parts_of_the_options_are_those_of_the_stages():
-    assert get_args(integrations.Part) == tuple(stages.PARTS)
 
 
 def test_the_shape_is_that_of_the_model():

@@ -5,46 +5,18 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cases, report, train, train_stages
+from benchmarks import cases, train, train_stages
 from benchmarks.checks import SCALE, Wrong
-from msa import cli, torch_impl
+from msa import torch_impl
 from msa.ir import Sequences
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "train_h100.json"
 FOUND = json.loads(RESULTS.read_text())
-
-
-def test_without_a_device_the_command_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "results.json"
-    assert cli.main(["bench", "train", "--out", str(out)]) == 2
-    assert capsys.readouterr().err.startswith("msa bench train needs a CUDA device, ")
-    assert not out.exists()
-
-
-def test_parts_of_the_options_are_those_of_the_stages():
-    assert get_args(train.Part) == tuple(train_stages.PARTS)
-
-
-def test_what_is_wrong_ends_the_run(monkeypatch, capsys, tmp_path):
-    def wrong():
-        raise Wrong("gradients are off by 1")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(report, "machine", lambda: {"device": "NVIDIA H100 80GB HBM3"})
-    monkeypatch.setitem(train_stages.PARTS, "warm_up", lambda: FOUND["warm_up"])
-    monkeypatch.setitem(train_stages.PARTS, "steps", wrong)
-    out = tmp_path / "results.json"
-    assert train.run(train.TrainOptions(out, ("warm_up", "steps"))) == 1
-    assert "not timed, for it is wrong: gradients are off by 1" in capsys.readouterr().err
-    written = json.loads(out.read_text())
-    assert written["warm_up"] == FOUND["warm_up"] and "steps" not in written
 
 
 def test_the_table_shows_the_committed_results():

@@ -60,6 +60,8 @@ def test_every_command_is_of_a_known_kind():
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, capsys):
+    if "import transformers" in code:
+        pytest.importorskip("transformers")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out
 
@@ -75,25 +77,21 @@ def test_measured_figures_are_those_of_the_results():
     ]
     assert ", ".join(gains) in README
     gpu = json.loads((results / "prefill_h100.json").read_text())
-    assert "H100" in gpu["device"]
-    gains = [
-        f"{row['cudnn']['ms'] / stage['whole']['ms']:.1f}× at {row['n'] // 1024}K"
-        for row in gpu["lengths"]
-        for stage in row["attention"]
-        if row["n"] >= 8192 and stage["keep"] == 0.95
-    ]
-    assert len(gains) >= 3
-    assert ", ".join(gains) in README
     training = json.loads((results / "train_h100.json").read_text())
-    assert "H100" in training["device"]
-    gains = [
-        f"{row['dense']['ms'] / sparse['step']['ms']:.1f}× at {row['n'] // 1024}K"
-        for row in training["steps"]
-        for sparse in row["sparse"]
-        if sparse["keep"] == 0.95
-    ]
-    assert len(gains) == 3
-    assert ", ".join(gains) in README
+    assert "H100" in gpu["device"] and "H100" in training["device"]
+    prompts = [
+        (row["n"], row["cudnn"]["ms"], stage["whole"]["ms"])
+        for row in gpu["lengths"] for stage in row["attention"]
+        if row["n"] >= 8192 and stage["keep"] == 0.95
+    ]  # fmt: skip
+    steps = [
+        (row["n"], row["dense"]["ms"], sparse["step"]["ms"])
+        for row in training["steps"] for sparse in row["sparse"] if sparse["keep"] == 0.95
+    ]  # fmt: skip
+    assert len(prompts) >= 3 and len(steps) == 3
+    for rows in (prompts, steps):
+        gains = [f"{dense / ours:.1f}× at {n // 1024}K" for n, dense, ours in rows]
+        assert ", ".join(gains) in README
     decoding = json.loads((results / "decode_h100.json").read_text())
     assert "H100" in decoding["device"]
     gain = {

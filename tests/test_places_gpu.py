@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,12 @@ def a_table_lives_as_long_as_it_is_read():
     assert_same_bits(got, want)
 
 
+def in_threads(call, number):
+    """What `call(i)` returns in a thread of its own for each i; the first error is raised."""
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(call, range(number)))
+
+
 def threads_make_first_calls_at_once():
     """Eight threads with a stream each, four times."""
     inputs = [tensors(TOKENS, seed=seed) for seed in range(8)]
@@ -136,23 +143,16 @@ def threads_make_first_calls_at_once():
     for _ in range(4):
         torch.cuda.synchronize()
         forget_tables()
-        gate, results, errors = threading.Barrier(8), {}, []
+        gate = threading.Barrier(8)
 
-        def call(i, gate=gate, results=results, errors=errors):
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    gate.wait(60)
-                    results[i] = forward_and_backward(inputs[i])
-                    torch.cuda.current_stream().synchronize()
-            except BaseException as error:
-                errors.append(error)
+        def call(i, gate=gate):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                gate.wait(60)
+                result = forward_and_backward(inputs[i])
+                torch.cuda.current_stream().synchronize()
+            return result
 
-        threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not errors, errors
+        results = in_threads(call, 8)
         for i in range(8):
             assert_same_bits(results[i], want[i])
 
@@ -241,7 +241,7 @@ def every_function_on_a_device_that_is_not_current():
 
 def both_devices_by_two_threads_at_once():
     """The same shape for the first time on both; a thread's current device is not its tensors'."""
-    results, errors, gate = {}, [], threading.Barrier(2)
+    gate = threading.Barrier(2)
     inputs = [tensors(TOKENS, f"cuda:{i}") for i in range(2)]
     for i in range(2):
         forward_and_backward(inputs[i])  # compiles
@@ -249,20 +249,13 @@ def both_devices_by_two_threads_at_once():
     forget_tables()
 
     def call(i):
-        try:
-            torch.cuda.set_device(1 - i)
-            gate.wait(60)
-            results[i] = forward_and_backward(inputs[i])
-            torch.cuda.synchronize(i)
-        except BaseException as error:
-            errors.append(error)
+        torch.cuda.set_device(1 - i)
+        gate.wait(60)
+        result = forward_and_backward(inputs[i])
+        torch.cuda.synchronize(i)
+        return result
 
-    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    results = in_threads(call, 2)
     assert_same_bits(results[1], results[0])
 
 

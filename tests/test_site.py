@@ -14,7 +14,6 @@ import yaml
 
 from docs.hooks import (
     bugs,
-    census,
     claims,
     curves,
     diagrams,
@@ -81,8 +80,9 @@ def test_every_page_is_in_the_navigation_once():
 
 
 def test_there_are_forty_exercises_and_ten_bugs():
-    found = re.search(r"(\d+) exercises with answers, and (\d+) planted bugs", census.counts())
-    assert found and int(found[1]) >= 40 and int(found[2]) >= 10
+    exercises = re.findall(r"^\?\?\? question", "\n".join(p.read_text() for p in PAGES), re.M)
+    bugs = re.findall(r"^### ", (DOCS / "chapters" / "13-testing.md").read_text(), re.M)
+    assert len(exercises) >= 40 and len(bugs) >= 10
 
 
 @pytest.mark.parametrize("name", HOOKS)

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks.figures import BLUE, GREEN, INK, MUTED, SKY, STYLE
-from benchmarks.reading import best_dense
-from docs.hooks.measured import age, inline, read
+from benchmarks.figures.decode import steps
+from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, STYLE
+from docs.hooks.measured import age, inline, read, show
 
 
 def learning_figure(history: list[tuple[int, float, float]], border: int) -> str:
@@ -31,30 +31,9 @@ def learning_figure(history: list[tuple[int, float, float]], border: int) -> str
 
 def decode_figure() -> str:
     """Microseconds of one decoding step, dense and sparse, for each batch and context."""
-    found = read("decode_h100")
-    rows = [(f"{s['batch']} × {s['context'] // 1024}K", best_dense(s), s) for s in found["steps"]]
-    with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
-        figure, axis = pyplot.subplots(figsize=(8, 3.2))
-        places = range(len(rows))
-        kinds = (
-            ("dense", INK, [dense for _, dense, _ in rows]),
-            ("MSA", BLUE, [s["bf16"]["step"]["us"] for *_, s in rows]),
-            ("MSA, index in 8 bits", SKY, [s["fp8 index"]["step"]["us"] for *_, s in rows]),
-            ("MSA, all in 8 bits", GREEN, [s["fp8 all"]["step"]["us"] for *_, s in rows]),
-        )
-        for n, (name, color, heights) in enumerate(kinds):
-            axis.bar([x + 0.2 * n - 0.3 for x in places], heights, 0.18, color=color, label=name)
-        axis.set_yscale("log")
-        axis.set_xticks(list(places), [name for name, *_ in rows])
-        axis.set_xlabel("sequences × tokens in the cache of each")
-        axis.set_title("Microseconds of one step, one layer", loc="left", fontweight="bold")
-        axis.legend(frameon=False, fontsize=8, ncols=2)
-        axis.grid(axis="x", visible=False)
-        caption = (
-            "One new token per sequence. Dense: the faster of the two kernels that were timed."
-        )
-        alt = "bars of four kinds for each cache size, the dense ones highest"
-        return inline(figure, "decode", caption, alt) + age("decode_h100")
+    caption = "One new token per sequence. Dense: the faster of the two kernels that were timed."
+    alt = "bars of three kinds for each cache size, the dense ones longest"
+    return show("decode_h100", steps, caption, alt)
 
 
 def crossing_figure() -> str:

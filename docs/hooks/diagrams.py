@@ -40,11 +40,9 @@ def heads_figure() -> str:
     for r, style in enumerate(("d-remote", "d-own")):
         x0 = 20 + r * 275
         for h in range(4):
-            drawing.rect(x0 + h * 62, 20, 54, 34, style, r=5)
-            drawing.text(x0 + h * 62 + 27, 42, f"q{r * 4 + h}", "d-on d-bold", 13, "middle")
+            drawing.box(x0 + h * 62, 20, 54, 34, f"q{r * 4 + h}", style, 13, r=5)
             drawing.line((x0 + h * 62 + 27, 56), (x0 + 120 + (h - 1.5) * 8, 108), arrow=True)
-        drawing.rect(x0 + 60, 112, 120, 34, style, opacity=0.75, r=5)
-        drawing.text(x0 + 120, 134, f"k{r}, v{r}", "d-on d-bold", 13, "middle")
+        drawing.box(x0 + 60, 112, 120, 34, f"k{r}, v{r}", style, 13, r=5)
         drawing.text(
             x0 + 120, 170, f"group {r}: G = 4 heads read one cache", "d-muted", 11.5, "middle"
         )
@@ -65,8 +63,7 @@ def branches_figure() -> str:
         (310, 160, "softmax", "d-remote"), (450, 160, "output", "d-remote"),
     )  # fmt: skip
     for x, y, words, style in boxes:
-        drawing.rect(x, y, 116, 40, style, r=6)
-        drawing.text(x + 58, y + 25, words, "d-on d-bold", 12.5, "middle")
+        drawing.box(x, y, 116, 40, words, style)
     for y in (46, 180):
         drawing.line((288, y), (306, y), arrow=True)
         drawing.line((428, y), (446, y), arrow=True)
@@ -95,8 +92,7 @@ def rules_figure() -> str:
     for name, style, rules in families:
         drawing.text(x, 18, name, "d-ink d-bold", 11.5)
         for n in rules:
-            drawing.rect(x, 28, 30, 30, style, r=5)
-            drawing.text(x + 15, 48, f"R{n}", "d-on d-bold", 11, "middle")
+            drawing.box(x, 28, 30, 30, f"R{n}", style, 11, r=5)
             x += 32
         x += max(10.0, 6.6 * len(name) - 32 * len(rules) + 10)
     return drawing.figure("Twenty-one rules, in six families.", "boxes named R1 to R21")
@@ -112,8 +108,7 @@ def pipeline_figure() -> str:
         "TileUnion": (364, 102, "d-red"), "Output": (604, 102, "d-remote"),
     }  # fmt: skip
     for name, (x, y, style) in boxes.items():
-        drawing.rect(x, y, 100, 40, style, r=7)
-        drawing.text(x + 50, y + 25, name, "d-on d-bold", 12, "middle")
+        drawing.box(x, y, 100, 40, name, style, 12, r=7)
     for x, y in ((104, 78), (224, 78), (464, 34), (584, 34)):
         drawing.line((x + 1, y), (x + 18, y), arrow=True)
     drawing.line((344, 70), (352, 70), (352, 34), (362, 34), arrow=True)
@@ -216,11 +211,9 @@ def backward_figure() -> str:
                 start, stop = stop, start
             drawing.line(start, stop, arrow=True)
         for i in range(4):
-            drawing.rect(x0, 32 + i * 38, 70, 28, "d-own", r=5)
-            drawing.text(x0 + 35, 51 + i * 38, f"query {i}", "d-on d-bold", 11.5, "middle")
+            drawing.box(x0, 32 + i * 38, 70, 28, f"query {i}", "d-own", 11.5, r=5)
         for b in range(3):
-            drawing.rect(x0 + 224, 38 + b * 50, 70, 32, "d-remote", r=5)
-            drawing.text(x0 + 259, 59 + b * 50, f"block {b}", "d-on d-bold", 11.5, "middle")
+            drawing.box(x0 + 224, 38 + b * 50, 70, 32, f"block {b}", "d-remote", 11.5, r=5)
     return drawing.figure(
         "The same seven edges. On the left each query's arrows are few and bounded by k; on the "
         "right a popular block may have thousands.",
@@ -235,8 +228,9 @@ def pages_figure() -> str:
     for s, blocks in ((0, 2), (1, 3)):
         drawing.text(0, 34 + s * 80, f"sequence {s}", "d-ink", 12)
         for b in range(blocks):
-            drawing.rect(86 + b * 52, 16 + s * 80, 46, 28, "d-own" if s else "d-remote", r=4)
-            drawing.text(109 + b * 52, 35 + s * 80, f"b{b}", "d-on d-bold", 12, "middle")
+            drawing.box(
+                86 + b * 52, 16 + s * 80, 46, 28, f"b{b}", "d-own" if s else "d-remote", 12, r=4
+            )
     for page in range(6):
         x = 290 + page * 54
         s, b = owner.get(page, (None, None))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib import pyplot
 
-from benchmarks.figures import BLUE, GREEN, INK, MUTED, ORANGE, SKY, STYLE
+from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, SKY, STYLE
 from docs.hooks.measured import inline
 from docs.hooks.svg import Drawing
 from msa.demo import demo_html

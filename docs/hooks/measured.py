@@ -17,7 +17,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from benchmarks.figures import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY, STYLE
+from benchmarks.figures.style import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY, STYLE
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -38,6 +38,14 @@ class Drawing:
             f'text-anchor="{anchor}">{escape(str(words))}</text>'
         )
 
+    def box(
+        self, x: float, y: float, w: float, h: float, words: object, style: str, size: float = 12.5,
+        r: float = 6,
+    ) -> None:  # fmt: skip
+        """A box with words in its middle."""
+        self.rect(x, y, w, h, style, r=r)
+        self.text(x + w / 2, y + h / 2 + 0.37 * size, words, "d-on d-bold", size, "middle")
+
     def line(
         self, *points: tuple[float, float], style: str = "d-line", arrow: bool = False
     ) -> None:

@@ -1,4 +1,4 @@
-"""The roofline: how near each stage comes to what the device can do, copying and multiplying."""
+"""The roofline: how close each stage comes to what the device can do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.figures import BLUE, GREEN, INK, MUTED, ORANGE, QUIET, need, plain_ticks
+from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, QUIET, need, plain_ticks
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found, at
 
@@ -35,7 +35,7 @@ class Stage:
     ceiling: str = "bf16_tflops"
 
     def share(self, ceilings: dict[str, float]) -> str:
-        """What part of its ceiling it reaches, and which ceiling that is.
+        """Say what part of its ceiling the stage reaches, and which ceiling that is.
 
         >>> Stage("half", 10.0, 15.0, "k").share({"copy_tbps": 3.0, "bf16_tflops": 700.0})
         '50% of the copy'
@@ -46,7 +46,7 @@ class Stage:
 
 
 def with_products(row: Found) -> list[Stage]:
-    """Selection and attention of one prompt, operations of matrix products."""
+    """Return the stages that multiply matrices: selection and attention of one prompt."""
     select, attention = row["select"], at(row, KEEP)
     points = [
         Stage(name, stage["tflops"] * stage["ms"] / stage["gb"], stage["tflops"], GREEN, ceiling)
@@ -66,7 +66,7 @@ def with_products(row: Found) -> list[Stage]:
 
 
 def without_products(row: Found, topk: list[Found]) -> list[Stage]:
-    """Stages that only look: an operation is an edge or a score."""
+    """Return the stages without products: an operation is an edge or a score."""
     index = at(row, KEEP)["reverse_index"]
     counted = [("reverse index", index, index["ms"])]
     for rows in topk[:1]:
@@ -78,7 +78,7 @@ def without_products(row: Found, topk: list[Found]) -> list[Stage]:
 
 
 def draw(axis: Axes, points: list[Stage], ceilings: dict[str, float]) -> None:
-    """The points, each with its share of its ceiling, on a double logarithmic axis."""
+    """Draw the points with their shares of the ceiling, on two logarithmic axes."""
     axis.set_xscale("log")
     axis.set_yscale("log")
     for point in points:
@@ -91,7 +91,7 @@ def draw(axis: Axes, points: list[Stage], ceilings: dict[str, float]) -> None:
 
 
 def copy_ceiling(axis: Axes, bandwidth: float, stop: float, label_at: float) -> None:
-    """The slope up to `stop` operations per byte, its name along it; the limits are final."""
+    """Draw the slope up to `stop` operations per byte, with its name. The axis must have limits."""
     low = axis.get_xlim()[0]
     axis.plot([low, stop], [low * bandwidth, stop * bandwidth], color=INK, lw=1.2)
     ends = axis.transData.transform([[x, x * bandwidth] for x in (low, stop)])
@@ -103,7 +103,7 @@ def copy_ceiling(axis: Axes, bandwidth: float, stop: float, label_at: float) -> 
 
 
 def roofline(found: Found) -> Figure:
-    """The longest prompt's stages at ρ = 0.95: left those without products, right the others.
+    """Draw the stages of the longest prompt at ρ = 0.95: without products left, with them right.
 
     Raises:
         MissingResults: results without ceilings or prompts.

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.figures import BLUE, INK, MUTED, QUIET, SKY, need, tidy_tokens
+from benchmarks.figures.style import BLUE, INK, MUTED, QUIET, SKY, need, tidy_tokens
 from benchmarks.reading import Found
 
 WAYS = {
@@ -21,7 +21,7 @@ WAYS = {
 
 
 def lengths(found: Found) -> Figure:
-    """Time and memory of one forward pass by length, as far as each way goes."""
+    """Draw time and memory of one forward pass by length, up to the length that fits."""
     ways = need(found, "lengths")["ways"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     curves(left, ways, lambda row: row["time"]["ms"], (20, 50, 100, 200, 500))
@@ -37,7 +37,7 @@ def lengths(found: Found) -> Figure:
 def curves(
     axes: Axes, ways: Found, measure: Callable[[Found], float], ticks: Sequence[float]
 ) -> None:
-    """One line for each way, with its name at its end."""
+    """Draw one line for each way, with its name at its end."""
     longest = [row["n"] for row in ways["enabled"]]
     tidy_tokens(axes, longest[0], longest[-1])
     axes.set_yscale("log")

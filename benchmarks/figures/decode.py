@@ -1,4 +1,4 @@
-"""The figure of the decode results: a step beside dense attention, and the time of its bytes."""
+"""The figure of the decode results: MSA and dense attention, and the time to read their bytes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.cases import CONFIG, DIM, GROUPS
-from benchmarks.figures import BLUE, INK, MUTED, ORANGE, need
+from benchmarks.figures.style import BLUE, INK, MUTED, ORANGE, need
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found, best_dense
 
 FORMS = (("bf16", "MSA, bf16", BLUE), ("fp8 index", "MSA, index keys in 8 bits", ORANGE))
 BANDWIDTH = 3e12
-"""Bytes a second that the marks stand for; the device's own copy reaches about as much."""
+"""Bytes per second that the white marks assume; a copy on the device reaches about as much."""
 
 
 def least_bytes(batch: int, context: int, form: str) -> int:
-    """What a step cannot but read: all index keys, and the selected keys and values.
+    """Count the bytes that a step has to read: all index keys, selected keys and values.
 
     >>> round(least_bytes(1, 2**20, "bf16") / BANDWIDTH * 1e6, 1)  # microseconds
     90.9
@@ -27,7 +27,7 @@ def least_bytes(batch: int, context: int, form: str) -> int:
 
 
 def steps(found: Found) -> Figure:
-    """Bars of microseconds, one group for each batch and context."""
+    """Draw bars of microseconds, one group for each batch and context."""
     rows = need(found, "steps")
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     for i, row in enumerate(rows):

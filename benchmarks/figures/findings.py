@@ -10,17 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    ORANGE,
-    QUIET,
-    End,
-    MissingResults,
-    label_ends,
-)
+from benchmarks.figures import style
+from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, QUIET
 from benchmarks.prefill_table import tokens
 from benchmarks.reading import Found
 from msa.ablations.results import lengths_of, readings_by, runs_of
@@ -31,13 +22,13 @@ COLORS = {"dense": INK, "MSA": BLUE, "window": ORANGE, "dense twin": QUIET}
 
 
 def findings(found: Found) -> Figure:
-    """Left: each row's answers, far and near; right: one model under other budgets and lengths.
+    """Draw the answers of each row on the left; one model with other k and lengths on the right.
 
     Raises:
         MissingResults: results without a run of the base.
     """
     if not runs_of(found, "base"):
-        raise MissingResults("the results have no run of 'base'")
+        raise style.MissingResults("the results have no run of 'base'")
     figure, (left, middle, right) = pyplot.subplots(
         1, 3, figsize=(11.4, 4.2), width_ratios=(1.25, 0.8, 1)
     )
@@ -55,7 +46,7 @@ def findings(found: Found) -> Figure:
 
 
 def draw_rows(axis: Axes, found: Found) -> None:
-    """A line for each row: dots for the seeds, a bar for the mean of far ones, a ring for near."""
+    """Draw a line for each row: dots for seeds, a bar for the mean of far answers, a ring: near."""
     rows = [row for row in ROWS.values() if runs_of(found, row.name)]
     for place, row in enumerate(reversed(rows)):
         far, near = (percents(runs_of(found, row.name), name) for name in ("far", "near"))
@@ -71,7 +62,7 @@ def draw_rows(axis: Axes, found: Found) -> None:
 
 
 def draw_budgets(axis: Axes, found: Found) -> None:
-    """Answers of the base, read with other numbers of blocks than it was trained with."""
+    """Draw answers of the base model with other numbers of blocks than in training."""
     readings = readings_by(found, "base", "budgets", "k")
     curve = {k: percents(rs, "answers") for k, rs in readings.items()}
     draw_curve(axis, curve, BLUE)
@@ -82,8 +73,8 @@ def draw_budgets(axis: Axes, found: Found) -> None:
 
 
 def draw_lengths(axis: Axes, found: Found) -> None:
-    """Answers on longer documents than any in training."""
-    ends: list[End] = []
+    """Draw answers on documents longer than any in training."""
+    ends: list[style.End] = []
     for key, name in LINES.items():
         curve = {
             n: [100 * v for v in vs if v is not None] for n, vs in lengths_of(found, *key).items()
@@ -95,11 +86,11 @@ def draw_lengths(axis: Axes, found: Found) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("tokens of a document; 512 in training")
     axis.set_ylim(0, 102)
-    label_ends(axis, ends)
+    style.label_ends(axis, ends)
 
 
 def draw_curve(axis: Axes, curve: dict[int, list[float]], color: str) -> None:
-    """Through the means, a band from the least to the most."""
+    """Draw a line through the means, and a band from the least to the most."""
     places = list(curve)
     axis.set_xscale("log", base=2)
     axis.plot(places, [mean(values) for values in curve.values()], "o-", color=color)
@@ -108,10 +99,10 @@ def draw_curve(axis: Axes, curve: dict[int, list[float]], color: str) -> None:
 
 
 def percents(runs: list[dict[str, Any]], name: str) -> list[float]:
-    """Of all runs that have this number."""
+    """Return this number in percent, of all runs that have it."""
     return [100 * run[name] for run in runs if run[name] is not None]
 
 
 def mean(values: list[float]) -> float:
-    """NaN, which is not drawn, where there are none."""
+    """Return the mean; NaN, which is not drawn, if there are no values."""
     return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,195 @@
+"""What `msa doctor` tries: one small call for each backend, device and number format.
+
+The answer is what happened, and not a guess from version numbers. The messages of msa itself say
+why a call was refused and what to do, so they are shown as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import msa
+
+EXTRAS = {
+    "verify": ("hypothesis",),
+    "demo": ("sklearn", "matplotlib"),
+    "model": ("torch", "safetensors", "PIL"),
+    "transformers": ("torch", "transformers"),
+}
+"""The optional dependencies that commands ask for, by the modules that they bring."""
+REPORT = "please report this with the output of msa doctor"
+SIZES = {"q": (32, 2, 16), "k": (32, 1, 16), "v": (32, 1, 16), "q_idx": (32, 1, 16),
+         "k_idx": (32, 16)}  # fmt: skip
+CONFIG = msa.MSAConfig(block_size=16, top_k=1)
+Versions = dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that tensors can be on."""
+
+    name: str
+    model: str
+    capability: str = ""
+    """The CUDA compute capability; empty for the CPU."""
+    memory_gib: float | None = None
+    """None where it is not known."""
+
+    def is_below(self, *capability: int) -> bool:
+        """Whether the compute capability is lower than this one.
+
+        >>> Device("cuda:0", "NVIDIA A100", "8.0").is_below(8, 9)
+        True
+        """
+        return tuple(map(int, self.capability.split("."))) < capability
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether one part runs here, and if not, why."""
+
+    part: str
+    runs: bool
+    reason: str = ""
+    """Why the part does not run; empty if it does."""
+    advice: str = ""
+    """What to do about it; empty where the reason says it."""
+
+
+def findings(versions: Versions, devices: list[Device]) -> list[Finding]:
+    """All parts, those that need least first."""
+    made = [attempt("reference", lambda: msa.attention(**arrays(), config=CONFIG))]
+    if versions["torch"] is None:
+        made.append(Finding("torch on cpu", False, "torch is not installed", install("torch")))
+    else:
+        made.append(attempt("torch on cpu", lambda: attend("torch", "cpu")))
+        made.append(attempt("operators (msa.ops)", use_operators))
+        made.append(attempt("triton in its interpreter", lambda: attend("triton", "cpu")))
+    made += [finding for device in devices[1:] for finding in parts_on(device)]
+    if len(devices) == 1:
+        made.append(no_gpu(versions))
+    return made + [extra(name) for name in EXTRAS]
+
+
+def parts_on(device: Device) -> Iterator[Finding]:
+    """Everything that can run on one CUDA device."""
+    at = device.name
+    yield attempt(f"torch on {at}", lambda: attend("torch", at))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield Finding(f"triton on {at}", False, "TRITON_INTERPRET=1 is set",
+                      "unset it before Python starts to run the kernels on the GPU")  # fmt: skip
+        return
+    trials: tuple[tuple[str, tuple[int, int], Callable[[], Any]], ...] = (
+        ("", (8, 0), lambda: attend("triton", at, "float16")),
+        (", bfloat16", (8, 0), lambda: attend("triton", at, "bfloat16")),
+        (", index in 8 bits", (8, 9),
+         lambda: attend("triton", at, "float16", index_dtype="fp8_e4m3")),
+        (", pages in 8 bits", (8, 9), lambda: decode_eight_bits(at)),
+    )  # fmt: skip
+    for name, (major, minor), call in trials:
+        old = device.is_below(major, minor)
+        advice = f"it needs compute capability {major}.{minor}" if old else REPORT
+        yield attempt(f"triton on {at}{name}", call, advice)
+    yield dependent_launch(device)
+
+
+# -- the trials -----------------------------------------------------------------------------------
+def attempt(part: str, call: Callable[[], Any], advice: str = REPORT) -> Finding:
+    """Try a part. `advice` is for errors that are not messages of msa about its arguments."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return Finding(part, False, first_line(error))
+    except Exception as error:  # a broken library or compiler may raise anything
+        return Finding(part, False, f"{type(error).__name__}: {first_line(error)}", advice)
+    return Finding(part, True)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message, at most 300 characters of it."""
+    return (str(error).strip() or "no message").splitlines()[0][:300]
+
+
+def arrays() -> dict[str, Any]:
+    """The inputs of the small call: two blocks of 16 tokens, two heads in one group."""
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in SIZES.items()}
+
+
+def tensors(device: str, dtype: str) -> dict[str, Any]:
+    """The same inputs as torch tensors."""
+    torch = importlib.import_module("torch")
+    place = {"device": device, "dtype": getattr(torch, dtype)}
+    return {name: torch.tensor(array, **place) for name, array in arrays().items()}
+
+
+def attend(backend: Any, device: str, dtype: str = "float32", **options: Any) -> None:
+    """One small call of attention, and the wait for its result."""
+    output = msa.attention(**tensors(device, dtype), config=CONFIG, backend=backend, **options)
+    output.out.float().sum().item()
+
+
+def decode_eight_bits(device: str) -> None:
+    """One decode step of the triton backend over pages of 8 bits."""
+    torch = importlib.import_module("torch")
+    x = tensors(device, "float16")
+    pages = [torch.zeros(2, 16, *x[name].shape[1:], device=device) for name in ("k", "v", "k_idx")]
+    pool = msa.PagePool(*(page.to(torch.float8_e4m3fn) for page in pages), batch=1)
+    pool.append(0, x["k"], x["v"], x["k_idx"])
+    step = msa.decode(
+        x["q"][None, -1:], x["q_idx"][None, -1:], pool.cache, config=CONFIG, backend="triton"
+    )
+    step.out.float().sum().item()
+
+
+def use_operators() -> None:
+    """The small call as a torch operator, on the CPU."""
+    importlib.import_module("msa.ops").attention(**tensors("cpu", "float32"), config=CONFIG)
+
+
+# -- what is told without a trial -----------------------------------------------------------------
+def dependent_launch(device: Device) -> Finding:
+    """Whether the kernels of a decode step may overlap (programmatic dependent launch)."""
+    part = f"dependent launch on {device.name}"
+    if not device.is_below(9, 0):
+        return Finding(part, True)
+    return Finding(part, False, f"it needs compute capability 9.0, got {device.capability}",
+                   "none needed: decode steps give the same results a little later")  # fmt: skip
+
+
+def no_gpu(versions: Versions) -> Finding:
+    """Why torch sees no CUDA device."""
+    torch, cuda, driver = (versions[name] for name in ("torch", "cuda", "driver"))
+    if torch is None:
+        reason, advice = "torch is not installed", install("torch,triton")
+    elif cuda is None:
+        reason = f"torch {torch} has no CUDA"
+        advice = "to use a GPU, install a build of torch for CUDA"
+    elif driver is None:
+        reason = "nvidia-smi finds no driver"
+        advice = "install the NVIDIA driver, or give the container access to the GPU"
+    else:
+        reason = f"torch {torch} for CUDA {cuda} sees no device under driver {driver}"
+        advice = "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for this CUDA"
+    return Finding("triton on a GPU", False, reason, advice)
+
+
+def extra(name: str) -> Finding:
+    """Whether all modules of an extra can be found; none is imported."""
+    missing = [module for module in EXTRAS[name] if importlib.util.find_spec(module) is None]
+    if not missing:
+        return Finding(f"extra {name}", True)
+    reason = f"{' and '.join(missing)} not installed"
+    return Finding(f"extra {name}", False, reason, install(name))
+
+
+def install(extras: str) -> str:
+    """The command that brings an extra."""
+    return f"pip install 'msa-stack[{extras}]'"
