@@ -36,7 +36,7 @@ CHECKS = {  # property: the kernels that it must launch
     "r15_partials_are_softmaxes_over_one_block": {"chunk_kernel"},
     "r16_combining_is_the_definition": {"combine_kernel"},
     "r17_gradients_reach_the_index_branch_only": {
-        "block_sums_kernel", "merge_sums_kernel", "teacher_kernel", "judge_kernel",
+        "block_sums_kernel", "merge_sums_kernel", "teacher_kernel", "index_loss_kernel",
         "sum_slots_kernel", "sum_items_kernel",
     },
     "r18_gradients_in_every_dtype": {

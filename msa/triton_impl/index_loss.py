@@ -75,7 +75,7 @@ def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops
     PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
         first += i_n * BN
         o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
         b_k = load_keys(k_idx, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]

@@ -83,7 +83,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
     i_item = tl.program_id(0)
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
         o_d, o_dv, o_m = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BM)
         o_g = tl.program_id(1) * HEADS + o_m % HEADS  # [BM] head within its group
         o_h = i_r * G + o_g

@@ -79,7 +79,7 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
     PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, _, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
         first += i_n * BN
         o_d, o_n = tl.arange(0, BD), first + tl.arange(0, BN)
         p_k = k + along(i_r, stride_kh)

@@ -64,13 +64,14 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, i_b, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
         first += i_n
         o_d, o_n, o_q = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, E)
         o_i, o_g = tl.arange(0, E * HEADS) // HEADS, tl.arange(0, E * HEADS) % HEADS
         p_k = k + along(i_r, stride_kh)
         p_tile = q + along(o_i, stride_qt) + along(i_r * G + o_g, stride_qh)  # [E * HEADS]
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
+        i_b = tl.load(rows + i_item) % n_blocks
         i_id = i_b - tl.load(records + start * 4 + 3)  # the block's number in its sequence
         i_t, own, bits = load_edge(records, start)
         for i_e in range(start, stop):

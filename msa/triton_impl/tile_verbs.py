@@ -79,10 +79,10 @@ def wait_for_threads():
 # -- work items -----------------------------------------------------------------------------------
 @triton.jit
 def load_item(rows, first_keys, key_stops, n_blocks, i_item):
-    """Group and block of an item, the block's first key, and the end of its sequence's keys."""
+    """The group of an item, its block's first key, and the end of the keys of its sequence."""
     row = tl.load(rows + i_item)
-    i_r, i_b = row // n_blocks, row % n_blocks
-    return i_r, i_b, tl.load(first_keys + i_b), tl.load(key_stops + i_b)
+    i_b = row % n_blocks
+    return row // n_blocks, tl.load(first_keys + i_b), tl.load(key_stops + i_b)
 
 
 @triton.jit
