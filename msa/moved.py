@@ -73,11 +73,11 @@ MOVED: dict[str, str] = {
     "msa.demo.stream": "msa.demo.digits.stream",
     # the conformance kit
     "msa.conformance.adapters": "msa.conformance.foreign.arguments",
+    "msa.conformance.adapters:msa_attention": "msa.conformance.foreign.like_msa:msa_attention",
     **{
-        f"msa.conformance.adapters:{name}_{kind}": f"msa.conformance.foreign.like_{name}:{name}_{kind}"
-        for name in ("msa", "transformers", "vllm", "official")
-        for kind in ("select", "sparse_attention", "attention")
-        if kind != "attention" or name == "msa"
+        f"msa.conformance.adapters:{like}_{kind}": f"msa.conformance.foreign.like_{like}:{like}_{kind}"
+        for like in ("msa", "transformers", "vllm", "official")
+        for kind in ("select", "sparse_attention")
     },
     "msa.conformance.bad_input_table": "msa.conformance.bad_input.collect",
     "msa.conformance.calls": "msa.conformance.run_stage",
@@ -98,8 +98,19 @@ MOVED: dict[str, str] = {
     "msa.conformance.properties_places": "msa.conformance.properties.places_strides",
     **{
         f"msa.conformance.properties_{theme}": f"msa.conformance.properties.{theme}"
-        for theme in ("alignment", "attention", "behaviour", "index", "lowering", "not_finite",
-                      "options", "selection", "sequences", "sizes", "training")
+        for theme in (
+            "alignment",
+            "attention",
+            "behaviour",
+            "index",
+            "lowering",
+            "not_finite",
+            "options",
+            "selection",
+            "sequences",
+            "sizes",
+            "training",
+        )
     },
 }
 """Old path to new path. An entry "old.module" moves a whole module. An entry "old.module:name" says
