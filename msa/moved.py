@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+LIKE = "msa.conformance.foreign.like"
 MOVED: dict[str, str] = {
     # msa.model is the architecture; training has its own package
     "msa.model.records": "msa.training.documents",
@@ -75,8 +76,8 @@ MOVED: dict[str, str] = {
     "msa.conformance.adapters": "msa.conformance.foreign.arguments",
     "msa.conformance.adapters:msa_attention": "msa.conformance.foreign.like_msa:msa_attention",
     **{
-        f"msa.conformance.adapters:{like}_{kind}": f"msa.conformance.foreign.like_{like}:{like}_{kind}"
-        for like in ("msa", "transformers", "vllm", "official")
+        f"msa.conformance.adapters:{name}_{kind}": f"{LIKE}_{name}:{name}_{kind}"
+        for name in ("msa", "transformers", "vllm", "official")
         for kind in ("select", "sparse_attention")
     },
     "msa.conformance.bad_input_table": "msa.conformance.bad_input.collect",

@@ -68,7 +68,7 @@ def search(
         test = example(known)(test)
     settled = settings(
         options,
-        max_examples=max(1, options.max_examples // subject.domain.cost),
+        max_examples=max(1, options.max_examples // (subject.domain.cost * prop.cost)),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )(test)

@@ -35,6 +35,8 @@ class Property:
     """What a backend must have: functions of the contract, abilities, options and dtypes."""
     seeds: tuple[Any, ...]
     """Cases that every search tries first."""
+    cost: int = 1
+    """A search tries this many times fewer cases, because each takes long."""
 
     @property
     def name(self) -> str:
@@ -53,7 +55,7 @@ class Property:
 
 
 def holds_for(
-    cases: Cases, *, needs: tuple[str, ...], seeds: tuple[Any, ...] = ()
+    cases: Cases, *, needs: tuple[str, ...], seeds: tuple[Any, ...] = (), cost: int = 1
 ) -> Callable[[Check], Property]:
     """Turn a function of (subject, case) into a Property."""
-    return lambda check: Property(check, cases, needs, seeds)
+    return lambda check: Property(check, cases, needs, seeds, cost)

@@ -48,21 +48,21 @@ LONG_UNION = many(16, 2100, 128)
 """Sixteen neighbours with 128 blocks each, nearly all of them different."""
 
 
-@holds_for(LARGE, needs=("select_fused",), seeds=PLACES)
+@holds_for(LARGE, needs=("select_fused",), seeds=PLACES, cost=2)
 def r7_large_sizes_select_the_same(subject: Subject, case: Case) -> Measure:
     """With large k or many blocks, heads or sequences the selection equals that of the spec."""
     got, want = (select_fused(s, case.inputs) for s in (subject, spec(subject)))
     return same("selection", got.indices, want.indices)
 
 
-@holds_for(LARGE, needs=("attend_selection",), seeds=(LONG_UNION,))
+@holds_for(LARGE, needs=("attend_selection",), seeds=(LONG_UNION,), cost=2)
 def r9_large_sizes_are_the_definition(subject: Subject, case: Case) -> Measure:
     """Attention over large selections is the definition, in each loop order of the backend."""
     output = attend_some_way(subject, case, case.inputs)
     return compare_output(subject, case.inputs, output, dense(case.inputs, case.selection.indices))
 
 
-@holds_for(LARGE, needs=("attend",))
+@holds_for(LARGE, needs=("attend",), cost=2)
 def r9_large_sizes_of_the_whole_path(subject: Subject, case: Case) -> Measure:
     """For large sizes the whole path is the selection of the spec and the softmax over it."""
     output, want = attend(subject, case.inputs), select_fused(spec(subject), case.inputs)
@@ -83,19 +83,19 @@ def large_pages(draw: DrawFn, domain: Domain) -> PagedCase:
     return PagedCase(case, (True,) * len(lengths), draw(st.integers(0, 9999)), 1, 1)
 
 
-@holds_for(large_pages, needs=("decode_step",))
+@holds_for(large_pages, needs=("decode_step",), cost=2)
 def r2_large_sizes_decode_by_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     """For large sizes decoding from shuffled pages equals attention over packed keys."""
     return sequences.r2_decoding_is_the_same_rule.check(subject, paged)
 
 
-@holds_for(large_reals, needs=("attend_selection", "backward"))
+@holds_for(large_reals, needs=("attend_selection", "backward"), cost=2)
 def r18_large_sizes_have_gradients(subject: Subject, case: Case) -> Measure:
     """For large sizes dq, dk and dv lie within their error bounds."""
     return training.r18_gradients_in_every_dtype.check(subject, case)
 
 
-@holds_for(large_reals, needs=("align_index", "backward"))
+@holds_for(large_reals, needs=("align_index", "backward"), cost=2)
 def r17_large_sizes_have_gradients(subject: Subject, case: Case) -> Measure:
     """For large sizes the gradients of the loss in q_idx and k_idx lie within their bounds."""
     return training.r17_gradients_reach_the_index_branch_only.check(subject, case)
