@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from msa import checks, paged_kv
+from msa import cache_checks, checks
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection, Sequences
@@ -131,17 +131,17 @@ def enter_cache(
         checks.check_array(name, array)
     sizes: dict[str, int] = {"Bk": config.block_size}
     checks.check_shape("q", q, "B n Hq D", sizes)
-    paged_kv.check_cache(cache, sizes)
+    cache_checks.check_cache(cache, sizes)
     checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    paged_kv.check_queries(cache, q, q_idx)
+    cache_checks.check_queries(cache, q, q_idx)
     entry = Entry(backend, q)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
     else:
-        paged_kv.check_contents(cache, sizes)
+        cache_checks.check_contents(cache, sizes)
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
-    cache = paged_kv.with_index_dtypes(cache)
+    cache = cache_checks.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
 
 
@@ -153,9 +153,9 @@ def enter_append(cache: PagedKV, tokens: dict[str, Array]) -> Entry:
     """
     checks.check_type("cache", cache, PagedKV)
     sizes: dict[str, int] = {}
-    paged_kv.check_cache(cache, sizes, checks.INDEX_DTYPES)
-    paged_kv.check_tokens(cache, True, sizes["B"], tokens)
+    cache_checks.check_cache(cache, sizes, checks.INDEX_DTYPES)
+    cache_checks.check_tokens(cache, True, sizes["B"], tokens)
     entry = Entry("triton", cache.k_pages)
     entry.check_kernels(sizes["Bk"], 1, tokens)
-    paged_kv.check_written(cache)
+    cache_checks.check_written(cache)
     return entry

@@ -7,15 +7,9 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from msa import checks
+from msa.cache_checks import check_apart, check_own_memory
 from msa.page_book import LARGEST_INT32
-from msa.paged_kv import (
-    PAGE_DIMS,
-    PAGE_DTYPES,
-    PagedKV,
-    check_apart,
-    check_own_memory,
-    check_sequence,
-)
+from msa.paged_kv import PAGE_DIMS, PAGE_DTYPES, PagedKV, check_sequence
 
 
 # -- pages and tokens -----------------------------------------------------------------------------

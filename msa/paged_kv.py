@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -123,19 +123,7 @@ class PagedKV:
         return k, v, k_idx
 
 
-# -- checks: shapes, dtypes and places ------------------------------------------------------------
-def check_cache(
-    cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
-) -> None:
-    """The arrays agree in shape, and 8-bit pages alone have scales; sizes go to `sizes`."""
-    check_arrays(cache, sizes, counted_in)
-    check_scales(cache, sizes)
-    if cache.shared is not None:
-        checks.check_array("cache.shared", cache.shared, ("uint8",))
-        checks.check_shape("cache.shared", cache.shared, "pages", sizes)
-        checks.check_same_place(**{"cache.k_pages": cache.k_pages, "cache.shared": cache.shared})
-
-
+# -- checks (R20) ---------------------------------------------------------------------------------
 def check_arrays(
     cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
 ) -> None:
@@ -152,22 +140,6 @@ def check_arrays(
         checks.check_shape(f"cache.{name}", array, dims, sizes)
 
 
-def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """8-bit pages have scales, and other pages have none."""
-    for name, dims in SCALE_DIMS.items():
-        check_scaled(cache, name)
-        pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
-        if scales is None:
-            continue
-        if not checks.is_eight_bits(pages):
-            raise ValueError(
-                f"cache.{name}_scales must be None where cache.{name}_pages has dtype "
-                f"{pages.dtype}, got {checks.kind(scales)}"
-            )
-        checks.check_array(f"cache.{name}_scales", scales, ("float32",))
-        checks.check_shape(f"cache.{name}_scales", scales, dims, sizes)
-
-
 def check_scaled(cache: PagedKV, name: str) -> None:
     """The pages of this name have scales if they are of 8 bits."""
     pages, scales = getattr(cache, f"{name}_pages"), getattr(cache, f"{name}_scales")
@@ -178,118 +150,12 @@ def check_scaled(cache: PagedKV, name: str) -> None:
         )
 
 
-def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
-    """Queries have the dtype of the pages, or any dtype where these have 8 bits.
-
-    All arrays are on one device. Keys and values have 8 bits together or not at all.
-    """
-    pages = {f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS}
-    k, v, k_idx = pages.values()
-    main = {"cache.k_pages": k, "cache.v_pages": v}
-    wide = not (checks.is_eight_bits(k) or checks.is_eight_bits(v))
-    checks.check_same_dtype(**({"q": q} | main if wide else main))
-    if not checks.is_eight_bits(k_idx):
-        checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": k_idx})
-    names = (*CACHE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS))
-    parts = {f"cache.{name}": getattr(cache, name) for name in names}
-    parts = {name: array for name, array in parts.items() if array is not None}
-    checks.check_same_place(q=q, q_idx=q_idx, **parts)
-
-
-def check_written(cache: PagedKV) -> None:
-    """`append_tokens` can write each entry of the arrays by itself, and round to their dtype."""
-    for name in (*PAGE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS), "lengths"):
-        array = getattr(cache, name)
-        if array is None:
-            continue
-        check_own_memory(f"cache.{name}", array)
-        if checks.is_eight_bits(array) and checks.is_interpreted():
-            raise TypeError(
-                f"cache.{name} must not be of 8 bits under TRITON_INTERPRET=1, for Triton's "
-                f"interpreter rounds to them wrongly, got {array.dtype}: use PagePool.append"
-            )
-    check_apart(**{f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS})
-
-
-def check_own_memory(name: str, array: Any) -> None:
-    """Each number of the array has memory of its own, as expanded arrays have not."""
-    strides = array.stride() if checks.is_torch(array) else array.strides
-    expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
-    if expanded and 0 not in array.shape:
-        raise ValueError(
-            f"{name} must have memory for each number, got strides {list(strides)}: an expanded "
-            "array must be copied"
-        )
-
-
-def check_apart(**arrays: Any) -> None:
-    """No two arrays start at the same address, where one write would change both.
-
-    Arrays that interleave, such as halves of one tensor, start at different addresses.
-    """
-    seen: dict[int, str] = {}
-    for name, array in arrays.items():
-        start = array.data_ptr() if checks.is_torch(array) else array.ctypes.data
-        if 0 in array.shape or not start:  # without memory
-            continue
-        if start in seen:
-            raise ValueError(
-                f"{name} must have memory of its own, got that of {seen[start]}: make one array "
-                "for each"
-            )
-        seen[start] = name
-
-
-def with_index_dtypes(cache: PagedKV) -> PagedKV:
-    """The same cache with its table and lengths in int32 or int64, as backends read them."""
-    others = {
-        name: array.long() if checks.is_torch(array) else array.astype(np.int64)
-        for name in ("page_table", "lengths")
-        if checks.dtype_name(array := getattr(cache, name)) not in checks.INDEX_DTYPES
-    }
-    return replace(cache, **others) if others else cache
-
-
-def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[str, Any]) -> int:
-    """New keys, values and index keys fit the pages; return how many each sequence gets.
-
-    With a leading dim there is one entry of it for each of the sequences. Pages of 8 bits take
-    tokens of any KERNEL_DTYPES, those of k and v alike.
-    """
-    sizes = {"S": sequences}
-    for name, dims in PAGE_DIMS.items():
-        sizes |= dict(zip(dims.split()[2:], getattr(cache, name).shape[2:]))
-    for name, dims in TOKEN_DIMS.items():
-        pages = {f"cache.{name}_pages": getattr(cache, f"{name}_pages")}
-        if getattr(cache, f"{name}_scales") is None:
-            checks.check_array(name, tokens[name])
-            checks.check_same_dtype(**pages, **{name: tokens[name]})
-        else:
-            checks.check_array(name, tokens[name], checks.KERNEL_DTYPES)
-        checks.check_same_place(**pages, **{name: tokens[name]})
-        checks.check_shape(name, tokens[name], f"S {dims}" if with_lead else dims, sizes)
-    checks.check_same_dtype(k=tokens["k"], v=tokens["v"])
-    return sizes["n"]
-
-
-# -- checks: what tables, lengths and scales hold -------------------------------------------------
-def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
-    """Each sequence has a page in range for each block, with scales that can be used.
-
-    `sizes` holds Bk, pages and n, the number of queries per sequence. Waits for the device once.
-    """
-    table, lengths, *bad = checks.read_together(
-        [cache.page_table, cache.lengths, *_pages_with_bad_scales(cache, sizes)]
-    )
-    for s, length in enumerate(lengths.tolist()):
-        if length < 0 or 0 < length < sizes["n"]:
-            raise ValueError(
-                f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
-                f"in sequence {s}"
-            )
-        own = check_row(table[s], length, s, sizes)
-        if any(pages[s].any() for pages in bad):
-            check_own_scales(cache, own, s)
+def check_sequence(sequence: Any, batch: int) -> int:
+    """Return a sequence of the batch, 0 to batch - 1."""
+    number = checks.check_count("sequence", sequence, 0)
+    if number >= batch:
+        raise ValueError(f"sequence must be 0 to {batch - 1}, got {number}")
+    return number
 
 
 def check_row(row: np.ndarray, length: int, sequence: int, sizes: dict[str, int]) -> np.ndarray:
@@ -332,30 +198,3 @@ def check_own_scales(cache: PagedKV, own: np.ndarray, sequence: int) -> None:
                 f"cache.{name}_scales must be finite and positive, got {found[bad][0]} "
                 f"in page {own[block]}, block {block} of sequence {sequence}"
             )
-
-
-def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:
-    """Where the part of the table in use names a page whose scale is not finite and positive.
-
-    One array [B, table] on the device for each kind of page with scales.
-    """
-    found = []
-    for name in SCALE_DIMS:
-        scales = getattr(cache, f"{name}_scales")
-        if scales is None or not sizes["pages"]:
-            continue
-        import torch
-
-        good = ((scales > 0) & (scales < float("inf"))).reshape(len(scales), -1).all(1)
-        place = torch.arange(cache.page_table.shape[1], device=scales.device)
-        used = place * sizes["Bk"] < cache.lengths.long()[:, None]
-        found.append(used & ~good[cache.page_table.long().clamp(0, len(scales) - 1)])
-    return found
-
-
-def check_sequence(sequence: Any, batch: int) -> int:
-    """Return a sequence of the batch, 0 to batch - 1."""
-    number = checks.check_count("sequence", sequence, 0)
-    if number >= batch:
-        raise ValueError(f"sequence must be 0 to {batch - 1}, got {number}")
-    return number

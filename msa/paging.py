@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Float
 
 from msa import checks, page_arrays, page_checks
+from msa.cache_checks import check_tokens
 from msa.checks.arrays import Array
 from msa.page_arrays import SequencePages
 from msa.page_book import Change, PageBook
-from msa.paged_kv import PagedKV, check_sequence, check_tokens
+from msa.paged_kv import PagedKV, check_sequence
 
 
 class PagePool:

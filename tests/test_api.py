@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import msa
-from msa import checks, paged_kv, recall
+from msa import cache_checks, checks, recall
 from msa.config import LARGEST_TOP_K
 from msa.dispatch import resolve
 from msa.torch_impl import decode
@@ -343,7 +343,7 @@ def test_contents_are_looked_at_after_one_wait(monkeypatch):
             return was(self, *args)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    paged_kv.check_contents(cache, {"Bk": 16, "pages": 3, "n": 1})
+    cache_checks.check_contents(cache, {"Bk": 16, "pages": 3, "n": 1})
     assert len(waits) == 1
     selection.validate()
     assert len(waits) == 2
