@@ -15,15 +15,11 @@ from msa.torch_impl.numerics import differentiable_once, rounds_coarsely, workin
 
 
 def align_index(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
     lse: Float[Tensor, "Tq Hq"] | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""]:  # fmt: skip
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
@@ -65,16 +61,11 @@ class Alignment(torch.autograd.Function):
 
 @torch.no_grad()
 def align_index_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None, with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:  # fmt: skip
     """The loss, and its gradients in the working precision: the tiles, added up in order (R19)."""
     dtype = torch.promote_types(
         working_dtype(q, k, config.softmax_scale_for(q.shape[-1])),

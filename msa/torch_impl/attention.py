@@ -21,15 +21,10 @@ from msa.torch_impl.selection import select_fused
 
 
 def attend(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    align: bool = False,
-) -> Output:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, align: bool = False,
+) -> Output:  # fmt: skip
     """Select, then attend: MSA itself (eq. 6-8, R4-R12). Differentiable in q, k and v (R18).
 
     Returns:
@@ -48,12 +43,9 @@ def attend(
 
 
 def attend_selection(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
     Differentiable in q, k and v with the selection held fixed (R18), lse included.
@@ -99,12 +91,9 @@ class SelectedAttention(torch.autograd.Function):
 
 @torch.no_grad()
 def attend_selection_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """Run each tile of queries down to its combined out and lse, in the working precision."""
     dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
     out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
@@ -122,16 +111,13 @@ def attend_selection_forward(
 
 @torch.no_grad()
 def attend_selection_backward(
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
+    d_out: Float[Tensor, "Tq Hq Dv"], d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[
+    Float[Tensor, "Tq Hq D"], Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]
+]:  # fmt: skip
     """Gradients for q, k and v in the precision of lse, each rounded to its input's dtype."""
     outputs = out.to(lse.dtype), lse
     return selection_gradients((q, k, v), outputs, (d_out, d_lse), selection, softmax_scale)

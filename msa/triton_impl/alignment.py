@@ -35,15 +35,11 @@ from msa.triton_impl.tile_union import split_tiles
 
 @on_its_device
 def align_index(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
     lse: Float[Array, "Tq Hq"] | None = None,
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. The gradient
@@ -108,16 +104,11 @@ class Alignment(torch.autograd.Function):
 @on_its_device
 @torch.no_grad()
 def align_index_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None, with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:  # fmt: skip
     """The loss and its gradients in float32, both for callers with an autograd of their own.
 
     Raises:

@@ -79,14 +79,9 @@ def choose_order(selection: Selection, group: int) -> str:
 
 
 def attend_part(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-    order: str,
-    into: Output,
-) -> None:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float, order: str, into: Output,
+) -> None:  # fmt: skip
     """Attend one super-tile in one order; nothing here waits for the device."""
 
     def kv_outer(chosen: Selection) -> Slots:
@@ -107,13 +102,9 @@ def attend_part(
 
 @on_its_device
 def attend_selection(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-    loop_order: LoopOrder = "auto",
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float, loop_order: LoopOrder = "auto",
+) -> Output:  # fmt: skip
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
     Differentiable in q, k and v with the selection held fixed (R18), lse included.
@@ -166,12 +157,9 @@ class SelectedAttention(torch.autograd.Function):
 @on_its_device
 @torch.no_grad()
 def attend_selection_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """`attend_selection` for callers with an autograd of their own: out in q's dtype, lse float32.
 
     Raises:
@@ -207,16 +195,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 @on_its_device
 @torch.no_grad()
 def attend_selection_backward(
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Three:
+    d_out: Float[Tensor, "Tq Hq Dv"], d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    selection: Selection, softmax_scale: float,
+) -> Three:  # fmt: skip
     """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
@@ -268,17 +251,11 @@ def gradients_of_part(
 
 @on_its_device
 def attend(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    align: bool = False,
-    loop_order: LoopOrder = "auto",
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, align: bool = False, loop_order: LoopOrder = "auto",
     index_dtype: str | None = None,
-) -> Output:
+) -> Output:  # fmt: skip
     """MSA: the index branch selects in one pass, the main branch attends (R4-R12).
 
     align=True adds the alignment loss, which uses the LSE of this call (R17).

@@ -111,16 +111,12 @@ def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops
 
 
 def index_loss(
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    teacher: Float[Tensor, "Tq Hkv k Bk"],
-    top: Float[Tensor, "Tq Hkv"],
-    log_total: Float[Tensor, "Tq Hkv"],
-    schedule: Schedule,
-    index_scale: float,
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    teacher: Float[Tensor, "Tq Hkv k Bk"], top: Float[Tensor, "Tq Hkv"],
+    log_total: Float[Tensor, "Tq Hkv"], schedule: Schedule, index_scale: float,
     gradients: tuple[Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]] | None = None,
     tile: TileConfig | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""]:  # fmt: skip
     """The KL summed over queries and groups, float64.
 
     `gradients`: float32 and contiguous; d_q_idx is written and d_k_idx added to.

@@ -111,17 +111,11 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
 
 
 def key_gradients(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    delta: Float[Tensor, "Tq Hq"],
-    edges: TileEdges,
-    softmax_scale: float,
-    tile: TileConfig | None = None,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    d_out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"], delta: Float[Tensor, "Tq Hq"],
+    edges: TileEdges, softmax_scale: float, tile: TileConfig | None = None,
     add_to: tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]] | None = None,
-) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
+) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:  # fmt: skip
     """dK and dV in the dtypes of k and v; d_out is contiguous, lse and delta are float32.
 
     The items leave 4 * Bk * (D + Dv) bytes each: one item for each block and group that is read,

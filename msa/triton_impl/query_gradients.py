@@ -130,19 +130,11 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
 
 
 def query_gradients(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    union: SplitUnion,
-    selection: Selection,
-    softmax_scale: float,
-    tile: TileConfig | None = None,
-    into: Float[Tensor, "Tq Hq D"] | None = None,
-) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], d_out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    d_lse: Float[Tensor, "Tq Hq"], union: SplitUnion, selection: Selection, softmax_scale: float,
+    tile: TileConfig | None = None, into: Float[Tensor, "Tq Hq D"] | None = None,
+) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """dQ in q's dtype, and delta in float32; all but q, k and v are contiguous.
 
     Args:

@@ -272,13 +272,10 @@ def plan_scan(
 
 @on_its_device
 def select_fused(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    index_dtype: str | None = None,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, index_dtype: str | None = None,
     tile: TileConfig | None = None,
-) -> Selection:
+) -> Selection:  # fmt: skip
     """The selected blocks straight from index queries and keys; scores are never written (R4-R8).
 
     Args:

@@ -155,13 +155,9 @@ def merge_sums_kernel(tops, totals, counts, top, log_total, scale, n, G: tl.cons
 
 
 def softmax_sums(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    schedule: Schedule,
-    scale: float,
-    is_index: bool,
-    tile: TileConfig | None = None,
-) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    schedule: Schedule, scale: float, is_index: bool, tile: TileConfig | None = None,
+) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """Highest unscaled score and log of the sum of exp(scale * (score - highest)), float32.
 
     is_index: the scores are those of the index branch, which may be infinite or NaN (see above).

@@ -106,15 +106,11 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
 
 
 def teacher_probabilities(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
     sums: tuple[Float[Tensor, "Tq Hq"] | None, Float[Tensor, "Tq Hq"]],
-    indices: Int[Tensor, "Tq Hkv k"],
-    edges: TileEdges,
-    softmax_scale: float,
-    dense: bool = False,
+    indices: Int[Tensor, "Tq Hkv k"], edges: TileEdges, softmax_scale: float, dense: bool = False,
     tile: TileConfig | None = None,
-) -> Float[Tensor, "Tq Hkv k Bk"]:
+) -> Float[Tensor, "Tq Hkv k Bk"]:  # fmt: skip
     """The teacher in the slots of the edges, float32; slots that no edge owns are not written.
 
     Args:

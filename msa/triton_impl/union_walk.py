@@ -182,20 +182,12 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
 
 
 def walk(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    sequences: Sequences,
-    block_size: int,
-    block_ids: Int[Tensor, "tiles Hkv U"],
-    row_masks: Int[Tensor, "tiles Hkv U"],
-    counts: Int[Tensor, "tiles Hkv"],
-    tile_size: int,
-    softmax_scale: float,
-    slots: Slots | None = None,
-    into: Output | None = None,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    sequences: Sequences, block_size: int, block_ids: Int[Tensor, "tiles Hkv U"],
+    row_masks: Int[Tensor, "tiles Hkv U"], counts: Int[Tensor, "tiles Hkv"], tile_size: int,
+    softmax_scale: float, slots: Slots | None = None, into: Output | None = None,
     tile: TileConfig | None = None,
-) -> Output:
+) -> Output:  # fmt: skip
     """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks."""
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
@@ -230,12 +222,9 @@ def walk(
 
 @on_its_device
 def attend_union(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    tile_union: TileUnion,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    tile_union: TileUnion, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Attention by a running softmax along each tile's union (R9, R10)."""
     require_kernels(tile_union.block_size, q=q, k=k, v=v)
     tile_union = contiguous(tile_union)
