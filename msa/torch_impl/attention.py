@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Output, Selection, Sequences
 from msa.torch_impl.alignment import align_index
 from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.item_batches import edges_per_item
-from msa.torch_impl.numerics import differentiable_once, working_dtype
+from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
 from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.selection import select_fused

@@ -44,6 +44,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
@@ -52,7 +53,7 @@ from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
 from msa.triton_impl.partials import fill_slots
-from msa.triton_impl.places import differentiable_once, on_its_device
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
