@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 
+import pytest
 import torch
 
 import msa
@@ -81,6 +82,12 @@ def far(x, dim, folder):
         memory = torch.from_file(path, shared=True, size=size, dtype=x.dtype)
     strides = (*inner[:dim], step, *inner[dim:])
     return fill(memory.as_strided(x.shape, strides, start), x)
+
+
+@pytest.fixture
+def folder():
+    with tempfile.TemporaryDirectory() as path:
+        yield path
 
 
 def same(got, want):

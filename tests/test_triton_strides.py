@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-import tempfile
 from dataclasses import replace
 from itertools import count
 
 import pytest
+import strided
 import torch
 from strided import (
     BLOCK,
@@ -39,12 +39,7 @@ from msa import triton_impl
 from msa.ir import Selection, Sequences
 
 pytestmark = [pytest.mark.gpu] * CUDA
-
-
-@pytest.fixture
-def folder():
-    with tempfile.TemporaryDirectory() as path:
-        yield path
+folder = strided.folder
 
 
 def packed():

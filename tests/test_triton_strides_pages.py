@@ -5,9 +5,8 @@ The layouts are those of tests/strided.py.
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
+import strided
 import torch
 from strided import (
     BLOCK,
@@ -32,12 +31,7 @@ import msa
 from msa.ir import PagedKV
 
 pytestmark = [pytest.mark.gpu] * CUDA
-
-
-@pytest.fixture
-def folder():
-    with tempfile.TemporaryDirectory() as path:
-        yield path
+folder = strided.folder
 
 
 # -- decoding -------------------------------------------------------------------------------------

@@ -45,9 +45,8 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
         n_blocks: int; NB
         stride_qt, stride_kt: elements from one token of q, k to the next
         stride_qr: elements from one group of q to the next
-        HKV: groups
+        HKV, BM: groups, rows of the tile (queries times groups)
         DIM, BD: Di, and rounded up to a power of two
-        BM: rows of the tile: queries times groups
         BK, BN: keys of a block, keys of one product
         RUN: blocks of one program
         PRECISION: input precision of the products

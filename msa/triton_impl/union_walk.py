@@ -50,7 +50,14 @@ from msa.triton_impl.tile_verbs import (
     slot_weight,
     store_tile,
 )
-from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
+from msa.triton_impl.tile_walk import (
+    inner_blocks,
+    load_block,
+    load_tile_record,
+    load_union,
+    selects,
+    tile_rows,
+)
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -126,9 +133,7 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     b_q = load_tile(q + along(o_t, stride_qt) + along(o_h, stride_qh), m_m, o_d, DIM)  # [BM, BD]
     p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
-    i_tr = i_t * HKV + i_r
-    p_id, p_mask = ids + i_tr * U, masks + i_tr * U
-    count = tl.load(counts + i_tr)
+    p_id, p_mask, count = load_union(ids, masks, counts, i_t * HKV + i_r, U)
 
     b_top = tl.full([BM], LOWEST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
