@@ -25,20 +25,12 @@ IndexDtype = Literal["fp8_e4m3"]
 
 
 def attention(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    align: bool = False,
-    backend: BackendName = "auto",
-    loop_order: LoopOrder = "auto",
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    align: bool = False, backend: BackendName = "auto", loop_order: LoopOrder = "auto",
     index_dtype: IndexDtype | None = None,
-) -> Output:
+) -> Output:  # fmt: skip
     """MiniMax Sparse Attention: each query and group reads its top blocks of keys (eq. 6-8).
 
     Args:
@@ -81,15 +73,10 @@ def attention(
 
 
 def select(
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
-    index_dtype: IndexDtype | None = None,
-) -> Selection:
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto", index_dtype: IndexDtype | None = None,
+) -> Selection:  # fmt: skip
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
     Arguments and errors as in `attention`. The Selection is packed: indices int32 [Tq, Hkv, k].
@@ -106,15 +93,10 @@ def select(
 
 
 def sparse_attention(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    selection: Selection,
-    *,
-    softmax_scale: float | None = None,
-    backend: BackendName = "auto",
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    selection: Selection, *, softmax_scale: float | None = None, backend: BackendName = "auto",
     loop_order: LoopOrder = "auto",
-) -> Output:
+) -> Output:  # fmt: skip
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
     A Selection holds its sequences and its block size. One of your own is
@@ -139,18 +121,12 @@ def sparse_attention(
 
 
 def align_index(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    selection: Selection | None = None,
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    lse: Float[Array, "*q Hq"] | None = None,
-    config: MSAConfig = MSAConfig(),
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    selection: Selection | None = None, *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    lse: Float[Array, "*q Hq"] | None = None, config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
     With a selection both distributions run over its visible tokens; with selection=None, the
@@ -185,13 +161,9 @@ def align_index(
 
 
 def decode(
-    q: Float[Array, "B n Hq D"],
-    q_idx: Float[Array, "B n Hkv Di"],
-    cache: PagedKV,
-    *,
-    config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
-) -> Output:
+    q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
+    cache: PagedKV, *, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
+) -> Output:  # fmt: skip
     """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
@@ -221,11 +193,9 @@ def decode(
 
 
 def append_tokens(
-    cache: PagedKV,
-    k: Float[Array, "B n Hkv D"],
-    v: Float[Array, "B n Hkv Dv"],
+    cache: PagedKV, k: Float[Array, "B n Hkv D"], v: Float[Array, "B n Hkv Dv"],
     k_idx: Float[Array, "B n Di"],
-) -> None:
+) -> None:  # fmt: skip
     """Write n more tokens of each sequence into a paged cache, by the device alone (R2).
 
     This is `PagePool.append` for steps that a CUDA graph captures. `PagePool.reserve` gives the
@@ -254,19 +224,11 @@ def append_tokens(
 
 
 def lower(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    chunk_size: int | None = None,
-    tile_size: int = 8,
-    backend: BackendName = "auto",
-) -> pipeline.Trace:
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    chunk_size: int | None = None, tile_size: int = 8, backend: BackendName = "auto",
+) -> pipeline.Trace:  # fmt: skip
     """`attention` step by step: every intermediate form of both loop orders, by name.
 
     chunk_size is the most edges that a work item may have (None means 2 * k * Bk, as in the paper).

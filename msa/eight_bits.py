@@ -73,11 +73,9 @@ class Places:
 
 
 def write_tokens(
-    pages: Float[Array, "pages Bk *heads dim"],
-    scales: Float32[Array, "pages *heads"],
-    tokens: Float[Array, "t *heads dim"],
-    places: Places,
-) -> None:
+    pages: Float[Array, "pages Bk *heads dim"], scales: Float32[Array, "pages *heads"],
+    tokens: Float[Array, "t *heads dim"], places: Places,
+) -> None:  # fmt: skip
     """Write new tokens, and older ones again where their page's scale has grown (see above).
 
     All are torch tensors on one device, tokens in float16, bfloat16 or float32.

@@ -77,16 +77,11 @@ class TensorEntry(Entry):
 
 
 def enter(
-    arrays: dict[str, Array],
-    backend: BackendName,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    *,
-    config: MSAConfig | None = None,
-    selection: Selection | None = None,
-    options: dict[str, Any] | None = None,
+    arrays: dict[str, Array], backend: BackendName, cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None, *, config: MSAConfig | None = None,
+    selection: Selection | None = None, options: dict[str, Any] | None = None,
     top_k: int | None = None,
-) -> TensorEntry:
+) -> TensorEntry:  # fmt: skip
     """Check a call of packed or batched tensors.
 
     Args:

@@ -39,12 +39,9 @@ class Layout:
 
 
 def read_layout(
-    arrays: dict[str, Array],
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    sequences: Sequences | None = None,
-    batched: bool | None = None,
-) -> Layout:
+    arrays: dict[str, Array], cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    sequences: Sequences | None = None, batched: bool | None = None,
+) -> Layout:  # fmt: skip
     """Check the arrays against one another (R20) and find the sequences that they hold.
 
     Args:

@@ -75,13 +75,10 @@ class PagePool:
 
     def __init__(
         self,
-        k_pages: Float[Array, "pages Bk Hkv D"],
-        v_pages: Float[Array, "pages Bk Hkv Dv"],
-        k_idx_pages: Float[Array, "pages Bk Di"],
-        *,
-        batch: int,
+        k_pages: Float[Array, "pages Bk Hkv D"], v_pages: Float[Array, "pages Bk Hkv Dv"],
+        k_idx_pages: Float[Array, "pages Bk Di"], *, batch: int,
         pages_per_sequence: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         page_checks.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
         checks.check_count("batch", batch, 1)
         pages, block = k_pages.shape[:2]
@@ -153,11 +150,9 @@ class PagePool:
 
     def append(
         self,
-        sequence: int | Sequence[int],
-        k: Float[Array, "*S n Hkv D"],
-        v: Float[Array, "*S n Hkv Dv"],
-        k_idx: Float[Array, "*S n Di"],
-    ) -> None:
+        sequence: int | Sequence[int], k: Float[Array, "*S n Hkv D"],
+        v: Float[Array, "*S n Hkv Dv"], k_idx: Float[Array, "*S n Di"],
+    ) -> None:  # fmt: skip
         """Write n more tokens of one sequence, or of each of S sequences, all or none.
 
         Gradients do not flow through pages. The tokens may be views of the pool's pages.

@@ -27,11 +27,9 @@ class Recall:
 
 
 def measure(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Recall:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+    selection: Selection, softmax_scale: float,
+) -> Recall:  # fmt: skip
     """Compare a selection with the k blocks of most attention, among them each query's own block.
 
     The attention of a block is the sum of its tokens' probabilities under dense causal attention,

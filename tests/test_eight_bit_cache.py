@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_machine import (
+from pool_machine import Pool
+from pool_parts import (
     BLOCK,
     CACHED,
     CONFIG,
     E4M3,
     LEAST_SCALE,
     SHAPES,
-    Pool,
     append_8,
     attention,
     drawn,

@@ -14,7 +14,10 @@ from docs.hooks import arrows
 
 PACKAGE = Path(__file__).parent.parent / "msa"
 STAGES = ["reference", "torch_impl", "triton_impl"]
+SHARED = {"autograd", "config", "ir"}
+"""What a backend in torch may import of msa beside itself; the reference does not need torch."""
 OWN = {  # modules directly under msa/, and what each of them may import of msa at its top level
+    "autograd": set(),
     "config": {"checks"},
     "sequences": {"checks"},
     "selection": {"checks", "sequences"},
@@ -123,7 +126,8 @@ def test_no_module_is_left_out():
 
 @pytest.mark.parametrize("backend", STAGES)
 def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
-    known = {"ir", "config", backend} | ({"loop_order"} if backend == "triton_impl" else set())
+    known = SHARED - {"autograd"} if backend == "reference" else set(SHARED)
+    known |= {backend} | ({"loop_order"} if backend == "triton_impl" else set())
     for path in (PACKAGE / backend).glob("*.py"):
         speaks = ("places.py", "launch.py", "block_topk.py")  # of the limits of kernels
         own = {"checks"} if backend == "triton_impl" and path.name in speaks else set()
@@ -144,10 +148,12 @@ def test_backends_are_imported_in_one_place(library):
         if inside_msa(imported(path)) & {"torch_impl", "triton_impl"}
     }
     assert users == {"dispatch.py"}
-    assert all(
-        library not in {name.split(".")[0] for name in imported(path, everywhere=False)}
+    at_the_top = {
+        path.stem
         for path in PACKAGE.glob("*.py")
-    )
+        if library in {name.split(".")[0] for name in imported(path, everywhere=False)}
+    }
+    assert at_the_top == ({"autograd"} if library == "torch" else set())
 
 
 @pytest.mark.parametrize("name", ["conformance", "demo", "integrations"])
@@ -169,7 +175,8 @@ def test_only_the_command_line_knows_the_extras(name):
 
 
 def test_operators_know_the_functions_and_what_these_are_checked_by():
-    known = {"api", "config", "dispatch", "entry", "interface", "ir", "ops", "selection"}
+    known = {"api", "autograd", "config", "dispatch", "entry", "interface", "ir", "ops"}
+    known |= {"selection"}
     for path in (PACKAGE / "ops").glob("*.py"):
         assert inside_msa(imported(path)) <= known, path
 

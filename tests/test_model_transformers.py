@@ -25,7 +25,7 @@ from transformers.models.minimax_m3_vl import (
 import msa
 from msa.model import Cache, Model, ModelConfig, Pictures
 from msa.model.from_transformers import load_weights, our_name
-from tests.test_transformers import behind
+from tests.minimax_models import behind
 
 BOUND = 1e-4
 IMAGE, VIDEO = 95, 96

@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 from hypothesis import Phase, settings
-from mutants import DOMAIN, HONEST_OPTIONS, MUTANTS, nan_taken_for_infinity, one_product_too_few
+from mutants import DOMAIN, MUTANTS
+from mutants_index import nan_taken_for_infinity, one_product_too_few
+from mutants_options import HONEST_OPTIONS
 
 from msa.conformance import Subject, all_properties, as_module, subjects
 from msa.conformance.search import Tally, search

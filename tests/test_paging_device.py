@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool_machine import CACHED, read
+from pool_parts import CACHED, read
 from test_triton_decode import BLOCK, CUDA, EIGHT, check, drawn, make_pool, spec
 
 import msa

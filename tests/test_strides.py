@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pool_machine import CACHED, E4M3, SHAPES
+from pool_parts import CACHED, E4M3, SHAPES
 
 import msa
 from msa import recall

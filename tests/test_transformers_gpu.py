@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import test_transformers as here
+from tests import minimax_models as here
 
 pytestmark = pytest.mark.gpu
 WAYS = [way for way in here.WAYS if "reference" not in way]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool_machine import CACHED, E4M3, read
+from pool_parts import CACHED, E4M3, read
 
 import msa
 from msa import reference

@@ -10,12 +10,9 @@ from msa.reference.softmax import head_logits, masked_softmax
 
 
 def attend_chunks(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-) -> Partials:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float,
+) -> Partials:  # fmt: skip
     """For each item: the queries that chose its block, against that block's visible tokens alone.
 
     Slots that no edge owns stay NaN, so that reading one cannot go unnoticed.

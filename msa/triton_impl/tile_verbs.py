@@ -78,11 +78,11 @@ def wait_for_threads():
 
 # -- work items -----------------------------------------------------------------------------------
 @triton.jit
-def load_item(rows, first_keys, key_stops, n_blocks, i_item):
-    """The group of an item, its block's first key, and the end of the keys of its sequence."""
+def load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n=0):
+    """The group of an item, key i_n of its block, and the end of the keys of its sequence."""
     row = tl.load(rows + i_item)
     i_b = row % n_blocks
-    return row // n_blocks, tl.load(first_keys + i_b), tl.load(key_stops + i_b)
+    return row // n_blocks, tl.load(first_keys + i_b) + i_n, tl.load(key_stops + i_b)
 
 
 @triton.jit
