@@ -121,7 +121,7 @@ class PagePool:
         have scales, the caller's code writes the scales as well (`msa.eight_bits` has the rule).
 
         `append` reserves and writes. `append`, `fork` and `export` need the reserved tokens to be
-        written, and read `cache.lengths` back to check it. `truncate` gives reserved tokens up.
+        written, and read `cache.lengths` back to check it. `truncate` removes reserved tokens too.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -220,7 +220,7 @@ class PagePool:
     def fork(self, sequence: int, into: int | None = None) -> int:
         """Make a second sequence of the same tokens in the same pages, as for beams or a prefix.
 
-        Nothing is copied now. The class says when the last page is.
+        Nothing is copied now. The docstring of the class says when the last page is copied.
 
         Args:
             sequence: which one, 0 to batch - 1; not an empty one.
