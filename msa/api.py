@@ -92,8 +92,8 @@ def select(
 ) -> Selection:
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
-    Arguments and errors are those of `attention`. The Selection is packed: indices int32 [Tq, Hkv,
-    k].
+    Arguments and errors are those of `attention`. The Selection is packed, with
+    indices int32 [Tq, Hkv, k].
 
     >>> import numpy as np, msa
     >>> q_idx, k_idx = np.ones((6, 1, 1)), np.array([[0.0], [9], [1], [2], [3], [4]])

@@ -155,7 +155,7 @@ def use_operators() -> None:
     importlib.import_module("msa.ops").attention(**tensors("cpu", "float32"), config=CONFIG)
 
 
-# -- facts that need no trial -----------------------------------------------------------------
+# -- facts that need no trial ---------------------------------------------------------------------
 def dependent_launch(device: Device) -> Finding:
     """Whether the kernels of a decode step may overlap (programmatic dependent launch)."""
     part = f"dependent launch on {device.name}"

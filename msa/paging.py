@@ -320,7 +320,7 @@ class PagePool:
             pass
         self._reserved.discard(int(sequence))
 
-    # -- the book and the arrays -------------------------------------------------------------------
+    # -- the book and the arrays ------------------------------------------------------------------
     @contextmanager
     def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
         """Make a change in the book, then in the arrays; pages are written in between.

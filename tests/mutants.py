@@ -1,6 +1,6 @@
-"""Known kinds of bugs, each a few lines around the reference, and the property that must see it.
+"""Known kinds of bugs, each a few lines around the reference, and the property that must find it.
 
-Most of them were found in other people's implementations of sparse attention.
+Most of them were found in implementations of sparse attention by others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOMAIN = Domain(
 
 # -- attention ------------------------------------------------------------------------------------
 def attend_with(mask_of_blocks):
-    """attend_selection over a spoiled mask."""
+    """attend_selection over a wrong mask."""
 
     def attend_selection(q, k, v, selection, softmax_scale):
         mask = mask_of_blocks(selection)
@@ -58,7 +58,7 @@ def off_by_one(selection):
 
 
 def tail_block_in_full(selection):
-    """A sequence's last block is read to its full length, into whatever comes after it."""
+    """The last block of a sequence is read to its full length, with the tokens behind it."""
     ids, sequences = selection.indices, selection.sequences
     mask = block_mask(ids, sequences, selection.block_size)
     for qs, ks in sequences.spans():
@@ -69,7 +69,7 @@ def tail_block_in_full(selection):
 
 
 def queries_are_the_first_tokens(q, k, v, q_idx, k_idx, sequences, config):
-    """Alignment at the top left: right for a full prefill, wrong for a chunk."""
+    """The queries are the first tokens: right for a full prefill, wrong for a chunk."""
     if any(qs.stop - qs.start == ks.stop - ks.start for qs, ks in sequences.spans()):
         return reference.attend(q, k, v, q_idx, k_idx, sequences, config)
     keep = [
@@ -83,7 +83,7 @@ def queries_are_the_first_tokens(q, k, v, q_idx, k_idx, sequences, config):
 
 
 def borders_forgotten(q, k, v, q_idx, k_idx, sequences, config):
-    """All sequences as one, when all of them are whole prefills."""
+    """All sequences are treated as one, if all of them are whole prefills."""
     if sequences.cu_seqlens_q != sequences.cu_seqlens_k:
         return reference.attend(q, k, v, q_idx, k_idx, sequences, config)
     one = Sequences.one(len(q), len(k))
@@ -111,7 +111,7 @@ def one_place_too_few(q, k, v, q_idx, k_idx, sequences, config):
 
 
 def stale_lengths(q, q_idx, cache, config):
-    """The lengths of the step before: the newest token of each sequence is not there yet."""
+    """The lengths are those of the step before, without the newest token of each sequence."""
     n = q.shape[1]
     stale = np.where(cache.lengths > n, cache.lengths - 1, cache.lengths)
     return reference.decode_step(q, q_idx, replace(cache, lengths=stale), config)
@@ -134,7 +134,7 @@ def no_selection_twice_the_same(*args):
 
 # -- the lowering ---------------------------------------------------------------------------------
 def padding_dereferenced(selection):
-    """-1 is taken for a block id."""
+    """-1 is used as a block id."""
     ids = np.where(selection.indices < 0, 0, selection.indices)
     return reference.reverse_selection(replace(selection, indices=ids.astype(np.int32)))
 
@@ -165,7 +165,7 @@ def slots_swapped(*args):
 
 
 def plain_mean(partials, dtype=None):
-    """Combining without the LSE as weight."""
+    """Partial results are combined without the LSE as weight."""
     output = reference.combine_partials(partials, dtype)
     flat = Partials(partials.out, np.zeros_like(partials.lse), partials.counts)
     return replace(output, out=reference.combine_partials(flat, dtype).out)
@@ -184,26 +184,26 @@ def bit_of_the_wrong_row(selection, tile_size):
 
 # -- training (gradients: test_mutants_training.py) -----------------------------------------------
 def logits_averaged(q, k, q_idx, k_idx, selection, sequences, config):
-    """The teacher from the mean of the heads' logits instead of their probabilities."""
+    """The teacher is made of the mean of the heads' logits instead of their probabilities."""
     mean = q.reshape(len(q), k.shape[1], -1, q.shape[-1]).mean(2)
     return reference.align_index(mean, k, q_idx, k_idx, selection, sequences, config)
 
 
 def lse_in_bits(q, k, q_idx, k_idx, selection, sequences, config, lse=None):
-    """A kernel that computes with exp2 hands its LSE on as it is, or takes one for its own."""
+    """A kernel with exp2 returns its LSE to the base 2, or takes a given LSE as such a one."""
     lse = None if lse is None else lse / np.log(2)
     return reference.align_index(q, k, q_idx, k_idx, selection, sequences, config, lse)
 
 
 def dense_loss(q, k, v, q_idx, k_idx, sequences, config, align=False):
-    """The loss of the warm-up form where the selected blocks were meant."""
+    """The loss is that of the warm-up form although blocks were selected."""
     output = reference.attend(q, k, v, q_idx, k_idx, sequences, config)
     kl = reference.align_index(q, k, q_idx, k_idx, None, sequences, config)
     return replace(output, kl=kl if align else None)
 
 
 def no_warm_up(q, k, q_idx, k_idx, selection, sequences, config):
-    """Without a selection, the local blocks stand in for all visible tokens."""
+    """Without a selection, the loss uses the local blocks instead of all visible tokens."""
     if selection is None:
         own = np.array(sequences.positions()) // config.block_size
         ids = np.repeat(own[:, None, None], k.shape[1], axis=1).astype(np.int32)
@@ -213,7 +213,7 @@ def no_warm_up(q, k, q_idx, k_idx, selection, sequences, config):
 
 # -- options --------------------------------------------------------------------------------------
 def in_every_order(q, k, v, selection, softmax_scale, loop_order="auto"):
-    """An honest backend that has loop orders, and a split."""
+    """A correct backend with loop orders and a split of unions."""
     args = (selection, softmax_scale)
     match loop_order:
         case "kv_outer":
@@ -229,7 +229,7 @@ def in_every_order(q, k, v, selection, softmax_scale, loop_order="auto"):
 
 
 def in_eight_bits(q_idx, k_idx, sequences, config, index_dtype=None):
-    """An honest backend that has e4m3."""
+    """A correct backend with e4m3."""
     if index_dtype is not None:
         q_idx, k_idx = round_to_e4m3(q_idx), round_to_e4m3(k_idx)
     return reference.select_fused(q_idx, k_idx, sequences, config)
@@ -239,7 +239,7 @@ HONEST_OPTIONS = {"attend_selection": in_every_order, "select_fused": in_eight_b
 
 
 def every_row_walks_every_block(q, k, v, selection, softmax_scale, loop_order="auto"):
-    """A union without row masks: each query reads what any of its tile selected."""
+    """A union without row masks: each query reads all blocks that a query of its tile selected."""
     if loop_order != "union":
         return in_every_order(q, k, v, selection, softmax_scale, loop_order)
     union = reference.unite_tiles(selection, 16)
@@ -249,7 +249,7 @@ def every_row_walks_every_block(q, k, v, selection, softmax_scale, loop_order="a
 
 
 def remote_edges_forgotten(q, k, v, selection, softmax_scale, loop_order="auto"):
-    """The split of a long union, without the blocks that one query alone selected."""
+    """The split of a long union loses the blocks that only one query selected."""
     if loop_order != "auto":
         return in_every_order(q, k, v, selection, softmax_scale, loop_order)
     union = reference.unite_tiles(selection, 16)
@@ -274,7 +274,7 @@ def one_order_twice_the_same(q, k, v, selection, softmax_scale, loop_order="auto
 
 
 def stretch_forgotten(q_idx, k_idx, sequences, config, index_dtype=None):
-    """Straight to e4m3: what is large ends at 448, what is small at 0."""
+    """Numbers are rounded to e4m3 without a scale: large ones become 448, small ones 0."""
     if index_dtype is not None:
         spread = [np.concatenate([x.ravel(), [448.0]]) for x in (q_idx, k_idx)]  # no stretch then
         q_idx, k_idx = (
@@ -285,7 +285,7 @@ def stretch_forgotten(q_idx, k_idx, sequences, config, index_dtype=None):
 
 
 def infinity_sets_the_stretch(q_idx, k_idx, sequences, config, index_dtype=None):
-    """One infinity anywhere, and nothing of the finite numbers is left."""
+    """If one number is infinite, the scale is too, and all finite numbers become 0."""
     if index_dtype is not None:
         q_idx, k_idx = (
             np.where(np.isfinite(x), 0.0, x) if np.isinf(x).any() else x for x in (q_idx, k_idx)
@@ -293,9 +293,9 @@ def infinity_sets_the_stretch(q_idx, k_idx, sequences, config, index_dtype=None)
     return in_eight_bits(q_idx, k_idx, sequences, config, index_dtype)
 
 
-# -- cases that show them -------------------------------------------------------------------------
+# -- cases that show the bugs ---------------------------------------------------------------------
 def case(*keys, queries=None, block=1, top_k=1, local=1, group=1, **more):
-    """Sequences of so many keys, all of them queries or the last few; the rest as small as it goes.
+    """A case with these numbers of keys. All tokens are queries, or the last few. It is small.
 
     Tensors are zeros unless they are given.
     """
@@ -312,7 +312,7 @@ def scores(n, top_k=1, fill=Fill()):  # noqa: B008
 
 LONG_UNION = case(48, queries=(28,), block=4, top_k=2, picks=Picks("spread", 1), v=Fill("normal"))
 WHOLE = Fill("normal", 1)
-MUTANTS = [  # the property that sees it, the functions that are spoiled, a case that shows it
+MUTANTS = [  # the property that finds the bug, the functions with the bug, a case that shows it
     ("r1_a_packed_sequence_is_as_if_alone", {"attend": borders_forgotten}, case(1, 1)),
     (
         "r2_decoding_is_the_same_rule",

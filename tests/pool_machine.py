@@ -1,4 +1,4 @@
-"""A pool of pages beside plain lists of tokens: what tests of the paged cache have in common."""
+"""A pool of pages and plain lists of the same tokens, for the tests of the paged cache."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def backend_of(place):
 
 
 def drawn(seed, *lead):
-    """Integers so small that every score is exact, with many ties."""
+    """Small integers: every score is exact, and there are many ties."""
     rng = np.random.default_rng(seed)
     return {name: rng.integers(-2, 3, (*lead, *dims)) * 1.0 for name, dims in SHAPES.items()}
 
 
 def put(arrays, place):
-    """To the library and the device under test."""
+    """Convert to the library and the device under test."""
     if place == "reference":
         return arrays
     device = "cuda" if place == "cuda" else "cpu"
@@ -46,7 +46,7 @@ def read(array):
 
 
 def make_pool(place, pages=PAGES, eight=(), **sizes):
-    """Pages full of NaN, those of the names in `eight` of 8 bits, with NaN for scales."""
+    """Pages full of NaN. Those of the names in `eight` have 8 bits, and NaN as scales."""
     empty = put({name: np.full((pages, BLOCK, *SHAPES[name]), np.nan) for name in CACHED}, place)
     empty |= {name: empty[name].to(E4M3) for name in eight}
     sizes = {"batch": BATCH, "pages_per_sequence": WIDTH} | sizes
@@ -67,7 +67,7 @@ def scale_arrays(cache):
 
 
 def attention(tokens, n):
-    """What the spec says of the last n of some tokens."""
+    """The results of the spec for the last n of some tokens."""
     queries = [tokens[name][len(tokens["k"]) - n :] for name in ("q", "q_idx")]
     q, q_idx = queries
     k, v, k_idx = (tokens[name] for name in CACHED)
@@ -78,16 +78,16 @@ def close(found, want):
     np.testing.assert_allclose(read(found), want, rtol=1e-6, atol=1e-12)
 
 
-# -- eight bits, by the letter of the rule ---------------------------------------------------------
+# -- eight bits, written as in the rule -----------------------------------------------------------
 def to_e4m3(x):
-    """Four significant bits from 2^-6 on, below it steps of 2^-9; 448 at most; ties to even."""
+    """Round to e4m3: four significant bits, steps of at least 2^-9, at most 448, ties to even."""
     x = np.clip(x, -448.0, 448.0)
     step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, -6) - 3)
     return np.rint(x / step) * step
 
 
 def scale_of(x):
-    """1 / the greatest power of two, at most 2^126, that takes no finite number beyond 448."""
+    """1 / the greatest power of two, up to 2^126, that keeps finite numbers within 448."""
     largest, scale = np.max(np.abs(x), where=np.isfinite(x), initial=0.0), LEAST_SCALE
     while largest / scale > 448.0:
         scale *= 2.0
@@ -95,8 +95,8 @@ def scale_of(x):
 
 
 def append_8(numbers, scales, new, block=BLOCK):
-    """Numbers that pages of 8 bits stand for [t, *heads, dim], their scales [pages, *heads], after
-    one append of `new`."""
+    """The numbers [t, *heads, dim] that pages of 8 bits hold, with their scales [pages, *heads],
+    after one append of `new`."""
     before, numbers = len(numbers), np.concatenate([numbers, new])
     old, pages = scales, -(-len(numbers) // block)
     scales = np.full((pages, *new.shape[1:-1]), LEAST_SCALE)
@@ -112,11 +112,12 @@ def append_8(numbers, scales, new, block=BLOCK):
 
 
 class Pool(RuleBasedStateMachine):
-    """A pool beside a plain list of tokens for each sequence.
+    """A pool, and a plain list of tokens for each sequence.
 
-    Wherever the lists have no token the pages hold NaN: at first, and again when a page comes back,
-    when tokens are truncated and when a page is copied. The lists hold what the pages stand for;
-    where these have 8 bits, their scales are listed too.
+    Places without a token in the lists hold NaN in the pages: at first, and again after a page is
+    freed, after tokens are truncated and after a page is copied. The lists hold the numbers that
+    the
+    pages mean; for pages of 8 bits there are lists of scales too.
     """
 
     place, eight = "reference", ()
@@ -147,7 +148,7 @@ class Pool(RuleBasedStateMachine):
         return Counter(page for s in range(BATCH) for page in self.own_pages(s))
 
     def poison(self, pages):
-        """NaN to all places of these pages that no sequence has a token in."""
+        """Write NaN to all places of these pages without a token of a sequence."""
         used = Counter()
         for s in range(BATCH):
             for b, page in enumerate(self.own_pages(s)):
@@ -160,7 +161,7 @@ class Pool(RuleBasedStateMachine):
                 array[page] = np.nan
 
     def draw(self, seed, *lead):
-        """Integers; of any magnitude where they are to be rounded."""
+        """Integers; numbers of any magnitude for pages of 8 bits."""
         rng, new = np.random.default_rng(seed), drawn(seed, *lead)
         for name in self.eight:
             powers = 2.0 ** rng.choice([-150, -9, -3, 0, 6], (*new[name].shape[:-1], 1))
@@ -168,8 +169,9 @@ class Pool(RuleBasedStateMachine):
         return new
 
     def to_copy(self, ids, n):
-        """The sequences whose last page others hold, too, as far as they write to it: the last
-        sequence to hold a page keeps it."""
+        """The sequences that get a copy of their last page, because other sequences hold it too.
+        The
+        last sequence that holds a page writes to it without a copy."""
         holders, copied = self.holders(), []
         for s in ids:
             if n and self.length(s) % BLOCK:
@@ -180,7 +182,7 @@ class Pool(RuleBasedStateMachine):
         return copied
 
     def refused(self, ids, n):
-        """Why n more tokens of each are too many, if they are."""
+        """Why n more tokens of each sequence are too many, or None."""
         blocks = [-(-(self.length(s) + n) // BLOCK) for s in ids]
         more = sum(blocks) - sum(map(self.blocks, ids)) + len(self.to_copy(ids, n))
         if max(blocks, default=0) > WIDTH:
@@ -188,7 +190,7 @@ class Pool(RuleBasedStateMachine):
         return "free pages" if more > self.pool.free_pages else None
 
     def add(self, sequence, n, seed, by_hand):
-        """Append to one sequence or to several; too much of it must be refused."""
+        """Append to one sequence or to several. Too many tokens must be refused."""
         ids = [sequence] if isinstance(sequence, int) else sequence
         new = self.draw(seed, len(ids), n)
         given = new if sequence is ids else {name: x[0] for name, x in new.items()}
@@ -218,7 +220,7 @@ class Pool(RuleBasedStateMachine):
                 self.write_by_hand(s, n)
 
     def list_new(self, s, new):
-        """Tokens behind those of a list."""
+        """Add tokens at the end of a list."""
         for name, x in new.items():
             if name in self.eight:
                 old = self.lists[s][name], self.scales[s][name]
@@ -227,7 +229,7 @@ class Pool(RuleBasedStateMachine):
                 self.lists[s][name] = np.concatenate([self.lists[s][name], x])
 
     def write_by_hand(self, s, n):
-        """As the code in a captured graph would: plain writes, no book-keeping."""
+        """Write tokens as the code in a captured graph does, without telling the pool."""
         cache = self.pool.cache
         assert int(cache.lengths[s]) == self.length(s) - n, "reserve must leave this to the writer"
         cache.lengths[s] += n
@@ -243,7 +245,7 @@ class Pool(RuleBasedStateMachine):
                 scale_arrays(cache)[name][int(cache.page_table[s, b])] = scales
 
     def contents(self, name, s):
-        """What stands in the pages: the numbers, or what times the scale is the numbers."""
+        """The contents of the pages: the numbers, or the numbers divided by the scale."""
         numbers = self.lists[s][name]
         if name not in self.eight:
             return numbers
@@ -270,7 +272,7 @@ class Pool(RuleBasedStateMachine):
     @rule(ids=st.permutations(range(BATCH)), count=st.integers(1, BATCH), as_list=st.booleans(),
           cuts=st.lists(st.integers(-1, 6), min_size=BATCH, max_size=BATCH))  # fmt: skip
     def truncate(self, ids, count, as_list, cuts):
-        """Off with the last tokens; with a cut below 0 there are too few of them for one."""
+        """Remove the last tokens; if `cut` is below 0, one sequence has too few tokens."""
         if not as_list:
             count = 1
         ids = ids[:count]
@@ -319,7 +321,7 @@ class Pool(RuleBasedStateMachine):
         self.lists[into], self.scales[into] = dict(self.lists[s]), dict(self.scales[s])
 
     def draw_copy(self, pick, first):
-        """A live sequence, what is given for `into`, and the slot that must be taken."""
+        """A live sequence, the argument `into`, and the slot that must be taken."""
         s, slots = self.live()[pick % len(self.live())], self.slots()
         return (s, None, slots[0]) if first else (s, *[slots[pick % len(slots)]] * 2)
 
@@ -335,7 +337,7 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.live() and self.slots())
     @rule(pick=st.integers(0, 9), first=st.booleans(), away=st.booleans())
     def move(self, pick, first, away):
-        """Out, perhaps through a pool elsewhere, and in again as another sequence."""
+        """Export a sequence, perhaps through another pool, and import it as a new sequence."""
         s, into, slot = self.draw_copy(pick, first)
         pages = self.pool.export(s)
         if away:
@@ -373,9 +375,10 @@ class Pool(RuleBasedStateMachine):
     @rule(s=st.integers(0, BATCH - 1), n=st.integers(1, 4), written=st.integers(0, 4),
           seed=st.integers(0, 999), back=st.integers(0, 3))  # fmt: skip
     def reserve_ahead(self, s, n, written, seed, back):
-        """As for drafts in a captured graph: some of what was reserved is written, some of it kept.
+        """Reserve tokens, write some of them, and keep some of those, as for drafts in a captured
+        graph.
 
-        In between the pool refuses whatever would take the tokens for written.
+        In between the pool refuses all calls that need written tokens.
         """
         written = min(n, written)
         if self.refused([s], n):
@@ -394,7 +397,7 @@ class Pool(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="length must be at most"):
                 self.pool.truncate(s, self.length(s) + 1)
         elif back == 0:
-            return  # the next call finds out for itself
+            return  # the next call reads the lengths itself
         own, length = self.own_pages(s), max(0, self.length(s) - back)
         self.pool.truncate(s, length)
         self.cut(s, length)
@@ -412,7 +415,7 @@ class Pool(RuleBasedStateMachine):
 
     @rule(s=st.integers(0, BATCH - 1), n=st.integers(1, 3))
     def decode_beside_poison(self, s, n):
-        """Everything that is not this sequence's is NaN, scales included."""
+        """All places that do not belong to this sequence are NaN, scales included."""
         cache, own, poisoned = self.pool.cache, self.own_pages(s), {}
         for kind, arrays in (("pages", page_arrays(cache)), ("scales", scale_arrays(cache))):
             for name, array in arrays.items():
@@ -448,7 +451,7 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_what_the_lists_say(self):
-        """To the byte: each token in its place, NaN in all the others."""
+        """Every byte is right: each token is in its place, and all other places hold NaN."""
         cache = self.pool.cache
         table, pages, scales = read(cache.page_table), page_arrays(cache), scale_arrays(cache)
         want = {name: np.full(array.shape, np.nan) for name, array in pages.items()}
@@ -471,7 +474,7 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def the_book_is_right(self):
-        """Each page is free or counted once for each sequence that holds it, and once in a row."""
+        """A page is free, or counted once for each sequence that holds it; no row repeats it."""
         cache, book, holders = self.pool.cache, self.pool._book, self.holders()
         assert book.holders == [holders[page] for page in range(PAGES)]
         assert sorted(book.free + list(holders)) == list(range(PAGES))

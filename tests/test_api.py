@@ -175,7 +175,7 @@ def test_the_reference_does_not_drop_gradients_silently(rng):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_selection_brings_its_own_block_size_to_the_loss(backend, rng):
-    """What the configuration says of blocks is for the warm-up form."""
+    """A selection has its own block size; that of the configuration is for the warm-up form."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = arrays(rng, 40, dim=16)
     q, k, q_idx, k_idx = (torch.tensor(given[n]).to(device) for n in ("q", "k", "q_idx", "k_idx"))
@@ -186,7 +186,7 @@ def test_a_selection_brings_its_own_block_size_to_the_loss(backend, rng):
 
 
 def test_autocast_changes_nothing(rng):
-    """Also not on the way back."""
+    """Autocast does not change the backward pass either."""
     made, found = arrays(rng, 9), []
     for on in (False, True):
         given = {n: torch.tensor(x, requires_grad=True) for n, x in made.items()}
@@ -203,12 +203,12 @@ def test_autocast_changes_nothing(rng):
         assert torch.equal(plain, cast)
 
 
-# -- what the door lets in -------------------------------------------------------------------------
+# -- which arrays are accepted --------------------------------------------------------------------
 INTEGERS = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 
 
 def on_backend(backend, array):
-    """Tensors for triton, where its interpreter or a GPU runs it; NumPy for the others."""
+    """Tensors for triton, if its interpreter or a GPU runs it; NumPy arrays for the others."""
     if backend != "triton":
         return array
     return torch.tensor(array).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -254,7 +254,7 @@ def test_flat_reads_tables_of_every_dtype(kind, dtype, as_users_run_it):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_numbers_may_be_those_of_numpy(backend, rng, as_users_run_it):
-    """They are kept as Python's own, so no backend sees another kind."""
+    """They are converted to Python numbers, so no backend gets another kind."""
     given = {n: on_backend(backend, x) for n, x in arrays(rng, 20, dim=16).items()}
     plain = msa.MSAConfig(16, 2, 0, 1, 0.25, 0.5)
     config = msa.MSAConfig(
@@ -317,7 +317,7 @@ def test_an_lse_of_64_bits_is_taken_everywhere(backend, rng):
 
 
 def test_a_scale_that_no_sequence_reads_may_be_anything():
-    """Pages that nobody has been given, and entries of the table beyond a sequence's last block."""
+    """Neither free pages nor entries of the table beyond a sequence's last block are read."""
     bits = torch.ones(4, 16, 1, 8).to(torch.float8_e4m3fn)
     table, lengths = torch.tensor([[0, 3], [2, 3]]), torch.tensor([16, 0])
     q, k_idx = torch.ones(2, 1, 1, 8), torch.ones(4, 16, 8)
@@ -328,7 +328,7 @@ def test_a_scale_that_no_sequence_reads_may_be_anything():
 
 
 def test_contents_are_looked_at_after_one_wait(monkeypatch):
-    """Table, lengths and the scales of three kinds of page come back in one piece."""
+    """Table, lengths and the scales of three kinds of pages are read with one wait."""
     bits = torch.ones(3, 16, 1, 8).to(torch.float8_e4m3fn)
     scales = torch.ones(3, 1)
     cache = msa.PagedKV(bits, bits, bits[:, :, 0], torch.tensor([[0, 2]]), torch.tensor([20]),
@@ -350,7 +350,7 @@ def test_contents_are_looked_at_after_one_wait(monkeypatch):
 
 
 def test_another_device_is_refused():
-    """What a machine without a GPU has of another device holds no numbers: so not by the door."""
+    """This calls the check itself: public functions refuse a meta tensor before they reach it."""
     here, there = torch.ones(2), torch.ones(2, device="meta")
     with pytest.raises(ValueError, match="v must be on the device of q = cpu, got meta"):
         checks.check_same_place(q=here, v=there)
@@ -388,7 +388,7 @@ def test_recall_has_the_same_door(as_users_run_it):
 
 
 def test_a_configuration_is_made_inside_a_graph():
-    """In a process of its own, where shapes are not checked: that cannot be traced."""
+    """This runs in another process without checks of shapes, which cannot be traced."""
     code = """
 import torch, msa, msa.ops
 def call(q_idx, k_idx):
@@ -402,7 +402,7 @@ assert torch.equal(compiled(*tensors), call(*tensors))
 
 
 def test_many_places_take_no_memory_beyond_the_blocks_there_are(rng):
-    """The largest k over nine tokens: room for 16,384 blocks would be 4 GiB."""
+    """The largest k with nine tokens: memory for 16,384 blocks would be 4 GiB."""
     given = {n: torch.tensor(x, requires_grad=True) for n, x in arrays(rng, 9).items()}
     large, small = (msa.MSAConfig(block_size=64, top_k=k) for k in (LARGEST_TOP_K, 1))
     for config in (large, small):

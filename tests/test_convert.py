@@ -1,4 +1,4 @@
-"""Decoders with grouped-query attention, turned into MSA: what stays, what is trained."""
+"""Decoders with grouped-query attention, converted to MSA: what stays, what is trained."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def close(found, wanted):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_all_blocks_give_the_logits_of_before(family, way):
-    """R11, with right padding too; and with fewer blocks something else."""
+    """With all blocks the logits are dense (R11), right padding included; with fewer they differ."""
     model, ids = make(family), words(2, 60)
     mask = (torch.arange(60) < torch.tensor([[60], [33]])).long()
     options = {"layers": [0, 2], "implementation": way, "index_dim": 6}
@@ -94,7 +94,7 @@ def test_all_blocks_give_the_logits_of_before(family, way):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_every_cache(family):
-    """Sparse: a cache changes nothing. All blocks: what the model wrote before."""
+    """A cache does not change the tokens. With all blocks they are those of the dense model."""
     model, ids = make(family), words(2, 29)
     options = {"max_new_tokens": 8, "do_sample": False}
     whole = converted(model, ALL)
@@ -128,7 +128,7 @@ def test_assisted_generation_padded_on_the_left():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_padding_on_either_side(way):
-    """Logits of each text, and the loss of the index: padding is no token of either."""
+    """Padding changes neither the logits of a text nor the loss of the index."""
     sparse, texts = converted(make(), implementation=way), [words(30), words(17, seed=2)]
     ids, mask = padded_rows(texts, [2, 9], 34)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_packed_sequences_and_the_way_back():
 
 
 def test_rotary_frequencies_of_narrower_heads():
-    """A score must depend on the distance alone: pairs turn together."""
+    """A score depends on the distance alone, so both numbers of a pair turn together."""
     index = converted(make(), index_dim=6).model.layers[1].self_attn.indexer
     rotary = make().model.rotary_emb
     hidden = words(1, 1, 32).float()
@@ -212,7 +212,7 @@ def test_warm_up_trains_the_projections_alone(family):
 
 @pytest.mark.parametrize("way", ["msa", "msa_torch"])
 def test_the_loss_of_warm_up_is_that_of_dense_attention(way):
-    """While it warms up the model is what it was, and so is its gradient."""
+    """In the warm-up, the outputs and gradients of the model are those of the dense model."""
     model, ids = make(), words(1, 40)
     new = converted(model, implementation=way)
     c.set_phase(new, "warm_up")
@@ -224,7 +224,7 @@ def test_the_loss_of_warm_up_is_that_of_dense_attention(way):
 @pytest.mark.parametrize("phase", ["warm_up", "train"])
 @pytest.mark.parametrize("way", ["msa", "msa_torch"])
 def test_the_teacher_has_the_scale_of_the_model(way, phase):
-    """A model that looks everywhere alike is no news to an index that does so too."""
+    """The loss is 0 if the model attends to all tokens equally and the index does too."""
     new, ids, losses = converted(make(), implementation=way), words(1, 40), []
     c.set_phase(new, phase)
     for index in c.indexes(new).values():
@@ -240,7 +240,7 @@ def test_the_teacher_has_the_scale_of_the_model(way, phase):
 
 @pytest.mark.parametrize("way", ["msa", "msa_torch"])
 def test_sparse_continuation(way):
-    """The model's own loss reaches everything but the projections, theirs reaches them alone."""
+    """The index loss has gradients in the projections only, the model's loss in all others."""
     new, ids = converted(make(), implementation=way).train(), words(2, 40)
     c.set_phase(new, "train")
     loss = new(ids, labels=ids, use_cache=False).loss
@@ -280,7 +280,7 @@ def test_checkpointing_gives_the_same_gradients_or_says_why_not(phase):
 
 
 def test_copies_after_a_step_of_training():
-    """No tensor of a graph goes with them."""
+    """Copies and pickles contain no tensor of a graph."""
     new, ids = converted(make()).train(), words(1, 40)
     c.set_phase(new, "train")
     (new(ids, labels=ids, use_cache=False).loss + c.index_loss(new)).backward()
@@ -294,7 +294,7 @@ def test_copies_after_a_step_of_training():
 
 @pytest.fixture
 def one_process(tmp_path):
-    """A group of its own."""
+    """A process group with one process."""
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
     )
@@ -305,12 +305,12 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("phase", ["train", "warm_up"])
 @pytest.mark.parametrize("unused", [True, False])
 def test_several_processes(one_process, unused, phase):
-    """DistributedDataParallel waits for the gradients of the index, which no output depends on."""
+    """DistributedDataParallel waits for the gradients of the index, on which no output depends."""
     new, ids = converted(make()).train(), words(2, 40)
     alone = copy.deepcopy(new)
     for model in (DistributedDataParallel(new, find_unused_parameters=unused), alone):
         c.set_phase(model, phase)
-        for _ in range(2):  # the second one finds what the first left unfinished
+        for _ in range(2):  # the second step fails if the first one did not finish
             model.zero_grad()
             (model(ids, labels=ids, use_cache=False).loss + c.index_loss(model)).backward()
     for found, wanted in zip(new.parameters(), alone.parameters()):
@@ -318,7 +318,7 @@ def test_several_processes(one_process, unused, phase):
 
 
 def test_shares_of_heads_are_refused(one_process):
-    """Tensor parallelism, before the conversion and behind it."""
+    """Tensor parallelism is refused before and after the conversion."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     def part(model):
@@ -335,7 +335,7 @@ def test_shares_of_heads_are_refused(one_process):
         new(words(1, 20))
 
 
-# -- what others do with the model ----------------------------------------------------------------
+# -- what other libraries do with the model -------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
 def test_quantised_layers(dtype):
     """The index has the dtype that the model computes in."""
@@ -359,7 +359,7 @@ def test_layers_without_numbers():
 
 
 def test_adapters_leave_the_index_alone():
-    """LoRA goes by nn.Linear and by the ends of their names."""
+    """LoRA finds layers by nn.Linear and by the ends of their names."""
     model = make()
     new = converted(model)
     for kind in (nn.Linear, nn.Embedding):
@@ -373,7 +373,7 @@ def test_adapters_leave_the_index_alone():
 
 
 class Wrapper(nn.Module):
-    """As peft's modules_to_save: a copy that is trained, and everything asked of it handed on."""
+    """A module like peft's modules_to_save: it trains a copy and forwards all attributes."""
 
     def __init__(self, inner):
         super().__init__()
@@ -390,7 +390,7 @@ class Wrapper(nn.Module):
 
 
 def test_an_index_in_a_wrapper(tmp_path):
-    """The copy in use is the one that is found, trained and saved."""
+    """The copy in use is found, trained and saved."""
     new, ids = converted(make()), words(1, 40)
     wanted = new(ids).logits
     for layer in (1, 2):
@@ -421,7 +421,7 @@ def test_adapters_of_peft():
 
 # -- recall ---------------------------------------------------------------------------------------
 def test_recall_of_the_best_and_of_chance():
-    """Against the plain formula, over several chunks of queries and two sequences."""
+    """The recall equals the formula, over several chunks of queries and two sequences."""
     torch.manual_seed(0)
     borders = (0, 30, 30 + CHUNK + 9), (0, 50, 50 + CHUNK + 9)
     sequences, n_q, n_k = msa.Sequences(*borders), borders[0][-1], borders[1][-1]
@@ -492,7 +492,7 @@ def test_the_command(tmp_path):
 
 
 def test_files_with_the_names_of_before(tmp_path):
-    """q_proj.weight for query: index files, and weights of a whole model."""
+    """Renames query to q_proj.weight, in index files and in the weights of a whole model."""
     sparse, fresh, ids = converted(make()), make(), words(1, 40)
     save_index(sparse, tmp_path / "index")
     with safe_open(tmp_path / "index", "pt") as file:
@@ -560,7 +560,7 @@ def test_texts_that_are_too_short(tmp_path, monkeypatch):
 
 # -- what is refused ------------------------------------------------------------------------------
 def test_twice(tmp_path):
-    """A second index beside the first would run, and be trained, as well."""
+    """A second index would also run and be trained."""
     new = converted(make())
     save_index(new, tmp_path / "index")
     hooks = [len(layer.self_attn._forward_pre_hooks) for layer in new.model.layers]
