@@ -74,7 +74,7 @@ def close(found, wanted):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_all_blocks_give_the_logits_of_before(family, way):
-    """With all blocks the logits are dense (R11), right padding included; with fewer they differ."""
+    """With all blocks the logits are dense (R11), with right padding too; else they differ."""
     model, ids = make(family), words(2, 60)
     mask = (torch.arange(60) < torch.tensor([[60], [33]])).long()
     options = {"layers": [0, 2], "implementation": way, "index_dim": 6}

@@ -35,8 +35,7 @@ def commands() -> list[str]:
 def test_msa_commands_run(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command)[1:]
     monkeypatch.chdir(tmp_path)
-    benchmark = words[0] == "bench"  # nothing is measured here: without a device there must be a
-    message
+    benchmark = words[0] == "bench"  # not measured here: without a device it must say so
     if benchmark:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     try:

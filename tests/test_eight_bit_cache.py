@@ -209,7 +209,7 @@ def test_heads_and_pages_have_scales_of_their_own():
 
 @pytest.mark.parametrize("eight", [(), *KINDS], ids=",".join)
 def test_writing_never_waits_for_the_device(eight, monkeypatch):
-    """Tensors on "meta" have no numbers, so this fails if one is read. The checks allow them here."""
+    """Tensors on "meta" have no numbers, so this fails if one is read. The checks accept them."""
     monkeypatch.setattr(checks.arrays, "check_plain", lambda name, array: None)
     shapes = {name: (6, BLOCK, *SHAPES[name]) for name in CACHED}
     pages = {n: torch.empty(s, device="meta").to(E4M3 if n in eight else torch.float32)

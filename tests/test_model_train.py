@@ -1,4 +1,4 @@
-"""Training: the paper's schedule, the same losses however often it is cut off; and it learns."""
+"""Training: the paper's schedule, the same losses after interruptions; and the model learns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def micro(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
+    """A run without an interruption."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "HELD_OUT", 2)
         patch.setitem(PRESETS, "tiny", MICRO)
@@ -76,7 +76,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, ki
     with pytest.raises(Killed):
         train.train(TrainOptions(out=tmp_path), watch)
     with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 5, "lang')  # it was just writing
+        file.write('{"step": 5, "lang')  # it was killed while it wrote
     steps = []
     train.train(TrainOptions(out=tmp_path), lambda line: steps.append(line["step"]))
     saved = killed_at // 3 * 3 if killed_at < 7 else 8
@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, ki
 
 @pytest.fixture
 def ctrl_c_is_heard():
-    """A shell starts what runs in the background with Ctrl-C ignored; these tests press it."""
+    """A shell starts background processes with Ctrl-C ignored; these tests need it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -107,7 +107,7 @@ def interrupted(monkeypatch, step, times):
 @pytest.mark.parametrize(("step", "times", "message"), [
     (4, 1, "msa: stopped after step 5 of 8, which is saved in OUT; the same command continues"),
     (4, 2, "msa: stopped at once; the same command continues from the last step that was saved"),
-    (7, 1, None),  # the last one: the run is over
+    (7, 1, None),  # the last step: the run is complete
 ])  # fmt: skip
 @pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_stops_where_the_run_can_go_on(step, times, message, tmp_path, whole, capsys):
@@ -129,7 +129,7 @@ def test_ctrl_c_stops_where_the_run_can_go_on(step, times, message, tmp_path, wh
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path, whole, capsys):
-    """The second is refused while the first takes its steps, and changes nothing."""
+    """A second run in the folder is refused while the first one runs, and changes nothing."""
     codes = []
 
     def watch(line):
@@ -145,13 +145,13 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path, whole, capsys):
 
 @pytest.fixture
 def stopped(tmp_path):
-    """A run of which three steps are saved."""
+    """A run with three saved steps."""
     train.train(TrainOptions(out=tmp_path), lambda line: line["step"] == 2)
     return tmp_path
 
 
 def states(path):
-    """What may stand in place of a state: by its name, its bytes."""
+    """Bad contents of a state file, by name."""
     content, foreign = path.read_bytes(), {}
     for name, thing in (
         ("another dict", {"model": torch.ones(1)}),
@@ -211,7 +211,7 @@ def test_a_finished_run_has_its_model_again(harm, tmp_path, whole):
 
 @pytest.mark.parametrize("room", [1_000, 40_000])
 def test_a_full_disk_is_one_sentence_and_leaves_no_halves(room, tmp_path, whole, capsys):
-    """The system lets no file grow beyond so many bytes: as if there was no more room."""
+    """Limit the size of files, as if the disk was full."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
@@ -353,7 +353,7 @@ def test_thirty_steps_lower_both_losses():
 
 
 def test_kernels_take_the_same_steps():
-    """In Triton's interpreter where there is no GPU; dense and sparse steps, gradients included."""
+    """Dense and sparse steps with gradients, in Triton's interpreter if there is no GPU."""
     told = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     schedule = replace(MICRO.schedule, steps=2, warm_up=0.5, contexts=(40,), tokens=40)
@@ -400,7 +400,7 @@ def test_reading_measures_what_training_minimises():
 
 @torch.no_grad()
 def test_a_right_answer_counts_as_one():
-    """A model that says "7" whatever it is asked is right where 7 is the digit."""
+    """A model that always answers "7" is right if the digit is 7."""
     model = Trainer(MICRO, 0).model
     model.norm.weight.fill_(-1.0)  # its last hidden state is 0, and so are all logits
     model.head = torch.nn.Linear(32, 257)

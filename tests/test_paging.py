@@ -1,4 +1,4 @@
-"""Sequences that grow in pages: the pool against plain lists, and decoding against prefill."""
+"""Sequences that grow in pages: the pool equals plain lists, and decoding equals prefill."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_prefill_in_chunks_over_pages_is_prefill(place, chunks, seed):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_view_keeps_its_memory(place):
-    """What a CUDA graph has captured is what the pool goes on to fill."""
+    """The arrays of the cache stay the same objects while the pool fills them."""
     pool = make_pool(place)
     before = pool.cache
     parts = [*page_arrays(before).values(), before.page_table, before.lengths]
@@ -121,12 +121,12 @@ def test_nothing_is_recorded_for_gradients():
     assert not output.out.requires_grad and not output.lse.requires_grad
 
 
-# -- drafts, forks, copies -------------------------------------------------------------------------
+# -- drafts, forks, copies ------------------------------------------------------------------------
 @pytest.mark.parametrize("place", PLACES)
 @settings(max_examples=15)
 @given(drafts=st.lists(st.integers(0, 5), min_size=1, max_size=8), seed=st.integers(0, 999))
 def test_rejected_drafts_leave_no_trace(place, drafts, seed):
-    """Of NaN, so that any of them that is read again would show."""
+    """Write NaN, so that a number that is read again shows."""
     tokens, pool = drawn(seed, len(drafts)), make_pool(place, batch=2, pages_per_sequence=PAGES)
     whole = attention(tokens, len(drafts))
     for t, rejected in enumerate(drafts):
@@ -182,7 +182,7 @@ def test_full_pages_are_never_copied():
     pool.fork(0)
     append_number(pool, 1, 2.0)
     assert pool.cache.page_table.tolist() == [[0, 1, -1], [0, 1, 2], [-1, -1, -1]]
-    pool.truncate(1, BLOCK + 1)  # now its last page is not full, and not its own
+    pool.truncate(1, BLOCK + 1)  # now its last page is not full, and is shared
     append_number(pool, 1, 3.0)
     assert pool.cache.page_table[:2].tolist() == [[0, 1, -1], [0, 2, -1]]
     assert first_keys(pool, 0) == [1.0] * 2 * BLOCK
@@ -192,7 +192,7 @@ def test_a_page_comes_back_with_the_last_that_holds_it():
     pool = make_pool("reference")
     append_number(pool, 0, 1.0, 2 * BLOCK)
     pool.fork(0), pool.fork(0)
-    for s, free in ((0, 4), (2, 4), (2, 4), (1, 6), (0, 6)):  # one of them twice, and an empty slot
+    for s, free in ((0, 4), (2, 4), (2, 4), (1, 6), (0, 6)):  # one twice, and an empty slot
         pool.free(s)
         assert pool.free_pages == free
     assert not pool.cache.shared.any()
@@ -209,7 +209,7 @@ def test_a_pool_that_is_full_has_no_page_for_a_copy():
     for found, want in zip((pool.lengths, pool.cache.page_table, pool.cache.k_pages), state):
         np.testing.assert_array_equal(found, want)
     pool.truncate(1, 3)
-    append_number(pool, 0, 2.0)  # page 1 is its own now
+    append_number(pool, 0, 2.0)  # page 1 is not shared now
     assert first_keys(pool, 0) == [1.0] * 5 + [2.0] and first_keys(pool, 1) == [1.0] * 3
 
 
@@ -236,7 +236,7 @@ def test_an_export_has_memory_of_its_own():
 
 @pytest.mark.parametrize("name", CACHED)
 def test_pages_of_any_layout_are_exported_whole(name):
-    """Head-major pages, and halves of wider ones: the copy is contiguous all the same."""
+    """Head-major pages, or halves of wider pages: the copy is contiguous."""
     dims = SHAPES[name]
     for kind in (np, torch):
         pages = {n: kind.zeros((PAGES, BLOCK, *SHAPES[n])) for n in CACHED}
@@ -266,9 +266,9 @@ def test_no_pages_no_sequences(place):
     assert (pool.lengths, pool.free_pages) == ([0] * BATCH, 0)
 
 
-# -- nothing by halves -----------------------------------------------------------------------------
+# -- a call does all or nothing -------------------------------------------------------------------
 def calls_on(pool):
-    """Every way to change a pool whose slots 0 and 1 share a page, and 2 is empty."""
+    """Every method that changes a pool. Slots 0 and 1 share a page, and slot 2 is empty."""
     new, pages = some_tokens(pool, 2), pool.export(0)
     return {
         "append": lambda: pool.append(0, **new),
@@ -284,7 +284,7 @@ METHODS = ["append", "reserve", "truncate", "fork", "import_", "free"]
 
 
 def some_tokens(pool, n):
-    """Of the kind that its pages take."""
+    """Tokens of the kind of the pages."""
     new = {name: drawn(n, n)[name] for name in CACHED}
     if not isinstance(pool.cache.k_pages, torch.Tensor):
         return new
@@ -300,14 +300,14 @@ def two_sequences(place, eight=()):
 
 
 def snapshot(pool):
-    """All that a reader of the cache, or of the pool, can see."""
+    """All that a caller can read from the cache and the pool."""
     flat = [read(x).copy() for s in range(BATCH) for x in pool.cache.flat(s)]
     tables = (pool.cache.page_table, pool.cache.lengths, pool.cache.shared)
     return flat + [read(x).copy() for x in tables] + [pool.lengths, pool.free_pages]
 
 
 def spoil(array):
-    """Make an array unwritable; returns what undoes it."""
+    """Make an array read-only; returns a function that undoes this."""
     if isinstance(array, torch.Tensor):
         array.requires_grad_()
         return lambda: array.requires_grad_(False)
@@ -351,7 +351,7 @@ def test_tensors_of_inference_mode_are_for_inference_mode(method):
     *(("enter", method) for method in METHODS),
 ])  # fmt: skip
 def test_what_breaks_off_is_not_counted(monkeypatch, eight, method, step):
-    """As where memory runs out: what has been written by then is nobody's."""
+    """A write fails, as if memory ran out. What was written before belongs to no sequence."""
     pool = two_sequences("torch", eight)
     call, before = calls_on(pool)[method], snapshot(pool)
     whole = getattr(msa.paging.page_arrays, step)
@@ -401,7 +401,7 @@ def test_pages_that_cannot_be_written_make_no_pool(name, spoiled, wanted):
 
 @pytest.mark.parametrize("make", [np.zeros, torch.zeros])
 def test_keys_and_values_do_not_share_memory(make):
-    """What is written to one would be read from the other; halves of one array lie apart."""
+    """Arrays with the same memory are refused; halves of one array are not the same memory."""
     both, k_idx_pages = make((3, 4, 2, 1, 2)), make((3, 4, 2))
     k_pages, v_pages = both[:, :, 0], both[:, :, 1]
     pool = msa.PagePool(k_pages, v_pages, k_idx_pages, batch=1)
@@ -413,7 +413,7 @@ def test_keys_and_values_do_not_share_memory(make):
 
 
 def test_counts_beyond_32_bits_are_refused(monkeypatch):
-    """Tensors on "meta" take no memory, so the door has to let them in."""
+    """Tensors on "meta" take no memory. The checks accept them here."""
     monkeypatch.setattr(checks.arrays, "check_plain", lambda name, array: None)
     shapes = [(2, 2**30, 1, 1)] * 2 + [(2, 2**30, 1)]
     pool = msa.PagePool(*(torch.empty(shape, device="meta") for shape in shapes), batch=1)
@@ -502,7 +502,7 @@ def test_an_export_too_long_for_the_table_or_the_pool_is_refused():
         make_pool("reference", pages=3, pages_per_sequence=9).import_(pages)
 
 
-# -- tokens that others write ----------------------------------------------------------------------
+# -- tokens that the caller's code writes ---------------------------------------------------------
 def test_what_was_reserved_must_be_written_or_given_up():
     pool = two_sequences("reference")
     pool.reserve(1, 2)
@@ -512,12 +512,12 @@ def test_what_was_reserved_must_be_written_or_given_up():
             call()
     with pytest.raises(ValueError, match="at most the 5 tokens of sequence 1, got 6"):
         pool.truncate(1, 6)
-    pool.append(0, *new)  # of another sequence there is nothing to wait for
+    pool.append(0, *new)  # other sequences have no reserved tokens
     pool.truncate(1, 5)
     pool.append(1, *new)
     assert pool.lengths == pool.cache.lengths.tolist() == [6, 6, 0]
     pool.reserve(1, 1)
-    pool.cache.lengths[1] += 2  # by one who wrote too many
+    pool.cache.lengths[1] += 2  # as if too many tokens were written
     for call in (lambda: pool.append(1, *new), lambda: pool.fork(1), lambda: pool.export(1)):
         with pytest.raises(ValueError, match=r"sequence 1 must have the 7 tokens .* got 8 .*"):
             call()
@@ -541,7 +541,7 @@ def test_many_queries_go_in_tiles(monkeypatch):
 
 
 class Reads(TorchDispatchMode):
-    """How many numbers operations read of each page array: all of them, unless they index it."""
+    """Counts the numbers that operations read of each page array: all, unless they index it."""
 
     def __init__(self, pool):
         super().__init__()
@@ -578,10 +578,10 @@ def test_decoding_reads_all_index_keys_but_selected_keys_only(n, dtype):
     }
 
 
-# -- tokens and pages that are the pool's own, or lie oddly ----------------------------------------
+# -- tokens that are views of the pool's pages, and unusual strides -------------------------------
 @pytest.mark.parametrize("kind", [np, torch])
 def test_tokens_may_be_views_of_the_pages(kind):
-    """k and v change places, while both are written to."""
+    """The new k are views of the pages of v and the reverse, while both are written to."""
     pages = [kind.zeros((4, 2, 1, 3)), kind.zeros((4, 2, 1, 3)), kind.zeros((4, 2, 3))]
     pool = msa.PagePool(*pages, batch=2)
     drawn = np.random.default_rng(0).standard_normal((3, 3, 1, 3))
@@ -590,7 +590,7 @@ def test_tokens_may_be_views_of_the_pages(kind):
     cache = pool.cache
     views = [x.reshape(8, *x.shape[2:])[:2] for x in pages]
     wanted = [read(views[i]).copy() for i in (1, 0, 2)]
-    pool.append(0, views[1], views[0], views[2])  # the first of them into the last page
+    pool.append(0, views[1], views[0], views[2])  # the first token goes into the last page
     for found, want in zip(cache.flat(0), wanted):
         np.testing.assert_array_equal(read(found)[3:], want)
 
@@ -608,7 +608,7 @@ def test_pages_of_the_pool_itself_are_taken_in(kind):
 @pytest.mark.parametrize("like", [np, torch])
 @pytest.mark.parametrize("kind", [np, torch])
 def test_pages_of_one_number_may_have_any_last_stride(kind, like):
-    """A dim of size 1 is contiguous whatever its stride is; others must be so."""
+    """A last dim of size 1 is contiguous with any stride; others must have stride 1."""
     made = {
         n: one.ones((4, 2, 1, 6), dtype=one.float32) for n, one in (("pool", like), ("given", kind))
     }

@@ -1,4 +1,4 @@
-"""Hugging Face's MiniMax-M3 on these kernels gives what it gives on its own eager attention."""
+"""Hugging Face's MiniMax-M3 gives the same results here as on its own eager attention."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ register()
 
 
 def behind(model, cache):
-    """The option by which this release of transformers takes a cache."""
+    """The name of the cache argument in this release of transformers."""
     taken = inspect.signature(type(model).forward).parameters
     return {next(name for name in calls.CACHES if name in taken): cache, "use_cache": True}
 
 
 def keep_activations_out(model, **options):
-    """Checkpointing, under the name that this release of transformers has for it."""
+    """The option for checkpointing in this release of transformers."""
     names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
     next(getattr(model, name) for name in names if hasattr(model, name))(options or None)
 
 
 def padded_rows(texts, left, width):
-    """Texts as rows with so many zeros before each: ids and mask [B, width]."""
+    """Texts as rows with zeros before each: ids and mask [B, width]."""
     ids = torch.zeros(len(texts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, (text, start) in enumerate(zip(texts, left)):
@@ -95,7 +95,7 @@ def text_config(layers="dmm", **options):
 
 
 def make(config=None, seed=0):
-    """Random weights everywhere, norms too."""
+    """Random weights, also in the norms."""
     torch.manual_seed(seed)
     model = MiniMaxM3VLForCausalLM(config or text_config())
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_logits_of_any_configuration(config, lengths, data):
 @settings(max_examples=15)
 @given(configs(), st.integers(2, 60), st.data())
 def test_logits_in_chunks(config, n, data):
-    """Behind a cache that grows, or one that has room from the start."""
+    """With a cache that grows, or one of fixed size."""
     model, ids = make(config), words(2, n)
     cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=3)) | {0, n})
     changed = in_the_way(model, data.draw(st.sampled_from(sorted(WAYS))))
@@ -194,7 +194,7 @@ def test_a_padded_batch_in_chunks():
 @settings(max_examples=20)
 @given(configs(), st.lists(st.integers(1, 30), min_size=1, max_size=3), st.data())
 def test_padding_on_either_side_shifts_no_block(config, lengths, data):
-    """R3: each text has the logits that it has alone, whole or in chunks behind every cache."""
+    """R3: each text has the same logits as alone, whole or in chunks with each kind of cache."""
     model, texts = make(config), [words(n, seed=n) for n in lengths]
     left = [data.draw(st.integers(0, 20)) for _ in texts]
     longest = max(start + n for start, n in zip(left, lengths))
@@ -223,7 +223,7 @@ def test_padding_on_either_side_shifts_no_block(config, lengths, data):
 
 
 def test_padding_on_the_left_shifts_the_blocks_of_transformers():
-    """What is departed from: on its own attention the same rows have other logits."""
+    """With the attention of transformers, the same padded rows have other logits."""
     model, text = make(text_config("m")), words(60)
     ids, mask = padded_rows([text], [3], 63)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_padding_on_the_left_shifts_the_blocks_of_transformers():
 
 
 def test_a_plan_is_not_kept_for_other_masks():
-    """The same positions, then other lengths in tensors that may lie where the first ones lay."""
+    """Each mask gets its own plan, even if it has the memory of an earlier one."""
     model, ids, positions = make(), words(1, 20), torch.arange(20)[None]
     changed = in_the_way(model, "enabled")
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_plan_is_not_kept_for_other_masks():
 
 
 def test_packed_sequences():
-    """transformers' own indexer mixes them; here each is as if it were alone."""
+    """Each packed text is as if alone; the indexer of transformers would mix them."""
     model, lengths = make(), (20, 1, 33)
     ids = words(1, sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -262,7 +262,7 @@ def test_packed_sequences():
 
 
 def test_kernels_of_triton(monkeypatch):
-    """In the interpreter, at a block size that they have."""
+    """The kernels in the interpreter, with a block size that they support."""
     model, ids = make(text_config("dm", index_block_size=16, index_topk_blocks=2)), words(1, 70)
     changed = in_the_way(model, "enabled")
     with torch.no_grad():
@@ -272,7 +272,7 @@ def test_kernels_of_triton(monkeypatch):
 
 
 def test_pictures():
-    """The vision tower, of the same implementation, is not causal."""
+    """The vision tower, which uses the same implementation, is not causal."""
     tower = {
         "hidden_size": 40, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_channels": 3, "patch_size": 2, "temporal_patch_size": 2,
@@ -314,7 +314,7 @@ def test_greedy_generations(way):
     ("way", "extra"), [*(("enabled", extra) for extra in CACHES), ("enabled, torch", "dynamic")]
 )
 def test_generations_padded_on_the_left(way, extra):
-    """Each text gets the tokens that it gets alone."""
+    """Each text gets the same new tokens as alone."""
     model, texts = make(seed=6), [words(n, seed=n) for n in (29, 11, 20)]
     ids, mask = padded_rows(texts, [0, 18, 9], 29)
     beams = {"num_beams": CACHES[extra].get("num_beams", 1)}
@@ -327,7 +327,7 @@ def test_generations_padded_on_the_left(way, extra):
 
 @pytest.mark.parametrize("left", [0, 5])
 def test_assisted_generations(left):
-    """Drafts of another model, and of the prompt itself; what is rejected leaves the cache."""
+    """Drafts of another model, and from the prompt; rejected tokens are removed from the cache."""
     model, text = make(seed=6), words(20)
     ids, mask = padded_rows([text], [left], 20 + left)
     wanted = model.generate(text[None], **GENERATED)[0, 20:]
@@ -339,7 +339,7 @@ def test_assisted_generations(left):
 
 @pytest.mark.parametrize("way", ["msa", "enabled"])
 def test_compiled(way):
-    """As generate() does by itself for a static cache on a GPU: nothing of msa is in the graphs."""
+    """Compile as generate() does for a static cache on a GPU: no code of msa is in the graphs."""
     model, ids = make(text_config("m")), words(1, 29)
     torch.compiler.reset()
     compiled = torch.compile(in_the_way(model, way).model, backend="eager")
@@ -380,9 +380,9 @@ def test_autocast():
     assert all(p.grad.isfinite().all() for p in changed.parameters() if p.grad is not None)
 
 
-# -- what enable() is for -------------------------------------------------------------------------
+# -- the purpose of enable() ----------------------------------------------------------------------
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor had."""
+    """The number of elements of the largest tensor."""
 
     numel = 0
 
@@ -434,7 +434,7 @@ def test_copies_after_a_step_of_training():
 
 
 def test_an_indexer_that_an_adapter_wraps():
-    """Found by itself, whatever stands between it and its attention."""
+    """An indexer is found even if a wrapper is between it and its attention."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, inner):
@@ -531,7 +531,7 @@ def test_refused_configurations():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_graphs_that_are_refused(strict):
-    """With what is wanted and why."""
+    """The message says what is wanted and why."""
     model, ids = in_the_way(make(text_config("m")), "enabled"), words(1, 20)
     torch.compiler.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"msa reads the mask .* fullgraph"):
@@ -545,7 +545,7 @@ def test_graphs_that_are_refused(strict):
 
 
 def test_a_cache_under_a_name_that_is_not_known():
-    """It would be forgotten, and every token would be the first one."""
+    """The cache would be ignored, and every token would be read as the first one."""
 
     def forward(self, hidden_states, memory=None): ...
 
@@ -555,7 +555,7 @@ def test_a_cache_under_a_name_that_is_not_known():
 
 @given(st.integers(1, 6), st.integers(1, 12), st.data())
 def test_plans_hold_the_ones_of_a_mask(batch, n_k, data):
-    """By hand: packed queries and keys are the tokens of the rows that have a query."""
+    """Checked by hand: packed queries and keys are the tokens of the rows with a query."""
     spans = [sorted(data.draw(st.tuples(*[st.integers(0, n_k)] * 2))) for _ in range(batch)]
     mask = torch.zeros(batch, n_k, dtype=torch.bool)
     for row, (first, end) in enumerate(spans):

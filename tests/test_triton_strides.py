@@ -1,9 +1,9 @@
 """Kernels address every argument by its strides, in 64 bits.
 
 A strided argument holds the same numbers as a contiguous one, so every result is equal to the bit.
-What lies between the numbers is NaN, or an absurd integer. `far` puts the entries of one dim so far
-apart that the last one lies beyond 2^31 numbers: in a sparse file, of which only what is touched
-takes memory, or on a GPU.
+Between the numbers there is NaN, or a huge integer. `far` puts the entries of one dim so far apart
+that the last one lies beyond 2^31 numbers: on a GPU, or in a sparse file, which takes memory only
+for parts that are used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def full(x, *shape):
 
 
 def spaced(x):
-    """Every second entry of every dim but the last, which is a part of a wider one."""
+    """Every second entry of every dim except the last, which is a part of a wider dim."""
     *lead, last = x.shape
     wide = full(x, *(2 * n for n in lead), last + 16)
     view = wide[(*[slice(None, None, 2)] * len(lead), slice(last))]
@@ -49,7 +49,7 @@ def spaced(x):
 
 
 def turned(x):
-    """All dims but the last in the opposite order in memory: heads, then tokens."""
+    """All dims except the last have the opposite order in memory: heads, then tokens."""
     *lead, last = range(x.dim())
     view = full(x, *(x.shape[d] for d in reversed(lead)), x.shape[-1])
     return fill(view.permute(*reversed(lead), last), x)
@@ -66,7 +66,7 @@ def transposed(x):
 
 
 def expanded(x):
-    """The first entry of the first dim in the place of all others: stride 0."""
+    """The first entry of the first dim repeated for all others, by stride 0."""
     return x[:1].expand(x.shape)
 
 
@@ -78,9 +78,9 @@ def fill(view, x):
 
 
 def far(x, dim, folder):
-    """The same numbers, those of one dim so far apart that the last one lies beyond 2^31.
+    """The same numbers, with one dim so far apart that its last entry lies beyond 2^31.
 
-    Before the first one there is room as well, where an offset that has become negative ends.
+    Before the first entry there is memory too, for offsets that overflow to negative numbers.
     """
     step = -(-(2**31) // (x.shape[dim] - 1) // 16) * 16
     step = step if step * (x.shape[dim] - 1) >= 2**31 else step + 16
@@ -130,7 +130,7 @@ BORDERS = (0, TOKENS - 4, TOKENS)
 
 
 def attend(tensors, order):
-    """What comes out of attention."""
+    """The results of attention."""
     output = msa.attention(
         **tensors, cu_seqlens_q=BORDERS, cu_seqlens_k=BORDERS, config=CONFIG, backend="triton",
         loop_order=order,
@@ -139,7 +139,7 @@ def attend(tensors, order):
 
 
 def train(tensors):
-    """The same with the loss, and all gradients."""
+    """The results with the loss, and all gradients."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     output = msa.attention(
         **leaves, cu_seqlens_q=BORDERS, cu_seqlens_k=BORDERS, config=CONFIG, align=True,
@@ -153,7 +153,7 @@ def train(tensors):
 
 @pytest.fixture(scope="module")
 def wanted():
-    """Of contiguous tensors."""
+    """The results for contiguous tensors."""
     return {
         "train": train(packed()), "warm up": warm_up(packed()),
         "kv_outer": attend(packed(), "kv_outer"), "union": attend(packed(), "union"),
@@ -240,7 +240,7 @@ def loosened(form):
 
 
 def test_every_form_of_the_lowering():
-    """What a user makes of a stage's output, the next stage takes."""
+    """A stage accepts the output of the stage before with other strides."""
     q, k, v, q_idx, k_idx = packed().values()
     sequences = Sequences(BORDERS, BORDERS)
     scores = triton_impl.score_blocks(q_idx, k_idx, sequences, CONFIG)
@@ -284,7 +284,7 @@ INTEGERS = ("page_table", "lengths")  # the others are contiguous in their last 
 
 
 def cached(eight=()):
-    """Three sequences of three, no and two pages, in an order of no meaning."""
+    """Three sequences of three, zero and two pages, in any order."""
     shapes = {"k": (GROUPS, DIM), "v": (GROUPS, DIM), "k_idx": (DIM,)}
     made = {
         f"{name}_pages": normal(seed, PAGES, BLOCK, *dims)
@@ -313,7 +313,7 @@ def step(parts, queries, backend="triton"):
 
 
 def every(change, change_integers, home):
-    """All arguments in another layout, as far as the checks allow."""
+    """All arguments in another layout, if the checks allow it."""
     return {n: (change_integers if n in INTEGERS else change)(x) for n, x in home.items()}
 
 
@@ -347,7 +347,7 @@ def test_decode_with_expanded_tensors(name):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_decode_with_any_integers(dtype, as_users_run_it):
-    """An empty slot is one also where integers have no sign."""
+    """An empty slot is recognised with unsigned integers too."""
     parts, queries = cached(), asked()
     want = step(parts, queries)
     if torch.iinfo(dtype).max >= 2 * BLOCK + 7:
@@ -367,7 +367,7 @@ def test_decode_beyond_2_31(eight, dim, folder):
 
 
 def far_if_long(name, x, dim, folder):
-    """Far apart along a dim of three entries or more that need not be contiguous."""
+    """A dim of at least three entries, which need not be contiguous, is spread far apart."""
     lead = x.dim() if name in INTEGERS else x.dim() - 1
     return far(x, dim, folder) if dim < lead and x.shape[dim] > 2 else x
 
@@ -378,7 +378,7 @@ def tokens(n=3):
 
 
 def append(parts, new):
-    """What the cache holds afterwards. The page of block 2 of the last sequence is a new one."""
+    """The cache afterwards. The page of block 2 of the last sequence is a new one."""
     msa.append_tokens(PagedKV(**parts), **new)
     return list(parts.values())
 
@@ -413,7 +413,7 @@ def test_append_tokens_needs_memory_for_keys_and_for_values():
 
 
 def test_append_tokens_writes_only_what_it_should():
-    """A column of a wider tensor: the other one stays."""
+    """The lengths are a column of a wider tensor; the other column does not change."""
     parts = fresh(())
     both = torch.stack([parts["lengths"], torch.full_like(parts["lengths"], 55)], 1)
     parts["lengths"] = both[:, 0]
@@ -440,9 +440,9 @@ def test_append_tokens_refuses_what_has_no_place_for_each_entry(name):
         append(parts, tokens())
 
 
-# -- the rule itself ------------------------------------------------------------------------------
+# -- the rule for strides -------------------------------------------------------------------------
 def test_no_kernel_multiplies_a_stride_itself():
-    """Strides are arguments of `along`, of other kernels, and nothing else."""
+    """Kernels use strides only as arguments of `along` and of other kernels."""
     found, names = count(), []
     for module in sorted({m for m in vars(triton_impl).values() if inspect.ismodule(m)}, key=str):
         tree = ast.parse(inspect.getsource(module))
