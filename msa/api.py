@@ -79,7 +79,8 @@ def select(
 ) -> Selection:  # fmt: skip
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
-    Arguments and errors as in `attention`. The Selection is packed: indices int32 [Tq, Hkv, k].
+    Arguments and errors are those of `attention`. The Selection is packed, with
+    indices int32 [Tq, Hkv, k].
 
     >>> import numpy as np, msa
     >>> q_idx, k_idx = np.ones((6, 1, 1)), np.array([[0.0], [9], [1], [2], [3], [4]])
@@ -99,9 +100,9 @@ def sparse_attention(
 ) -> Output:  # fmt: skip
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
-    A Selection holds its sequences and its block size. One of your own is
+    A Selection holds its sequences and its block size. To make one of your own, call
     `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`. Its ids are validated
-    (R8), those of torch tensors that this package made are not. The rest is as in `attention`.
+    (R8); torch ids that this package made are not. All else is as in `attention`.
 
     >>> import numpy as np, msa
     >>> x = np.arange(4.0).reshape(4, 1, 1)

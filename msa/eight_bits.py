@@ -134,7 +134,7 @@ def _largest_finite(tokens: Float32[Array, "*shape dim"]) -> Float32[Array, "*sh
 
 
 def _rounded(numbers: Float32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """To the nearest e4m3, ties to even, which torch does; it has no infinities."""
+    """Round to the nearest e4m3, ties to even, as torch does; e4m3 has no infinities."""
     import torch
 
     return numbers.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -1,7 +1,8 @@
-"""The contract of the backends: what each function of a backend takes and gives.
+"""The contract of the backends: what each function of a backend takes and returns.
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
-Arguments are checked before (`msa.entry`), packed (R1), and arrays of the backend's own library.
+Arguments are already checked (by `msa.entry`) and packed (R1), and arrays are of the backend's
+library.
 The triton backend checks the limits of its kernels again, for callers without `msa.entry`.
 Letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
@@ -39,8 +40,8 @@ class Backend(Protocol):
     ) -> Output:  # fmt: skip
         """Select, then attend: MSA itself (eq. 6-8, R4-R12). out in q's dtype, lse in float32.
 
-        With align=True kl is `align_index` over the selection that was made, else None; the rest
-        is the same to the bit. The attention's own LSE can serve the loss.
+        With align=True, kl is `align_index` over the selection, else None; the other results have
+        the same bits. The loss can use the LSE of the attention.
         """
         ...
 
@@ -139,15 +140,16 @@ class Backend(Protocol):
         """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
         A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
-        The returned selection covers the live sequences, packed. Where pages have scales, what
-        counts is number * scale (R12).
+        The returned selection covers the live sequences, packed. If pages have scales, the numbers
+        are
+        number * scale (R12).
         """
         ...
 
 
 @runtime_checkable
 class BackendWithGradients(Backend, Protocol):
-    """What torch and triton have besides: forward and backward as functions of their own.
+    """What torch and triton have in addition: forward and backward as separate functions.
 
     `attend_selection` and `align_index` of these backends call them from a torch.autograd.Function.
     A caller with an autograd of its own, such as the operators of `msa.ops`, calls them itself.

@@ -157,6 +157,6 @@ class Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let Python ask the finder. A second call changes nothing."""
+    """Install the finder. A second call changes nothing."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -118,7 +118,7 @@ class PagePool:
         have scales, the caller's code writes the scales as well (`msa.eight_bits` has the rule).
 
         `append` reserves and writes. `append`, `fork` and `export` need the reserved tokens to be
-        written, and read `cache.lengths` back to check it. `truncate` gives reserved tokens up.
+        written, and read `cache.lengths` back to check it. `truncate` removes reserved tokens too.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -215,7 +215,7 @@ class PagePool:
     def fork(self, sequence: int, into: int | None = None) -> int:
         """Make a second sequence of the same tokens in the same pages, as for beams or a prefix.
 
-        Nothing is copied now. The class says when the last page is.
+        Nothing is copied now. The docstring of the class says when the last page is copied.
 
         Args:
             sequence: which one, 0 to batch - 1; not an empty one.
@@ -315,7 +315,7 @@ class PagePool:
             pass
         self._reserved.discard(int(sequence))
 
-    # -- the book and the arrays -------------------------------------------------------------------
+    # -- the book and the arrays ------------------------------------------------------------------
     @contextmanager
     def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
         """Make a change in the book, then in the arrays; pages are written in between.

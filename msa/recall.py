@@ -21,7 +21,7 @@ class Recall:
     blocks: float
     """The share of the best k blocks that are selected, without the own block of each query."""
     score: float
-    """The attention on selected blocks over that on the best k, own blocks included."""
+    """The attention on selected blocks divided by that on the best k, own blocks included."""
     queries: int
     """How many pairs of a query and a group were measured."""
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the house, read from the source, and cold imports."""
+"""Which module may import which, read from the source; and imports in a new process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ ROOMS = sorted(arrows.rooms(GRAPH))
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_circle(room):
-    """Types and imports inside functions count: two modules that need each other are one."""
+    """Imports for types and inside functions count as well."""
     assert [c for c in CIRCLES if any(f"{name}.".startswith(f"msa.{room}.") for name in c)] == []
 
 
@@ -158,7 +158,7 @@ def test_backends_are_imported_in_one_place(library):
 
 @pytest.mark.parametrize("name", ["conformance", "demo", "integrations"])
 def test_only_the_command_line_knows_the_extras(name):
-    """And the conformance kit: how others lay out what it is to try."""
+    """The conformance kit may import the layouts of other projects."""
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
         if path.name != "cli.py" and room != name:
@@ -196,7 +196,7 @@ def test_integrations_know_the_public_interface_and_the_operators():
 
 
 def test_conformance_knows_the_public_interface_alone():
-    """It must be able to judge any backend, so it knows none but through load_backend."""
+    """The kit tests any backend, so it loads backends only by load_backend."""
     libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
     public = {"checks", "config", "conformance", "dispatch", "interface", "ir", "pipeline"}
     public |= {"integrations"}  # of these, two files that need no library: see above
@@ -241,9 +241,9 @@ def arrows_inside(package: str) -> dict[str, set[str]]:
 
 
 def first_circle(arrows: dict[str, set[str]]) -> set[str]:
-    """The modules of circles, and those from which an arrow leads to a circle; empty without one.
+    """The modules in circles, and those that import one of them; empty if there is no circle.
 
-    Modules without arrows to the rest are taken away until none is left that could be.
+    Modules that import no remaining module are removed, until no such module is left.
     """
     left = dict(arrows)
     while free := [module for module, wanted in left.items() if not wanted & set(left)]:
@@ -257,7 +257,7 @@ def test_a_circle_would_be_seen():
 
 
 def test_conformance_has_no_circle():
-    """Neither types (TYPE_CHECKING) nor imports inside functions are left out."""
+    """Imports for types (TYPE_CHECKING) and inside functions count as well."""
     arrows = arrows_inside("conformance")
     assert len(arrows) > 40
     assert first_circle(arrows) == set()

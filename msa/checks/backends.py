@@ -19,8 +19,8 @@ OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "loop_order": (("auto", "kv_outer", "union"), "has one order"),
     "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
 }
-"""Options of the triton backend: their values, the default first, and why the other backends take
-the default alone."""
+"""Options of the triton backend: their values, the default first, and why the other backends accept
+only the default."""
 
 
 def check_backend(name: Any, available: tuple[str, ...]) -> None:
@@ -35,9 +35,9 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
 
 
 def check_options(backend: str, array: Any, **options: Any) -> None:
-    """Each option has one of its values; others than the default are for triton alone.
+    """Each option has one of its values; values other than the default need triton.
 
-    8 bits are for a GPU alone.
+    8 bits need a GPU.
     """
     for name, value in options.items():
         known, reason = OPTIONS[name]

@@ -1,4 +1,4 @@
-"""The functions of `msa.ops`: the layouts of `msa.attention`, tensors in and out, an operator each.
+"""The functions of `msa.ops`: they have the layouts of `msa.attention`, and each calls an operator.
 
 Tensors are packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched
 [B, T, H, D]. cu_seqlens are integers. (A tensor of them is read, which waits for its device and is

@@ -105,7 +105,7 @@ def sparse_attention_backward(
     indices: Tensor, cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients for q, k and v from what either attention gave (R18)."""
+    """Gradients for q, k and v from the results of either attention (R18)."""
     saved, borders = (q, k, v, out, lse), (cu_seqlens_q, cu_seqlens_k)
     args = (d_out, d_lse, saved, indices, borders, block_size, softmax_scale)
     return kernels.selection_gradients(*args)

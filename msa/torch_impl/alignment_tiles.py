@@ -124,7 +124,7 @@ def index_gradients(
     q_idx: Float[Tensor, "t Hkv Di"], k_idx: Float[Tensor, "n Di"],
     slope: Float[Tensor, "lanes k_Bk"], schedule: Schedule, scale: float,
 ) -> tuple[Float[Tensor, "t Hkv Di"], Float[Tensor, "n Di"]]:  # fmt: skip
-    """From the slope of every score to q_idx and k_idx, each sum in one fixed order (R19)."""
+    """Gradients of q_idx and k_idx from those of the scores, each sum in a fixed order (R19)."""
     index = schedule.reverse_index
     block, (n_q, groups, dim) = index.block_size, q_idx.shape
     lanes, rows = q_idx.reshape(-1, dim), to_rows(k_idx[:, None], index.sequences, block)

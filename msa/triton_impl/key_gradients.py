@@ -11,10 +11,11 @@ What the fast form changes:
  1. Edges are tiles of neighbouring queries (tile_reverse_index.py): their rows lie side by side, so
     nothing is gathered. Rows of queries that did not select the block are read as zeros, with
     lse = +inf.
- 2. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
-    the next, without a trip through memory.
+ 2. Everything is transposed, keys along the rows: P and dS are the result of one product and the
+    left operand of the next, and do not go through memory.
  3. The next edge's record is loaded one step ahead, so that its rows can be fetched early.
- 4. Hot blocks are cut into items. Each item writes its own sums, in float32, and a second kernel
+ 4. Blocks that many queries read are cut into items. Each item writes its own sums, in float32, and
+ a second kernel
     adds them up. No atomics, so the bits are the same every time (R19).
 """
 

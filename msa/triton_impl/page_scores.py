@@ -1,4 +1,4 @@
-"""Decoding, first kernel: how well each block of a paged cache fits each new query (R4, R5).
+"""Decoding, first kernel: the score of each block of a paged cache for each new query (R4, R5).
 
     for each sequence, each block b before the recent ones:
         K = page_table[b]'s index keys, times their scale if they are in 8 bits

@@ -9,7 +9,8 @@
         out, lse = o / l, m + log l
 
 What the fast form changes:
- 1. Neighbouring queries times heads make one tile, 8 x 16 = 128 rows: no gather, no partials.
+ 1. Neighbouring queries times heads make one tile, such as 4 x 16 = 64 rows: no gather, no
+ partials.
  2. A row that did not select b is masked by its running maximum, not score by score: +inf is
     subtracted in place of the maximum, which makes the row's weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
