@@ -82,13 +82,13 @@ def check_kernels(block_size: int, top_k: int = 1, **arrays: Any) -> None:
         if dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"{name} must have dtype {either(KERNEL_DTYPES)} for backend='triton', "
-                f"got {dtype}: use backend='torch'"
+                f"got {array.dtype}: use backend='torch'"
             )
         if dtype == "bfloat16" and is_interpreted():
             raise TypeError(
                 f"{name} must have dtype float16 or float32 for backend='triton' under "
                 f"TRITON_INTERPRET=1, for Triton's interpreter multiplies bfloat16 wrongly, "
-                f"got {dtype}: use backend='torch'"
+                f"got {array.dtype}: use backend='torch'"
             )
 
 
