@@ -43,12 +43,14 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.hopper.ring import (
     copy_tile,
     make_barriers,
@@ -57,9 +59,6 @@ from msa.triton_impl.hopper.ring import (
     wait_empty,
     wait_full,
 )
-
-ROWS = 256
-"""Rows of one tile: (query, group) pairs. Each of two consumers has one half."""
 
 KINDS = {
     torch.bfloat16: gl.bfloat16,
@@ -71,82 +70,85 @@ KINDS = {
 
 @gluon.jit
 def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
-               scores, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
-               STAGES: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr):  # fmt: skip
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """Consumer W: rows 128 * W ... 128 * W + 128 of every segment."""
     HALF: gl.constexpr = q_tile.shape[1]
-    N: gl.constexpr = BK // PARTS
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, WIDTH)
-    row = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([HALF, N], gl.float32, layout=MMA)
+    row = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, EIGHT))
+    column = gl.arange(0, PIECE, layout=gl.SliceLayout(0, EIGHT))[None, :]
+    zero = gl.zeros([HALF, BK], gl.float32, layout=MMA)
     first = gl.load(runs + gl.program_id(0))
     stop = gl.load(runs + gl.program_id(0) + 1)
     step = 0
     for item in range(first, stop):
-        p_item = segments + item * 6
+        p_item = segments + item * 7
         n = gl.load(p_item + 2)
         slab = gl.load(p_item + 3)
         limit = (gl.load(p_item + 4) + row // HKV) // BK - LOCAL + 1 - gl.load(p_item + 5)
-        p_out = scores + slab.to(gl.int64) * (2 * HALF) + row
+        written = slab + gl.load(p_item + 6)
+        eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
         wait_full(q_full, item - first, 1)
         q = q_tile.index(W).load(OPERAND)
-        release(q_empty, item - first, 1)
         for i in range(n):
             wait_full(k_full, step, STAGES)
             k = k_tiles.index(step % STAGES)
-            if PARTS == 1:
-                acc = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=[acc])
-                release(k_empty, step, STAGES)
-                best = gl.max(part, 1)
-            else:
-                acc_0 = warpgroup_mma(q, k.slice(0, N).permute((1, 0)), zero, use_acc=False,
-                                      is_async=True)  # fmt: skip
-                acc_1 = warpgroup_mma(q, k.slice(N, N).permute((1, 0)), zero, use_acc=False,
-                                      is_async=True)  # fmt: skip
-                part_0 = warpgroup_mma_wait(1, deps=[acc_0])
-                best = gl.max(part_0, 1)
-                part_1 = warpgroup_mma_wait(0, deps=[acc_1])
-                release(k_empty, step, STAGES)
-                best = gl.maximum(best, gl.max(part_1, 1))
-            gl.store(p_out, gl.where(i < limit, best * scale, float("-inf")))
-            p_out += 2 * HALF
+            acc = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=[acc])
+            release(k_empty, step, STAGES)
+            if i == 0:  # the product has read all of q, so every load of q has ended
+                fence_async_shared()
+                release(q_empty, item - first, 1)
+            best = gl.convert_layout(gl.max(part, 1), gl.SliceLayout(1, EIGHT))
+            best = gl.maximum(best, float("-inf")) * scale + 0.0  # no NaN, no -0
+            best = gl.where(i < limit, best, float("-inf"))
+            block = slab + i
+            eight = gl.where(column == block % PIECE, best[:, None], eight)
+            if (block % PIECE == PIECE - 1) | (i == n - 1):
+                piece = block // PIECE
+                o_x = piece * PIECE + column
+                p_x = scores + piece.to(gl.int64) * (2 * HALF * PIECE) + row[:, None] * PIECE
+                gl.store(p_x + column, eight, mask=(o_x >= slab) & (o_x < written))
+                if LONG:
+                    p_max = maxima + piece.to(gl.int64) * (2 * HALF) + row
+                    gl.store(p_max, gl.max(eight, 1))
+                eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
             step += 1
 
 
 @gluon.jit
 def consumer_0(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
-               scores, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
-               STAGES: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr):  # fmt: skip
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """The first half of the rows."""
-    score_rows(0, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, scale,
-               HKV, BK, LOCAL, STAGES, PARTS, WIDTH, MMA)  # fmt: skip
+    score_rows(0, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
 
 
 @gluon.jit
 def consumer_1(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
-               scores, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
-               STAGES: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr):  # fmt: skip
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """The second half of the rows."""
-    score_rows(1, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, scale,
-               HKV, BK, LOCAL, STAGES, PARTS, WIDTH, MMA)  # fmt: skip
+    score_rows(1, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
 
 
 @gluon.jit
 def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
-             scores, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
-             STAGES: gl.constexpr, PARTS: gl.constexpr, WIDTH: gl.constexpr,
-             MMA: gl.constexpr):  # fmt: skip
+             scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+             LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+             MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """Copy the rows of each segment, then its blocks of keys one after another."""
     HALF: gl.constexpr = q_tile.shape[1]
     first = gl.load(runs + gl.program_id(0))
     stop = gl.load(runs + gl.program_id(0) + 1)
     step = 0
     for item in range(first, stop):
-        p_item = segments + item * 6
+        p_item = segments + item * 7
         row = gl.load(p_item)
         key = gl.load(p_item + 1)
         n = gl.load(p_item + 2)
@@ -160,10 +162,10 @@ def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, 
 
 
 @gluon.jit
-def score_kernel(q_desc, k_desc, segments, runs, scores, scale, HKV: gl.constexpr,
-                 BK: gl.constexpr, LOCAL: gl.constexpr, STAGES: gl.constexpr,
-                 PARTS: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr,
-                 REGISTERS: gl.constexpr):  # fmt: skip
+def score_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale, HKV: gl.constexpr,
+                 BK: gl.constexpr, LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr,
+                 PIECE: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr,
+                 EIGHT: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """The segments runs[p] ... runs[p + 1] of program p."""
     HALF: gl.constexpr = q_desc.block_type.shape[0]
     DIM: gl.constexpr = q_desc.block_type.shape[1]
@@ -173,11 +175,14 @@ def score_kernel(q_desc, k_desc, segments, runs, scores, scale, HKV: gl.constexp
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     gl.warp_specialize([
         (consumer_0, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                      runs, scores, scale, HKV, BK, LOCAL, STAGES, PARTS, WIDTH, MMA)),
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                      EIGHT)),
         (consumer_1, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                      runs, scores, scale, HKV, BK, LOCAL, STAGES, PARTS, WIDTH, MMA)),
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                      EIGHT)),
         (producer, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                    runs, scores, scale, HKV, BK, LOCAL, STAGES, PARTS, WIDTH, MMA)),
+                    runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                    EIGHT)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -191,14 +196,12 @@ def describe(matrix: Float[Tensor, "rows dim"], rows: int) -> TensorDescriptor:
 def options(dtype: torch.dtype, dim: int, block_size: int) -> dict[str, Any]:
     """The compile-time options of the kernel that depend on the dtype and on the sizes."""
     size = dtype.itemsize
-    parts = 1
     stages = min(8, (212 * 1024 - ROWS * dim * size) // (block_size * dim * size))
-    columns = block_size // parts
     return {
         "STAGES": stages,
-        "PARTS": parts,
         "WIDTH": 4 // size,
-        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // size]),
+        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_size, 32 // size]),
+        "EIGHT": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32 // size]),
         "REGISTERS": 240,
     }
 
@@ -206,18 +209,23 @@ def options(dtype: torch.dtype, dim: int, block_size: int) -> dict[str, Any]:
 def score_segments(
     q_idx: Float[Tensor, "rows dim"],
     k_idx: Float[Tensor, "Tk dim"],
-    segments: Int[Tensor, "segments 6"],
+    segments: Int[Tensor, "segments 7"],
     runs: Int[Tensor, " programs_plus_1"],
-    scores: Float[Tensor, "blocks ROWS"],
+    scores: Float[Tensor, "pieces ROWS PIECE"],
+    maxima: Float[Tensor, "pieces ROWS"] | None,
     groups: int,
     block_size: int,
     local_blocks: int,
     scale: float,
     **changes: Any,
 ) -> None:
-    """Fill `scores`; `segments` and `runs` come from `plan.py`, `changes` replace `options`."""
+    """Fill `scores`, and their maxima where these are wanted.
+
+    `segments` and `runs` come from `plan.py`, `changes` replace `options`.
+    """
     chosen = options(q_idx.dtype, q_idx.shape[1], block_size) | changes
     score_kernel[(len(runs) - 1,)](
-        describe(q_idx, ROWS // 2), describe(k_idx, block_size), segments, runs, scores, scale,
-        HKV=groups, BK=block_size, LOCAL=local_blocks, num_warps=4, **chosen,
+        describe(q_idx, ROWS // 2), describe(k_idx, block_size), segments, runs, scores,
+        scores if maxima is None else maxima, scale, HKV=groups, BK=block_size, LOCAL=local_blocks,
+        LONG=maxima is not None, PIECE=PIECE, num_warps=4, **chosen,
     )  # fmt: skip

@@ -7,9 +7,9 @@
             pairs = all (tile, block of the chunk), tile by tile
             program p gets pairs[len * p // P : len * (p + 1) // P]
 
-The scores of one tile are a slab: one row of 256 numbers for each scored block, sink blocks left
-out. Each slab starts at a multiple of SLAB rows, so that groups of 8 and 64 blocks, whose maxima
-the top-k looks at first, never belong to two tiles.
+The scores of one tile are a slab: pieces of 8 blocks times 256 rows, sink blocks left out. Where a
+row is long, the top-k looks at the maxima of pieces first, and one program must see all blocks of a
+piece. There the shares are whole pieces.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ ROWS = 256
 """Rows of one tile: (query, group) pairs."""
 
 SCORE_BYTES = 2**29
-"""Bound on the memory of the scores of one super-tile; their maxima take a seventh beside it."""
+"""Bound on the memory of the scores of one super-tile; their maxima take an eighth beside it."""
 
 CHUNK_BYTES = 2**24
 """Index keys that all programs read at about the same time, so that they stay in the L2 cache."""
 
 PIECE = 8
-"""Blocks of one piece, pieces of one group: the top-k looks at their maxima first."""
+"""Blocks of one piece: a slab has its scores side by side for each row."""
 
-SLAB = PIECE * PIECE
-"""Slabs start at multiples of this many blocks."""
+LONG = 256
+"""The top-k looks at all scores of a row of at most this many blocks, without maxima of pieces."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,24 @@ class SuperTile:
 
     first_tile: int
     tiles: int
-    first_group: int
     first_run: int
     blocks: int
-    """Rows of all slabs together."""
+    """Blocks of all slabs together, each one padded to whole pieces."""
     longest: int
     """Blocks of the longest slab."""
+    long: bool
+    """Whether the top-k looks at maxima of pieces first."""
 
 
 @dataclass(frozen=True)
 class ScorePlan:
     """Tables of one selection; `parts` says which of their rows belong to a super-tile."""
 
-    tiles: Int[Tensor, "tiles 4"]
-    """First query, its stop, position of the first query, first row of the slab."""
-    fills: Int[Tensor, " groups"]
-    """Scored blocks of each group of SLAB slab rows."""
-    segments: Int[Tensor, "segments 6"]
-    """First row of queries, first key, number of blocks, first slab row, position of the tile's
-    first query, first block."""
+    tiles: Int[Tensor, "tiles 8"]
+    """First query, its stop, position of the first query, first block of the slab, its blocks; 0."""
+    segments: Int[Tensor, "segments 7"]
+    """First row of queries, first key, number of blocks, first block in the slabs, position of the
+    tile's first query, first block, number of blocks to write: at the end of a tile whole pieces."""
     runs: Int[Tensor, " runs"]
     """Program p of a super-tile has segments runs[first_run + p] ... runs[first_run + p + 1]."""
     programs: int
@@ -90,24 +89,29 @@ def cut_tiles(sequences: Sequences, config: MSAConfig, queries: int) -> np.ndarr
     return np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
 
 
-def cut_shares(blocks: np.ndarray, chunk: int, programs: int) -> np.ndarray:
+def cut_shares(blocks: np.ndarray, chunk: int, programs: int, unit: int = 1) -> np.ndarray:
     """Segments [program, tile, first block, blocks], each program's ones behind one another.
 
-    In every chunk of `chunk` blocks all programs have equal shares, up to one block.
+    In every chunk of `chunk` blocks all programs have equal shares, up to `unit` blocks. No cut
+    lies inside `unit` blocks of a tile.
 
     >>> cut_shares(np.array([3, 1]), 8, 2).tolist()
     [[0, 0, 0, 2], [1, 0, 2, 1], [1, 1, 0, 1]]
+    >>> cut_shares(np.array([3, 1]), 8, 2, unit=2).tolist()
+    [[0, 0, 0, 2], [1, 0, 2, 1], [1, 1, 0, 1]]
     """
     found = []
-    for first in range(0, int(blocks.max(initial=0)), chunk):
-        lengths = np.clip(blocks - first, 0, chunk)
+    units = -(-blocks // unit)
+    for first in range(0, int(units.max(initial=0)), chunk // unit):
+        lengths = np.clip(units - first, 0, chunk // unit)
         ends = np.cumsum(lengths)
         shares = ends[-1] * np.arange(programs + 1) // programs
         cuts = np.unique(np.concatenate([shares, ends - lengths, ends]))
         begin, size = cuts[:-1], np.diff(cuts)
         tile = np.searchsorted(ends, begin, side="right")
         program = np.searchsorted(shares, begin, side="right") - 1
-        block = first + begin - (ends - lengths)[tile]
+        block = (first + begin - (ends - lengths)[tile]) * unit
+        size = np.minimum(size * unit, blocks[tile] - block)
         found.append(np.column_stack([program, tile, block, size]))
     table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
     return table[np.argsort(table[:, 0], kind="stable")]
@@ -131,39 +135,43 @@ def plan_scores(
     programs = 4
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-    chunk = max(SLAB, CHUNK_BYTES // (token_bytes * config.block_size))
+    chunk = max(1, CHUNK_BYTES // (token_bytes * config.block_size * PIECE)) * PIECE
     tiles = cut_tiles(sequences, config, ROWS // groups)
-    slabs = -(-tiles[:, 4] // SLAB) * SLAB
+    slabs = -(-tiles[:, 4] // PIECE) * PIECE
     ends = np.cumsum(slabs)
     room = score_bytes // (4 * ROWS)
     parts: list[SuperTile] = []
-    rows, fills, segments, runs = [], [], [], []
-    first = n_groups = n_segments = 0
+    rows, segments, runs = [], [], []
+    first = n_segments = 0
     while first < len(tiles):
         before = ends[first] - slabs[first]
         stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
-        part, offset, blocks = tiles[first:stop], ends[first:stop] - slabs[first:stop] - before, (
-            int(ends[stop - 1] - before))  # fmt: skip
-        program, tile, block, size = cut_shares(part[:, 4], chunk, programs).T
-        owner = np.repeat(np.arange(len(part)), slabs[first:stop] // SLAB)
-        parts.append(SuperTile(first, stop - first, n_groups, aligned(programs + 1) * len(parts),
-                               blocks, int(part[:, 4].max())))  # fmt: skip
-        rows.append(np.column_stack([part[:, :3], offset]))
-        fill = part[owner, 4] + offset[owner] - np.arange(len(owner)) * SLAB
-        fills.append(np.zeros(aligned(len(fill)), np.int64))
-        fills[-1][: len(fill)] = np.minimum(fill, SLAB)
-        key = part[tile, 3] + (block + config.sink_blocks) * config.block_size
+        part, slab, offset = tiles[first:stop], slabs[first:stop], (
+            ends[first:stop] - slabs[first:stop] - before)  # fmt: skip
+        longest = int(part[:, 4].max())
+        parts.append(SuperTile(first, stop - first, aligned(programs + 1) * len(parts),
+                               int(slab.sum()), longest, longest > LONG))  # fmt: skip
+        unit = PIECE if parts[-1].long else 1
+        program, tile, block, size = cut_shares(part[:, 4], chunk, programs, unit).T
+        rows.append(np.column_stack([part[:, :3], offset, part[:, 4], np.zeros((len(part), 3))]))
+        is_last = block + size == part[tile, 4]
         segments.append(
-            np.column_stack([part[tile, 0] * groups, key, size, offset[tile] + block,
-                             part[tile, 2], block + config.sink_blocks])
+            np.column_stack([
+                part[tile, 0] * groups,
+                part[tile, 3] + (block + config.sink_blocks) * config.block_size,
+                size,
+                offset[tile] + block,
+                part[tile, 2],
+                block + config.sink_blocks,
+                np.where(is_last, slab[tile] - block, size),
+            ])
         )  # fmt: skip
         bounds = np.minimum(np.arange(aligned(programs + 1)), programs)
         runs.append(np.searchsorted(program, bounds) + n_segments)
-        first, n_groups = stop, n_groups + len(fills[-1])
-        n_segments += len(program)
+        first, n_segments = stop, n_segments + len(program)
 
     def table(pieces: list[np.ndarray], *shape: int) -> Int[Tensor, "..."]:
         return to_device(np.concatenate(pieces) if pieces else np.zeros(shape), device)
 
-    return ScorePlan(table(rows, 0, 4), table(fills, 0), table(segments, 0, 6), table(runs, 0),
-                     programs, tuple(parts))  # fmt: skip
+    return ScorePlan(table(rows, 0, 8), table(segments, 0, 7), table(runs, 0), programs,
+                     tuple(parts))  # fmt: skip
