@@ -53,7 +53,9 @@ def load(p, mask=None, other=None):
 
 
 def store(p, x, mask=None):
-    shape = np.broadcast_shapes(p.offset.shape, np.shape(x), np.shape(True if mask is None else mask))
+    shape = np.broadcast_shapes(
+        p.offset.shape, np.shape(x), np.shape(True if mask is None else mask)
+    )
     where = np.broadcast_to(p.offset, shape)[np.broadcast_to(True if mask is None else mask, shape)]
     assert ((where >= 0) & (where < p.array.size)).all()
     assert len(np.unique(where)) == len(where), "two threads write one place"

@@ -1,4 +1,4 @@
-"""Every Gluon kernel is compiled for Hopper, without a GPU, and fits into its registers and memory."""
+"""Gluon kernels are compiled for Hopper without a GPU; they fit into registers and memory."""
 
 from __future__ import annotations
 

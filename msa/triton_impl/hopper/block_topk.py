@@ -1,4 +1,4 @@
-"""Top-k of block scores on Hopper: one thread for each row, and no thread waits for another (R6-R8).
+"""Top-k of block scores on Hopper: one thread for each row; no thread waits for another (R6-R8).
 
     scores = [pieces, 256 rows, 8 blocks] and maxima = [pieces, 256 rows], of index_scores.py
     for each row, in one thread:
@@ -177,7 +177,9 @@ def load_row(p_x, p_ids, first, n, LONG: gl.constexpr, K: gl.constexpr, ROWS: gl
     pieces = pieces + gl.zeros([R, N], gl.int32, layout=L_2)
     real = pieces < n
     if LONG:
-        pieces = gl.load(as_row(p_ids, L_2)[:, None] + pieces * R, mask=real, other=2**27)  # behind every real piece
+        pieces = gl.load(
+            as_row(p_ids, L_2)[:, None] + pieces * R, mask=real, other=2**27
+        )  # behind every real piece
     return load_pieces(p_x, pieces, real, ROWS, PIECE, L, L_3)
 
 

@@ -5,6 +5,7 @@
         for each block b of the run:
             S                = q @ k_idx[b]^T
             scores[b, rows]  = index_scale * max over tokens of S;  -inf from the row's limit on
+        maxima[p, rows]      = max over the 8 blocks of piece p        # long rows only
 
 What the asynchronous form changes:
  1. Three groups of warps run at the same time. A producer warp copies tiles of index keys into a
@@ -14,14 +15,19 @@ What the asynchronous form changes:
  3. Rows are the first operand and stay in registers for a whole segment. The tile of index keys is
     the only operand that is read from shared memory.
  4. The rows of the next segment arrive while the last blocks of this one are computed, in a
-    ring of one stage.
+    ring of one stage. A consumer gives the stage back after its first product: a load from shared
+    memory may still run when the next instruction starts, but not when a product has used it.
  5. The grid is one program for each multiprocessor. The host gives every program an equal share of
     all (tile, block) pairs, in chunks of keys that fit into the L2 cache (see `plan.py`).
  6. Forced blocks are never scored. The own block is always forced (R6), so every scored block lies
     wholly in the past, and no token needs a mask. Blocks that are forced or invisible for some
     rows of the tile become -inf there.
- 7. Scores lie as [blocks, rows] for each tile of rows, so that a store of the scores of 128 rows is
-    contiguous.
+ 7. Scores lie as [pieces, rows, 8 blocks] for each tile of rows. The four threads that share a row
+    collect the scores of one piece, two each, and write 32 bytes at a time. The top-k reads a piece
+    of a row with one access, and a whole tile in whole lines.
+ 8. Where rows are long, the maximum of each piece is written, too. It costs four shuffles for eight
+    blocks here, and a pass over all scores elsewhere.
+ 9. NaN is written as -inf (R4) and -0 as 0, so that the top-k compares plain numbers.
 
 Who waits for whom (K: ring of STAGES tiles of keys, Q: ring of one stage of 256 rows):
 

@@ -62,10 +62,11 @@ class ScorePlan:
     """Tables of one selection; `parts` says which of their rows belong to a super-tile."""
 
     tiles: Int[Tensor, "tiles 8"]
-    """First query, its stop, position of the first query, first block of the slab, its blocks; 0."""
+    """First query, its stop, position of the first query, first block of the slab, its blocks;
+    zeros behind, so that each row starts at 32 bytes."""
     segments: Int[Tensor, "segments 7"]
     """First row of queries, first key, number of blocks, first block in the slabs, position of the
-    tile's first query, first block, number of blocks to write: at the end of a tile whole pieces."""
+    tile's first query, first block, blocks to write (at the end of a tile whole pieces)."""
     runs: Int[Tensor, " runs"]
     """Program p of a super-tile has segments runs[first_run + p] ... runs[first_run + p + 1]."""
     programs: int
@@ -141,7 +142,9 @@ def plan_scores(
     ends = np.cumsum(slabs)
     room = score_bytes // (4 * ROWS)
     parts: list[SuperTile] = []
-    rows, segments, runs = [], [], []
+    rows: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    runs: list[np.ndarray] = []
     first = n_segments = 0
     while first < len(tiles):
         before = ends[first] - slabs[first]

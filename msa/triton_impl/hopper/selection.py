@@ -35,7 +35,7 @@ DIMS = (64, 128)
 """Index dims for which the kernels have been measured."""
 
 MOST_PLACES = 64
-"""Blocks of a row that are not forced, at most: its best scores lie in the registers of a thread."""
+"""Blocks of a row that are not forced, at most: as many scores stay in registers of a thread."""
 
 BLOCK_SIZES = (64, 128)
 """Block sizes whose products fit into the registers of a consumer."""
@@ -51,13 +51,6 @@ def require_hopper(
     """
     require_kernels(config.block_size, config.top_k, q_idx=q_idx, k_idx=k_idx)
     portable = "use kernels='portable'"
-    capability = torch.cuda.get_device_capability(q_idx.device) if q_idx.is_cuda else None
-    if capability != (9, 0):
-        got = f"{q_idx.device}" + (f" of {capability[0]}.{capability[1]}" if capability else "")
-        raise ValueError(
-            f"kernels='hopper' must be given tensors on a GPU of compute capability 9.0, got {got}: "
-            f"{portable}"
-        )
     for name, tensor in (("q_idx", q_idx), ("k_idx", k_idx)):
         if tensor.dtype not in KINDS:
             raise TypeError(
@@ -86,6 +79,13 @@ def require_hopper(
             raise ValueError(
                 f"{name} must be at most {most} for kernels='hopper', got {value}: {portable}"
             )
+    capability = torch.cuda.get_device_capability(q_idx.device) if q_idx.is_cuda else None
+    if capability != (9, 0):
+        got = f"{q_idx.device}" + (f" of {capability[0]}.{capability[1]}" if capability else "")
+        raise ValueError(
+            "kernels='hopper' must be given tensors on a GPU of compute capability 9.0, "
+            f"got {got}: {portable}"
+        )
 
 
 def as_matrix(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "rows dim"]:
