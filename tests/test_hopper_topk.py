@@ -13,7 +13,7 @@ import numpy_gluon
 from msa import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.hopper import block_topk, plan
-from msa.triton_impl.tiles import pad
+from msa.triton_impl.launch import pad
 
 
 def expected(scores, own, sink, local, places, top_k):
@@ -75,7 +75,52 @@ def test_rows_are_those_of_a_sort(borders, groups, top_k, sink, local, kind, lon
     kept = np.full((part.tiles * 256, max(places, 1)), -(2**30), np.int32)
     numpy_gluon.run(
         block_topk, "pick_kernel", (part.tiles, 8), scores, maxima, tiles, kept, out, HKV=groups,
-        BK=block_size, TOP_K=top_k, P=pad(top_k, 1), SINK=sink, LOCAL=local, PLACES=places,
+        BK=block_size, TOP_K=top_k, SINK=sink, LOCAL=local, PLACES=places,
         LONG=part.long, LOG=pad(places).bit_length() - 1, ROWS=256, PIECE=8, WARPS=1,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out, want)
+
+
+def test_a_row_of_many_equal_scores():
+    """More equal scores than 16 bits can count: the first ones are written, and nothing else."""
+    value, write_kept = numpy_gluon.value, numpy_gluon.functions(block_topk)["write_kept"]
+    out = np.full(20, -9, np.int32)
+    above = tied = value(np.zeros(1, np.int32))
+    for first in range(0, 70_000, 16):
+        ids = value(first + np.arange(16, dtype=np.int32)[None, :])
+        above, tied = write_kept(
+            numpy_gluon.Pointer(out, [2]), value(np.zeros((1, 16), np.float32)), ids,
+            value([10**6]), value(np.zeros(1, np.float32)), value(np.array([15], np.int32)),
+            above, tied, 0, 1,
+        )  # fmt: skip
+    assert out.tolist() == [-9, -9, *range(15), -9, -9, -9]
+
+
+@pytest.mark.parametrize(("sink", "local", "top_k"), [(0, 40, 44), (33, 1, 40), (20, 20, 40)])
+def test_many_forced_blocks(sink, local, top_k):
+    """More forced blocks than a thread writes at a time; the first queries have fewer."""
+    sequences, groups, block_size = Sequences.one(300, 600), 2, 4
+    config = MSAConfig(block_size=block_size, top_k=top_k, sink_blocks=sink, local_blocks=local)
+    found = plan.plan_scores(sequences, config, groups, 256, 2**29, torch.device("cpu"))
+    (part,) = found.parts
+    rng, places = np.random.default_rng(0), top_k - config.forced_blocks
+    scores = np.full((max(part.blocks // 8, 1), 256, 8), np.nan, np.float32)
+    out = np.full((300, groups, top_k), 101, np.int32)
+    want = out.copy()
+    for start, stop, position, slab, blocks, *_ in found.tiles.numpy():
+        x = rng.standard_normal((256, blocks)).astype(np.float32)
+        own = (position + np.arange(256) // groups) // block_size
+        x[np.arange(blocks) >= np.maximum(own - local + 1 - sink, 0)[:, None]] = -np.inf
+        whole = np.full((256, -(-blocks // 8) * 8), -np.inf, np.float32)
+        whole[:, :blocks] = x
+        lain = whole.reshape(256, -1, 8).transpose(1, 0, 2)
+        scores[slab // 8 : slab // 8 + len(lain)] = lain
+        for m in range((stop - start) * groups):
+            row = expected(x[m], own[m], sink, local, places, top_k)
+            want[start + m // groups, m % groups] = row
+    numpy_gluon.run(
+        block_topk, "pick_kernel", (part.tiles, 8), scores, scores, found.tiles.numpy(), scores,
+        out, HKV=groups, BK=block_size, TOP_K=top_k, SINK=sink, LOCAL=local, PLACES=places,
+        LONG=False, LOG=pad(places).bit_length() - 1, ROWS=256, PIECE=8, WARPS=1,
     )  # fmt: skip
     np.testing.assert_array_equal(out, want)

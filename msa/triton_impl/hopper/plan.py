@@ -24,7 +24,7 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
-from msa.triton_impl.tiles import to_device
+from msa.triton_impl.tables import to_device
 
 ROWS = 256
 """Rows of one tile: (query, group) pairs."""
