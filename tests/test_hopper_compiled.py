@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from msa.kernel_choice import BLOCK_SIZES, INDEX_DIMS, LARGEST_GROUPS, LARGEST_PLACES
 
-pytest.importorskip("triton.experimental.gluon")
+pytest.importorskip("triton", minversion="3.6")
 
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
 SCORES = [  # dtype, Di, block size, groups, whether maxima are written

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton.experimental.gluon")
+pytest.importorskip("triton", minversion="3.6")
 
 import numpy_gluon
 

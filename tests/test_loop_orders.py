@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 import msa
 from msa import loop_order, reference
+from msa import triton_impl as TRITON
 from msa.conformance import subjects
 from msa.conformance.strategies import long_unions
 from msa.triton_impl import attention, selection
@@ -64,6 +65,21 @@ def test_the_loop_order_arrives(subject, order):
         again = msa.sparse_attention(*(given[n] for n in "qkv"), output.selection, **options)
     assert [call.args[5] for call in part.call_args_list] == [order, order]
     assert torch.equal(output.out, again.out)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_choice_of_kernels_arrives(subject):
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    given = arrays(subject.device, "q", "k", "v", "q_idx", "k_idx")
+    index = {n: given[n] for n in ("q_idx", "k_idx")}
+    choose = selection.choose_kernels
+    with mock.patch.object(selection, "choose_kernels", wraps=choose) as chosen:
+        for options in ({}, {"kernels": "portable"}):
+            msa.select(**index, config=config, backend="triton", **options)
+            msa.attention(**given, config=config, backend="triton", **options)
+    assert [call.args[0] for call in chosen.call_args_list] == ["auto"] * 2 + ["portable"] * 2
+    with pytest.raises(TypeError, match="q_idx must have dtype .* for kernels='hopper'"):
+        TRITON.select_fused(*index.values(), msa.Sequences.one(40, 40), config, kernels="hopper")
 
 
 @pytest.mark.gpu
