@@ -79,9 +79,7 @@ def select_stage(x: Inputs) -> dict[str, Any]:
     row["kernels"] = choose("auto", call_of(x.q_idx, x.k_idx, CONFIG))
 
     def time(kernels: Kernels, kind: str | None) -> dict[str, float]:
-        found = timed(
-            lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind, kernels)
-        )
+        found = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind, kernels))
         return found | {"tflops": flops / found["ms"] / 1e9}
 
     for kind in (None, "fp8_e4m3"):
@@ -95,7 +93,8 @@ def select_stage(x: Inputs) -> dict[str, Any]:
     fine, coarse = fine[-1024:], coarse[-1024:]
     same = (fine[..., :, None] == coarse[..., None, :]).any(-1) & (fine >= 0)
     row["fp8_same_blocks"] = float(same.sum() / (fine >= 0).sum())
-    print(f"  select ({row['kernels']} kernels) {row['bf16']['tflops']:.0f} TFLOP/s, fp8 {row['fp8_e4m3']['tflops']:.0f}: "
+    print(f"  select ({row['kernels']} kernels) {row['bf16']['tflops']:.0f} TFLOP/s, "
+          f"fp8 {row['fp8_e4m3']['tflops']:.0f}: "
           f"{row['fp8_same_blocks']:.1%} of its blocks are the same, it loses "
           f"{row['fp8_score_lost']:.2%} of their score", flush=True)  # fmt: skip
     return row

@@ -51,9 +51,9 @@ def compile_scores(dtype, dim, block_size, groups, long):
 def compile_topk(places, long):
     table, scores, warps = torch.zeros(64, dtype=torch.int32), torch.zeros(256), block_topk.WARPS
     return block_topk.pick_kernel.warmup(
-        scores, scores, table, table, table, HKV=4, BK=128, TOP_K=places + 1, SINK=0, LOCAL=1, PLACES=places, LONG=long,
-        LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE, WARPS=warps, num_warps=warps,
-        grid=(1,),
+        scores, scores, table, table, table, HKV=4, BK=128, TOP_K=places + 1, SINK=0, LOCAL=1,
+        PLACES=places, LONG=long, LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE,
+        WARPS=warps, num_warps=warps, grid=(1,),
     )  # fmt: skip
 
 

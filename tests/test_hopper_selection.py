@@ -170,7 +170,7 @@ def test_index_queries_and_ids_beyond_2_31():
 
 @pytest.mark.parametrize("tokens", [16_384, 131_072])
 def test_memory_is_bounded(tokens):
-    """Scores and their maxima, the ids of kept pieces, the output; whatever the number of tokens."""
+    """Scores and their maxima, the ids of kept pieces, the output: for any number of tokens."""
     q_idx, k_idx = integers(tokens, 4, 128), integers(tokens, 128, seed=1)
     given = q_idx, k_idx, Sequences.one(tokens, tokens), msa.MSAConfig()
     select_fused(*given, kernels="hopper")  # its tables stay

@@ -78,7 +78,7 @@ def test_the_choice_of_kernels_arrives(subject):
             msa.select(**index, config=config, backend="triton", **options)
             msa.attention(**given, config=config, backend="triton", **options)
     assert [call.args[0] for call in chosen.call_args_list] == ["auto"] * 2 + ["portable"] * 2
-    with pytest.raises(TypeError, match="q_idx must have dtype .* for kernels='hopper'"):
+    with pytest.raises(TypeError, match=r"q_idx must have dtype .* for kernels='hopper'"):
         TRITON.select_fused(*index.values(), msa.Sequences.one(40, 40), config, kernels="hopper")
 
 

@@ -57,10 +57,8 @@ def hopper(
     index_dim: int = 64, groups: int = 2, **config: int,
 ) -> BadInput:  # fmt: skip
     """A case that names the hopper kernels in msa.select where they cannot run."""
-    given = {
-        "q_idx": np.ones((6, groups, index_dim), dtype),
-        "k_idx": np.ones((8, index_dim), dtype),
-    }
+    shapes = {"q_idx": (6, groups, index_dim), "k_idx": (8, index_dim)}
+    given: Arguments = {name: np.ones(shape, dtype) for name, shape in shapes.items()}
     given |= {"config": msa.MSAConfig(**{"block_size": 64} | config), "backend": "triton"}
     return BadInput(
         name, error, (*says, "kernels='hopper'", "use kernels='portable'"),
