@@ -81,6 +81,51 @@ def test_rows_are_those_of_a_sort(borders, groups, top_k, sink, local, kind, lon
     np.testing.assert_array_equal(out, want)
 
 
+PLANNED = [
+    (Sequences.one(700, 70_000), 4, MSAConfig(128, 16), 2**22),
+    (Sequences((0, 54, 54, 287, 288), (0, 1042, 1342, 4462, 4463)), 5, MSAConfig(64, 8, 2, 3),
+     2**20),
+    (Sequences((0, 9, 300), (0, 40_000, 41_000)), 100, MSAConfig(64, 4, 1, 1), 2**29),
+    (Sequences.one(300, 3000), 3, MSAConfig(64, 2, 1, 1), 2**29),  # all places are forced
+    (Sequences((0, 0), (0, 500)), 4, MSAConfig(), 2**29),
+    (Sequences((0,), (0,)), 4, MSAConfig(), 2**29),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sequences", "groups", "config", "score_bytes"), PLANNED)
+def test_the_plan_scores_every_block_once(sequences, groups, config, score_bytes, monkeypatch):
+    """Each place of each slab is written once; segments name the keys of their blocks."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 2**21)
+    make = plan.plan_scores.__wrapped__
+    found = make(sequences, config, groups, 256, score_bytes, torch.device("cpu"))
+    tiles, segments, runs = (x.numpy() for x in (found.tiles, found.segments, found.runs))
+    first_key = np.concatenate(
+        [np.full(q.stop - q.start, k.start) for q, k in sequences.spans()] or [np.zeros(0)]
+    )
+    queries = np.zeros(sequences.total_q, int)
+    assert len(tiles) == sum(part.tiles for part in found.parts)
+    for part in found.parts:
+        assert part.blocks * 1024 <= score_bytes or part.tiles == 1
+        written = np.zeros(part.blocks, int)
+        own = tiles[part.first_tile : part.first_tile + part.tiles]
+        slab_of = {start * groups: row for start, *row in own.tolist()}
+        bounds = runs[part.first_run : part.first_run + found.programs + 1]
+        assert (np.diff(bounds) >= 0).all()
+        for row, key, size, place, position, block, writes in segments[bounds[0] : bounds[-1]]:
+            _, at, slab, blocks, *_ = slab_of[row]
+            assert size >= 1 and at == position and block == config.sink_blocks + place - slab
+            assert key == first_key[row // groups] + block * config.block_size
+            assert place + size <= slab + blocks
+            if part.long:
+                assert place % 8 == 0
+            written[place : place + writes] += 1
+        assert (written == 1).all()
+        for start, stop, *_ in own:
+            queries[start:stop] += 1
+            assert 0 < stop - start <= 256 // groups
+    assert (queries == 1).all()
+
+
 def test_a_row_of_many_equal_scores():
     """More equal scores than 16 bits can count: the first ones are written, and nothing else."""
     value, write_kept = numpy_gluon.value, numpy_gluon.functions(block_topk)["write_kept"]

@@ -1,5 +1,8 @@
 """Index branch: from index queries and keys to the selected blocks in one pass (R4-R8).
 
+These are the portable kernels. On Hopper GPUs `select_fused` takes those of `hopper/` instead,
+unless its caller names these or `msa.kernel_choice` says that the others cannot run.
+
     for each tile of rows (query, group):
         kept = {}                                   # at most `places` = k - forced blocks
         for each block b before the recent ones, ascending:
