@@ -156,6 +156,7 @@ def align_index(
     >>> round(float(loss), 4)
     0.4744
     """
+    checks.check_type("config", config, MSAConfig)
     arrays = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
     if lse is not None:
         arrays["lse"] = lse

@@ -103,7 +103,7 @@ def enter(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    if config is not None:
+    if config is not None or selection is None:
         checks.check_type("config", config, MSAConfig)
     if selection is not None:
         checks.check_type("selection", selection, Selection)

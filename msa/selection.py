@@ -69,24 +69,33 @@ class Selection:
 def mark_canonical(selection: Selection) -> None:
     """Mark a Selection that msa made, so that calls with it do not validate it again.
 
-    The mark is for this object and for the ids as they are now. `dataclasses.replace` makes another
-    object, without a mark, and torch counts the writes to a tensor. NumPy does not count writes, so
-    a Selection of NumPy's ids, and one of inference mode, is validated in each call.
+    The mark is for this object and for its fields as they are now. `dataclasses.replace` makes
+    another object, without a mark. On a GPU torch counts the writes to the ids, except those
+    through `.data`, DLPack or a kernel of the caller's own: do not write to ids in these ways. In
+    the memory of the host others write too, such as NumPy through `.numpy()`, and validation takes
+    little time beside the attention there. So a Selection of host ids is validated in each call,
+    and so is one of inference mode, where torch counts nothing.
     """
-    object.__setattr__(selection, "_canonical_ids", _state(selection.indices))
+    object.__setattr__(selection, "_canonical_state", _state(selection))
 
 
 def is_marked(selection: Selection) -> bool:
     """Whether msa made this Selection, and its ids have not been written to since."""
-    marked = getattr(selection, "_canonical_ids", None)
-    return marked is not None and marked == _state(selection.indices)
+    marked = getattr(selection, "_canonical_state", None)
+    return marked is not None and marked == _state(selection)
 
 
-def _state(ids: Array) -> tuple[int, int] | None:
-    """Which tensor this is, and how often it was written to; None where that is not counted."""
-    if not checks.is_torch(ids) or ids.is_inference():
+def _state(selection: Selection) -> tuple[int, ...] | None:
+    """The fields, and how often the ids were written to; None where that is not counted."""
+    ids = selection.indices
+    if not counts_writes(ids):
         return None
-    return id(ids), ids._version
+    return id(ids), ids.data_ptr(), ids._version, id(selection.sequences), selection.block_size
+
+
+def counts_writes(ids: Array) -> bool:
+    """Whether torch counts the writes to these ids: those in the memory of a GPU."""
+    return checks.is_torch(ids) and ids.device.type != "cpu" and not ids.is_inference()
 
 
 # -- checks (R20) ---------------------------------------------------------------------------------

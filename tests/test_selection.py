@@ -59,8 +59,15 @@ def validated(tensors, selection):
 
 
 # -- selections that msa made ---------------------------------------------------------------------
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Writes to ids in the memory of the host count as those to ids on a GPU do."""
+    counts = lambda ids: isinstance(ids, torch.Tensor) and not ids.is_inference()  # noqa: E731
+    monkeypatch.setattr(selections, "counts_writes", counts)
+
+
 @pytest.mark.parametrize("name", ["select", "attention", "lower"])
-def test_what_msa_made_is_not_validated_again(name, tensors):
+def test_what_msa_made_is_not_validated_again(as_on_a_gpu, name, tensors):
     selection = made_by(tensors)[name]
     assert not validated(tensors, selection)
     q, k, q_idx, k_idx = (tensors[n] for n in ("q", "k", "q_idx", "k_idx"))
@@ -82,17 +89,43 @@ def test_nor_is_what_comes_back_with_an_output(tensors):
     copy.deepcopy,
     lambda s: pickle.loads(pickle.dumps(s)),
 ])  # fmt: skip
-def test_every_other_object_is_validated(change, tensors):
+def test_every_other_object_is_validated(as_on_a_gpu, change, tensors):
     selection = msa.select(tensors["q_idx"], tensors["k_idx"], config=CONFIG)
     assert validated(tensors, change(selection))
     assert not validated(tensors, selection)
 
 
-def test_ids_that_were_written_to_are_validated(tensors):
+def test_ids_that_were_written_to_are_validated(as_on_a_gpu, tensors):
     selection = msa.select(tensors["q_idx"], tensors["k_idx"], config=CONFIG)
     selection.indices[7, 0, 0] = -5
     with pytest.raises(ValueError, match=r"must hold block ids or -1 \(R8\), got -5 at query 7"):
         msa.sparse_attention(*(tensors[n] for n in "qkv"), selection)
+
+
+@pytest.mark.parametrize("write", [
+    lambda s: s.indices.numpy().__setitem__((7, 0, 0), -5),
+    lambda s: s.indices.data.__setitem__((7, 0, 0), -5),
+    lambda s: s.indices.untyped_storage().fill_(251),
+    lambda s: np.from_dlpack(s.indices).__setitem__((7, 0, 0), -5),
+    lambda s: object.__setattr__(s, "block_size", 64),
+    lambda s: object.__setattr__(s, "sequences", msa.Sequences((0, 7, 30), (0, 7, 30))),
+])  # fmt: skip
+def test_a_write_that_torch_does_not_count_is_found(write, tensors):
+    selection = msa.select(tensors["q_idx"], tensors["k_idx"], config=CONFIG)
+    write(selection)
+    with pytest.raises(ValueError, match=r"R8"):
+        msa.sparse_attention(*(tensors[n] for n in "qkv"), selection)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ids_written_before_the_backward_are_refused(backend, tensors):
+    q, k, v = (tensors[n].clone().requires_grad_() for n in "qkv")
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    selection = msa.select(tensors["q_idx"], tensors["k_idx"], config=config)
+    output = msa.sparse_attention(q, k, v, selection, backend=backend)
+    selection.indices.copy_(selection.indices.clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.out.sum().backward()
 
 
 def test_ids_whose_writes_nobody_counts_are_validated(tensors):

@@ -77,7 +77,7 @@ class SelectedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """out in q's dtype, lse in the working precision; keeps out before it is rounded."""
         out, lse = attend_selection_forward(q, k, v, selection, softmax_scale)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
         ctx.selection, ctx.softmax_scale = selection, softmax_scale
         return out.to(q.dtype), lse
 
@@ -85,7 +85,7 @@ class SelectedAttention(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for q, k, v; none for the selection (R18)."""
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, _ = ctx.saved_tensors
         fixed = ctx.selection, ctx.softmax_scale
         return *attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed), None, None
 

@@ -141,7 +141,7 @@ class SelectedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Keep what the backward needs."""
         out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
         ctx.selection, ctx.scale = selection, scale
         return out, lse
 
@@ -150,7 +150,7 @@ class SelectedAttention(torch.autograd.Function):
     @on_its_device
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, _ = ctx.saved_tensors
         fixed = ctx.selection, ctx.scale
         grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None

@@ -24,6 +24,19 @@ CHOICE_CASES = [
              lambda kit: kit.lower(tile_size=32)),
     BadInput("a dictionary as config of lower", TypeError, ("config", "MSAConfig", "dict"),
              lambda kit: kit.lower(config={})),
+    attention("no config", TypeError, ("config", "MSAConfig", "NoneType"),
+              lambda kit: {"config": None}),
+    BadInput("no config of select", TypeError, ("config", "MSAConfig", "NoneType"),
+             lambda kit: kit.select(config=None)),
+    BadInput("no config of align_index", TypeError, ("config", "MSAConfig", "NoneType"),
+             lambda kit: kit.align(config=None)),
+    BadInput("no config of align_index over a selection", TypeError,
+             ("config", "MSAConfig", "NoneType"),
+             lambda kit: kit.align(selection=kit.selection(), config=None)),
+    BadInput("no config of lower", TypeError, ("config", "MSAConfig", "NoneType"),
+             lambda kit: kit.lower(config=None)),
+    BadInput("no config of decode", TypeError, ("config", "MSAConfig", "NoneType"),
+             lambda kit: kit.decode(config=None)),
 ]  # fmt: skip
 
 
