@@ -1,0 +1,237 @@
+"""Index branch on Hopper: the score of every scored block, written out (eq. 6, R4, R5).
+
+    for each segment (256 rows, a run of blocks) of this program:
+        q = the rows, in registers
+        for each block b of the run:
+            S                = q @ k_idx[b]^T
+            scores[b, rows]  = index_scale * max over tokens of S;  -inf from the row's limit on
+        maxima[p, rows]      = max over the 8 blocks of piece p        # long rows only
+
+What the asynchronous form changes:
+ 1. Three groups of warps run at the same time. A producer warp copies tiles of index keys into a
+    ring in shared memory. Two consumers of four warps own 128 rows each and multiply.
+ 2. While one consumer takes its maxima, the product of the other one runs on the tensor cores.
+    No consumer waits for the other: each releases a stage when its own product has ended.
+ 3. Rows are the first operand and stay in registers for a whole segment. The tile of index keys is
+    the only operand that is read from shared memory.
+ 4. The rows of the next segment arrive while the last blocks of this one are computed, in a
+    ring of one stage. A consumer gives the stage back after its first product: a load from shared
+    memory may still run when the next instruction starts, but not when a product has used it.
+ 5. The grid is one program for each multiprocessor. The host gives every program an equal share of
+    all (tile, block) pairs, in chunks of keys that fit into the L2 cache (see `plan.py`).
+ 6. Forced blocks are never scored. The own block is always forced (R6), so every scored block lies
+    wholly in the past, and no token needs a mask. Blocks that are forced or invisible for some
+    rows of the tile become -inf there.
+ 7. Scores lie as [pieces, rows, 8 blocks] for each tile of rows. The four threads that share a row
+    collect the scores of one piece, two each, and write 32 bytes at a time. The top-k reads a piece
+    of a row with one access, and a whole tile in whole lines.
+ 8. Where rows are long, the maximum of each piece is written, too. It costs four shuffles for eight
+    blocks here, and a pass over all scores elsewhere.
+ 9. NaN is written as -inf (R4) and -0 as 0, so that the top-k compares plain numbers.
+
+Who waits for whom (K: ring of STAGES tiles of keys, Q: ring of one stage of 256 rows):
+
+    producer warp      Q0  K0  K1  K2  K3 ..wait.. K4 ....... Q1 ...
+                        |   |   |              ^    (K4 takes the stage of K0)
+                        v   v   v              | released by both
+    consumer 0         load q | K0 product | max, store | K1 product | max, store | ...
+    consumer 1         load q .... | K0 product | max, store | K1 product | max, store | ...
+    tensor cores              |0:K0|1:K0       |0:K1         |1:K1 ...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from msa.triton_impl.hopper.plan import PIECE, ROWS
+from msa.triton_impl.hopper.ring import (
+    copy_tile,
+    make_barriers,
+    produce,
+    release,
+    wait_empty,
+    wait_full,
+)
+
+KINDS = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+"""The dtypes of index queries and keys that the kernel multiplies."""
+
+
+@gluon.jit
+def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+    """Consumer W: rows 128 * W ... 128 * W + 128 of every segment."""
+    HALF: gl.constexpr = q_tile.shape[1]
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, WIDTH)
+    row = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, EIGHT))
+    column = gl.arange(0, PIECE, layout=gl.SliceLayout(0, EIGHT))[None, :]
+    zero = gl.zeros([HALF, BK], gl.float32, layout=MMA)
+    first = gl.load(runs + gl.program_id(0))
+    stop = gl.load(runs + gl.program_id(0) + 1)
+    step = 0
+    for item in range(first, stop):
+        p_item = segments + item * 7
+        n = gl.load(p_item + 2)
+        slab = gl.load(p_item + 3)
+        limit = (gl.load(p_item + 4) + row // HKV) // BK - LOCAL + 1 - gl.load(p_item + 5)
+        written = slab + gl.load(p_item + 6)
+        eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
+        wait_full(q_full, item - first, 1)
+        q = q_tile.index(W).load(OPERAND)
+        for i in range(n):
+            wait_full(k_full, step, STAGES)
+            k = k_tiles.index(step % STAGES)
+            acc = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=[acc])
+            release(k_empty, step, STAGES)
+            if i == 0:  # the product has read all of q, so every load of q has ended
+                fence_async_shared()
+                release(q_empty, item - first, 1)
+            best = gl.convert_layout(gl.max(part, 1), gl.SliceLayout(1, EIGHT))
+            best = gl.maximum(best, float("-inf")) * scale + 0.0  # no NaN, no -0
+            best = gl.where(i < limit, best, float("-inf"))
+            block = slab + i
+            eight = gl.where(column == block % PIECE, best[:, None], eight)
+            if (block % PIECE == PIECE - 1) | (i == n - 1):
+                piece = block // PIECE
+                o_x = piece * PIECE + column
+                p_x = scores + piece.to(gl.int64) * (2 * HALF * PIECE) + row[:, None] * PIECE
+                gl.store(p_x + column, eight, mask=(o_x >= slab) & (o_x < written))
+                if LONG:
+                    p_max = maxima + piece.to(gl.int64) * (2 * HALF) + row
+                    gl.store(p_max, gl.max(eight, 1))
+                eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
+            step += 1
+
+
+@gluon.jit
+def consumer_0(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+    """The first half of the rows."""
+    score_rows(0, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
+
+
+@gluon.jit
+def consumer_1(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
+               scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+               LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+    """The second half of the rows."""
+    score_rows(1, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
+
+
+@gluon.jit
+def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
+             scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+             LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
+             MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+    """Copy the rows of each segment, then its blocks of keys one after another."""
+    HALF: gl.constexpr = q_tile.shape[1]
+    first = gl.load(runs + gl.program_id(0))
+    stop = gl.load(runs + gl.program_id(0) + 1)
+    step = 0
+    for item in range(first, stop):
+        p_item = segments + item * 7
+        row = gl.load(p_item)
+        key = gl.load(p_item + 1)
+        n = gl.load(p_item + 2)
+        wait_empty(q_empty, item - first, 1)
+        mbarrier.expect(q_full.index(0), 2 * q_desc.block_type.nbytes)
+        copy_tile(q_desc, [row, 0], q_full.index(0), q_tile.index(0))
+        copy_tile(q_desc, [row + HALF, 0], q_full.index(0), q_tile.index(1))
+        for i in range(n):
+            produce(k_desc, key + i * BK, k_tiles, k_full, k_empty, step, STAGES)
+            step += 1
+
+
+@gluon.jit
+def score_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale, HKV: gl.constexpr,
+                 BK: gl.constexpr, LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr,
+                 PIECE: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr,
+                 EIGHT: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """The segments runs[p] ... runs[p + 1] of program p."""
+    HALF: gl.constexpr = q_desc.block_type.shape[0]
+    DIM: gl.constexpr = q_desc.block_type.shape[1]
+    q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, DIM], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BK, DIM], k_desc.layout)
+    q_full, q_empty = make_barriers(1, 1), make_barriers(1, 2)
+    k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    gl.warp_specialize([
+        (consumer_0, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                      EIGHT)),
+        (consumer_1, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                      EIGHT)),
+        (producer, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
+                    runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
+                    EIGHT)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+
+
+def describe(matrix: Float[Tensor, "rows dim"], rows: int) -> TensorDescriptor:
+    """A matrix, to be copied in tiles of `rows` rows by the copy engine."""
+    dim = matrix.shape[1]
+    layout = gl.NVMMASharedLayout.get_default_for([rows, dim], KINDS[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, [rows, dim], layout)
+
+
+def options(dtype: torch.dtype, dim: int, block_size: int) -> dict[str, Any]:
+    """The compile-time options of the kernel that depend on the dtype and on the sizes."""
+    size = dtype.itemsize
+    stages = min(8, (212 * 1024 - ROWS * dim * size) // (block_size * dim * size))
+    return {
+        "STAGES": stages,
+        "WIDTH": 4 // size,
+        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_size, 32 // size]),
+        "EIGHT": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32 // size]),
+        "REGISTERS": 240,
+    }
+
+
+def score_segments(
+    q_idx: Float[Tensor, "rows dim"],
+    k_idx: Float[Tensor, "Tk dim"],
+    segments: Int[Tensor, "segments 7"],
+    runs: Int[Tensor, " programs_plus_1"],
+    scores: Float[Tensor, "pieces ROWS PIECE"],
+    maxima: Float[Tensor, "pieces ROWS"] | None,
+    groups: int,
+    block_size: int,
+    local_blocks: int,
+    scale: float,
+    **changes: Any,
+) -> None:
+    """Fill `scores`, and their maxima where these are wanted.
+
+    `segments` and `runs` come from `plan.py`, `changes` replace `options`.
+    """
+    chosen = options(q_idx.dtype, q_idx.shape[1], block_size) | changes
+    score_kernel[(len(runs) - 1,)](
+        describe(q_idx, ROWS // 2), describe(k_idx, block_size), segments, runs, scores,
+        scores if maxima is None else maxima, scale, HKV=groups, BK=block_size, LOCAL=local_blocks,
+        LONG=maxima is not None, PIECE=PIECE, num_warps=4, **chosen,
+    )  # fmt: skip

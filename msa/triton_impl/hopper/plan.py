@@ -1,0 +1,180 @@
+"""Who scores which blocks of which rows: the host's plan of a selection on Hopper.
+
+    tiles       = runs of neighbouring queries, 256 rows each (query, group)
+    super-tiles = runs of tiles whose scores fit into SCORE_BYTES
+    for each super-tile:
+        for each chunk of keys that fits into the L2 cache:
+            pairs = all (tile, block of the chunk), tile by tile
+            program p gets pairs[len * p // P : len * (p + 1) // P]
+
+The scores of one tile are a slab: pieces of 8 blocks times 256 rows, sink blocks left out. Where a
+row is long, the top-k looks at the maxima of pieces first, and one program must see all blocks of a
+piece. There the shares are whole pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from msa.config import MSAConfig
+from msa.ir import Sequences
+from msa.triton_impl.places import device_table
+from msa.triton_impl.tiles import to_device
+
+ROWS = 256
+"""Rows of one tile: (query, group) pairs."""
+
+SCORE_BYTES = 2**29
+"""Bound on the memory of the scores of one super-tile; their maxima take an eighth beside it."""
+
+CHUNK_BYTES = 2**24
+"""Index keys that all programs read at about the same time, so that they stay in the L2 cache."""
+
+PIECE = 8
+"""Blocks of one piece: a slab has its scores side by side for each row."""
+
+LONG = 256
+"""The top-k looks at all scores of a row of at most this many blocks, without maxima of pieces."""
+
+
+@dataclass(frozen=True)
+class SuperTile:
+    """A run of tiles, and where its numbers lie in the tables of the plan."""
+
+    first_tile: int
+    tiles: int
+    first_run: int
+    blocks: int
+    """Blocks of all slabs together, each one padded to whole pieces."""
+    longest: int
+    """Blocks of the longest slab."""
+    long: bool
+    """Whether the top-k looks at maxima of pieces first."""
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """Tables of one selection; `parts` says which of their rows belong to a super-tile."""
+
+    tiles: Int[Tensor, "tiles 8"]
+    """First query, its stop, position of the first query, first block of the slab, its blocks;
+    zeros behind, so that each row starts at 32 bytes."""
+    segments: Int[Tensor, "segments 7"]
+    """First row of queries, first key, number of blocks, first block in the slabs, position of the
+    tile's first query, first block, blocks to write (at the end of a tile whole pieces)."""
+    runs: Int[Tensor, " runs"]
+    """Program p of a super-tile has segments runs[first_run + p] ... runs[first_run + p + 1]."""
+    programs: int
+    parts: tuple[SuperTile, ...]
+
+
+def cut_tiles(sequences: Sequences, config: MSAConfig, queries: int) -> np.ndarray:
+    """Tiles: first query, its stop, position of the first query, first key, scored blocks."""
+    tiles = []
+    for qs, ks in sequences.spans():
+        start = np.arange(qs.start, qs.stop, queries, dtype=np.int64)
+        stop = np.minimum(start + queries, qs.stop)
+        position = start + (ks.stop - ks.start) - qs.stop
+        last = (position + stop - start - 1) // config.block_size
+        blocks = np.maximum(last - config.local_blocks + 1 - config.sink_blocks, 0)
+        if config.forced_blocks == config.top_k:
+            blocks[:] = 0  # no place is left for a scored block
+        tiles.append(
+            np.column_stack([start, stop, position, np.full_like(start, ks.start), blocks])
+        )
+    return np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
+
+
+def cut_shares(blocks: np.ndarray, chunk: int, programs: int, unit: int = 1) -> np.ndarray:
+    """Segments [program, tile, first block, blocks], each program's ones behind one another.
+
+    In every chunk of `chunk` blocks all programs have equal shares, up to `unit` blocks. No cut
+    lies inside `unit` blocks of a tile.
+
+    >>> cut_shares(np.array([3, 1]), 8, 2).tolist()
+    [[0, 0, 0, 2], [1, 0, 2, 1], [1, 1, 0, 1]]
+    >>> cut_shares(np.array([3, 1]), 8, 2, unit=2).tolist()
+    [[0, 0, 0, 2], [1, 0, 2, 1], [1, 1, 0, 1]]
+    """
+    found = []
+    units = -(-blocks // unit)
+    for first in range(0, int(units.max(initial=0)), chunk // unit):
+        lengths = np.clip(units - first, 0, chunk // unit)
+        ends = np.cumsum(lengths)
+        shares = ends[-1] * np.arange(programs + 1) // programs
+        cuts = np.unique(np.concatenate([shares, ends - lengths, ends]))
+        begin, size = cuts[:-1], np.diff(cuts)
+        tile = np.searchsorted(ends, begin, side="right")
+        program = np.searchsorted(shares, begin, side="right") - 1
+        block = (first + begin - (ends - lengths)[tile]) * unit
+        size = np.minimum(size * unit, blocks[tile] - block)
+        found.append(np.column_stack([program, tile, block, size]))
+    table = np.concatenate(found) if found else np.zeros((0, 4), np.int64)
+    return table[np.argsort(table[:, 0], kind="stable")]
+
+
+def aligned(count: int) -> int:
+    """The next multiple of four: each super-tile's part of a table then starts at 16 bytes."""
+    return -(-count // 4) * 4
+
+
+@device_table
+def plan_scores(
+    sequences: Sequences,
+    config: MSAConfig,
+    groups: int,
+    token_bytes: int,
+    score_bytes: int,
+    device: torch.device,
+) -> ScorePlan:
+    """Tiles, super-tiles of at most `score_bytes`, and each program's segments."""
+    programs = 4
+    if device.type == "cuda":
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
+    chunk = max(1, CHUNK_BYTES // (token_bytes * config.block_size * PIECE)) * PIECE
+    tiles = cut_tiles(sequences, config, ROWS // groups)
+    slabs = -(-tiles[:, 4] // PIECE) * PIECE
+    ends = np.cumsum(slabs)
+    room = score_bytes // (4 * ROWS)
+    parts: list[SuperTile] = []
+    rows: list[np.ndarray] = []
+    segments: list[np.ndarray] = []
+    runs: list[np.ndarray] = []
+    first = n_segments = 0
+    while first < len(tiles):
+        before = ends[first] - slabs[first]
+        stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
+        part, slab, offset = tiles[first:stop], slabs[first:stop], (
+            ends[first:stop] - slabs[first:stop] - before)  # fmt: skip
+        longest = int(part[:, 4].max())
+        parts.append(SuperTile(first, stop - first, aligned(programs + 1) * len(parts),
+                               int(slab.sum()), longest, longest > LONG))  # fmt: skip
+        unit = PIECE if parts[-1].long else 1
+        program, tile, block, size = cut_shares(part[:, 4], chunk, programs, unit).T
+        rows.append(np.column_stack([part[:, :3], offset, part[:, 4], np.zeros((len(part), 3))]))
+        is_last = block + size == part[tile, 4]
+        segments.append(
+            np.column_stack([
+                part[tile, 0] * groups,
+                part[tile, 3] + (block + config.sink_blocks) * config.block_size,
+                size,
+                offset[tile] + block,
+                part[tile, 2],
+                block + config.sink_blocks,
+                np.where(is_last, slab[tile] - block, size),
+            ])
+        )  # fmt: skip
+        bounds = np.minimum(np.arange(aligned(programs + 1)), programs)
+        runs.append(np.searchsorted(program, bounds) + n_segments)
+        first, n_segments = stop, n_segments + len(program)
+
+    def table(pieces: list[np.ndarray], *shape: int) -> Int[Tensor, "..."]:
+        return to_device(np.concatenate(pieces) if pieces else np.zeros(shape), device)
+
+    return ScorePlan(table(rows, 0, 8), table(segments, 0, 7), table(runs, 0), programs,
+                     tuple(parts))  # fmt: skip

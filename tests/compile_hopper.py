@@ -1,0 +1,85 @@
+"""Compile the Gluon kernels for compute capability 9.0 without a GPU; print facts as JSON.
+
+A program of its own, because the tests' process runs Triton's interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from msa.triton_impl.hopper import block_topk, index_scores
+from msa.triton_impl.hopper.plan import PIECE, ROWS
+from msa.triton_impl.tiles import pad
+
+
+class Hopper:
+    """A driver that names a target and has no device."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def map_python_to_cpp_type(self, name):
+        return "void"
+
+
+def compile_scores(dtype, dim, block_size, groups, long):
+    dtype = getattr(torch, dtype)
+    queries, keys = (torch.zeros(4096, dim).to(dtype) for _ in range(2))
+    table, scores = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    return index_scores.score_kernel.warmup(
+        index_scores.describe(queries, ROWS // 2), index_scores.describe(keys, block_size), table,
+        table, scores, scores, 0.1, HKV=groups, BK=block_size, LOCAL=1, LONG=long, PIECE=PIECE,
+        num_warps=4, grid=(1,), **index_scores.options(dtype, dim, block_size),
+    )  # fmt: skip
+
+
+def compile_topk(places, long):
+    table, scores, warps = torch.zeros(64, dtype=torch.int32), torch.zeros(256), block_topk.WARPS
+    return block_topk.pick_kernel.warmup(
+        scores, scores, table, table, table, HKV=4, BK=128, TOP_K=places + 1,
+        P=pad(places + 1, 1), SINK=0, LOCAL=1, PLACES=places, LONG=long,
+        LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE, WARPS=warps, num_warps=warps,
+        grid=(1,),
+    )  # fmt: skip
+
+
+def facts(kernel):
+    """What the assembler says about a kernel, and its PTX."""
+    ptx = kernel.asm["ptx"]
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    found = subprocess.run(
+        [assembler, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
+        input=ptx, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    says = found.stdout + found.stderr
+    return {
+        "says": says,
+        "registers": int(re.search(r"Used (\d+) registers", says)[1]),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", says))),
+        "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
+        "shared": kernel.metadata.shared,
+        "steps": re.findall(
+            r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
+        ),
+    }
+
+
+if __name__ == "__main__":
+    driver.set_active(Hopper())
+    makers = {"scores": compile_scores, "topk": compile_topk}
+    print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

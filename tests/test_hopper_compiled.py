@@ -1,0 +1,70 @@
+"""Gluon kernels are compiled for Hopper without a GPU; they fit into registers and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon")
+
+SCORES = [
+    (dtype, dim, block_size, groups, long)
+    for dtype in ("bfloat16", "float16", "float8_e4m3fn")
+    for dim, block_size, groups, long in [
+        (128, 128, 4, True),
+        (128, 128, 4, False),
+        (128, 64, 4, True),
+        (64, 128, 5, False),
+        (64, 64, 1, True),
+    ]
+]
+TOPK = [(15, True), (15, False), (32, True), (64, True)]
+
+
+def compiled(kernels):
+    """The facts of some kernels, compiled by a process that has no interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_hopper.py"), json.dumps(kernels)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_score_kernels_fit(dtype):
+    kernels = [options for options in SCORES if options[0] == dtype]
+    for options, found in zip(kernels, compiled([("scores", *k) for k in kernels]), strict=True):
+        assert found["spilled"] == 0, options
+        assert "C7514" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 168, options  # 12 warps; setmaxnreg then moves registers
+        assert found["shared"] <= 227 * 1024, options
+        assert found["steps"].count("wgmma.mma_async") >= 4, options
+        assert_released_after_reading(found["steps"])
+
+
+def assert_released_after_reading(steps):
+    """A consumer gives its rows back after a product has read them, not when their load begins.
+
+    A load from shared memory may still run when the instruction behind it starts.
+    """
+    loads = [i for i, step in enumerate(steps) if step == "ldmatrix"]
+    assert loads
+    for i in loads:
+        behind = [step for step in steps[i:] if step in ("wgmma.mma_async", "mbarrier.arrive")]
+        assert behind[0] == "wgmma.mma_async"
+
+
+def test_topk_kernels_stay_in_registers():
+    for options, found in zip(TOPK, compiled([("topk", *k) for k in TOPK]), strict=True):
+        assert found["spilled"] == 0, options
+        assert found["registers"] <= 255, options
+        assert found["shared"] == 0, options
+        assert found["steps"] == [], options  # no shuffle, no barrier
