@@ -1,4 +1,47 @@
-"""docstring later"""
+"""Attention by a walk along each tile's union of blocks, on Hopper (R9, R10, R16).
+
+    for each tile of neighbouring queries, each group:
+        m, l, o = -inf, 0, 0                                     # per query and head
+        for each block b of the union, the last one first:
+            S = q_rows @ K[b]^T, invisible tokens and rows whose query did not select b masked
+            m, l, o = online softmax step(softmax_scale * S, V[b])
+        out, lse = o / l, m + log l
+
+What the asynchronous form changes:
+ 1. Groups of warps run at the same time. A producer warp copies blocks of K and of V into two rings
+    in shared memory. Consumers of four warps own 64 rows each (4 queries x 16 heads) and compute.
+ 2. The tile is as many queries as the consumers have together, so each block is read once for all
+    of them. A consumer computes a block only if one of its own queries selected it, so the waste
+    is that of a small union and the traffic that of a large one.
+ 3. The product of the next block's scores starts before this block's weights meet V. While the
+    softmax of the next block is computed, the product with V runs on the tensor cores.
+ 4. Blocks come in descending order. Only the first ones, at the diagonal, need a token mask; the
+    loop over the others has none.
+ 5. The wait for the product with V must come after the softmax in machine code, too. The assembler
+    moves arithmetic past that wait, unless a branch lies between. A second wait for the tile of V,
+    which is known to be there, is such a branch.
+ 6. The scale and the maximum are applied by one multiply-add. The rounded product of scale and
+    maximum, not the maximum, is what is subtracted, and the same number serves all blocks, so the
+    rounding cancels. Where logits pass LARGE it would not: there the scale is rounded up to a power
+    of two, whose products are exact. Weights of other tokens are 0 there with either scale.
+ 7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
+    while consumers write this item's rows. Rows of queries are loaded while the last are written.
+ 8. A partial last block is followed by another sequence's values. They are overwritten with zeros
+    in shared memory: 0 times NaN would be NaN.
+
+Who waits for whom (K, V: rings of STAGES tiles; a consumer releases each tile exactly once):
+
+    producer warp   K0 V0 K1 V1 K2 V2 ..wait.. K3 ........ V3 ....
+                     |  |  |                   ^ K0 is released by all consumers
+                     v  v  v
+    consumer 0      S0 = q K0 | softmax 0 | S1 = q K1, o += P0 V0 | softmax 1 | S2, o += P1 V1 ..
+                                          ^ both start             ^ runs while P0 V0 does
+    consumer 1      skip 0 | S1 = q K1 | softmax 1 | S2 = q K2, o += P1 V1 | ...
+
+A consumer that has weights to multiply keeps their tile of V while it waits for the next keys. If it
+kept the tile while STAGES blocks pass by that it does not want, the producer could not go on. So a
+run of the overlapped loop ends before that, with the product that is left.
+"""
 
 from __future__ import annotations
 
