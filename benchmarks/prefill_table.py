@@ -41,9 +41,12 @@ def share(row: Found, name: str) -> str:
 
 def dense_and_select(rows: list[Found]) -> Table:
     """Make the table of dense attention and of the index branch."""
+    kernels = rows[0]["select"].get("kernels", "portable")
+    beside = () if kernels == "portable" else ("portable_bf16", "portable_fp8_e4m3")
     made = table(
-        "Whole prompts: dense attention and the selection, ms", "tokens", "cuDNN", "flash", "FA-4",
-        "select", "TFLOP/s", "fp8", "TFLOP/s", "same blocks", "score lost",
+        f"Whole prompts: dense attention and the selection ({kernels} kernels), ms", "tokens",
+        "cuDNN", "flash", "FA-4", "select", "TFLOP/s", "fp8", "TFLOP/s", "same blocks",
+        "score lost", *(("portable", "fp8") if beside else ()),
     )  # fmt: skip
     for row in rows:
         select = row["select"]
@@ -57,6 +60,7 @@ def dense_and_select(rows: list[Found]) -> Table:
             ),
             share(select, "fp8_same_blocks"),
             share(select, "fp8_score_lost"),
+            *(number(ms(select, name)) for name in beside),
         )
     made.caption = "; ".join(reasons(rows)) or None
     return made
@@ -129,11 +133,18 @@ def production(found: Found) -> Table:
 
 def topk(rows: list[Found]) -> Table:
     """Make the table of the stand-alone top-k and torch.topk."""
-    made = table("Stand-alone top-k, ms", "rows", "blocks", "k", "torch.topk", "ours", "faster by")
+    hopper = any("hopper" in row for row in rows)
+    made = table(
+        "Stand-alone top-k, ms", "rows", "blocks", "k", "torch.topk", "portable", "faster by",
+        *(("hopper", "faster by") if hopper else ()),
+    )  # fmt: skip
     for row in rows:
-        theirs, ours = ms(row, "torch"), ms(row, "ours")
+        theirs, times = ms(row, "torch"), [ms(row, "ours")] + [ms(row, "hopper")] * hopper
         sizes = (f"{row[name]:,}" for name in ("rows", "blocks", "k"))
-        made.add_row(*sizes, number(theirs), number(ours), f"{theirs / ours:.1f}×")
+        cells = (cell for x in times for cell in (number(x), number(theirs / x, "×")))
+        made.add_row(*sizes, number(theirs), *cells)
+    if hopper:
+        made.caption = "hopper: the maxima of pieces are there, as its score kernel writes them"
     return made
 
 

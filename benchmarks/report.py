@@ -32,9 +32,14 @@ def has_device(command: str) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Return the head of a results file: device, multiprocessors, torch, triton, date."""
+    """Return the head of a results file: device, versions, date, and the kernels that select.
+
+    The kernels are those that `msa.kernel_choice` takes on this device for the usual shape.
+    """
     import torch
     import triton
+
+    from msa import kernel_choice
 
     device = torch.cuda.get_device_properties(0)
     return {
@@ -42,6 +47,7 @@ def machine() -> dict[str, Any]:
         "multiprocessors": device.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "kernels": kernel_choice.choose("auto", kernel_choice.usual_call()),
         "date": datetime.date.today().isoformat(),
     }
 

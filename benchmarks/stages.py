@@ -10,15 +10,15 @@ import torch
 
 from benchmarks import cases, counts
 from benchmarks.cases import CONFIG, Inputs, make_inputs, make_selection
-from benchmarks.checks import SCALE, Wrong, check_attention, check_select, score_lost
+from benchmarks.checks import SCALE, check_attention, check_select, score_lost
 from benchmarks.dense import baselines
 from benchmarks.timing import ceilings, timed
-from msa.config import MSAConfig
+from benchmarks.topk_stages import freshly, topk
 from msa.ir import Selection, Sequences
+from msa.kernel_choice import Kernels, call_of, choose
 from msa.loop_order import limits
 from msa.triton_impl import select_fused
 from msa.triton_impl.attention import LoopOrder, attend_selection
-from msa.triton_impl.block_topk import select_rows
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.tile_union import split_tiles
@@ -68,21 +68,33 @@ def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
 
 
 def select_stage(x: Inputs) -> dict[str, Any]:
-    """Time the fused selection in bfloat16 and in fp8, and measure how much the two differ."""
+    """Time the selection in bfloat16 and in fp8, and measure how much the two differ.
+
+    The kernels are those of kernels="auto". If these are not the portable ones, the portable ones
+    are timed beside them.
+    """
     check_select(x.sequences)
     flops = cases.select_flops(x.sequences)
     row: dict[str, Any] = {"checked": "equal bit for bit on sampled queries, integer inputs"}
+    row["kernels"] = choose("auto", call_of(x.q_idx, x.k_idx, CONFIG))
+
+    def time(kernels: Kernels, kind: str | None) -> dict[str, float]:
+        found = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind, kernels))
+        return found | {"tflops": flops / found["ms"] / 1e9}
+
     for kind in (None, "fp8_e4m3"):
-        found = timed(lambda kind=kind: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind))
         moved = counts.select_bytes(x.sequences, fp8=kind is not None)
-        row[kind or "bf16"] = found | {"tflops": flops / found["ms"] / 1e9, "gb": moved / 1e9}
+        row[kind or "bf16"] = time("auto", kind) | {"gb": moved / 1e9}
+        if row["kernels"] != "portable":
+            row[f"portable_{kind or 'bf16'}"] = time("portable", kind)
     fine = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG).indices
     coarse = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, "fp8_e4m3").indices
     row["fp8_score_lost"] = score_lost(x, fine, coarse)
     fine, coarse = fine[-1024:], coarse[-1024:]
     same = (fine[..., :, None] == coarse[..., None, :]).any(-1) & (fine >= 0)
     row["fp8_same_blocks"] = float(same.sum() / (fine >= 0).sum())
-    print(f"  select {row['bf16']['tflops']:.0f} TFLOP/s, fp8 {row['fp8_e4m3']['tflops']:.0f}: "
+    print(f"  select ({row['kernels']} kernels) {row['bf16']['tflops']:.0f} TFLOP/s, "
+          f"fp8 {row['fp8_e4m3']['tflops']:.0f}: "
           f"{row['fp8_same_blocks']:.1%} of its blocks are the same, it loses "
           f"{row['fp8_score_lost']:.2%} of their score", flush=True)  # fmt: skip
     return row
@@ -140,12 +152,6 @@ def million_whole() -> dict[str, Any]:
     return whole
 
 
-def freshly(call: Callable[..., Any], *given: Any) -> Any:
-    """Call with an empty cache of device memory before."""
-    torch.cuda.empty_cache()
-    return call(*given)
-
-
 def lengths() -> list[dict[str, Any]]:
     """Measure prompts of 4K to 128K tokens."""
     return [freshly(whole_prompt, n) for n in cases.LENGTHS]
@@ -179,29 +185,6 @@ def one_layer(sequences: Sequences) -> dict[str, float]:
     row = timed(layer(x, chosen)) | {"error": error}
     print(sequences.cu_seqlens_q, sequences.cu_seqlens_k, row, flush=True)
     return row
-
-
-def topk_rows(n: int, blocks: int, k: int) -> dict[str, Any]:
-    """Make n rows of scores, with all blocks visible."""
-    scores = torch.randn(n, 1, blocks, device="cuda")
-    scores[:, :, -1] = 100.0  # the forced block has the best score of every row, so both choose it
-    positions = torch.full((n,), blocks * 128 - 1, device="cuda", dtype=torch.int32)
-    config = MSAConfig(top_k=k)
-    ours = select_rows(scores, positions, 128, config)
-    if not torch.equal(ours[:, 0], scores[:, 0].topk(k).indices.sort(1).values.int()):
-        raise Wrong("the stand-alone top-k differs from torch.topk")
-    row: dict[str, Any] = {"rows": n, "blocks": blocks, "k": k}
-    row |= {"gop": n * blocks / 1e9, "gb": counts.topk_bytes(n, blocks, k) / 1e9}
-    row["torch"] = timed(lambda: scores.topk(k, dim=-1))
-    row["ours"] = timed(lambda: select_rows(scores, positions, 128, config))
-    print(row, flush=True)
-    return row
-
-
-def topk() -> list[dict[str, Any]]:
-    """Time the stand-alone top-k over rows of scores, and torch.topk (the paper's Table 1)."""
-    shapes = ((2**17, 1024, 16), (2**17, 2048, 32), (2**19, 4096, 16))
-    return [freshly(topk_rows, *shape) for shape in shapes]
 
 
 PARTS: dict[str, Callable[[], Any]] = {

@@ -84,7 +84,7 @@ def candidates(length: int, keep: float) -> Iterator[Candidate]:
         for kind in (None, "fp8_e4m3"):
             yield (
                 f"select {kind or 'bf16'}", tile, cases.select_flops(sequences),
-                lambda tile=tile, kind=kind: selection_stage.select_fused(
+                lambda tile=tile, kind=kind: selection_stage.select_portable(
                     x.q_idx, x.k_idx, sequences, cases.CONFIG, kind, tile),
             )  # fmt: skip
     for tile in UNION:

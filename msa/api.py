@@ -18,6 +18,7 @@ from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.entry import enter, enter_append, enter_cache
 from msa.ir import Array, Output, PagedKV, Selection
+from msa.kernel_choice import Kernels
 from msa.selection import check_ids
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -38,6 +39,7 @@ def attention(
     backend: BackendName = "auto",
     loop_order: LoopOrder = "auto",
     index_dtype: IndexDtype | None = None,
+    kernels: Kernels = "auto",
 ) -> Output:
     """MiniMax Sparse Attention: each query and group reads its top blocks of keys (eq. 6-8).
 
@@ -54,6 +56,10 @@ def attention(
             The result is the same up to rounding (R16; and NaN where k or v is not finite: R9).
         index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits. This is faster, but
             may select other blocks.
+        kernels: triton only, for the selection. "hopper" names the Gluon kernels for GPUs of
+            compute capability 9.x, "portable" the Triton kernels, "auto" takes hopper where these
+            kernels can run (`msa.kernel_choice`). The result is the same bit for bit where scores
+            are exact, and otherwise up to rounding of the scores.
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
@@ -74,7 +80,7 @@ def attention(
     """
     checks.check_flag("align", align)
     arrays = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
-    options = {"loop_order": loop_order, "index_dtype": index_dtype}
+    options = {"loop_order": loop_order, "index_dtype": index_dtype, "kernels": kernels}
     entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
     args = (*entry.arrays, entry.sequences, config)
     return entry.run(entry.module.attend, *args, align=align, **entry.options)
@@ -89,6 +95,7 @@ def select(
     config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
     index_dtype: IndexDtype | None = None,
+    kernels: Kernels = "auto",
 ) -> Selection:
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
@@ -99,7 +106,8 @@ def select(
     >>> msa.select(q_idx, k_idx, config=msa.MSAConfig(block_size=2, top_k=2)).indices[5]
     array([[0, 2]], dtype=int32)
     """
-    arrays, options = {"q_idx": q_idx, "k_idx": k_idx}, {"index_dtype": index_dtype}
+    arrays = {"q_idx": q_idx, "k_idx": k_idx}
+    options = {"index_dtype": index_dtype, "kernels": kernels}
     entry = enter(arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, options=options)
     args = (*entry.arrays, entry.sequences, config)
     return entry.run(entry.module.select_fused, *args, **entry.options)

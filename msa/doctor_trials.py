@@ -92,6 +92,7 @@ def parts_on(device: Device) -> Iterator[Finding]:
         (", index in 8 bits", (8, 9),
          lambda: attend("triton", at, "float16", index_dtype="fp8_e4m3")),
         (", pages in 8 bits", (8, 9), lambda: decode_eight_bits(at)),
+        (", hopper kernels", (9, 0), lambda: select_on_hopper(at)),
     )  # fmt: skip
     for name, (major, minor), call in trials:
         old = device.is_below(major, minor)
@@ -147,6 +148,15 @@ def decode_eight_bits(device: str) -> None:
         x["q"][None, -1:], x["q_idx"][None, -1:], pool.cache, config=CONFIG, backend="triton"
     )
     step.out.float().sum().item()
+
+
+def select_on_hopper(device: str) -> None:
+    """One selection by the hopper kernels: two blocks of 64 tokens."""
+    torch = importlib.import_module("torch")
+    q_idx = torch.ones(128, 1, 64, device=device, dtype=torch.bfloat16)
+    config = msa.MSAConfig(block_size=64, top_k=2)
+    options: dict[str, Any] = {"backend": "triton", "kernels": "hopper"}
+    msa.select(q_idx, q_idx[:, 0], config=config, **options).indices.sum().item()
 
 
 def use_operators() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from msa import cache_checks, checks
+from msa import cache_checks, checks, kernel_choice
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection, Sequences
@@ -45,6 +45,12 @@ class Entry:
         if self.name == "triton":
             read = {name: array for name, array in arrays.items() if name != "lse"}
             checks.check_kernels(block_size, top_k, **read)
+
+    def check_choice(self, arrays: dict[str, Array], config: MSAConfig) -> None:
+        """Check that the kernels that were named for a selection can make it."""
+        if self.options.get("kernels") == "hopper":
+            call = kernel_choice.call_of(arrays["q_idx"], arrays["k_idx"], config)
+            kernel_choice.choose("hopper", call)
 
     def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
         """Call a function of the backend; its answer in the caller's kind, dtype and layout."""
@@ -113,6 +119,8 @@ def enter(
     blocks = config if selection is None else selection
     if blocks is not None:
         entry.check_kernels(blocks.block_size, top_k or blocks.top_k, arrays)
+    if config is not None:
+        entry.check_choice(arrays, config)
     entry.take(arrays, layout, selection)
     return entry
 

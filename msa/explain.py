@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from msa import api, loop_order, reference
+from msa import api, kernel_choice, loop_order, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, ReverseIndex, Schedule, TileUnion
@@ -241,4 +241,18 @@ def choose_orders(trace: Trace) -> dict[str, Any]:
         "readers": readers,
         "mean_union": float(lengths.mean()),
         "tiles": tiles,
+    }
+
+
+def choose_kernels() -> dict[str, Any]:
+    """Which kernels kernels="auto" of the triton backend takes here for the usual shape, and why.
+
+    The usual shape is that of `kernel_choice.usual_call`; the reason is empty for hopper.
+    """
+    call = kernel_choice.usual_call()
+    found = kernel_choice.obstacle(call)
+    return {
+        "rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.rule()],
+        "chosen": kernel_choice.choose("auto", call),
+        "reason": "" if found is None else str(found).partition(": ")[0],
     }

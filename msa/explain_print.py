@@ -1,4 +1,4 @@
-"""`msa explain`: prints one panel per form, then the rule that chooses the loop order."""
+"""`msa explain`: prints one panel per form, then the rules that choose loop order and kernels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from msa import loop_order
+from msa import kernel_choice, loop_order
 from msa.dispatch import BackendName
 from msa.explain import (
     CONFIG,
     GROUPS,
     TOKENS,
     Step,
+    choose_kernels,
     choose_orders,
     example,
     explain,
@@ -29,7 +30,10 @@ from msa.explain import (
 
 @dataclass(frozen=True)
 class ExplainOptions:
-    """Print a 12-token example as it passes through every form of the lowering."""
+    """Print a 12-token example as it passes through every form of the lowering.
+
+    Then print the rules by which the triton backend chooses a loop order and kernels.
+    """
 
     backend: BackendName = "reference"
     """The backend that takes the steps: reference, torch or triton."""
@@ -40,7 +44,7 @@ class ExplainOptions:
 def run(options: ExplainOptions) -> int:
     """Print the example as panels or as JSON."""
     trace = trace_example(options.backend)
-    steps, choice = explain(trace), choose_orders(trace)
+    steps, choice, kernels = explain(trace), choose_orders(trace), choose_kernels()
     if options.json:
         shown = {
             "backend": options.backend,
@@ -48,12 +52,14 @@ def run(options: ExplainOptions) -> int:
             "inputs": {name: to_plain(array) for name, array in example().items()},
             "steps": [asdict(step) for step in steps],
             "loop_order": choice,
+            "kernels": kernels,
             "trace": to_plain(trace),
         }
         print(json.dumps(shown))
         return 0
     print_steps(steps)
     print_choice(choice)
+    print_kernels(kernels)
     return 0
 
 
@@ -139,6 +145,33 @@ def print_choice(choice: dict[str, Any]) -> None:
                 ),
             ),
             title="[bold]Which loop order?[/]",
+            title_align="left",
+        )
+    )
+
+
+def print_kernels(choice: dict[str, Any]) -> None:
+    """Print the rule of kernels="auto", and what it takes on this machine."""
+    table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in kernel_choice.rule():
+        table.add_row(name, wanted)
+    reason = f": {choice['reason']}" if choice["reason"] else ""
+    narrow_console().print(
+        Panel(
+            Group(
+                Text(
+                    "The triton backend has two sets of kernels that select blocks: portable ones "
+                    "in Triton, and faster ones in Gluon for Hopper GPUs. Both select the same."
+                ),
+                Text(
+                    'kernels="auto" takes the hopper kernels where all of this holds, and the '
+                    "portable kernels elsewhere:",
+                    style="dim",
+                ),
+                table,
+                Text(f"here, in bfloat16: {choice['chosen']}{reason}", style="cyan"),
+            ),
+            title="[bold]Which kernels?[/]",
             title_align="left",
         )
     )

@@ -18,7 +18,7 @@ from triton.runtime.driver import driver
 
 from msa.triton_impl.hopper import block_topk, index_scores
 from msa.triton_impl.hopper.plan import PIECE, ROWS
-from msa.triton_impl.tiles import pad
+from msa.triton_impl.launch import pad
 
 
 class Hopper:
@@ -41,7 +41,7 @@ def compile_scores(dtype, dim, block_size, groups, long):
     dtype = getattr(torch, dtype)
     queries, keys = (torch.zeros(4096, dim).to(dtype) for _ in range(2))
     table, scores = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
-    return index_scores.score_kernel.warmup(
+    return index_scores.block_scores_kernel.warmup(
         index_scores.describe(queries, ROWS // 2), index_scores.describe(keys, block_size), table,
         table, scores, scores, 0.1, HKV=groups, BK=block_size, LOCAL=1, LONG=long, PIECE=PIECE,
         num_warps=4, grid=(1,), **index_scores.options(dtype, dim, block_size),
@@ -51,10 +51,9 @@ def compile_scores(dtype, dim, block_size, groups, long):
 def compile_topk(places, long):
     table, scores, warps = torch.zeros(64, dtype=torch.int32), torch.zeros(256), block_topk.WARPS
     return block_topk.pick_kernel.warmup(
-        scores, scores, table, table, table, HKV=4, BK=128, TOP_K=places + 1,
-        P=pad(places + 1, 1), SINK=0, LOCAL=1, PLACES=places, LONG=long,
-        LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE, WARPS=warps, num_warps=warps,
-        grid=(1,),
+        scores, scores, table, table, table, HKV=4, BK=128, TOP_K=places + 1, SINK=0, LOCAL=1,
+        PLACES=places, LONG=long, LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE,
+        WARPS=warps, num_warps=warps, grid=(1,),
     )  # fmt: skip
 
 

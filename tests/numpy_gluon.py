@@ -1,6 +1,6 @@
 """Gluon kernels on NumPy: what they compute, without a GPU. Layouts are ignored.
 
-One call runs one program. A kernel that copies, multiplies or waits asynchronously is not run here.
+Programs run one after another. Kernels that copy, multiply or wait asynchronously do not run here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import FunctionType, ModuleType, SimpleNamespace
 
 import numpy as np
+from triton.language import constexpr
 from triton.runtime.jit import JITFunction
 
 
@@ -98,14 +99,21 @@ def language(program_id, num_programs):
     )  # fmt: skip
 
 
+def functions(module: ModuleType, program_id=(0, 0), num_programs=(1, 1)) -> dict:
+    """The names of a module, with the functions of its kernels as functions on NumPy."""
+    names = dict(vars(module))
+    names["gl"] = language(program_id, num_programs)
+    for key, member in vars(module).items():
+        if isinstance(member, JITFunction):
+            plain = member.fn
+            names[key] = FunctionType(plain.__code__, names, key, plain.__defaults__)
+        elif isinstance(member, constexpr):
+            names[key] = member.value
+    return names
+
+
 def run(module: ModuleType, name: str, grid: tuple[int, int], *args, **constants) -> None:
     """Run a kernel of a module for every program of a grid; arrays take the place of pointers."""
     for i in np.ndindex(*grid):
-        names = dict(vars(module))
-        names["gl"] = language(i, grid)
-        for key, member in vars(module).items():
-            if isinstance(member, JITFunction):
-                plain = member.fn
-                names[key] = FunctionType(plain.__code__, names, key, plain.__defaults__)
         pointers = [Pointer(x.reshape(-1)) for x in args]
-        names[name](*pointers, **constants)
+        functions(module, i, grid)[name](*pointers, **constants)

@@ -16,10 +16,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cases, checks, counts, dense, plots, prefill, prefill_table, report, stages
+from benchmarks import (
+    cases,
+    checks,
+    counts,
+    dense,
+    plots,
+    prefill,
+    prefill_table,
+    report,
+    stages,
+    topk_stages,
+)
 from benchmarks.cases import CONFIG, DIM, GROUPS, HEADS
 from msa import cli
 from msa.ir import Selection, Sequences
+from msa.kernel_choice import choose, usual_call
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "prefill_h100.json"
@@ -182,6 +194,28 @@ def test_the_table_shows_the_committed_results():
     assert "…" not in text  # nothing is cut off
     for row in FOUND["lengths"]:
         assert f"{row['n'] // 1024}K" in text
+
+
+def test_the_table_shows_both_kinds_of_kernels():
+    """The committed results are older than the hopper kernels; newer ones time both kinds."""
+    assert "(portable kernels)" in shown(FOUND)
+    found = copy.deepcopy(FOUND)
+    for row in found["lengths"]:
+        beside = {f"portable_{kind}": {"ms": 77.7} for kind in ("bf16", "fp8_e4m3")}
+        row["select"] |= {"kernels": "hopper"} | beside
+    for row in found["topk"]:
+        row["hopper"] = {"ms": row["torch"]["ms"] / 27}
+    text = shown(found)
+    assert "(hopper kernels)" in text and text.count("77.7") == 2 * len(found["lengths"])
+    assert text.count("27.0×") == len(found["topk"]) and "…" not in text
+
+
+@pytest.mark.gpu
+def test_the_top_k_is_timed_by_the_kernels_of_this_gpu(monkeypatch):
+    monkeypatch.setattr(topk_stages, "timed", lambda call: {"ms": float(call() is None)})
+    for blocks in (100, 257, 1024):  # without maxima, and with them; not always whole pieces
+        row = topk_stages.topk_rows(512, blocks, 16)
+        assert ("hopper" in row) == (choose("auto", usual_call()) == "hopper")
 
 
 def test_what_was_not_measured_is_a_dash_with_its_reason():

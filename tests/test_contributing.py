@@ -13,7 +13,8 @@ from docs.hooks import included
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("DESIGN.md", "CONTRIBUTING.md", "README.md")
-MADE = ("benchmarks/NAME", "msa/NAME", "msa/triton_impl/NAME", "benchmarks/figures/NAME",
+MADE = ("benchmarks/NAME", "msa/NAME", "msa/triton_impl/NAME", "msa/triton_impl/hopper/NAME",
+        "benchmarks/figures/NAME",
         "msa/reference/X", "msa/torch_impl/X", "msa/triton_impl/X")  # fmt: skip
 """Beginnings of paths that stand for files yet to be written, or for any step."""
 FOLDERS = ("msa/", "docs/", "tests/", "benchmarks/", "examples/")

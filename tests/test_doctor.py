@@ -100,6 +100,7 @@ def told_of(device, monkeypatch, error=None):
 
     monkeypatch.setattr(doctor_trials, "attend", trial)
     monkeypatch.setattr(doctor_trials, "decode_eight_bits", trial)
+    monkeypatch.setattr(doctor_trials, "select_on_hopper", trial)
     return {found.part: found for found in doctor_trials.parts_on(device)}
 
 
@@ -112,6 +113,8 @@ def test_parts_of_a_device(monkeypatch):
         "it needs compute capability 8.9",
     )  # fmt: skip
     assert parts["triton on cuda:0, bfloat16"].advice == doctor_trials.REPORT
+    hopper = parts["triton on cuda:0, hopper kernels"]
+    assert hopper.advice == "it needs compute capability 9.0"
     early = parts["dependent launch on cuda:0"]
     assert not early.runs and early.reason == "it needs compute capability 9.0, got 8.0"
 

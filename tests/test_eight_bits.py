@@ -55,6 +55,16 @@ def test_the_model_of_the_rounding_is_the_search():
     np.testing.assert_array_equal(round_to_e4m3(x * 2.0**-30), want)
 
 
+def to_fp8(x):
+    """A tensor rounded beside another one, of another size and range."""
+    one, two = quantize.to_fp8(x, torch.cat([x, x]) / 2)
+    three, four = quantize.to_fp8(torch.ones(5000, dtype=x.dtype, device=x.device), x)
+    assert torch.equal(one.view(torch.uint8), four.view(torch.uint8))
+    assert torch.equal(two[: len(x)].view(torch.uint8), two[len(x) :].view(torch.uint8))
+    assert (three.double() == 256).all()
+    return one
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("power", [-100, -13, 0, 6])
@@ -62,7 +72,7 @@ def test_rounding_bit_by_bit(dtype, power):
     if dtype == torch.float16 and power < -14:
         power = -14
     x = (samples(dtype).double() * 2.0**power).to(dtype).cuda()
-    got = quantize.to_fp8(x).double().cpu().numpy()
+    got = to_fp8(x).double().cpu().numpy()
     np.testing.assert_array_equal(got, round_to_e4m3(x.double().cpu().numpy()))
 
 
@@ -71,29 +81,29 @@ def test_the_stretch_is_the_power_of_two_that_just_fits():
     for largest, stretched in ((448, 448), (224, 448), (1.75, 448), (1.875, 240), (1, 256)):
         for power in (-30, 0, 5):
             x = torch.tensor([largest, -largest / 2, 0.0], device=DEVICE) * 2.0**power
-            got = quantize.to_fp8(x).double().tolist()
+            got = to_fp8(x).double().tolist()
             assert got == [stretched, -stretched / 2, 0.0], (largest, power)
     for x in (torch.zeros(3), torch.full((3,), 2.0**-130)):  # as far as the stretch can go
-        assert quantize.to_fp8(x.to(DEVICE)).double().tolist() == (x.double() * 2.0**126).tolist()
+        assert to_fp8(x.to(DEVICE)).double().tolist() == (x.double() * 2.0**126).tolist()
 
 
 def test_what_is_not_finite_has_no_say_in_the_stretch():
     x = torch.tensor([1.0, torch.inf, -torch.inf, 0.5], device=DEVICE)
-    assert quantize.to_fp8(x).double().tolist() == [256, 448, -448, 128]
+    assert to_fp8(x).double().tolist() == [256, 448, -448, 128]
 
 
 @pytest.mark.gpu
 def test_nan_stays():
     x = torch.tensor([1.0, torch.nan, torch.inf, torch.nan], device=DEVICE)
-    got = quantize.to_fp8(x).double()
+    got = to_fp8(x).double()
     assert got.isnan().tolist() == [False, True, False, True]
     assert got[::2].tolist() == [256, 448]
 
 
-def rounded_by_torch(x):
+def rounded_by_torch(*tensors):
     """to_fp8, but for its kernel."""
-    rounded = round_to_e4m3(x.double().cpu().numpy())
-    return torch.tensor(rounded).to(E4M3).to(x.device)
+    rounded = (round_to_e4m3(x.double().cpu().numpy()) for x in tensors)
+    return tuple(torch.tensor(x).to(E4M3).to(DEVICE) for x in rounded)
 
 
 SHAPES = [  # tokens of each sequence, (queries of each), groups, dim, configuration

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from msa import cli, explain, loop_order, reference
+from msa import cli, explain, kernel_choice, loop_order, reference
 from msa.ir import Selection, Sequences
 from msa.triton_impl.tile_union import split_tiles
 
@@ -73,6 +73,19 @@ def test_the_loop_order_is_chosen_by_the_measured_rule(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "up to 1.75·k walks its whole union up to 3·k walks the blocks of 2 queries" in text
     assert "a mean union is 2.00 blocks = 1.00·k" in text
+
+
+def test_the_choice_of_kernels_is_told(capsys):
+    assert cli.main(["explain", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["kernels"]
+    assert shown["chosen"] == kernel_choice.choose("auto", kernel_choice.usual_call())
+    assert (shown["chosen"] == "hopper") == (shown["reason"] == "")
+    assert shown["rule"][0].startswith("compute capability: 9.x")
+    assert cli.main(["explain"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert f"here, in bfloat16: {shown['chosen']}" in text and "block_size 64 or 128" in text
+    if not torch.cuda.is_available():
+        assert "q_idx must be on a GPU of compute capability 9.x" in text
 
 
 @pytest.mark.parametrize("readers", [2.0, 1000.0])

@@ -1,4 +1,7 @@
-"""Gluon kernels are compiled for Hopper without a GPU; they fit into registers and memory."""
+"""Gluon kernels are compiled for Hopper without a GPU; they fit into registers and memory.
+
+`pytest --hypothesis-profile=thorough` compiles all that `msa.kernel_choice` can choose, in minutes.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,35 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-pytest.importorskip("triton.experimental.gluon")
+from msa.kernel_choice import BLOCK_SIZES, INDEX_DIMS, LARGEST_GROUPS, LARGEST_PLACES
 
-SCORES = [
-    (dtype, dim, block_size, groups, long)
-    for dtype in ("bfloat16", "float16", "float8_e4m3fn")
-    for dim, block_size, groups, long in [
-        (128, 128, 4, True),
-        (128, 128, 4, False),
-        (128, 64, 4, True),
-        (64, 128, 5, False),
-        (64, 64, 1, True),
-    ]
+pytest.importorskip("triton", minversion="3.6")
+
+DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
+SCORES = [  # dtype, Di, block size, groups, whether maxima are written
+    *product(DTYPES, INDEX_DIMS, BLOCK_SIZES, (4,), (True, False)),
+    *product(DTYPES, INDEX_DIMS, BLOCK_SIZES, (1, 5, LARGEST_GROUPS), (True,)),
 ]
-TOPK = [(15, True), (15, False), (32, True), (64, True)]
+FEW_SCORES = [  # each dtype, size and number of operands in registers once
+    ("bfloat16", 128, 128, 4, True),
+    ("bfloat16", 128, 64, 4, False),
+    ("float16", 64, 128, 5, False),
+    ("float8_e4m3fn", 128, 128, 4, True),
+    ("float8_e4m3fn", 64, 64, 4, True),
+]
+TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
+FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
+
+
+def chosen(few, every):
+    """What a run compiles."""
+    return every if settings.get_current_profile_name() == "thorough" else few
 
 
 def compiled(kernels):
@@ -37,9 +51,9 @@ def compiled(kernels):
     return json.loads(found.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_score_kernels_fit(dtype):
-    kernels = [options for options in SCORES if options[0] == dtype]
+    kernels = [options for options in chosen(FEW_SCORES, SCORES) if options[0] == dtype]
     for options, found in zip(kernels, compiled([("scores", *k) for k in kernels]), strict=True):
         assert found["spilled"] == 0, options
         assert "C7514" not in found["says"], options  # products one after another
@@ -63,7 +77,8 @@ def assert_released_after_reading(steps):
 
 
 def test_topk_kernels_stay_in_registers():
-    for options, found in zip(TOPK, compiled([("topk", *k) for k in TOPK]), strict=True):
+    kernels = chosen(FEW_TOPK, TOPK)
+    for options, found in zip(kernels, compiled([("topk", *k) for k in kernels]), strict=True):
         assert found["spilled"] == 0, options
         assert found["registers"] <= 255, options
         assert found["shared"] == 0, options

@@ -1,46 +1,98 @@
-"""What the Hopper kernels cannot take is refused: the argument, what was wanted, what came."""
+"""The choice of kernels: what hopper kernels cannot take is refused if named, else portable."""
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton.experimental.gluon")
+import msa
+from msa import kernel_choice
+from msa.checks import is_interpreted
+from msa.kernel_choice import Call, choose, obstacle, usual_call
 
-from msa import MSAConfig
-from msa.triton_impl.hopper.selection import require_hopper
-
-CUDA = torch.cuda.is_available()
-
-
-def tensors(groups=4, dim=128, dtype=torch.float16, key_dtype=None):
-    device = "cuda" if CUDA else "cpu"
-    queries = torch.zeros(2, groups, dim, dtype=dtype, device=device)
-    return queries, torch.zeros(256, dim, dtype=key_dtype or dtype, device=device)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "config", "error", "message"),
-    [
-        ({"dtype": torch.float32}, {}, TypeError,
-         "q_idx must have dtype bfloat16 or float16 for kernels='hopper', got torch.float32"),
-        ({"dim": 32}, {}, ValueError, "index dim must be 64 or 128 for kernels='hopper', got 32"),
-        ({}, {"block_size": 32}, ValueError,
-         "block_size must be 64 or 128 for kernels='hopper', got 32"),
-        ({"groups": 257}, {}, ValueError,
-         "the number of groups must be at most 256 for kernels='hopper', got 257"),
-        ({}, {"top_k": 66}, ValueError,
-         "top_k less the forced blocks must be at most 64 for kernels='hopper', got 65"),
-    ],
+GOOD = Call(
+    q_dtype="bfloat16", k_dtype="bfloat16", index_dim=128, groups=4, block_size=128, places=15,
+    device="cuda:0", capability=(9, 0), triton="3.6.0", interpreted=False,
 )  # fmt: skip
-def test_sizes_and_dtypes(sizes, config, error, message):
+BAD = [
+    ({"q_dtype": "float32"}, TypeError,
+     "q_idx must have dtype float16 or bfloat16 for kernels='hopper', got float32: "),
+    ({"k_dtype": "float32"}, TypeError, "k_idx must have dtype float16 or bfloat16 "),
+    ({"k_dtype": "float16"}, TypeError, "k_idx must have dtype bfloat16 as q_idx has "),
+    ({"index_dim": 32}, ValueError,
+     "q_idx must have Di = 64 or 128 for kernels='hopper', got 32: "),
+    ({"block_size": 32}, ValueError,
+     "block_size must be 64 or 128 for kernels='hopper', got 32: "),
+    ({"groups": 257}, ValueError,
+     "q_idx must have at most 256 groups for kernels='hopper', got 257: "),
+    ({"places": 65}, ValueError, "top_k must be at most 64 more than sink_blocks + local_blocks "),
+    ({"capability": (8, 9)}, ValueError, "q_idx must be on a GPU of compute capability 9.x for "
+     "kernels='hopper', got cuda:0 of 8.9: "),
+    ({"capability": (10, 0)}, ValueError, "got cuda:0 of 10.0: "),
+    ({"capability": None, "device": "cpu"}, ValueError, "got cpu: "),
+    ({"interpreted": True}, ValueError,
+     "TRITON_INTERPRET must not be set for kernels='hopper', got '1': unset it before Python"),
+    ({"triton": "3.5.1"}, ValueError,
+     "the version of triton must be 3.6 or newer for kernels='hopper', got 3.5.1: "),
+    ({"triton": None}, ValueError, "got None: "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD)
+def test_what_hopper_kernels_cannot_take(changes, error, message):
+    """Named, they are refused; left to the rule, the portable kernels do it."""
+    call = replace(GOOD, **changes)
     with pytest.raises(error) as caught:
-        require_hopper(*tensors(**sizes), MSAConfig(**config))
+        choose("hopper", call)
     assert message in str(caught.value)
-    assert "use kernels='portable'" in str(caught.value)
+    assert str(caught.value).endswith("use kernels='portable'")
+    assert choose("auto", call) == choose("portable", call) == "portable"
 
 
-@pytest.mark.skipif(CUDA, reason="where there is a GPU, it may be a Hopper one")
-def test_devices():
-    with pytest.raises(ValueError, match=r"must be given tensors on a GPU .* 9\.0, got cpu"):
-        require_hopper(*tensors(), MSAConfig())
+def test_every_fact_can_refuse():
+    assert {name for changes, *_ in BAD for name in changes} == {f.name for f in fields(Call)}
+
+
+def test_what_they_take():
+    for changes in ({}, {"q_dtype": "float16", "k_dtype": "float16"}, {"index_dim": 64},
+                    {"groups": 256}, {"places": 0}, {"places": 64}, {"triton": "3.10.0+git1"},
+                    {"block_size": 64}):  # fmt: skip
+        call = replace(GOOD, **changes)
+        assert obstacle(call) is None
+        assert choose("auto", call) == choose("hopper", call) == "hopper"
+        assert choose("portable", call) == "portable"
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_call_is_read_from_the_arguments(batched):
+    lead = (3, 7) if batched else (7,)
+    q_idx, k_idx = np.ones((*lead, 5, 64), "f2"), np.ones((*lead, 64), "f4")
+    call = kernel_choice.call_of(q_idx, k_idx, msa.MSAConfig(64, 20, 3, 2))
+    assert call == Call("float16", "float32", 64, 5, 64, 15, "the CPU", None, call.triton,
+                        is_interpreted())  # fmt: skip
+    tensor = torch.ones(*lead, 5, 64)
+    assert kernel_choice.call_of(tensor, tensor, msa.MSAConfig()).device == "cpu"
+
+
+def test_the_rule_names_its_own_numbers():
+    told = dict(kernel_choice.rule())
+    assert told["triton"] == "3.6 or newer" and told["groups"] == "at most 256"
+    assert len(told) == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")
+def test_a_machine_without_a_gpu_uses_portable_kernels():
+    assert choose("auto", usual_call()) == "portable"
+
+
+@pytest.mark.gpu
+def test_this_gpu():
+    call, found = usual_call(), torch.cuda.get_device_capability()
+    assert call.capability == found
+    if found[0] == 9 and not kernel_choice.is_older(call.triton or "0.0", (3, 6)):
+        assert choose("auto", call) == "hopper"
+    else:
+        assert choose("auto", call) == "portable"

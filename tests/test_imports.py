@@ -30,6 +30,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "pipeline": {"config", "interface", "ir"},
     "layout": {"checks", "ir", "sequences"},
     "loop_order": set(),
+    "kernel_choice": {"checks", "config", "ir"},
     "dispatch": {"checks", "interface", "ir"},
     "entry": {
         "cache_checks",
@@ -37,19 +38,22 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
         "config",
         "dispatch",
         "ir",
+        "kernel_choice",
         "layout",
         "pipeline",
         "selection",
     },
-    "api": {"checks", "config", "dispatch", "entry", "ir", "pipeline", "selection"},
+    "api": {"checks", "config", "dispatch", "entry", "ir", "kernel_choice", "pipeline",
+            "selection"},
     "quality": {"api", "checks", "config", "dispatch", "ir", "layout", "paging"},
     "recall": {"checks", "ir", "layout", "selection"},
     "files": set(),
     "moved": set(),
     "doctor": {"doctor_trials"},
     "doctor_trials": set(),
-    "explain": {"api", "config", "dispatch", "ir", "loop_order", "pipeline", "reference"},
-    "explain_print": {"dispatch", "explain", "loop_order"},
+    "explain": {"api", "config", "dispatch", "ir", "kernel_choice", "loop_order", "pipeline",
+                "reference"},
+    "explain_print": {"dispatch", "explain", "kernel_choice", "loop_order"},
     "cli": set(),
     "__init__": {"api", "config", "dispatch", "ir", "moved", "page_arrays", "paging", "pipeline",
                  "quality"},
@@ -123,8 +127,9 @@ def test_no_module_is_left_out():
 
 @pytest.mark.parametrize("backend", STAGES)
 def test_a_backend_knows_the_forms_the_configuration_and_itself(backend):
-    known = {"ir", "config", backend} | ({"loop_order"} if backend == "triton_impl" else set())
-    for path in (PACKAGE / backend).glob("*.py"):
+    rules = {"loop_order", "kernel_choice"} if backend == "triton_impl" else set()
+    known = {"ir", "config", backend} | rules
+    for path in (PACKAGE / backend).rglob("*.py"):
         speaks = ("places.py", "launch.py", "block_topk.py")  # of the limits of kernels
         own = {"checks"} if backend == "triton_impl" and path.name in speaks else set()
         assert inside_msa(imported(path)) <= known | own, path
@@ -191,7 +196,8 @@ def test_integrations_know_the_public_interface_and_the_operators():
 def test_conformance_knows_the_public_interface_alone():
     """It must be able to judge any backend, so it knows none but through load_backend."""
     libraries = {"__future__", "hypothesis", "numpy", "rich", "msa", "torch"}
-    public = {"checks", "config", "conformance", "dispatch", "interface", "ir", "pipeline"}
+    public = {"checks", "config", "conformance", "dispatch", "interface", "ir", "kernel_choice",
+              "pipeline"}  # fmt: skip
     public |= {"integrations"}  # of these, two files that need no library: see above
     for path in (PACKAGE / "conformance").rglob("*.py"):
         roots = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names

@@ -17,7 +17,8 @@ def functions(path):
 
 
 def is_jitted(function):
-    return any(ast.unparse(d).startswith("triton.jit") for d in function.decorator_list)
+    names = ("triton.jit", "gluon.jit")
+    return any(ast.unparse(d).startswith(names) for d in function.decorator_list)
 
 
 def launched(path):
@@ -28,7 +29,7 @@ def launched(path):
 
 
 KERNELS = {
-    f.name: f for path in sorted(FOLDER.glob("*.py")) for f in functions(path)
+    f.name: f for path in sorted(FOLDER.rglob("*.py")) for f in functions(path)
     if is_jitted(f) and f.name.endswith("_kernel")
 }  # fmt: skip
 
@@ -48,9 +49,9 @@ def listed(docstring):
 
 
 def test_every_launched_function_is_a_kernel():
-    names = set().union(*map(launched, FOLDER.glob("*.py")))
+    names = set().union(*map(launched, FOLDER.rglob("*.py")))
     assert names == set(KERNELS)
-    assert len(names) >= 27
+    assert len(names) >= 29
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -196,11 +196,16 @@ def test_attention_over_128k_tokens_keeps_to_its_bound(order):
 
 @pytest.mark.parametrize("tokens", [16_384, 65_536, 262_144])
 def test_selection_takes_memory_in_proportion_to_the_tokens(tokens):
-    """For each query and group its k ids and one buffer of candidates; buffers of split rows."""
+    """For each query and group its k ids and one buffer of candidates; buffers of split rows.
+
+    This is what the portable kernels take; tests/test_hopper_selection.py has the others.
+    """
     groups, dim, config = 4, 128, msa.MSAConfig(128, 16)
     q_idx, k_idx = normal(tokens, groups, dim), normal(tokens, dim)
     _, extra = extra_bytes(
-        lambda: triton_impl.select_fused(q_idx, k_idx, Sequences.one(tokens, tokens), config)
+        lambda: triton_impl.select_fused(
+            q_idx, k_idx, Sequences.one(tokens, tokens), config, kernels="portable"
+        )
     )
     buffer = selecting.CAPACITY * 8 + 8  # candidates of one row: score and id; fill and threshold
     bound = tokens * groups * (4 * config.top_k + buffer)
@@ -235,12 +240,14 @@ def test_the_same_bits_at_full_size(order):
 
 
 @pytest.mark.parametrize("index_dtype", [None, "fp8_e4m3"])
-def test_the_same_blocks_at_full_size(index_dtype):
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+def test_the_same_blocks_at_full_size(kernels, index_dtype):
     tokens, groups, dim = 131_072, 4, 128
     q_idx, k_idx = normal(tokens, groups, dim), normal(tokens, dim)
     sequences, config = Sequences.one(tokens, tokens), msa.MSAConfig(128, 16)
     one, two = (
-        triton_impl.select_fused(q_idx, k_idx, sequences, config, index_dtype) for _ in range(2)
+        triton_impl.select_fused(q_idx, k_idx, sequences, config, index_dtype, kernels)
+        for _ in range(2)
     )
     assert torch.equal(one.indices, two.indices)
     one.validate()

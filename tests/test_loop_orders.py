@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 import msa
 from msa import loop_order, reference
+from msa import triton_impl as TRITON
 from msa.conformance import subjects
 from msa.conformance.strategies import long_unions
 from msa.triton_impl import attention, selection
@@ -66,6 +67,21 @@ def test_the_loop_order_arrives(subject, order):
     assert torch.equal(output.out, again.out)
 
 
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_choice_of_kernels_arrives(subject):
+    config = msa.MSAConfig(block_size=16, top_k=2)
+    given = arrays(subject.device, "q", "k", "v", "q_idx", "k_idx")
+    index = {n: given[n] for n in ("q_idx", "k_idx")}
+    choose = selection.choose_kernels
+    with mock.patch.object(selection, "choose_kernels", wraps=choose) as chosen:
+        for options in ({}, {"kernels": "portable"}):
+            msa.select(**index, config=config, backend="triton", **options)
+            msa.attention(**given, config=config, backend="triton", **options)
+    assert [call.args[0] for call in chosen.call_args_list] == ["auto"] * 2 + ["portable"] * 2
+    with pytest.raises(TypeError, match=r"q_idx must have dtype .* for kernels='hopper'"):
+        TRITON.select_fused(*index.values(), msa.Sequences.one(40, 40), config, kernels="hopper")
+
+
 @pytest.mark.gpu
 def test_the_index_dtype_arrives():
     config = msa.MSAConfig(block_size=16, top_k=2)
@@ -74,6 +90,6 @@ def test_the_index_dtype_arrives():
     with mock.patch.object(selection, "to_fp8", wraps=selection.to_fp8) as rounded:
         msa.select(**index, config=config, index_dtype="fp8_e4m3")
         msa.attention(**given, config=config, index_dtype="fp8_e4m3")
-        assert rounded.call_count == 4
+        assert rounded.call_count == 2
         msa.attention(**given, config=config)
-        assert rounded.call_count == 4
+        assert rounded.call_count == 2

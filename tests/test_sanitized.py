@@ -13,14 +13,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 import msa
-from msa import triton_impl
+from msa import kernel_choice, triton_impl
 from msa.conformance import all_properties, subjects
 from msa.conformance.cases import Case, Fill, Picks, ScoresCase
 from msa.triton_impl import selection, tile_union
 
 (TRITON,) = subjects(("triton",))
+HOPPER = [s for s in subjects() if s.name == "triton-hopper"]
 CUDA = TRITON.device != "cpu"
 pytestmark = [pytest.mark.gpu] * CUDA
 PROPERTIES = {p.name: p for p in all_properties()}
@@ -83,6 +85,24 @@ if CUDA:
         "float16 of 64": replace(TUNED, dtype="float16", dims=(64, 64, 64)),
         "blocks of 256": replace(TUNED, config=msa.MSAConfig(block_size=256, top_k=2)),
     }
+HOPPER_CHECKS = {
+    "r7_integer_scores_select_the_same_everywhere": {"block_scores_kernel", "pick_kernel"},
+    "r7_eight_bits_select_by_the_rounded_tensors": {
+        "block_scores_kernel", "pick_kernel", "largest_kernel", "stretch_kernel",
+    },
+}  # fmt: skip
+BY_64 = replace(  # a part of a tile, one tile, several; no scored block, some, more than k
+    RAGGED, config=msa.MSAConfig(block_size=64, top_k=3, sink_blocks=1), dtype="bfloat16",
+    sequences=msa.Sequences((0, 37, 37, 40, 337), (0, 500, 500, 700, 2000)), dims=(64, 64, 64),
+)  # fmt: skip
+HOPPER_CASES = {
+    "ragged": BY_64,
+    "one block": replace(BY_64, config=msa.MSAConfig(block_size=64, top_k=1)),
+    "five groups": replace(BY_64, groups=5, config=msa.MSAConfig(block_size=128, top_k=2)),
+    "float16 of 128": replace(BY_64, dtype="float16", dims=(128, 128, 128)),
+    "maxima": replace(BY_64, sequences=msa.Sequences((0, 3, 50), (0, 20_000, 40_000))),
+    "all places": replace(BY_64, config=msa.MSAConfig(block_size=64, top_k=65)),
+}  # fmt: skip
 SCORES = {
     "few": ScoresCase(msa.MSAConfig(16, 3, 1), RAGGED.sequences, 2, Fill("ties", 0)),
     "many": ScoresCase(msa.MSAConfig(16, 5), msa.Sequences.one(3, 9700), 1, Fill("normal", 1)),
@@ -96,9 +116,17 @@ RUNS = [
     for label, case in cases.items()
     if TRITON.domain.has(*PROPERTIES[name].needs)
 ]
+HOPPER_RUNS = [
+    pytest.param(subject, name, case, id=f"hopper-{name.partition('_')[0]}-{label}")
+    for subject in HOPPER
+    for name in HOPPER_CHECKS
+    for label, case in HOPPER_CASES.items()
+]
+GLUON = not kernel_choice.is_older(triton.__version__, kernel_choice.TRITON)
 MODULES = [
-    importlib.import_module(f"msa.triton_impl.{info.name}")
-    for info in pkgutil.iter_modules(triton_impl.__path__)
+    importlib.import_module(info.name)
+    for info in pkgutil.walk_packages(triton_impl.__path__, "msa.triton_impl.")
+    if GLUON or "hopper" not in info.name
 ]
 KERNELS = {name: m for m in MODULES for name in vars(m) if name.endswith("_kernel")}
 
@@ -128,6 +156,14 @@ def test_kernels(name, kernels, case, launched):
     PROPERTIES[name].check(TRITON, case)
     nothing_to_choose = case.config.forced_blocks == case.config.top_k
     assert kernels - ({"scan_kernel"} if nothing_to_choose else set()) <= launched
+
+
+@pytest.mark.parametrize(("subject", "name", "case"), HOPPER_RUNS)
+def test_hopper_kernels(subject, name, case, launched):
+    PROPERTIES[name].check(subject, case)
+    nothing_to_choose = case.config.forced_blocks == case.config.top_k
+    left_out = {"block_scores_kernel"} if nothing_to_choose else set()
+    assert HOPPER_CHECKS[name] - left_out <= launched
 
 
 DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}
@@ -192,4 +228,5 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 
 def test_no_kernel_is_left_out():
     named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
+    named.update(*HOPPER_CHECKS.values() if GLUON else ())
     assert named == set(KERNELS)

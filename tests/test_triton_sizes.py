@@ -75,7 +75,7 @@ def test_selection_around_the_borders_of_narrow_counts(fused, top_k):
     sequences, config = Sequences.one(n_q, n_k), msa.MSAConfig(BLOCK, top_k)
     want = TORCH.select_fused(q_idx, k_idx, sequences, config).indices
     if fused:
-        got = selection.select_fused(q_idx, k_idx, sequences, config, tile=SMALL)
+        got = selection.select_portable(q_idx, k_idx, sequences, config, tile=SMALL)
     else:
         scores = TORCH.score_blocks(q_idx, k_idx, sequences, config)
         got = TRITON.select_blocks(scores, config)
@@ -91,7 +91,7 @@ def test_many_places_are_cut_back(monkeypatch):
     q_idx, sequences = torch.ones(1, 1, 1, device=DEVICE), Sequences.one(1, len(k_idx))
     config = msa.MSAConfig(BLOCK, 300, sink_blocks=1)
     assert selection.capacity_for(config) == 512
-    got = selection.select_fused(q_idx, k_idx, sequences, config, tile=SMALL).indices
+    got = selection.select_portable(q_idx, k_idx, sequences, config, tile=SMALL).indices
     selection.plan_scan.cache_clear()
     assert torch.equal(got, TORCH.select_fused(q_idx, k_idx, sequences, config).indices)
 

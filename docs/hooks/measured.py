@@ -29,6 +29,8 @@ KERNELS = {
                 "quantize", "tile_union", "reverse_index", "schedule", *SHARED),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED),
+    "selection": ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
+                  "hopper/ring", "quantize"),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
@@ -40,6 +42,7 @@ MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "tra
 NUMBER = (int, float)
 SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
+MEDIAN = {"ms": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
 STEP = {"step": MICROS, "scores": MICROS}
@@ -54,6 +57,16 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         }],
         "topk": [{"rows": int, "blocks": int, "k": int, "torch": TIME, "ours": TIME}],
         "million": {"chunks": [{"prefix": int, "cudnn": TIME}], "whole_keep_0.95": dict},
+    },
+    "selection": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str,
+        "plain_products": {"bf16_tflops": NUMBER, "fp8_tflops": NUMBER},
+        "select": [{"shape": str, "index": str, "hopper": MEDIAN, "portable": MEDIAN,
+                    "first_version": MEDIAN}],
+        "scores": [{"shape": str, "index": str, "maxima": bool, "tflops": NUMBER,
+                    "share": NUMBER}],
+        "topk": [{"rows": int, "blocks": int, "k": int, "hopper": MEDIAN}],
+        "race": [{"shape": str, "version": str, "runs": int, "wrong_runs": int}],
     },
     "train": {
         **MACHINE,
@@ -121,7 +134,7 @@ def check(found: Any, schema: Any, where: str) -> None:
             raise BadResults(f"{where} must be a list with entries, got {found!r:.40}")
         for i, entry in enumerate(found):
             check(entry, schema[0], f"{where}[{i}]")
-    elif not isinstance(found, schema) or isinstance(found, bool):
+    elif not isinstance(found, schema) or (isinstance(found, bool) and schema is not bool):
         kinds = schema if isinstance(schema, tuple) else (schema,)
         names = " or ".join(kind.__name__ for kind in kinds)
         raise BadResults(f"{where} must be {names}, got {found!r:.40}")

@@ -16,7 +16,8 @@ from pygments.lexers import PythonLexer
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "msa/reference": "source-reference", "msa/torch_impl": "source-torch",
-    "msa/triton_impl": "source-triton", "msa/model": "source-model",
+    "msa/triton_impl": "source-triton", "msa/triton_impl/hopper": "source-hopper",
+    "msa/model": "source-model",
     "msa/training": "source-training", "msa/ablations": "source-ablations",
     "msa/demo": "source-demo",
     "msa/integrations": "source-integrations", "msa": "source-package", "tests": "source-tests",

@@ -18,6 +18,7 @@ KERNEL_SCORED_BLOCKS = 2**17
 OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "loop_order": (("auto", "kv_outer", "union"), "has one order"),
     "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
+    "kernels": (("auto", "portable", "hopper"), "has no kernels to choose from"),
 }
 """Options of the triton backend: their values, the default first, and why the other backends take
 the default alone."""

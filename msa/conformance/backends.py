@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from msa import checks
+from msa import checks, kernel_choice
 from msa.checks import is_torch
 from msa.conformance.tolerances import HOPPER, PRECISIONS, MatrixUnit, Precision
 from msa.dispatch import load_backend, map_arrays
@@ -98,6 +98,22 @@ class Subject:
     kind: Literal["numpy", "torch"]
     domain: Domain = Domain()
     device: str = "cpu"
+    kernels: str = ""
+    """The kernels to name in calls that take this option; empty leaves the option out."""
+
+    @property
+    def backend(self) -> str:
+        """The name that public functions know: "triton" for "triton-hopper"."""
+        return self.name.partition("-")[0]
+
+    def public(self, function: str) -> dict[str, Any]:
+        """The arguments by which a public function uses this backend."""
+        return {"backend": self.backend} | self.option(function)
+
+    def option(self, function: str) -> dict[str, Any]:
+        """The kernels to name, if the function takes this option."""
+        takes = ("attention", "select", "attend", "select_fused")
+        return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
     def label(self) -> str:
@@ -107,6 +123,7 @@ class Subject:
     def run(self, function: str, *args: Any, cast: str, **options: Any) -> Any:
         """Call a function of the contract. Floats go in as dtype `cast`; NumPy arrays come out."""
         given = [self.give(thing, cast) for thing in args]
+        options = self.option(function) | options
         return self.read(getattr(self.module, function)(*given, **options))
 
     def give(self, thing: Any, dtype: str) -> Any:
@@ -169,8 +186,9 @@ def torch_subjects() -> list[Subject]:
 def triton_subjects() -> list[Subject]:
     """The kernels on a GPU, or in Triton's interpreter if TRITON_INTERPRET=1 was set before import.
 
-    In the interpreter neither bfloat16 nor threads are claimed: it multiplies bfloat16 wrongly, and
-    it keeps the id of the running program in global variables.
+    These are the portable kernels; those for Hopper are the subject "triton-hopper". In the
+    interpreter neither bfloat16 nor threads are claimed: it multiplies bfloat16 wrongly, and it
+    keeps the id of the running program in global variables.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "triton", "msa.triton_impl")):
         return []
@@ -189,7 +207,32 @@ def triton_subjects() -> list[Subject]:
         largest_top_k=KERNEL_TOP_K,
         cost=3 if interpreted else 6,
     )
-    return [Subject("triton", module, "torch", domain, "cpu" if interpreted else "cuda")]
+    device = "cpu" if interpreted else "cuda"
+    return [Subject("triton", module, "torch", domain, device, kernels="portable")]
+
+
+def hopper_subjects() -> list[Subject]:
+    """The triton backend with its kernels for Hopper, which select, where a GPU can run them.
+
+    What does not depend on a selection is left to the subject "triton".
+    """
+    if not any(subject.device == "cuda" for subject in triton_subjects()):
+        return []
+    if kernel_choice.obstacle(kernel_choice.usual_call()) is not None:
+        return []
+    selecting = {"score_blocks", "select_blocks", "select_fused", "attend"}
+    domain = Domain(
+        dtypes=kernel_choice.DTYPES,
+        block_sizes=kernel_choice.BLOCK_SIZES,
+        dims=kernel_choice.INDEX_DIMS,
+        missing=frozenset(STAGES) - selecting | {"backward", "eight_bits"},
+        options=frozenset({"index_dtype", "graphs"}) | cuda_places(),
+        units=HOPPER,
+        largest_top_k=kernel_choice.LARGEST_PLACES + 1,  # one block at least is forced
+        cost=6,
+    )
+    module = load_backend("triton")
+    return [Subject("triton-hopper", module, "torch", domain, "cuda", kernels="hopper")]
 
 
 def cuda_here() -> bool:
@@ -210,6 +253,7 @@ FINDERS: dict[str, Callable[[], list[Subject]]] = {
     "reference": reference_subject,
     "torch": torch_subjects,
     "triton": triton_subjects,
+    "triton-hopper": hopper_subjects,
 }
 
 
@@ -227,7 +271,8 @@ def subjects(names: tuple[str, ...] = ()) -> tuple[Subject, ...]:
     if absent:
         raise ValueError(
             f"backend must be one that runs here ({', '.join(s.name for s in subjects())}), "
-            f"got {', '.join(sorted(absent))}; triton needs a GPU, or TRITON_INTERPRET=1"
+            f"got {', '.join(sorted(absent))}; triton needs a GPU, or TRITON_INTERPRET=1, and "
+            f"triton-hopper a GPU of compute capability {kernel_choice.CAPABILITY}.x"
         )
     return tuple(found)
 

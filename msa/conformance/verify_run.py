@@ -28,7 +28,8 @@ class VerifyOptions(TargetOptions):
     target: str = ""
     """Your own function to test in place of the backends, as package.module:function."""
     backend: tuple[str, ...] = ()
-    """Backends to test: reference, torch, triton. By default all that run on this machine."""
+    """Backends to test: reference, torch, triton, triton-hopper (the triton backend with its
+    kernels for Hopper). By default all that run on this machine."""
     rule: tuple[str, ...] = ()
     """Rules to test, such as R7 R16. By default all rules."""
     examples: int = 25

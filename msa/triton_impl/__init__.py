@@ -12,7 +12,7 @@ list of what the fast form changes. Integer-valued results are equal to the spec
                                         place of queries, for gradients and the alignment loss
 
 `attention.py` says when they are used. What several kernels share is in launch.py, tables.py,
-tile_verbs.py, tile_walk.py, topk.py and bits.py.
+tile_verbs.py, tile_walk.py, topk.py and bits.py. `hopper/` has kernels for Hopper GPUs alone.
 """
 
 from msa.triton_impl.alignment import align_index, align_index_forward

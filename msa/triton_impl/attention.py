@@ -46,6 +46,7 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
+from msa.kernel_choice import Kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
@@ -278,13 +279,15 @@ def attend(
     align: bool = False,
     loop_order: LoopOrder = "auto",
     index_dtype: str | None = None,
+    kernels: Kernels = "auto",
 ) -> Output:
-    """MSA: the index branch selects in one pass, the main branch attends (R4-R12).
+    """MSA: the index branch selects, the main branch attends (R4-R12).
 
-    align=True adds the alignment loss, which uses the LSE of this call (R17).
+    align=True adds the alignment loss, which uses the LSE of this call (R17). index_dtype and
+    kernels are those of `select_fused`.
     """
-    require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)
-    selection = select_fused(q_idx, k_idx, sequences, config, index_dtype)  # checks these two
+    require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)  # q_idx, k_idx: select_fused
+    selection = select_fused(q_idx, k_idx, sequences, config, index_dtype, kernels)
     scale = config.softmax_scale_for(q.shape[-1])
     output = attend_checked(q, k, v, selection, scale, loop_order)
     if not align:

@@ -1,10 +1,15 @@
 """Index tensors in 8 bits: an option of the selection, which is faster and rounds its inputs.
 
-    largest = max |x| over the finite x
-    stretch = the greatest power of two, at most 2^126, with largest * stretch <= 448
-    y       = x * stretch, rounded to the nearest e4m3, ties to even; infinities to -448 and 448
+    for x = q_idx and x = k_idx:
+        largest = max |x| over the finite x
+        stretch = the greatest power of two, at most 2^126, with largest * stretch <= 448
+        y       = x * stretch, rounded to the nearest e4m3, ties to even; infinities to -448 and 448
 
-The stretch is one positive factor for the whole tensor. It does not change which of two scores is
+What the fast form changes: one launch finds both maxima and one launch stretches both tensors, each
+program working on one of the two. A short prompt is rounded in a few microseconds, most of which
+are the starts of kernels.
+
+The stretch is one positive factor for a whole tensor. It does not change which of two scores is
 higher, so it need not be undone. As a power of two it rounds nothing by itself: e4m3 has four
 significant bits at any magnitude, so a smaller maximum costs no precision above the least normal
 number, and integers up to 16 stay exact. docs/ladder.md has the measured cost of the rounding.
@@ -29,47 +34,71 @@ BLOCK = 4096  # elements of one program
 
 
 @triton.jit
-def largest_kernel(x, largest, n, B: tl.constexpr):
-    """Raise `largest` to the greatest finite magnitude of B elements.
+def largest_kernel(q, k, largest, n_q, n_k, programs_q, B: tl.constexpr):
+    """Raise `largest` to the greatest finite magnitude of B elements of one tensor.
 
     As integers, the bits of positive floats are in the order of the floats. The maximum of integers
     is the same in whatever order it is taken (R19).
 
     Parameters:
-        x: [n], 16-bit or float32
-        largest: [1], int32; the bits of a float32, raised
-        n: int; elements
+        q: [n_q], 16-bit or float32
+        k: [n_k], 16-bit or float32
+        largest: [2], int32; the bits of a float32 for q and for k, raised
+        n_q, n_k: int; elements
+        programs_q: int; programs that work on q
         B: elements of one program
     """
-    o_x = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    b_x = finite_size(tl.load(x + o_x, mask=o_x < n, other=0.0).to(tl.float32))
-    tl.atomic_max(largest, tl.max(b_x).to(tl.int32, bitcast=True), sem="relaxed")
+    program = tl.program_id(0).to(tl.int64)
+    if program < programs_q:
+        o_x = program * B + tl.arange(0, B)
+        b_x = tl.load(q + o_x, mask=o_x < n_q, other=0.0).to(tl.float32)
+    else:
+        o_x = (program - programs_q) * B + tl.arange(0, B)
+        b_x = tl.load(k + o_x, mask=o_x < n_k, other=0.0).to(tl.float32)
+    p_x = largest + (program >= programs_q).to(tl.int32)
+    tl.atomic_max(p_x, tl.max(finite_size(b_x)).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
-def stretch_kernel(x, y, largest, n, B: tl.constexpr):
-    """Stretch and round B elements.
+def stretch_block(x, y, n, program, b_bits, B: tl.constexpr):
+    """Stretch and round B elements of one tensor, whose largest magnitude has these bits."""
+    o_x = program * B + tl.arange(0, B)
+    b_x = tl.load(x + o_x, mask=o_x < n, other=0.0).to(tl.float32)
+    b_y = clamp_e4m3(b_x * power_of_two(e4m3_stretch(b_bits)))
+    tl.store(y + o_x, b_y.to(y.dtype.element_ty), mask=o_x < n)
+
+
+@triton.jit
+def stretch_kernel(q, k, y_q, y_k, largest, n_q, n_k, programs_q, B: tl.constexpr):
+    """Stretch and round B elements of one tensor.
 
     Parameters:
-        x: [n], 16-bit or float32
-        y: [n], e4m3; written
-        largest: [1], int32; the bits of the greatest finite magnitude, a float32
-        n: int; elements
+        q: [n_q], 16-bit or float32
+        k: [n_k], 16-bit or float32
+        y_q: [n_q], e4m3; written
+        y_k: [n_k], e4m3; written
+        largest: [2], int32; the bits of the greatest finite magnitudes of q and k, float32
+        n_q, n_k: int; elements
+        programs_q: int; programs that work on q
         B: elements of one program
     """
-    o_x = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    stretch = power_of_two(e4m3_stretch(tl.load(largest)))
-    b_x = tl.load(x + o_x, mask=o_x < n, other=0.0).to(tl.float32) * stretch
-    tl.store(y + o_x, clamp_e4m3(b_x).to(y.dtype.element_ty), mask=o_x < n)
+    program = tl.program_id(0).to(tl.int64)
+    if program < programs_q:
+        stretch_block(q, y_q, n_q, program, tl.load(largest), B)
+    else:
+        stretch_block(k, y_k, n_k, program - programs_q, tl.load(largest + 1), B)
 
 
-def to_fp8(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The tensor in e4m3, stretched to fill its range (see above); on a GPU."""
-    x = x.contiguous()
-    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    if x.numel():
-        largest = torch.zeros(1, dtype=torch.int32, device=x.device)
-        grid = (triton.cdiv(x.numel(), BLOCK),)
-        largest_kernel[grid](x, largest, x.numel(), B=BLOCK)
-        stretch_kernel[grid](x, y, largest, x.numel(), B=BLOCK)
-    return y
+def to_fp8(
+    q: Float[Tensor, "*shape_q"], k: Float[Tensor, "*shape_k"]
+) -> tuple[Float[Tensor, "*shape_q"], Float[Tensor, "*shape_k"]]:
+    """Both tensors in e4m3, each stretched to fill its range (see above); on a GPU."""
+    q, k = q.contiguous(), k.contiguous()
+    y_q, y_k = (torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) for x in (q, k))
+    programs_q = triton.cdiv(q.numel(), BLOCK)
+    grid = (programs_q + triton.cdiv(k.numel(), BLOCK),)
+    if grid[0]:
+        largest = torch.zeros(2, dtype=torch.int32, device=q.device)
+        largest_kernel[grid](q, k, largest, q.numel(), k.numel(), programs_q, B=BLOCK)
+        stretch_kernel[grid](q, k, y_q, y_k, largest, q.numel(), k.numel(), programs_q, B=BLOCK)
+    return y_q, y_k

@@ -1,5 +1,8 @@
 """Index branch: from index queries and keys to the selected blocks in one pass (R4-R8).
 
+These are the portable kernels. On Hopper GPUs `select_fused` takes those of `hopper/` instead,
+unless its caller names these or `msa.kernel_choice` says that the others cannot run.
+
     for each tile of rows (query, group):
         kept = {}                                   # at most `places` = k - forced blocks
         for each block b before the recent ones, ascending:
@@ -36,6 +39,8 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
+from msa.kernel_choice import Kernels, call_of
+from msa.kernel_choice import choose as choose_kernels
 from msa.triton_impl.block_topk import select_blocks
 from msa.triton_impl.launch import can_describe, describe, is_exact, pad, require_kernels
 from msa.triton_impl.places import device_table, on_its_device
@@ -277,20 +282,45 @@ def select_fused(
     sequences: Sequences,
     config: MSAConfig,
     index_dtype: str | None = None,
-    tile: TileConfig | None = None,
+    kernels: Kernels = "auto",
 ) -> Selection:
-    """The selected blocks straight from index queries and keys; scores are never written (R4-R8).
+    """The selected blocks straight from index queries and keys (R4-R8).
 
     Args:
         index_dtype: None keeps the tensors as they are; "fp8_e4m3" rounds both to 8 bits (see
             `msa.triton_impl.quantize`): faster, and no longer the same function.
-        tile: launch parameters; None takes the measured ones.
+        kernels: "portable" for the kernels of this file, "hopper" for those of `hopper/`; "auto"
+            chooses by `msa.kernel_choice`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     require_kernels(config.block_size, config.top_k, q_idx=q_idx, k_idx=k_idx)
+    if choose_kernels(kernels, call_of(q_idx, k_idx, config)) == "hopper":
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper.selection import select_on_hopper
+
+        return select_on_hopper(q_idx, k_idx, sequences, config, index_dtype)
+    return select_portable(q_idx, k_idx, sequences, config, index_dtype)
+
+
+def select_portable(
+    q_idx: Float[Array, "Tq Hkv Di"],
+    k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences,
+    config: MSAConfig,
+    index_dtype: str | None = None,
+    tile: TileConfig | None = None,
+) -> Selection:
+    """`select_fused` by the kernels of this file, for checked arguments; writes no scores.
+
+    Args:
+        tile: launch parameters; None takes the measured ones.
+    """
     n_q, groups, dim = q_idx.shape
     scale = config.index_scale_for(dim)
     if index_dtype is not None:
-        q_idx, k_idx = to_fp8(q_idx), to_fp8(k_idx)
+        q_idx, k_idx = to_fp8(q_idx, k_idx)
     out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
     tile = tile or choose("select", q_idx.dtype, pad(dim), config.block_size)
     rows = max(tile.rows, pad(groups))

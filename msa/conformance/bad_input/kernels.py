@@ -52,7 +52,38 @@ def kernels(
     return BadInput(name, error, says, lambda kit: _on_kernels(lambda: msa.attention(**given)))
 
 
+def hopper(
+    name: str, error: type[Exception], says: tuple[str, ...], dtype: str = "float16",
+    index_dim: int = 64, groups: int = 2, **config: int,
+) -> BadInput:  # fmt: skip
+    """A case that names the hopper kernels in msa.select where they cannot run."""
+    shapes = {"q_idx": (6, groups, index_dim), "k_idx": (8, index_dim)}
+    given: Arguments = {name: np.ones(shape, dtype) for name, shape in shapes.items()}
+    given |= {"config": msa.MSAConfig(**{"block_size": 64} | config), "backend": "triton"}
+    return BadInput(
+        name, error, (*says, "kernels='hopper'", "use kernels='portable'"),
+        lambda kit: _on_kernels(lambda: msa.select(**given, kernels="hopper")),
+    )  # fmt: skip
+
+
+HOPPER_CASES = [
+    hopper("float32 for hopper kernels", TypeError, ("q_idx", "float16 or bfloat16",
+           "got float32"), dtype="float32"),
+    hopper("an index of 16 channels for hopper kernels", ValueError, ("q_idx", "Di = 64 or 128",
+           "got 16"), index_dim=16),
+    hopper("blocks of 32 for hopper kernels", ValueError, ("block_size", "64 or 128", "got 32"),
+           block_size=32),
+    hopper("257 groups for hopper kernels", ValueError, ("q_idx", "at most 256 groups", "got 257"),
+           groups=257),
+    hopper("70 places for hopper kernels", ValueError, ("top_k", "at most 64 more than sink_blocks",
+           "got 65 more"), top_k=70, sink_blocks=3, local_blocks=2),
+    hopper("hopper kernels on the host", ValueError, ("q_idx", "GPU of compute capability 9.x",
+           "got the CPU")),
+    kernels("hopper kernels in attention", TypeError, ("q_idx", "float16 or bfloat16",
+            "kernels='hopper'", "got float32"), kernels="hopper"),
+]  # fmt: skip
 KERNEL_CASES = [
+    *HOPPER_CASES,
     kernels("blocks of 24 for kernels", ValueError, ("block_size", "16, 32, 64, 128 or 256",
             "got 24", "backend='torch'"), block_size=24),
     kernels("blocks of 8 for kernels", ValueError, ("block_size", "got 8"), block_size=8),

@@ -24,7 +24,7 @@ class Kit:
     """Good arguments as arrays of the subject's kind, and calls with some of them replaced."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject, self.backend = subject, subject.name
+        self.subject, self.backend = subject, subject.backend
         self.common: Arguments = {"config": CONFIG, "backend": self.backend}
 
     def array(self, *shape: int, dtype: str = "float32") -> Any:

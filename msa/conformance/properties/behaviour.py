@@ -92,7 +92,7 @@ def bad_inputs(domain: Domain) -> st.SearchStrategy[BadInput]:
     return st.sampled_from(BAD_INPUTS)
 
 
-@holds_for(bad_inputs, needs=("api",), seeds=BAD_INPUTS)
+@holds_for(bad_inputs, needs=("api", "decode_step"), seeds=BAD_INPUTS)
 def r20_bad_input_is_refused_before_any_work(subject: Subject, bad: BadInput) -> Measure:
     """The error names the argument, what was wanted and what was given, before any work."""
     try_bad_input(subject, bad)

@@ -88,7 +88,7 @@ def r21_strides_of_pages_change_no_bit(subject: Subject, given: LaidPages) -> Me
     def step(laid: bool) -> Bits:
         parts = page_parts(subject, given, laid)
         q, q_idx, cache = parts.pop("q"), parts.pop("q_idx"), PagedKV(**parts)
-        kinds: dict[str, Any] = {"config": given.paged.case.config, "backend": subject.name}
+        kinds: dict[str, Any] = {"config": given.paged.case.config} | subject.public("decode")
         output = msa.decode(q, q_idx, cache, **kinds)
         found = {"out": output.out, "lse": output.lse, "indices": selected(output)}
         return {name: subject.read(array) for name, array in found.items()}

@@ -89,8 +89,10 @@ class InMode(Brief):
 
 
 def in_mode(domain: Domain) -> st.SearchStrategy[InMode]:
-    """Draw a call of attention or decode, and a mode."""
-    either = st.one_of(strategies.cases(domain), strategies.paged_cases(domain))
+    """Draw a call of attention, or of decode if the backend has it, and a mode."""
+    either: st.SearchStrategy[Case | PagedCase] = strategies.cases(domain)
+    if domain.has("decode_step"):
+        either = st.one_of(strategies.cases(domain), strategies.paged_cases(domain))
     return st.builds(InMode, either, st.integers(0, 3))
 
 
@@ -106,11 +108,11 @@ def output_of(
 ) -> Output:
     """Call decode or attention."""
     case = of.case if isinstance(of, PagedCase) else of
-    kinds: dict[str, Any] = {"config": case.config, "backend": subject.name}
     if isinstance(of, PagedCase):
-        return msa.decode(*arrays, **kinds)
+        return msa.decode(*arrays, config=case.config, **subject.public("decode"))
     borders = {f"cu_seqlens_{n}": getattr(case.sequences, f"cu_seqlens_{n}") for n in "qk"}
-    return msa.attention(*arrays, align=align, **borders, **kinds)
+    kinds = borders | subject.public("attention")
+    return msa.attention(*arrays, align=align, config=case.config, **kinds)
 
 
 def results_of(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bits:
@@ -122,7 +124,7 @@ def results_of(subject: Subject, of: Case | PagedCase, arrays: list[Any]) -> Bit
     return dtypes | {name: subject.read(array) for name, array in found.items()}
 
 
-@holds_for(in_mode, needs=("api", "tensors", "decode_step"))
+@holds_for(in_mode, needs=("api", "tensors"))
 def r21_the_defaults_of_torch_change_no_bit(subject: Subject, given: InMode) -> Measure:
     """Default dtype float64, default device meta, no_grad and inference_mode change no bit."""
     tensors = replace(subject, kind="torch")  # the results of the reference are tensors too

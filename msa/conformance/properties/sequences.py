@@ -71,7 +71,7 @@ def r1_batched_is_packed_with_equal_lengths(subject: Subject, case: Case) -> Mea
     inputs = case.inputs
     packed = [subject.give(x, case.dtype) for x in (*inputs.main, *inputs.index)]
     batched = [x.reshape(2, len(x) // 2, *x.shape[1:]) for x in packed]
-    kinds: dict[str, Any] = {"config": case.config, "backend": subject.name}
+    kinds: dict[str, Any] = {"config": case.config} | subject.public("attention")
     one = msa.attention(*batched, **kinds)
     other = msa.attention(
         *packed, cu_seqlens_q=twice.cu_seqlens_q, cu_seqlens_k=twice.cu_seqlens_k, **kinds

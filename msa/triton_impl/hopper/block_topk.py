@@ -1,4 +1,4 @@
-"""Top-k of block scores on Hopper: one thread for each row; no thread waits for another (R6-R8).
+"""Top-k of block scores on Hopper: one thread for each row, and no thread waits (R6-R8).
 
     scores = [pieces, 256 rows, 8 blocks] and maxima = [pieces, 256 rows], of index_scores.py
     for each row, in one thread:
@@ -10,11 +10,13 @@
 What the fast form changes:
  1. A row lies in the registers of one thread: no shuffle, no shared memory, no barrier. Rows lie
     side by side in memory, so that the 32 threads of a warp read whole lines.
- 2. A thread keeps the best K values seen, sorted. It sorts the next K values the other way round,
-    takes the larger of each pair, and sorts again: 15 instructions for each value with K = 16. The
-    number of steps does not depend on the scores, so the threads of a warp never part.
- 3. Only values are sorted. A second look at the same numbers writes the ids of those that reach the
-    bound, in ascending order, as R8 wants them. Most of it comes from the L2 cache.
+ 2. A thread keeps the best K values so far, in descending order. It sorts the next K values in
+    ascending order, takes the larger of each pair, and sorts again: 15 instructions for each value
+    with K = 16. The number of steps does not depend on the scores, so all threads of a warp always
+    take the same steps.
+ 3. Only values are sorted. The same numbers are then read again, and the ids of those that reach
+    the bound are written in ascending order, as R8 wants them. Most of this second reading is
+    served by the L2 cache.
  4. The best `places` blocks lie in the best `places` pieces, if pieces of equal maxima are taken in
     the order of their ids: each of these pieces has a block that comes before any block of a piece
     that was left out. So the number of pieces that are read again is bounded, whatever the scores.
@@ -22,8 +24,10 @@ What the fast form changes:
  6. The score kernel wrote -inf for NaN and 0 for -0, so plain maxima and minima give the order of
     R4. It also wrote -inf where a block is not visible. These blocks have the highest ids of a row,
     so they come last among equals.
+ 7. Only the first `places` of equal values can be kept, so their count stops at MOST_TIED. Without
+    this stop it would overflow in rows of hundreds of thousands of equal scores.
 
-Who waits for whom: no one, apart from each thread for its own loads.
+Who waits for whom: each thread waits for its own loads only.
 """
 
 from __future__ import annotations
@@ -37,7 +41,10 @@ from triton.experimental.gluon import language as gl
 from msa.config import MSAConfig
 from msa.ir import Array
 from msa.triton_impl.hopper.plan import PIECE, ROWS, ScorePlan, SuperTile
-from msa.triton_impl.tiles import pad
+from msa.triton_impl.launch import pad
+
+MOST_TIED = gl.constexpr(2**14)
+"""Equal values of a row that are counted: more than places, and with 16 more still in 15 bits."""
 
 WARPS = 1
 """Warps of one program, 32 rows each."""
@@ -121,7 +128,8 @@ def write_kept(p_out, x, ids, limit, bound, ties, above, tied, SHIFT: gl.constex
     """Write the ids [R, K] (+ SHIFT) of the x that reach the bound, behind those written before.
 
     above, tied [R]: how many values above the bound, and equal to it, came before; of the equal
-    ones `ties` are kept. Only ids below `limit` are written. Returns both counts after this batch.
+    ones `ties` are kept. Only ids below `limit` are written. Returns both counts after this batch,
+    `tied` at most MOST_TIED. One prefix sum counts both, in 16 bits each.
     """
     m_above = x > bound[:, None]
     m_tied = x == bound[:, None]
@@ -132,7 +140,7 @@ def write_kept(p_out, x, ids, limit, bound, ties, above, tied, SHIFT: gl.constex
     keep = (m_above | (m_tied & (b_tied <= ties[:, None]))) & (ids < limit[:, None])
     gl.store(p_out[:, None] + rank * STEP, ids + SHIFT, mask=keep)
     total = gl.sum(both, 1)
-    return above + (total & 0xFFFF), tied + (total >> 16)
+    return above + (total & 0xFFFF), gl.minimum(tied + (total >> 16), MOST_TIED)
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -186,10 +194,28 @@ def load_row(p_x, p_ids, first, n, LONG: gl.constexpr, K: gl.constexpr, ROWS: gl
 # -- the kernel -----------------------------------------------------------------------------------
 @gluon.jit
 def pick_kernel(scores, maxima, tiles, kept, out, HKV: gl.constexpr, BK: gl.constexpr,
-                TOP_K: gl.constexpr, P: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+                TOP_K: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
                 PLACES: gl.constexpr, LONG: gl.constexpr, LOG: gl.constexpr,
                 ROWS: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr):  # fmt: skip
-    """32 * WARPS rows of one tile; LONG: look at maxima first."""
+    """32 * WARPS rows of one tile.
+
+    Parameters:
+        scores: [pieces, ROWS, PIECE], float32; the scores of the super-tile
+        maxima: [pieces, ROWS], float32; the maximum of each piece, read if LONG
+        tiles: [tiles, 8], int32; see `ScorePlan`, from the first tile of the super-tile on
+        kept: [programs, PLACES, 32 * WARPS], int32; scratch, the kept pieces of each row, if LONG
+        out: [Tq, Hkv, k], int32; the selection, written
+        HKV: groups
+        BK: keys of a block
+        TOP_K: k
+        SINK, LOCAL: forced first and recent blocks
+        PLACES: places for blocks that are not forced
+        LONG: bool; look at the maxima of pieces first
+        LOG: logarithm of PLACES rounded up to a power of two, 4 at least
+        ROWS: rows of a tile
+        PIECE: blocks of a piece
+        WARPS: warps of one program
+    """
     R: gl.constexpr = 32 * WARPS
     K: gl.constexpr = 2**LOG  # columns of a batch that is sorted
     C: gl.constexpr = 16  # columns of a batch whose ids are written
@@ -209,7 +235,7 @@ def pick_kernel(scores, maxima, tiles, kept, out, HKV: gl.constexpr, BK: gl.cons
         if PLACES == 0:
             limit = gl.zeros_like(limit)
         before = gl.minimum(own + 1, SINK)  # [R] forced first blocks
-        p_out = out + (o_t.to(gl.int64) * HKV + o_m % HKV) * TOP_K + before
+        p_out = out + (o_t.to(gl.int64) * HKV + o_m % HKV) * TOP_K
         p_x = scores + slab * ROWS + o_m * PIECE
         p_max = maxima + slab // PIECE * ROWS + o_m
         program = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + gl.program_id(1)
@@ -246,16 +272,18 @@ def pick_kernel(scores, maxima, tiles, kept, out, HKV: gl.constexpr, BK: gl.cons
         above, tied = as_row(zero, L_C), as_row(zero, L_C)
         for first in range(0, n, C // PIECE):
             x_c, ids = load_row(p_x, p_ids, first, n, LONG, C, ROWS, PIECE, L_C)
-            above, tied = write_kept(as_row(p_out, L_C), x_c, ids, as_row(limit, L_C), bound, ties,
-                                     above, tied, SINK, 1)  # fmt: skip
+            above, tied = write_kept(as_row(p_out + before, L_C), x_c, ids, as_row(limit, L_C),
+                                     bound, ties, above, tied, SINK, 1)  # fmt: skip
         # forced first blocks, then room for the candidates, then the recent blocks, then -1
-        o_p = gl.arange(0, P, layout=gl.SliceLayout(0, L))[None, :]
-        o_p = o_p + zero[:, None] - before[:, None]  # < 0: the forced first blocks
-        after = o_p - gl.minimum(limit, PLACES)[:, None]
-        last = gl.maximum(own - LOCAL + 1, SINK)[:, None] + after
-        x = gl.where(o_p < 0, o_p + before[:, None], gl.where(last <= own[:, None], last, -1))
-        m_x = ((o_p < 0) | (after >= 0)) & (o_p + before[:, None] < TOP_K) & m_m[:, None]
-        gl.store(p_out[:, None] + o_p, x, mask=m_x)
+        before, own = as_row(before, L_C)[:, None], as_row(own, L_C)[:, None]
+        filled = before + as_row(gl.minimum(limit, PLACES), L_C)[:, None]
+        p_row, m_row = as_row(p_out, L_C)[:, None], as_row(m_m, L_C)[:, None]
+        for first in range(0, TOP_K, C):
+            o_p = first + gl.arange(0, C, layout=gl.SliceLayout(0, L_C))[None, :] + 0 * own
+            last = gl.maximum(own - LOCAL + 1, SINK) + o_p - filled
+            x = gl.where(o_p < before, o_p, gl.where(last <= own, last, -1))
+            m_x = ((o_p < before) | (o_p >= filled)) & (o_p < TOP_K) & m_row
+            gl.store(p_row + o_p, x, mask=m_x)
 
 
 def select_scores(
@@ -278,7 +306,7 @@ def select_scores(
                            device=out.device)  # fmt: skip
     pick_kernel[part.tiles, ROWS // (32 * WARPS)](
         scores, scores if maxima is None else maxima, plan.tiles[part.first_tile :], kept, out,
-        HKV=groups, BK=config.block_size, TOP_K=top_k, P=pad(top_k, 1), SINK=config.sink_blocks,
+        HKV=groups, BK=config.block_size, TOP_K=top_k, SINK=config.sink_blocks,
         LOCAL=config.local_blocks, PLACES=places, LONG=part.long,
         LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE, WARPS=WARPS, num_warps=WARPS,
     )  # fmt: skip

@@ -168,11 +168,32 @@ def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, 
 
 
 @gluon.jit
-def score_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale, HKV: gl.constexpr,
-                 BK: gl.constexpr, LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr,
-                 PIECE: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr,
-                 EIGHT: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
-    """The segments runs[p] ... runs[p + 1] of program p."""
+def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale,
+                        HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
+                        LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr,
+                        WIDTH: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
+                        REGISTERS: gl.constexpr):  # fmt: skip
+    """The segments runs[p] ... runs[p + 1] of program p.
+
+    Parameters:
+        q_desc: descriptors of [Tq * Hkv, Di], 16-bit or e4m3, in tiles of 128 rows
+        k_desc: descriptors of [Tk, Di], as q_desc, in tiles of BK rows
+        segments: [segments, 7], int32; see `ScorePlan`
+        runs: [programs + 1], int32; see `ScorePlan`
+        scores: [pieces, 256, PIECE], float32; written
+        maxima: [pieces, 256], float32; the maximum of each piece, written if LONG
+        scale: float; index scale
+        HKV: groups
+        BK: keys of a block
+        LOCAL: forced recent blocks
+        LONG: bool; write the maxima, too
+        STAGES: tiles of keys in the ring
+        PIECE: blocks of a piece
+        WIDTH: numbers of the first operand that lie side by side in 32 bits
+        MMA: layout of a product [128, BK]
+        EIGHT: layout of the scores of a piece [128, PIECE]
+        REGISTERS: of a thread of the second consumer
+    """
     HALF: gl.constexpr = q_desc.block_type.shape[0]
     DIM: gl.constexpr = q_desc.block_type.shape[1]
     q_tile = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, DIM], q_desc.layout)
@@ -230,7 +251,7 @@ def score_segments(
     `segments` and `runs` come from `plan.py`, `changes` replace `options`.
     """
     chosen = options(q_idx.dtype, q_idx.shape[1], block_size) | changes
-    score_kernel[(len(runs) - 1,)](
+    block_scores_kernel[(len(runs) - 1,)](
         describe(q_idx, ROWS // 2), describe(k_idx, block_size), segments, runs, scores,
         scores if maxima is None else maxima, scale, HKV=groups, BK=block_size, LOCAL=local_blocks,
         LONG=maxima is not None, PIECE=PIECE, num_warps=4, **chosen,

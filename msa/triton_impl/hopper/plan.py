@@ -1,4 +1,4 @@
-"""Who scores which blocks of which rows: the host's plan of a selection on Hopper.
+"""The host's plan of a selection on Hopper: which program scores which blocks of which rows.
 
     tiles       = runs of neighbouring queries, 256 rows each (query, group)
     super-tiles = runs of tiles whose scores fit into SCORE_BYTES
@@ -7,9 +7,9 @@
             pairs = all (tile, block of the chunk), tile by tile
             program p gets pairs[len * p // P : len * (p + 1) // P]
 
-The scores of one tile are a slab: pieces of 8 blocks times 256 rows, sink blocks left out. Where a
-row is long, the top-k looks at the maxima of pieces first, and one program must see all blocks of a
-piece. There the shares are whole pieces.
+The scores of one tile are a slab: pieces of 8 blocks times 256 rows, sink blocks left out. Where
+rows are long, the top-k looks at the maxima of pieces first, so one program must score all blocks
+of a piece, and the shares are whole pieces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
-from msa.triton_impl.tiles import to_device
+from msa.triton_impl.tables import to_device
 
 ROWS = 256
 """Rows of one tile: (query, group) pairs."""
@@ -51,10 +51,9 @@ class SuperTile:
     first_run: int
     blocks: int
     """Blocks of all slabs together, each one padded to whole pieces."""
-    longest: int
-    """Blocks of the longest slab."""
     long: bool
-    """Whether the top-k looks at maxima of pieces first."""
+    """Whether the top-k looks at maxima of pieces first: the longest slab has more than LONG
+    blocks."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,24 @@ def cut_shares(blocks: np.ndarray, chunk: int, programs: int, unit: int = 1) -> 
     return table[np.argsort(table[:, 0], kind="stable")]
 
 
+def cut_super_tiles(slabs: np.ndarray, room: int) -> list[tuple[int, int]]:
+    """Runs of tiles, each a first tile and a stop, whose slabs have at most `room` blocks.
+
+    A slab that is larger has a super-tile of its own.
+
+    >>> cut_super_tiles(np.array([8, 8, 16, 0, 40]), 16)
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    ends, first = np.cumsum(slabs), 0
+    found: list[tuple[int, int]] = []
+    while first < len(slabs):
+        before = ends[first] - slabs[first]
+        stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
+        found.append((first, stop))
+        first = stop
+    return found
+
+
 def aligned(count: int) -> int:
     """The next multiple of four: each super-tile's part of a table then starts at 16 bytes."""
     return -(-count // 4) * 4
@@ -137,44 +154,41 @@ def plan_scores(
     if device.type == "cuda":
         programs = torch.cuda.get_device_properties(device).multi_processor_count
     chunk = max(1, CHUNK_BYTES // (token_bytes * config.block_size * PIECE)) * PIECE
-    tiles = cut_tiles(sequences, config, ROWS // groups)
-    slabs = -(-tiles[:, 4] // PIECE) * PIECE
-    ends = np.cumsum(slabs)
-    room = score_bytes // (4 * ROWS)
+    every = cut_tiles(sequences, config, ROWS // groups)
+    slabs = -(-every[:, 4] // PIECE) * PIECE
     parts: list[SuperTile] = []
-    rows: list[np.ndarray] = []
-    segments: list[np.ndarray] = []
-    runs: list[np.ndarray] = []
-    first = n_segments = 0
-    while first < len(tiles):
-        before = ends[first] - slabs[first]
-        stop = max(first + 1, int(np.searchsorted(ends, before + room, side="right")))
-        part, slab, offset = tiles[first:stop], slabs[first:stop], (
-            ends[first:stop] - slabs[first:stop] - before)  # fmt: skip
-        longest = int(part[:, 4].max())
-        parts.append(SuperTile(first, stop - first, aligned(programs + 1) * len(parts),
-                               int(slab.sum()), longest, longest > LONG))  # fmt: skip
+    rows, segments, runs = ([np.zeros(shape, np.int64)] for shape in ((0, 8), (0, 7), 0))
+    n_segments, n_runs = 0, aligned(programs + 1)
+    for first, stop in cut_super_tiles(slabs, score_bytes // (4 * ROWS)):
+        tiles, slab = every[first:stop], slabs[first:stop]
+        offset = np.cumsum(slab) - slab
+        longest = int(tiles[:, 4].max())
+        parts.append(
+            SuperTile(first, stop - first, n_runs * len(parts), int(slab.sum()), longest > LONG)
+        )
         unit = PIECE if parts[-1].long else 1
-        program, tile, block, size = cut_shares(part[:, 4], chunk, programs, unit).T
-        rows.append(np.column_stack([part[:, :3], offset, part[:, 4], np.zeros((len(part), 3))]))
-        is_last = block + size == part[tile, 4]
-        segments.append(
-            np.column_stack([
-                part[tile, 0] * groups,
-                part[tile, 3] + (block + config.sink_blocks) * config.block_size,
-                size,
-                offset[tile] + block,
-                part[tile, 2],
-                block + config.sink_blocks,
-                np.where(is_last, slab[tile] - block, size),
-            ])
-        )  # fmt: skip
-        bounds = np.minimum(np.arange(aligned(programs + 1)), programs)
+        program, *share = cut_shares(tiles[:, 4], chunk, programs, unit).T
+        segments.append(describe_segments(tiles, offset, slab, *share, config, groups))
+        rows.append(np.column_stack([tiles[:, :3], offset, tiles[:, 4], np.zeros((len(slab), 3))]))
+        bounds = np.minimum(np.arange(n_runs), programs)
         runs.append(np.searchsorted(program, bounds) + n_segments)
-        first, n_segments = stop, n_segments + len(program)
+        n_segments += len(program)
+    tables = (to_device(np.concatenate(x), device) for x in (rows, segments, runs))
+    return ScorePlan(*tables, programs, tuple(parts))
 
-    def table(pieces: list[np.ndarray], *shape: int) -> Int[Tensor, "..."]:
-        return to_device(np.concatenate(pieces) if pieces else np.zeros(shape), device)
 
-    return ScorePlan(table(rows, 0, 8), table(segments, 0, 7), table(runs, 0), programs,
-                     tuple(parts))  # fmt: skip
+def describe_segments(
+    tiles: np.ndarray, offset: np.ndarray, slab: np.ndarray, tile: np.ndarray, block: np.ndarray,
+    size: np.ndarray, config: MSAConfig, groups: int,
+) -> np.ndarray:  # fmt: skip
+    """The rows of `ScorePlan.segments` for shares of the tiles: `size` blocks of `tile` each."""
+    is_last = block + size == tiles[tile, 4]
+    return np.column_stack([
+        tiles[tile, 0] * groups,
+        tiles[tile, 3] + (block + config.sink_blocks) * config.block_size,
+        size,
+        offset[tile] + block,
+        tiles[tile, 2],
+        block + config.sink_blocks,
+        np.where(is_last, slab[tile] - block, size),
+    ])  # fmt: skip

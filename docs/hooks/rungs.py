@@ -1,0 +1,64 @@
+"""The tables of the ladder that show the hopper kernels, from their measured results."""
+
+from __future__ import annotations
+
+from docs.hooks.curves import table
+from docs.hooks.measured import age, read
+
+RESULTS = "selection_hopper_h200"
+INDEX = {"bf16": "bf16", "fp8_e4m3": "8 bits"}
+
+
+def selection() -> str:
+    """Milliseconds of a selection by the portable kernels and by both versions for Hopper."""
+    found = read(RESULTS)
+    rows = [
+        (row["shape"], INDEX[row["index"]], ms(row["portable"]), ms(row["first_version"]),
+         f"**{ms(row['hopper'])}**", f"{row['portable']['ms'] / row['hopper']['ms']:.2f}×")
+        for row in found["select"]
+    ]  # fmt: skip
+    columns = ("queries of keys", "index", "portable", "first version", "hopper", "gain")
+    return f"{table(columns, rows)}\n\n{age(RESULTS)}"
+
+
+def scores() -> str:
+    """The rate of the score kernel, and its share of a plain product in the same run."""
+    rows = [
+        (row["shape"], INDEX[row["index"]], "written" if row["maxima"] else "not written",
+         f"{row['tflops']:.0f}", f"{row['share']:.2f}")
+        for row in read(RESULTS)["scores"]
+    ]  # fmt: skip
+    columns = ("queries of keys", "index", "maxima of pieces", "TFLOP/s", "share of a product")
+    return table(columns, rows)
+
+
+def topk() -> str:
+    """Milliseconds of the top-k alone, over scores that are there."""
+    rows = [
+        (f"{row['rows']:,}", f"{row['blocks']:,}", row["k"], ms(row["first_version"]),
+         f"**{ms(row['hopper'])}**")
+        for row in read(RESULTS)["topk"] if "first_version" in row
+    ]  # fmt: skip
+    return table(("rows", "scores each", "k", "first version", "hopper"), rows)
+
+
+def race() -> str:
+    """How many of the repeated runs of the score kernel had a wrong score, by version."""
+    found = read(RESULTS)["race"]
+    shapes = list(dict.fromkeys(row["shape"] for row in found))
+    wrong = {(row["shape"], row["version"]): row for row in found}
+    rows = [
+        (shape, *(f"{wrong[shape, version]['wrong_runs']} of {wrong[shape, version]['runs']}"
+                  for version in ("first", "mended")))
+        for shape in shapes
+    ]  # fmt: skip
+    return table(("queries of keys", "first version, wrong runs", "mended"), rows)
+
+
+def ms(time: dict[str, float]) -> str:
+    """A time with three digits.
+
+    >>> [ms({"ms": x}) for x in (0.0452, 0.739, 11.165, 23.671)]
+    ['0.045', '0.739', '11.2', '23.7']
+    """
+    return f"{time['ms']:.3f}" if time["ms"] < 1 else f"{time['ms']:.3g}"
