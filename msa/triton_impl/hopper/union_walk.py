@@ -19,14 +19,14 @@ What the asynchronous form changes:
     loop over the others has none.
  5. The wait for the product with V must come after the softmax in machine code, too. The assembler
     moves arithmetic past that wait, unless a branch lies between. A second wait for the tile of V,
-    which is known to be there, is such a branch.
- 6. The scale and the maximum are applied by one multiply-add. The rounded product of scale and
-    maximum, not the maximum, is what is subtracted, and the same number serves all blocks, so the
-    rounding cancels. Where logits pass LARGE it would not: there the scale is rounded up to a power
-    of two, whose products are exact. Weights of other tokens are 0 there with either scale.
+    which is known to be there, is such a branch. The weights are converted to 16 bits behind the
+    wait: before it, the running product still reads the registers that they are written to.
+ 6. The scale and the maximum are applied by one multiply-add (`walk_rows.py` says why it is exact).
  7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
     while consumers write this item's rows. Rows of queries are loaded while the last are written.
- 8. A partial last block is followed by another sequence's values. They are overwritten with zeros
+ 8. Slots of other blocks (R16) are folded in one after another at the end of an item. This spills
+    registers, outside of all loops over blocks. Without slots nothing spills.
+ 9. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 
 Who waits for whom (K, V: rings of STAGES tiles; a consumer releases each tile exactly once):
@@ -38,9 +38,9 @@ Who waits for whom (K, V: rings of STAGES tiles; a consumer releases each tile e
                                           ^ both start             ^ runs while P0 V0 does
     consumer 1      skip 0 | S1 = q K1 | softmax 1 | S2 = q K2, o += P1 V1 | ...
 
-A consumer that has weights to multiply keeps their tile of V while it waits for the next keys. If it
-kept the tile while STAGES blocks pass by that it does not want, the producer could not go on. So a
-run of the overlapped loop ends before that, with the product that is left.
+A consumer that has weights to multiply keeps their tile of V while it waits for the next keys. If
+it kept the tile while STAGES blocks pass by that it does not want, the producer could not go on. So
+a run of the overlapped loop ends before that, with the product that is left.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
             MMA: gl.constexpr, S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: its rows of every item; the next block's scores before this block's values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
-    tiles, ids, masks, counts = tables
+    tiles, ids, masks, _ = tables
     DIM: gl.constexpr = k_tiles.shape[2]
     ROWS: gl.constexpr = MMA.instr_shape[0] * 4
     POS: gl.constexpr = ROWS // HEADS
@@ -207,7 +207,7 @@ def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
                 STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
     """The producer: copy the blocks of every item's union, the last one first."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
-    tiles, ids, masks, counts = tables
+    tiles, ids, _, counts = tables
     step = 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
         first_key = gl.load(tiles + (item // HKV) * 5 + 3)
@@ -324,7 +324,7 @@ def walk(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_walk_kernel[(min(programs, items),)](
         q, describe(k), describe(v), tiles, block_ids, row_masks, counts, *parts, into.out,
-        into.lse, scale, 2.0 ** math.ceil(math.log2(scale)), items, block_ids.shape[2],
+        into.lse, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items, block_ids.shape[2],
         *q.stride()[:2], G=group, HKV=groups, HEADS=pad(group, 8),
         TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, **OPTIONS,
     )  # fmt: skip

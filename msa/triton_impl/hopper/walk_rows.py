@@ -7,7 +7,8 @@ product of the row's highest score `top` and the scale. All blocks of a row use 
 
 Where |shift| >= LARGE it would not cancel, because s * scale is then rounded more coarsely than the
 weights allow. There the scale is rounded up to a power of two, whose products are exact. A token
-that is not at the maximum has a weight of 0 with either scale.
+that is not at the maximum has a weight of next to nothing with either scale. A logit beyond
+float32's range, 2^128, gives NaN.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def along_rows(x, MMA: gl.constexpr):
 @gluon.jit
 def load_item(tables, item, U, HKV: gl.constexpr, BK: gl.constexpr):
     """Of an item: where its union lies, how many blocks it has, and how many need a token mask."""
-    tiles, ids, masks, counts = tables
+    tiles, ids, _, counts = tables
     record = tiles + (item // HKV) * 5
     n = gl.load(counts + item)
     base = item.to(gl.int64) * U
