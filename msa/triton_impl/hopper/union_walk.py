@@ -105,7 +105,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
             MMA: gl.constexpr, S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: its rows of every item; the next block's scores before this block's values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
-    tiles, ids, masks, _ = tables
+    tiles, ids, masks, _unused = tables
     DIM: gl.constexpr = k_tiles.shape[2]
     ROWS: gl.constexpr = MMA.instr_shape[0] * 4
     POS: gl.constexpr = ROWS // HEADS
@@ -207,7 +207,7 @@ def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
                 STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
     """The producer: copy the blocks of every item's union, the last one first."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
-    tiles, ids, _, counts = tables
+    tiles, ids, _unused, counts = tables
     step = 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
         first_key = gl.load(tiles + (item // HKV) * 5 + 3)

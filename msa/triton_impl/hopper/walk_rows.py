@@ -76,7 +76,7 @@ def along_rows(x, MMA: gl.constexpr):
 @gluon.jit
 def load_item(tables, item, U, HKV: gl.constexpr, BK: gl.constexpr):
     """Of an item: where its union lies, how many blocks it has, and how many need a token mask."""
-    tiles, ids, _, counts = tables
+    tiles, ids, _unused, counts = tables
     record = tiles + (item // HKV) * 5
     n = gl.load(counts + item)
     base = item.to(gl.int64) * U
