@@ -197,6 +197,21 @@ def test_strides_of_every_kind():
         assert_same(select_fused(q, k, *rest, kernels="hopper"), want)
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("which", ["q_idx", "k_idx"])
+def test_rows_far_apart(which):
+    """The last row lies more than 2^31 numbers behind the first one."""
+    n, dim, step = 300, 64, 2**23 + 16
+    assert (n - 1) * step > 2**31
+    close = {"q_idx": integers(n, 1, dim), "k_idx": integers(n, dim, seed=1)}
+    wide = torch.empty(n * step, dtype=BF16, device="cuda")
+    far = wide.as_strided(close[which].shape, (step, *close[which].stride()[1:]))
+    far.copy_(close[which])
+    rest = Sequences.one(n, n), msa.MSAConfig(64, 3)
+    want = select_fused(*close.values(), *rest, kernels="portable")
+    assert_same(select_fused(*(close | {which: far}).values(), *rest, kernels="hopper"), want)
+
+
 def test_a_graph_and_two_streams():
     given = arguments("ragged")
     want = select_fused(*given, kernels="hopper").indices

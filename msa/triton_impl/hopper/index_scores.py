@@ -11,12 +11,14 @@ What the asynchronous form changes:
  1. Three groups of warps run at the same time. A producer warp copies tiles of index keys into a
     ring in shared memory. Two consumers of four warps own 128 rows each and multiply.
  2. While one consumer takes its maxima, the product of the other one runs on the tensor cores.
-    No consumer waits for the other: each releases a stage when its own product has ended.
+    The consumers do not wait for one another: each releases a stage of the ring when its own
+    product has ended.
  3. Rows are the first operand and stay in registers for a whole segment. The tile of index keys is
     the only operand that is read from shared memory.
  4. The rows of the next segment arrive while the last blocks of this one are computed, in a
-    ring of one stage. A consumer gives the stage back after its first product: a load from shared
-    memory may still run when the next instruction starts, but not when a product has used it.
+    ring of one stage. A consumer releases this stage after its first product. It must not do so
+    right after the instruction that loads the rows: this load may still run when the next
+    instruction starts. A product that has ended has used the rows, so the load has ended, too.
  5. The grid is one program for each multiprocessor. The host gives every program an equal share of
     all (tile, block) pairs, in chunks of keys that fit into the L2 cache (see `plan.py`).
  6. Forced blocks are never scored. The own block is always forced (R6), so every scored block lies
@@ -24,9 +26,9 @@ What the asynchronous form changes:
     rows of the tile become -inf there.
  7. Scores lie as [pieces, rows, 8 blocks] for each tile of rows. The four threads that share a row
     collect the scores of one piece, two each, and write 32 bytes at a time. The top-k reads a piece
-    of a row with one access, and a whole tile in whole lines.
- 8. Where rows are long, the maximum of each piece is written, too. It costs four shuffles for eight
-    blocks here, and a pass over all scores elsewhere.
+    of a row by one access, and the pieces of neighbouring rows fill whole lines of memory.
+ 8. Where rows are long, the maximum of each piece is written, too. Here this costs four shuffles
+    for eight blocks; in a kernel of its own it would cost a pass over all scores.
  9. NaN is written as -inf (R4) and -0 as 0, so that the top-k compares plain numbers.
 
 Who waits for whom (K: ring of STAGES tiles of keys, Q: ring of one stage of 256 rows):

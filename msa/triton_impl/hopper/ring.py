@@ -1,4 +1,4 @@
-"""A ring of tiles in shared memory: one producer fills stages, several consumers read them.
+"""A ring of tiles in shared memory: one producer fills its stages, several consumers read them.
 
     producer                          ring                       each consumer
     --------                          ----                       -------------
@@ -14,7 +14,7 @@ opposite phase of `empty`, so that its first STAGES waits pass at once.
 when every consumer has arrived once. The ring is correct if each consumer releases every stage
 exactly once, also a stage that it does not use.
 
-This file is the one place for names of Gluon that differ between releases of Triton.
+Names of Gluon that differ between releases of Triton stand in this file only.
 """
 
 from __future__ import annotations
