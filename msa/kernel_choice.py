@@ -48,8 +48,9 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
-SMALLEST_GROUP = 8
-"""With fewer query heads in a group, rows of the hopper walk are empty: "auto" avoids it."""
+SMALLEST_GROUP = 9
+"""With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
+"auto" avoids it."""
 FEWEST_ROWS = 2**15
 """With fewer rows (queries times heads), a Hopper GPU has hardly two tiles of the walk for each
 multiprocessor: "auto" avoids it."""

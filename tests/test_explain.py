@@ -85,7 +85,7 @@ def test_the_choice_of_kernels_is_told(capsys):
     assert cli.main(["explain"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert f"here, in bfloat16: {shown['chosen']}" in text and "block_size 64 or 128" in text
-    assert "query heads of a group 8 to 64" in text
+    assert "query heads of a group 9 to 64" in text
     if not torch.cuda.is_available():
         assert "q_idx must be on a GPU of compute capability 9.x" in text
 

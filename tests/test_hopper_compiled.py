@@ -40,7 +40,7 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
-FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 8, False)]
+FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
 
 
 def chosen(few, every):
@@ -102,5 +102,5 @@ def test_walk_kernels_fit():
         assert found["shared"] <= 227 * 1024, options
         _, group, fold = options
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
-        assert found["spilled"] <= (0 if chosen_by_auto else 600), options
+        assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options

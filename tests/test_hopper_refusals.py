@@ -83,8 +83,8 @@ def test_what_the_hopper_walk_cannot_take(changes, error, message):
 
 
 @pytest.mark.parametrize(("changes", "auto"), [
-    ({}, "hopper"), ({"blocks": 129}, "portable"), ({"group": 8}, "hopper"),
-    ({"blocks": 129, "loop_order": "union"}, "hopper"), ({"group": 7}, "portable"),
+    ({}, "hopper"), ({"blocks": 129}, "portable"), ({"group": 9}, "hopper"),
+    ({"blocks": 129, "loop_order": "union"}, "hopper"), ({"group": 8}, "portable"),
     ({"rows": 2**15}, "hopper"), ({"rows": 2**15 - 1, "loop_order": "union"}, "portable"),
 ])  # fmt: skip
 def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
@@ -135,7 +135,7 @@ def test_the_rule_names_its_own_numbers():
     assert len(told) == 7
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
-    assert told["query heads of a group"] == "8 to 64" and len(told) == 7
+    assert told["query heads of a group"] == "9 to 64" and len(told) == 7
 
 
 @pytest.mark.parametrize("batched", [False, True])
