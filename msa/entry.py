@@ -58,7 +58,8 @@ class Entry:
         elif selection is not None:
             q, k, v = (arrays[name] for name in "qkv")
             order = self.options["loop_order"]
-            kernel_choice.choose("hopper", kernel_choice.walk_call_of(q, k, v, selection, order))
+            walk = kernel_choice.walk_call_of(q, k, v, selection, q.shape[-1] ** -0.5, order)
+            kernel_choice.choose("hopper", walk)  # no scale is refused
 
     def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
         """Call a function of the backend; its answer in the caller's kind, dtype and layout."""

@@ -54,6 +54,9 @@ SMALLEST_GROUP = 9
 FEWEST_ROWS = 2**15
 """With fewer rows (queries times heads), a Hopper GPU has hardly two tiles of the walk for each
 multiprocessor: "auto" avoids it."""
+LARGEST_SCALE = 0.5
+"""With a larger softmax scale, a logit may pass float32's range, and the hopper walk gives NaN for
+it, where the portable walk still weighs it right: "auto" avoids it."""
 LONGEST_WHOLE = 128
 """Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
 than "auto" on the portable kernels, for every selection."""
@@ -96,6 +99,8 @@ class WalkCall:
     """Queries times heads."""
     blocks: int
     """Blocks of the longest sequence."""
+    scale: float
+    """The softmax scale."""
     device: str
     capability: tuple[int, int] | None
     triton: str | None
@@ -116,7 +121,7 @@ def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
 
 
 def walk_call_of(
-    q: Array, k: Array, v: Array, selection: Selection, loop_order: str = "auto"
+    q: Array, k: Array, v: Array, selection: Selection, scale: float, loop_order: str
 ) -> WalkCall:
     """What the choice depends on, for these arguments of an attention over a selection."""
     return WalkCall(
@@ -130,6 +135,7 @@ def walk_call_of(
         loop_order=loop_order,
         rows=selection.sequences.total_q * q.shape[-2],
         blocks=longest(selection.sequences, selection.block_size),
+        scale=scale,
         **machine_of(q),
     )
 
@@ -281,17 +287,18 @@ def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopp
     found = obstacle(call)
     if kernels == "hopper" and found is not None:
         raise found
-    if found is not None or (kernels == "auto" and not is_faster(call)):
+    if found is not None or (kernels == "auto" and not is_better(call)):
         return "portable"
     return "hopper"
 
 
-def is_faster(call: Call | WalkCall) -> bool:
-    """Whether the hopper kernels, which can take the call, were measured to be the faster ones."""
+def is_better(call: Call | WalkCall) -> bool:
+    """Whether the hopper kernels, which can take the call, are the better choice for it."""
     if not isinstance(call, WalkCall):
         return True
     wanted = call.loop_order == "union" or call.blocks <= LONGEST_WHOLE
-    return wanted and call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
+    fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
+    return wanted and fits and call.scale <= LARGEST_SCALE
 
 
 def order_on_hopper(call: WalkCall) -> str:
@@ -323,6 +330,7 @@ def walk_rule() -> list[tuple[str, str]]:
         ("D and Dv", str(WALK_DIM)),
         ("block_size", str(WALK_BLOCK_SIZE)),
         ("query heads of a group", f"{SMALLEST_GROUP} to {LARGEST_GROUP}"),
+        ("softmax scale", f"at most {LARGEST_SCALE:g}"),
         ("queries times heads", f"{FEWEST_ROWS} or more"),
         ("loop_order", f"'union'; or 'auto', at most {LONGEST_WHOLE} blocks in a sequence"),
     ]

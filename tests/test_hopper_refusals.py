@@ -54,7 +54,7 @@ def test_what_hopper_kernels_cannot_take(changes, error, message):
 
 WALK = WalkCall(
     q_dtype="bfloat16", k_dtype="bfloat16", v_dtype="bfloat16", dim=128, dim_v=128, group=16,
-    block_size=128, loop_order="auto", rows=2**20, blocks=128, device="cuda:0", capability=(9, 0),
+    block_size=128, loop_order="auto", rows=2**20, blocks=128, scale=0.1, device="cuda:0", capability=(9, 0),
     triton="3.6.0", interpreted=False,
 )  # fmt: skip
 BAD_WALKS = [
@@ -86,6 +86,7 @@ def test_what_the_hopper_walk_cannot_take(changes, error, message):
     ({}, "hopper"), ({"blocks": 129}, "portable"), ({"group": 9}, "hopper"),
     ({"blocks": 129, "loop_order": "union"}, "hopper"), ({"group": 8}, "portable"),
     ({"rows": 2**15}, "hopper"), ({"rows": 2**15 - 1, "loop_order": "union"}, "portable"),
+    ({"scale": 0.5}, "hopper"), ({"scale": 0.51}, "portable"),
 ])  # fmt: skip
 def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
     """Named, it is taken wherever it runs."""
@@ -96,7 +97,7 @@ def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
 
 def test_every_fact_of_a_walk_counts():
     refuse = {name for changes, *_ in BAD_WALKS for name in changes}
-    assert refuse | {"rows", "blocks"} == {f.name for f in fields(WalkCall)}
+    assert refuse | {"rows", "blocks", "scale"} == {f.name for f in fields(WalkCall)}
 
 
 def test_short_sequences_are_walked_whole():
@@ -135,7 +136,7 @@ def test_the_rule_names_its_own_numbers():
     assert len(told) == 7
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
-    assert told["query heads of a group"] == "9 to 64" and len(told) == 7
+    assert told["query heads of a group"] == "9 to 64" and len(told) == 8
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -143,8 +144,8 @@ def test_a_walk_is_read_from_the_arguments(batched):
     lead = (1, 300) if batched else (300,)
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
-    call = kernel_choice.walk_call_of(q, k, v, chosen, "union")
-    assert call == WalkCall(*["float16"] * 3, 64, 32, 3, 128, "union", 1800, 3, "the CPU", None,
+    call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
+    assert call == WalkCall(*["float16"] * 3, 64, 32, 3, 128, "union", 1800, 3, 0.3, "the CPU", None,
                             call.triton, is_interpreted())  # fmt: skip
 
 

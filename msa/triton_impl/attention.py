@@ -208,7 +208,7 @@ def attend_super_tiles(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Super-tile by super-tile, each in the order that pays."""
     (n_q, heads, _), dim_v = q.shape, v.shape[2]
-    call = walk_call_of(q, k, v, selection, loop_order)
+    call = walk_call_of(q, k, v, selection, scale, loop_order)
     walker = choose_kernels(kernels, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)
@@ -314,7 +314,8 @@ def attend(
     require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)  # q_idx, k_idx: select_fused
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype, kernels)
     scale = config.softmax_scale_for(q.shape[-1])
-    if kernels == "hopper" and obstacle(walk_call_of(q, k, v, selection, loop_order)) is not None:
+    call = walk_call_of(q, k, v, selection, scale, loop_order)
+    if kernels == "hopper" and obstacle(call) is not None:
         kernels = "portable"
     output = attend_checked(q, k, v, selection, scale, loop_order, kernels)
     if not align:

@@ -25,7 +25,8 @@ What the asynchronous form changes:
  7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
     while consumers write this item's rows. Rows of queries are loaded while the last are written.
  8. Slots of other blocks (R16) are folded in one after another at the end of an item. This spills
-    registers, outside of all loops over blocks. Without slots nothing spills.
+    registers, outside of all loops over blocks. Without slots nothing spills
+    where a group has nine heads or more.
  9. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 

@@ -8,7 +8,8 @@ product of the row's highest score `top` and the scale. All blocks of a row use 
 Where |shift| >= LARGE it would not cancel, because s * scale is then rounded more coarsely than the
 weights allow. There the scale is rounded up to a power of two, whose products are exact. A token
 that is not at the maximum has a weight of next to nothing with either scale. A logit beyond
-float32's range, 2^128, gives NaN.
+float32's range gives NaN, which a softmax scale of at most LARGEST_SCALE (`msa.kernel_choice`)
+rules out.
 """
 
 from __future__ import annotations
