@@ -26,21 +26,12 @@ IndexDtype = Literal["fp8_e4m3"]
 
 
 def attention(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    align: bool = False,
-    backend: BackendName = "auto",
-    loop_order: LoopOrder = "auto",
-    index_dtype: IndexDtype | None = None,
-    kernels: Kernels = "auto",
-) -> Output:
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    align: bool = False, backend: BackendName = "auto", loop_order: LoopOrder = "auto",
+    index_dtype: IndexDtype | None = None, kernels: Kernels = "auto",
+) -> Output:  # fmt: skip
     """MiniMax Sparse Attention: each query and group reads its top blocks of keys (eq. 6-8).
 
     Args:
@@ -88,19 +79,15 @@ def attention(
 
 
 def select(
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
-    index_dtype: IndexDtype | None = None,
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    backend: BackendName = "auto", index_dtype: IndexDtype | None = None,
     kernels: Kernels = "auto",
-) -> Selection:
+) -> Selection:  # fmt: skip
     """The index branch alone: the blocks that each query and group would read (eq. 6-7, R4-R8).
 
-    Arguments and errors as in `attention`. The Selection is packed: indices int32 [Tq, Hkv, k].
+    Arguments and errors are those of `attention`. The Selection is packed, with
+    indices int32 [Tq, Hkv, k].
 
     >>> import numpy as np, msa
     >>> q_idx, k_idx = np.ones((6, 1, 1)), np.array([[0.0], [9], [1], [2], [3], [4]])
@@ -115,23 +102,16 @@ def select(
 
 
 def sparse_attention(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    selection: Selection,
-    *,
-    softmax_scale: float | None = None,
-    backend: BackendName = "auto",
-    loop_order: LoopOrder = "auto",
-    kernels: Kernels = "auto",
-) -> Output:
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    selection: Selection, *, softmax_scale: float | None = None, backend: BackendName = "auto",
+    loop_order: LoopOrder = "auto", kernels: Kernels = "auto",
+) -> Output:  # fmt: skip
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
-    A Selection holds its sequences and its block size. One of your own is
+    A Selection holds its sequences and its block size. To make one of your own, call
     `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`. Its ids are validated
-    (R8), those of torch tensors that this package made are not. kernels says which kernel walks
-    along unions: if "hopper" is named, its Gluon kernel has to be able to. The rest is as in
-    `attention`.
+    (R8); torch ids that this package made are not. kernels says which kernel walks along unions:
+    if "hopper" is named, its Gluon kernel has to be able to. All else is as in `attention`.
 
     >>> import numpy as np, msa
     >>> x = np.arange(4.0).reshape(4, 1, 1)
@@ -151,18 +131,12 @@ def sparse_attention(
 
 
 def align_index(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    selection: Selection | None = None,
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    lse: Float[Array, "*q Hq"] | None = None,
-    config: MSAConfig = MSAConfig(),
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    selection: Selection | None = None, *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    lse: Float[Array, "*q Hq"] | None = None, config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
     With a selection both distributions run over its visible tokens; with selection=None, the
@@ -197,13 +171,9 @@ def align_index(
 
 
 def decode(
-    q: Float[Array, "B n Hq D"],
-    q_idx: Float[Array, "B n Hkv Di"],
-    cache: PagedKV,
-    *,
-    config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
-) -> Output:
+    q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
+    cache: PagedKV, *, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
+) -> Output:  # fmt: skip
     """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
     A sequence of length 0 is an empty slot of the batch: out 0, lse -inf. Out and lse have q's
@@ -233,11 +203,9 @@ def decode(
 
 
 def append_tokens(
-    cache: PagedKV,
-    k: Float[Array, "B n Hkv D"],
-    v: Float[Array, "B n Hkv Dv"],
+    cache: PagedKV, k: Float[Array, "B n Hkv D"], v: Float[Array, "B n Hkv Dv"],
     k_idx: Float[Array, "B n Di"],
-) -> None:
+) -> None:  # fmt: skip
     """Write n more tokens of each sequence into a paged cache, by the device alone (R2).
 
     This is `PagePool.append` for steps that a CUDA graph captures. `PagePool.reserve` gives the
@@ -266,19 +234,11 @@ def append_tokens(
 
 
 def lower(
-    q: Float[Array, "*q Hq D"],
-    k: Float[Array, "*k Hkv D"],
-    v: Float[Array, "*k Hkv Dv"],
-    q_idx: Float[Array, "*q Hkv Di"],
-    k_idx: Float[Array, "*k Di"],
-    *,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    config: MSAConfig = MSAConfig(),
-    chunk_size: int | None = None,
-    tile_size: int = 8,
-    backend: BackendName = "auto",
-) -> pipeline.Trace:
+    q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
+    q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
+    *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, config: MSAConfig = MSAConfig(),
+    chunk_size: int | None = None, tile_size: int = 8, backend: BackendName = "auto",
+) -> pipeline.Trace:  # fmt: skip
     """`attention` step by step: every intermediate form of both loop orders, by name.
 
     chunk_size is the most edges that a work item may have (None means 2 * k * Bk, as in the paper).

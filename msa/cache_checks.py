@@ -25,7 +25,7 @@ from msa.paged_kv import (
 def check_cache(
     cache: PagedKV, sizes: dict[str, int], counted_in: tuple[str, ...] = checks.INTEGER_DTYPES
 ) -> None:
-    """The arrays agree in shape, and 8-bit pages alone have scales; sizes go to `sizes`."""
+    """The arrays agree in shape, and only 8-bit pages have scales; fills `sizes`."""
     check_arrays(cache, sizes, counted_in)
     check_scales(cache, sizes)
     if cache.shared is not None:
@@ -91,7 +91,7 @@ def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[s
 
 
 def check_written(cache: PagedKV) -> None:
-    """`append_tokens` can write each entry of the arrays by itself, and round to their dtype."""
+    """`append_tokens` can write each entry of the arrays separately, and round to their dtype."""
     for name in (*PAGE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS), "lengths"):
         array = getattr(cache, name)
         if array is None:
@@ -106,7 +106,7 @@ def check_written(cache: PagedKV) -> None:
 
 
 def check_own_memory(name: str, array: Any) -> None:
-    """Each number of the array has memory of its own, as expanded arrays have not."""
+    """Each number of the array has its own place in memory, unlike in expanded arrays."""
     strides = array.stride() if checks.is_torch(array) else array.strides
     expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, array.shape))
     if expanded and 0 not in array.shape:

@@ -39,7 +39,7 @@ class MSAConfig:
     sink_blocks: int = 0
     """How many of the first visible blocks are always selected (R6)."""
     local_blocks: int = 1
-    """How many of the last visible blocks are always selected, the query's own one first (R6)."""
+    """How many of the last visible blocks are always selected, including the own block (R6)."""
     softmax_scale: float | None = None
     """The factor of <q, k>; None means D ** -0.5 (R9)."""
     index_scale: float | None = None

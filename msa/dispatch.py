@@ -77,11 +77,11 @@ def load_backend(name: str) -> Backend:
 
 @dataclass(frozen=True)
 class Carrier:
-    """Converts arrays and forms to the backend's kind, and answers to the caller's kind."""
+    """Converts arrays and forms to the backend's kind, and results to the caller's kind."""
 
     name: str
     model: Array
-    """The argument whose kind, dtype and device the answer has."""
+    """The argument whose kind, dtype and device the result has."""
 
     def exactly(self) -> AbstractContextManager[Any]:
         """A context without autocast, so that products keep the dtypes of the arguments."""

@@ -31,7 +31,7 @@ class DoctorOptions:
 
 
 def run(options: DoctorOptions) -> int:
-    """Look, try, print; 0 whatever was found."""
+    """Find versions, try all parts and print the results; the exit code is always 0."""
     torch = import_torch()
     versions, devices = versions_of(torch), devices_of(torch)
     parts = findings(versions, devices)

@@ -1,6 +1,7 @@
 """What `msa doctor` tries: one small call for each backend, device and number format.
 
-The answer is what happened, and not a guess from version numbers. The messages of msa itself say
+The result is what happened in the call, and not a guess from version numbers. The messages of msa
+itself say
 why a call was refused and what to do, so they are shown as they are.
 """
 
@@ -64,7 +65,7 @@ class Finding:
 
 
 def findings(versions: Versions, devices: list[Device]) -> list[Finding]:
-    """All parts, those that need least first."""
+    """All parts; those that need the fewest libraries come first."""
     made = [attempt("reference", lambda: msa.attention(**arrays(), config=CONFIG))]
     if versions["torch"] is None:
         made.append(Finding("torch on cpu", False, "torch is not installed", install("torch")))
@@ -164,7 +165,7 @@ def use_operators() -> None:
     importlib.import_module("msa.ops").attention(**tensors("cpu", "float32"), config=CONFIG)
 
 
-# -- what is told without a trial -----------------------------------------------------------------
+# -- facts that need no trial ---------------------------------------------------------------------
 def dependent_launch(device: Device) -> Finding:
     """Whether the kernels of a decode step may overlap (programmatic dependent launch)."""
     part = f"dependent launch on {device.name}"
@@ -201,5 +202,5 @@ def extra(name: str) -> Finding:
 
 
 def install(extras: str) -> str:
-    """The command that brings an extra."""
+    """The command that installs an extra."""
     return f"pip install 'msa-stack[{extras}]'"

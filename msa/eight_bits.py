@@ -73,11 +73,9 @@ class Places:
 
 
 def write_tokens(
-    pages: Float[Array, "pages Bk *heads dim"],
-    scales: Float32[Array, "pages *heads"],
-    tokens: Float[Array, "t *heads dim"],
-    places: Places,
-) -> None:
+    pages: Float[Array, "pages Bk *heads dim"], scales: Float32[Array, "pages *heads"],
+    tokens: Float[Array, "t *heads dim"], places: Places,
+) -> None:  # fmt: skip
     """Write new tokens, and older ones again where their page's scale has grown (see above).
 
     All are torch tensors on one device, tokens in float16, bfloat16 or float32.
@@ -136,7 +134,7 @@ def _largest_finite(tokens: Float32[Array, "*shape dim"]) -> Float32[Array, "*sh
 
 
 def _rounded(numbers: Float32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """To the nearest e4m3, ties to even, which torch does; it has no infinities."""
+    """Round to the nearest e4m3, ties to even, as torch does; e4m3 has no infinities."""
     import torch
 
     return numbers.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

@@ -1,10 +1,11 @@
-"""The one way in: public functions and operators check their arguments here, then call a backend.
+"""The start of every call: check its arguments, choose a backend, and call it.
 
     read the layout, check the arguments    enter, enter_cache, enter_append
     choose the backend                      Entry
-    call it, hand back                      Entry.run
+    call it, convert the result             Entry.run
 
-Nothing of a backend is called before all checks have passed, those of the kernels' limits included.
+Public functions and operators use it. No function of a backend is called before all checks have
+passed, including those of the kernels' limits.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from msa.selection import check_selection_for, mark_canonical
 
 
 class Entry:
-    """The backend of a call whose arguments are checked, and the way there and back.
+    """The backend of a call with checked arguments; it converts arrays for the backend and back.
 
     Args:
         backend: its name, or "auto".
-        model: the argument whose kind, dtype and device the answer has.
+        model: the argument whose kind, dtype and device the result has.
         options: those of the triton backend.
     """
 
@@ -41,7 +42,7 @@ class Entry:
         self.layout: Layout | None = None
 
     def check_kernels(self, block_size: int, top_k: int, arrays: dict[str, Array]) -> None:
-        """Check what triton has kernels for, if it was chosen; its kernels read any lse."""
+        """If triton was chosen, check that it has kernels for the call; they read any lse."""
         if self.name == "triton":
             read = {name: array for name, array in arrays.items() if name != "lse"}
             checks.check_kernels(block_size, top_k, **read)
@@ -62,7 +63,7 @@ class Entry:
             kernel_choice.choose("hopper", walk)  # no scale is refused
 
     def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
-        """Call a function of the backend; its answer in the caller's kind, dtype and layout."""
+        """Call a function of the backend; the result has the caller's kind, dtype and layout."""
         with self.carrier.exactly():
             answer = self.carrier.give(function(*args, **others))
         if isinstance(answer, Output) and self.layout is not None:
@@ -92,16 +93,11 @@ class TensorEntry(Entry):
 
 
 def enter(
-    arrays: dict[str, Array],
-    backend: BackendName,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    *,
-    config: MSAConfig | None = None,
-    selection: Selection | None = None,
-    options: dict[str, Any] | None = None,
+    arrays: dict[str, Array], backend: BackendName, cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None, *, config: MSAConfig | None = None,
+    selection: Selection | None = None, options: dict[str, Any] | None = None,
     top_k: int | None = None,
-) -> TensorEntry:
+) -> TensorEntry:  # fmt: skip
     """Check a call of packed or batched tensors.
 
     Args:

@@ -45,7 +45,7 @@ def example() -> dict[str, Float[Array, "..."]]:
     """q, k, v, q_idx, k_idx of the example; v_j = j, so an output shows which tokens were read.
 
     Group 0 looks for the first index channel, group 1 for the second, with two exceptions: query 10
-    of group 0 looks for the second one too, and query 9 of group 1 meets a tie.
+    of group 0 looks for the second one too, and query 9 of group 1 has a tie.
     """
     k_idx = np.array(
         [
@@ -116,8 +116,8 @@ def explain(trace: Trace) -> list[Step]:
         Step(
             "BlockScores", "score_blocks",
             "N keys become N / 4 numbers per query and group: the best score of each block.",
-            "A block is worth reading for its best token; softmax grows with the score, so the raw "
-            "maximum ranks as well as its exponential (R4, R5).",
+            "A block is read for its best token. The exponential does not change the order of the "
+            "scores, so the raw maximum gives the same ranking (R4, R5).",
             "digit = score of the block, the same for its visible tokens",
             draw(visible, score),
             [f"query 11: {trace.scores.values[last, r].astype(int).tolist()} in group {r}"
@@ -126,9 +126,9 @@ def explain(trace: Trace) -> list[Step]:
         ),
         Step(
             "Selection", "select_blocks",
-            "Of each row at most 2 blocks stay: the query's own one, and the best of the others.",
-            "This is the one approximation of MSA; all steps below keep its meaning exactly. "
-            "Query 9 of group 1 sees a tie (0 = 0): the lower id wins (R6, R7).",
+            "Each row keeps at most 2 blocks: the query's own block, and the best of the others.",
+            "This is the only approximation of MSA; all steps below keep its meaning exactly. "
+            "Query 9 of group 1 has a tie (0 = 0): the lower id is selected (R6, R7).",
             "█ = read, · = visible, not read",
             draw(mask, lambda i, r, b: "█"),
             [f"query {i}: {selection.indices[i].tolist()}" for i in (3, 9, 10, 11)],
@@ -138,7 +138,7 @@ def explain(trace: Trace) -> list[Step]:
             "ReverseIndex", "reverse_selection",
             "The same edges, sorted by block: each block now lists the queries that read it.",
             "Sorting a set of edges changes no edge (R13). On a GPU a block is now loaded once for "
-            "all its readers.",
+            "all queries that read it.",
             "letter = row, one per group and block",
             draw(mask, lambda i, r, b: rows[r * blocks + b]),
             [f"row {rows[x]} (group {x // blocks}, block {x % blocks}): queries "
@@ -148,9 +148,9 @@ def explain(trace: Trace) -> list[Step]:
         ),
         Step(
             "Schedule", "schedule_chunks",
-            f"Rows are cut into items of at most {CHUNK} edges: block 0, read by nearly all, is "
-            "shared out.",
-            "Every edge lies in exactly one item, and items need nothing from one another (R14).",
+            f"Rows are cut into items of at most {CHUNK} edges. So the many queries of block 0 are "
+            "divided among several items.",
+            "Every edge lies in exactly one item, and no item depends on another one (R14).",
             "letter = work item",
             draw(mask, lambda i, r, b: item_of[r, b, i]),
             [f"{len(schedule.rows)} items for {len(index.query_ids)} edges; edges per item: "
@@ -174,7 +174,7 @@ def explain(trace: Trace) -> list[Step]:
             "The slots of a query are weighed by exp(their LSE - the total LSE) and added up.",
             "Softmax over a disjoint union is the LSE-weighted mean of the softmaxes over its "
             "parts (R16).",
-            "digit = weight of the block in tenths, 9 also for a block read alone",
+            "digit = weight of the block in tenths, 9 also if only one block is read",
             draw(mask, lambda i, r, b: str(min(9, round(10 * weight[i, r, slot_of[i, r, b]])))),
             [f"query 11, head {h}: "
              + " + ".join(f"{w:.3f}·{o:.3f}" for w, o in zip(weight[last, h], partial_out[h]))
@@ -183,8 +183,8 @@ def explain(trace: Trace) -> list[Step]:
         ),
         Step(
             "TileUnion", "unite_tiles",
-            f"The other loop order: {TILE} neighbouring queries walk the union of their blocks; a "
-            "bit says who reads what.",
+            f"The other loop order: {TILE} neighbouring queries walk the union of their blocks. "
+            "A bit for each query and block says whether the query selected the block.",
             "A masked row adds nothing to a running softmax, so reading a neighbour's block is "
             "only wasted work (R9).",
             "█ = read, ○ = walked for a neighbour, masked",
@@ -201,7 +201,7 @@ def explain(trace: Trace) -> list[Step]:
 
 
 def three(numbers: Float[Array, " n"]) -> str:
-    """Three decimals, whatever the precision of the numbers."""
+    """The numbers with three decimals, for any dtype."""
     return ", ".join(f"{x:.3f}" for x in numbers)
 
 

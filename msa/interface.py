@@ -1,7 +1,8 @@
-"""The contract of the backends: what each function of a backend takes and gives.
+"""The contract of the backends: what each function of a backend takes and returns.
 
 A backend is a module of plain functions (`msa.reference`, `msa.torch_impl`, `msa.triton_impl`).
-Arguments are checked before (`msa.entry`), packed (R1), and arrays of the backend's own library.
+Arguments are already checked (by `msa.entry`) and packed (R1), and arrays are of the backend's
+library.
 The triton backend checks the limits of its kernels again, for callers without `msa.entry`.
 Letters are explained in `msa.ir`. Rules R1-R21 are those of docs/spec.md.
 """
@@ -33,42 +34,30 @@ class Backend(Protocol):
 
     # -- the whole path ---------------------------------------------------------------------------
     def attend(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        q_idx: Float[Array, "Tq Hkv Di"],
-        k_idx: Float[Array, "Tk Di"],
-        sequences: Sequences,
-        config: MSAConfig,
-        align: bool = False,
-    ) -> Output:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences, config: MSAConfig, align: bool = False,
+    ) -> Output:  # fmt: skip
         """Select, then attend: MSA itself (eq. 6-8, R4-R12). out in q's dtype, lse in float32.
 
-        With align=True kl is `align_index` over the selection that was made, else None; the rest
-        is the same to the bit. The attention's own LSE can serve the loss.
+        With align=True, kl is `align_index` over the selection, else None; the other results have
+        the same bits. The loss can use the LSE of the attention.
         """
         ...
 
     def attend_selection(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        selection: Selection,
-        softmax_scale: float,
-    ) -> Output:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        selection: Selection, softmax_scale: float,
+    ) -> Output:  # fmt: skip
         """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12)."""
         ...
 
     # -- the index branch -------------------------------------------------------------------------
     def score_blocks(
         self,
-        q_idx: Float[Array, "Tq Hkv Di"],
-        k_idx: Float[Array, "Tk Di"],
-        sequences: Sequences,
-        config: MSAConfig,
-    ) -> BlockScores:
+        q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences, config: MSAConfig,
+    ) -> BlockScores:  # fmt: skip
         """For every query, group and block the highest visible token score (eq. 6, R4-R5).
 
         NaN counts as -inf; -inf where no token of the block is visible.
@@ -81,11 +70,9 @@ class Backend(Protocol):
 
     def select_fused(
         self,
-        q_idx: Float[Array, "Tq Hkv Di"],
-        k_idx: Float[Array, "Tk Di"],
-        sequences: Sequences,
-        config: MSAConfig,
-    ) -> Selection:
+        q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+        sequences: Sequences, config: MSAConfig,
+    ) -> Selection:  # fmt: skip
         """select_blocks(score_blocks(...)) in memory that grows with Tq * k, not Tq * NB."""
         ...
 
@@ -102,13 +89,9 @@ class Backend(Protocol):
         ...
 
     def attend_chunks(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        schedule: Schedule,
-        softmax_scale: float,
-    ) -> Partials:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        schedule: Schedule, softmax_scale: float,
+    ) -> Partials:  # fmt: skip
         """For every edge and head the block-local softmax output and its LSE, in its slot (R15)."""
         ...
 
@@ -128,28 +111,19 @@ class Backend(Protocol):
         ...
 
     def attend_union(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        tile_union: TileUnion,
-        softmax_scale: float,
-    ) -> Output:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        tile_union: TileUnion, softmax_scale: float,
+    ) -> Output:  # fmt: skip
         """Attention by a running softmax along each tile's union (R9, R10)."""
         ...
 
     # -- training and decoding --------------------------------------------------------------------
     def align_index(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        q_idx: Float[Array, "Tq Hkv Di"],
-        k_idx: Float[Array, "Tk Di"],
-        selection: Selection | None,
-        sequences: Sequences,
-        config: MSAConfig,
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+        q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+        selection: Selection | None, sequences: Sequences, config: MSAConfig,
         lse: Float[Array, "Tq Hq"] | None = None,
-    ) -> Float[Array, ""]:
+    ) -> Float[Array, ""]:  # fmt: skip
         """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
         selection=None is the warm-up form: both distributions run over all visible tokens.
@@ -160,24 +134,22 @@ class Backend(Protocol):
         ...
 
     def decode_step(
-        self,
-        q: Float[Array, "B n Hq D"],
-        q_idx: Float[Array, "B n Hkv Di"],
-        cache: PagedKV,
-        config: MSAConfig,
-    ) -> Output:
+        self, q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
+        cache: PagedKV, config: MSAConfig,
+    ) -> Output:  # fmt: skip
         """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
         A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
-        The returned selection covers the live sequences, packed. Where pages have scales, what
-        counts is number * scale (R12).
+        The returned selection covers the live sequences, packed. If pages have scales, the numbers
+        are
+        number * scale (R12).
         """
         ...
 
 
 @runtime_checkable
 class BackendWithGradients(Backend, Protocol):
-    """What torch and triton have besides: forward and backward as functions of their own.
+    """What torch and triton have in addition: forward and backward as separate functions.
 
     `attend_selection` and `align_index` of these backends call them from a torch.autograd.Function.
     A caller with an autograd of its own, such as the operators of `msa.ops`, calls them itself.
@@ -185,13 +157,9 @@ class BackendWithGradients(Backend, Protocol):
     """
 
     def attend_selection_forward(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        selection: Selection,
-        softmax_scale: float,
-    ) -> tuple[Float[Array, "Tq Hq Dv"], Float[Array, "Tq Hq"]]:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        selection: Selection, softmax_scale: float,
+    ) -> tuple[Float[Array, "Tq Hq Dv"], Float[Array, "Tq Hq"]]:  # fmt: skip
         """out and lse of `attend_selection`, for a caller who rounds out to q's dtype (R9-R12).
 
         lse is in the precision in which the backend works (float32 or float64), and out in that
@@ -201,16 +169,13 @@ class BackendWithGradients(Backend, Protocol):
 
     def attend_selection_backward(
         self,
-        d_out: Float[Array, "Tq Hq Dv"],
-        d_lse: Float[Array, "Tq Hq"],
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        v: Float[Array, "Tk Hkv Dv"],
-        out: Float[Array, "Tq Hq Dv"],
-        lse: Float[Array, "Tq Hq"],
-        selection: Selection,
-        softmax_scale: float,
-    ) -> tuple[Float[Array, "Tq Hq D"], Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"]]:
+        d_out: Float[Array, "Tq Hq Dv"], d_lse: Float[Array, "Tq Hq"],
+        q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+        out: Float[Array, "Tq Hq Dv"], lse: Float[Array, "Tq Hq"],
+        selection: Selection, softmax_scale: float,
+    ) -> tuple[
+        Float[Array, "Tq Hq D"], Float[Array, "Tk Hkv D"], Float[Array, "Tk Hkv Dv"]
+    ]:  # fmt: skip
         """Gradients for q, k and v, in their dtypes, with the selection held fixed (R18).
 
         out and lse are those of the forward; out may have been rounded to q's dtype since.
@@ -218,17 +183,11 @@ class BackendWithGradients(Backend, Protocol):
         ...
 
     def align_index_forward(
-        self,
-        q: Float[Array, "Tq Hq D"],
-        k: Float[Array, "Tk Hkv D"],
-        q_idx: Float[Array, "Tq Hkv Di"],
-        k_idx: Float[Array, "Tk Di"],
-        selection: Selection | None,
-        sequences: Sequences,
-        config: MSAConfig,
-        lse: Float[Array, "Tq Hq"] | None,
-        with_gradient: bool,
-    ) -> tuple[Float[Array, ""], Float[Array, "Tq Hkv Di"], Float[Array, "Tk Di"]]:
+        self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+        q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+        selection: Selection | None, sequences: Sequences, config: MSAConfig,
+        lse: Float[Array, "Tq Hq"] | None, with_gradient: bool,
+    ) -> tuple[Float[Array, ""], Float[Array, "Tq Hkv Di"], Float[Array, "Tk Di"]]:  # fmt: skip
         """The loss of `align_index`, and with_gradient its gradients for q_idx and k_idx (R17).
 
         The gradients are in the precision in which the backend works; without with_gradient they

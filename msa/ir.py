@@ -1,4 +1,4 @@
-"""The intermediate forms: what one step of the lowering gives to the next.
+"""The intermediate forms: what one step of the lowering passes to the next.
 
 Every form is a frozen dataclass whose meaning is a set of (query, group, block) edges, so that a
 reader can ask for the dense mask of any of them (`msa.reference.mask_of`). A form holds NumPy
@@ -63,8 +63,9 @@ class BlockScores:
 class ReverseIndex:
     """The Selection seen from the keys: which queries read a block (R13), in CSR form.
 
-    Row `r * total_blocks + b` belongs to group r and block b, blocks of all sequences numbered
-    through (`Sequences.cu_blocks`). Row x owns edges `row_offsets[x] : row_offsets[x + 1]`.
+    Row `r * total_blocks + b` belongs to group r and block b; the blocks of all sequences are
+    numbered consecutively (`Sequences.cu_blocks`). Row x owns edges `row_offsets[x] : row_offsets[x
+    + 1]`.
     An edge's slot is the rank of the block in its query's selection.
 
     >>> index = reference.reverse_selection(selection)
@@ -143,10 +144,10 @@ class TileUnion:
 
 @dataclass(frozen=True)
 class Output:
-    """What attention gives (R9, R10, R12), together with the Selection that it used.
+    """The results of attention (R9, R10, R12), together with the Selection that it used.
 
     `out` and `lse` have the layout of q: packed [Tq, Hq, Dv] or batched [B, T, Hq, Dv].
-    The Selection is packed always (R8). `kl` is the alignment loss, where it was asked for (R17).
+    The Selection is always packed (R8). `kl` is the alignment loss, or None (R17).
 
     >>> reference.combine_partials(partials).out[5, 0]  # the mean of values 2, 3, 4, 5
     array([3.5])

@@ -1,4 +1,4 @@
-"""From the layouts that a caller may use to the packed layout of the backends, and back (R1)."""
+"""Convert the layouts that a caller may use to the packed layout of the backends, and back (R1)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,16 @@ class Layout:
 
 
 def read_layout(
-    arrays: dict[str, Array],
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    sequences: Sequences | None = None,
-    batched: bool | None = None,
-) -> Layout:
+    arrays: dict[str, Array], cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
+    sequences: Sequences | None = None, batched: bool | None = None,
+) -> Layout:  # fmt: skip
     """Check the arrays against one another (R20) and find the sequences that they hold.
 
     Args:
         arrays: what the caller gave for some of q, k, v, q_idx, k_idx and lse.
         cu_seqlens_q, cu_seqlens_k: what the caller gave, or None.
-        sequences: those of a Selection, which leaves no room for cu_seqlens.
-        batched: False for packed arrays alone, True for batched ones alone, None for both.
+        sequences: those of a Selection; then cu_seqlens must be None.
+        batched: False if arrays must be packed, True if they must be batched, None for both.
 
     Raises:
         TypeError, ValueError: see `msa.checks`.

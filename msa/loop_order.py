@@ -1,9 +1,9 @@
-"""The rule of `loop_order="auto"`: which loop order is faster for a tile, without torch.
+"""The rule of `loop_order="auto"`: which loop order is faster for a tile. It needs no torch.
 
 A walk along a tile's union does the work of every block for all queries of the tile. KV-outer does
 the work of a block only for the queries that read it, but more slowly: each of them writes a
 partial result, which is read again. The results are the same (R9, R13-R16), so the length of the
-union may decide. The numbers were measured on an H100 (docs/ladder.md). The triton backend applies
+union decides. The numbers were measured on an H100 (docs/ladder.md). The triton backend applies
 them on the device, tile by tile.
 """
 

@@ -113,6 +113,17 @@ MOVED: dict[str, str] = {
             "training",
         )
     },
+    # kernels and torch stages named for what they hold
+    "msa.torch_impl.verdicts": "msa.torch_impl.alignment_tiles",
+    "msa.torch_impl.rows": "msa.torch_impl.key_blocks",
+    "msa.torch_impl.items": "msa.torch_impl.item_batches",
+    "msa.torch_impl.lowering": "msa.torch_impl.scheduled_tiles",
+    "msa.torch_impl.divergence": "msa.torch_impl.index_loss",
+    "msa.triton_impl.student": "msa.triton_impl.index_loss",
+    "msa.triton_impl.tile_edges": "msa.triton_impl.tile_reverse_index",
+    "msa.triton_impl.early": "msa.triton_impl.dependent_launch",
+    # checks
+    "msa.checks_cache": "msa.cache_checks",
 }
 """Old path to new path. An entry "old.module" moves a whole module. An entry "old.module:name" says
 where one name of that module is now, if it has a new name or if it left the other names."""
@@ -146,6 +157,6 @@ class Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let Python ask the finder. A second call changes nothing."""
+    """Install the finder. A second call changes nothing."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.append(Finder())

@@ -75,13 +75,10 @@ class PagePool:
 
     def __init__(
         self,
-        k_pages: Float[Array, "pages Bk Hkv D"],
-        v_pages: Float[Array, "pages Bk Hkv Dv"],
-        k_idx_pages: Float[Array, "pages Bk Di"],
-        *,
-        batch: int,
+        k_pages: Float[Array, "pages Bk Hkv D"], v_pages: Float[Array, "pages Bk Hkv Dv"],
+        k_idx_pages: Float[Array, "pages Bk Di"], *, batch: int,
         pages_per_sequence: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         page_checks.check_pages(k_pages=k_pages, v_pages=v_pages, k_idx_pages=k_idx_pages)
         checks.check_count("batch", batch, 1)
         pages, block = k_pages.shape[:2]
@@ -121,7 +118,7 @@ class PagePool:
         have scales, the caller's code writes the scales as well (`msa.eight_bits` has the rule).
 
         `append` reserves and writes. `append`, `fork` and `export` need the reserved tokens to be
-        written, and read `cache.lengths` back to check it. `truncate` gives reserved tokens up.
+        written, and read `cache.lengths` back to check it. `truncate` removes reserved tokens too.
 
         Args:
             sequence: which one, 0 to batch - 1, or a list of different ones.
@@ -153,11 +150,9 @@ class PagePool:
 
     def append(
         self,
-        sequence: int | Sequence[int],
-        k: Float[Array, "*S n Hkv D"],
-        v: Float[Array, "*S n Hkv Dv"],
-        k_idx: Float[Array, "*S n Di"],
-    ) -> None:
+        sequence: int | Sequence[int], k: Float[Array, "*S n Hkv D"],
+        v: Float[Array, "*S n Hkv Dv"], k_idx: Float[Array, "*S n Di"],
+    ) -> None:  # fmt: skip
         """Write n more tokens of one sequence, or of each of S sequences, all or none.
 
         Gradients do not flow through pages. The tokens may be views of the pool's pages.
@@ -220,7 +215,7 @@ class PagePool:
     def fork(self, sequence: int, into: int | None = None) -> int:
         """Make a second sequence of the same tokens in the same pages, as for beams or a prefix.
 
-        Nothing is copied now. The class says when the last page is.
+        Nothing is copied now. The docstring of the class says when the last page is copied.
 
         Args:
             sequence: which one, 0 to batch - 1; not an empty one.
@@ -320,7 +315,7 @@ class PagePool:
             pass
         self._reserved.discard(int(sequence))
 
-    # -- the book and the arrays -------------------------------------------------------------------
+    # -- the book and the arrays ------------------------------------------------------------------
     @contextmanager
     def _counted(self, change: Change, lengths: bool = True) -> Iterator[None]:
         """Make a change in the book, then in the arrays; pages are written in between.

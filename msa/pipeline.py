@@ -46,16 +46,10 @@ class Trace:
 
 def lower(
     backend: Backend,
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    chunk_size: int,
-    tile_size: int,
-) -> Trace:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, chunk_size: int, tile_size: int,
+) -> Trace:  # fmt: skip
     """Run both loop orders of one backend step by step, and keep every form."""
     scale = config.softmax_scale_for(q.shape[-1])
     scores = backend.score_blocks(q_idx, k_idx, sequences, config)

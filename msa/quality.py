@@ -35,15 +35,10 @@ class CacheQuality:
 
 
 def cache_quality(
-    q: Float[Array, "n Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    q_idx: Float[Array, "n Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    *,
-    config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
-) -> dict[str, CacheQuality]:
+    q: Float[Array, "n Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "n Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    *, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
+) -> dict[str, CacheQuality]:  # fmt: skip
     """Decode the last n tokens of one sequence from three rounded caches, and compare.
 
     Args:
@@ -111,11 +106,9 @@ def _judge(q_idx: Array, k_idx: Array, exact: Output, found: Output) -> CacheQua
 
 
 def _scores_kept(
-    q_idx: Float[Array, "n Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    ids: Int[Array, "n Hkv k"],
-    block_size: int,
-) -> float:
+    q_idx: Float[Array, "n Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    ids: Int[Array, "n Hkv k"], block_size: int,
+) -> float:  # fmt: skip
     """The sum of the scores of selected blocks before each query's own one."""
     total, first = 0.0, len(k_idx) - len(q_idx)
     for i, queries in enumerate(q_idx.double()):

@@ -21,17 +21,15 @@ class Recall:
     blocks: float
     """The share of the best k blocks that are selected, without the own block of each query."""
     score: float
-    """The attention on selected blocks over that on the best k, own blocks included."""
+    """The attention on selected blocks divided by that on the best k, own blocks included."""
     queries: int
     """How many pairs of a query and a group were measured."""
 
 
 def measure(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Recall:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+    selection: Selection, softmax_scale: float,
+) -> Recall:  # fmt: skip
     """Compare a selection with the k blocks of most attention, among them each query's own block.
 
     The attention of a block is the sum of its tokens' probabilities under dense causal attention,

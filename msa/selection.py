@@ -61,7 +61,7 @@ class Selection:
         check_canonical(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields, for a copy or a pickle; the mark of `mark_canonical` stays behind."""
+        """The fields, for a copy or a pickle; without the mark of `mark_canonical`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -77,7 +77,7 @@ def mark_canonical(selection: Selection) -> None:
 
 
 def is_marked(selection: Selection) -> bool:
-    """Whether msa made this Selection, and nobody has written to its ids since."""
+    """Whether msa made this Selection, and its ids have not been written to since."""
     marked = getattr(selection, "_canonical_ids", None)
     return marked is not None and marked == _state(selection.indices)
 
@@ -128,8 +128,8 @@ def check_canonical(selection: Selection) -> None:
     """Check the canonical form (R8), with one wait for the device if the ids lie on one.
 
     The largest id of each row is the own block. Each id behind the first is -1, or larger than the
-    id before it, which is not -1. These two are R8; which of its sentences is broken, and where, is
-    looked for only if one is.
+    id before it, which is not -1. These two conditions are R8. The first bad entry is searched for
+    only if one of them fails.
     """
     ids, own = selection.indices, own_blocks(selection)[:, None]
     largest = ids.amax(-1) if checks.is_torch(ids) else ids.max(-1)

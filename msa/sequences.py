@@ -12,10 +12,10 @@ from msa import checks
 
 @dataclass(frozen=True)
 class Sequences:
-    """How several sequences lie packed behind one another (R1), queries being the last tokens (R2).
+    """How several sequences are packed one after another (R1); queries are the last tokens (R2).
 
-    The borders are plain integers on the host: hashable, printable, and read once per call. NumPy's
-    are kept as Python's.
+    The borders are plain integers on the host: hashable, printable, and read once per call. NumPy
+    integers are converted.
 
     Raises:
         TypeError, ValueError: no tuple of integers; borders that do not start at 0, decrease,
@@ -71,10 +71,10 @@ class Sequences:
             )
 
     def tiles(self, size: int) -> Iterator[tuple[slice, slice, Sequences]]:
-        """Runs of `size` packed queries, the keys they may see, and the problem that these form.
+        """Tiles of `size` packed queries, the keys they may see, and the Sequences that these form.
 
-        By R2 such a run is again legal, a chunked prefill, so a tile needs no code of its own. A
-        run may span several sequences.
+        By R2 such a tile is a chunked prefill, so it needs no code of its own. A tile may span
+        several sequences.
 
         >>> for queries, keys, part in Sequences((0, 3, 5), (0, 3, 9)).tiles(2):
         ...     print(queries, keys, part.cu_seqlens_q, part.cu_seqlens_k)
@@ -102,7 +102,7 @@ class Sequences:
         ]
 
     def cu_blocks(self, block_size: int) -> tuple[int, ...]:
-        """Where each sequence's blocks start when all blocks are numbered through (R3)."""
+        """Where each sequence's blocks start if all blocks are numbered consecutively (R3)."""
         starts = [0]
         for _, ks in self.spans():
             starts.append(starts[-1] + -(-(ks.stop - ks.start) // block_size))
@@ -161,13 +161,13 @@ def check_totals(sequences: Sequences, total_q: int, total_k: int, whose: str) -
 
 
 def check_absent(name: str, borders: Any, reason: str) -> None:
-    """cu_seqlens must be left out where something else says what they would."""
+    """cu_seqlens must be None if another argument holds the borders."""
     if borders is not None:
         raise ValueError(f"{name} must be None where {reason}, got {checks.kind(borders)}")
 
 
 def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
-    """Borders of queries and of keys come together."""
+    """Borders of queries and of keys are given together."""
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         names = ["cu_seqlens_q", "cu_seqlens_k"]
         missing, given = names if cu_seqlens_q is None else names[::-1]

@@ -1,6 +1,6 @@
-"""Profiles, the GPU marker, the order, NaN in fresh buffers, and what is told at the end.
+"""Profiles, the GPU marker, the order of tests, NaN in new buffers, and the report at the end.
 
-Nothing of msa may be imported here: jaxtyping's hook has to see its modules first.
+Nothing of msa may be imported here, because jaxtyping's hook must be installed first.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from jaxtyping import _import_hook
 STARTED = time.monotonic()
 CUDA = torch.cuda.is_available()
 EXAMPLES = 50
-LARGE = 2**31  # bytes of a device that a test may leave to the next one of its worker
-GARBAGE = 101  # what a fresh integer buffer holds: beyond every index here, and within int8
+LARGE = 2**31  # bytes of a device that a test of a worker may leave allocated
+GARBAGE = 101  # the value in a new integer buffer: larger than every index here, and within int8
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads from a hub
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     if importlib.util.find_spec("triton"):
         importlib.import_module("quick_interpreter").quicken()
-if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, for the commands that tests start too
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, also for commands that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -83,9 +83,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def in_order(items, order):
-    """The items in another order. Files stay together when shuffled: they share what they made."""
+    """The tests in another order. A shuffle keeps those of a file together: they share data."""
     kind, _, seed = order.partition(":")
-    if order == "slowest":  # those in Triton's interpreter, so that no worker ends on one
+    if order == "slowest":  # with Triton's interpreter first, so that no worker ends on it
         return sorted(items, key=lambda item: "-triton" not in item.name)
     if order == "reversed":
         return items[::-1]
@@ -100,7 +100,7 @@ def in_order(items, order):
 
 @pytest.fixture(autouse=True)
 def one_large_test_at_a_time(request):
-    """The workers share a device, and several tests of tens of GB do not fit it."""
+    """Let one worker use the device at a time: two tests that need tens of GB do not fit on it."""
     with ExitStack() as stack:
         if CUDA and request.node.get_closest_marker("large"):
             import fcntl
@@ -115,7 +115,7 @@ def one_large_test_at_a_time(request):
 
 @pytest.fixture
 def as_users_run_it():
-    """Shapes unchecked, as outside of tests: the library's own messages are what is wanted."""
+    """Switch off the checks of shapes, so that the messages of the library itself are tested."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -123,7 +123,7 @@ def as_users_run_it():
 
 @pytest.fixture(autouse=True, scope="session")
 def fresh_buffers_hold_garbage():
-    """torch.empty and its kin give NaN, or an absurd integer: reading one cannot go unnoticed."""
+    """Fill new tensors of torch.empty and others with NaN or a huge integer."""
     patch = pytest.MonkeyPatch()
     for owner, name in (
         (torch, "empty"),
@@ -149,9 +149,9 @@ def _filling(make):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """How many examples each property saw, and how close to its bound it came; the record.
+    """Print the number of examples of each property and its closest case; write the record.
 
-    With workers, only the process that started them comes here.
+    With workers, this runs only in the process that started them.
     """
     if config.option.record:
         kinds = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped"}

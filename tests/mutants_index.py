@@ -33,7 +33,7 @@ def one_product_too_few(q_idx, k_idx, sequences, config):
 
 
 def ties_to_the_higher_id(scores, config):
-    """Selects on scores that are nudged upwards along the row: only ties are affected."""
+    """Selects by scores that rise a little along the row. This changes only ties."""
     order = np.arange(scores.values.shape[-1])
     rank = np.zeros_like(scores.values)
     for i, r in np.ndindex(scores.values.shape[:2]):
@@ -42,7 +42,7 @@ def ties_to_the_higher_id(scores, config):
 
 
 def local_block_missing(scores, config):
-    """The local block has to compete like any other."""
+    """The local block is selected by its score, like any other block."""
     ids = reference.select_blocks(scores, config).indices.copy()
     for i, p in enumerate(scores.sequences.positions()):
         own = p // scores.block_size
@@ -55,7 +55,7 @@ def local_block_missing(scores, config):
 
 
 def infinite_scores_left_out(scores, config):
-    """-inf is taken for "not visible" even where all visible blocks fit."""
+    """-inf counts as "not visible", even if all visible blocks fit."""
     ids = reference.select_blocks(scores, config).indices.copy()
     for i, r, s in np.argwhere(ids >= 0).tolist():
         own = scores.sequences.positions()[i] // scores.block_size
@@ -68,7 +68,7 @@ def infinite_scores_left_out(scores, config):
 
 
 def local_block_first(q_idx, k_idx, sequences, config):
-    """The order of a top-k call: own block first, the rest after it."""
+    """The ids are in the order of a top-k call: own block first, then the others."""
     selection = reference.select_fused(q_idx, k_idx, sequences, config)
     ids = selection.indices.copy()
     for i, r in np.ndindex(ids.shape[:2]):
@@ -86,7 +86,7 @@ def least_token_decides(q_idx, k_idx, sequences, config):
 
 
 def forced_by_a_large_score(q_idx, k_idx, sequences, config):
-    """The own block gets 1e29, which +inf outranks."""
+    """The own block gets the score 1e29, which is lower than +inf."""
     scores = reference.score_blocks(q_idx, k_idx, sequences, config)
     values, ids = scores.values.copy(), np.full((*q_idx.shape[:2], config.top_k), -1, np.int32)
     for i, p in enumerate(sequences.positions()):

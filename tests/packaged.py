@@ -1,6 +1,6 @@
-"""The distributions, looked at from an environment in which the wheel alone is installed.
+"""Tests of the distributions, in an environment with only the wheel installed.
 
-`make package` makes both and runs this. It needs no test library, since there is none.
+`make package` builds both and runs this file. It needs no test library.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SOURCES = ("LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "constraint
 
 
 def msa(*words: str) -> str:
-    """What the installed command prints; it has to succeed."""
+    """Return what the installed command prints; it must succeed."""
     command = Path(sysconfig.get_path("scripts")) / "msa"
     done = subprocess.run([command, *words], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, (words, done.stdout + done.stderr)
@@ -33,7 +33,7 @@ def msa(*words: str) -> str:
 
 
 def check_contents(dist: Path) -> None:
-    """What has to be in the two files, and what must not."""
+    """Check what is in the two files, and what is not."""
     (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -51,7 +51,7 @@ def check_contents(dist: Path) -> None:
 
 
 def check_metadata() -> None:
-    """What an index shows; no address that leads nowhere."""
+    """Check the metadata that an index shows, and that it has no relative links."""
     told = importlib.metadata.metadata("msa-stack")
     for field in ("Summary", "Author", "License-Expression", "Keywords", "Requires-Python"):
         assert told[field], field
@@ -62,7 +62,7 @@ def check_metadata() -> None:
 
 
 def check_commands() -> None:
-    """The command without anything heavy, and what it says where that is missing."""
+    """Test the command without torch, and its messages about missing libraries."""
     assert not [name for name in HEAVY if importlib.util.find_spec(name)]
     assert "verify" in msa("--help")
     assert "mask unchanged" in msa("explain")
@@ -77,7 +77,7 @@ def check_commands() -> None:
 
 
 def main(dist: str) -> None:
-    """All of it."""
+    """Run all checks."""
     spec = importlib.util.find_spec("msa")
     assert spec is not None and spec.origin is not None
     assert Path(spec.origin).is_relative_to(sysconfig.get_path("purelib")), spec.origin

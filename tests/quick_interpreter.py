@@ -1,12 +1,11 @@
-"""Triton's interpreter at a third of its time: what it works out again and again is kept.
+"""Makes Triton's interpreter three times as fast: it keeps what it would compute again.
 
-It runs the same operations on the same numbers. What is saved is bookkeeping around them: at every
-launch, and at every call of one kernel function by another, it looks through all of
-`triton.language` for functions to replace; every tensor has its shape checked, named and wrapped
-anew; every operator asks for the dtypes of its operands again, and makes an array of each number;
-and every sum and product of integers is done a second time in 64 bits, for a check that `debug`
-alone switches on. The names used here are internal, so another release of Triton than the one that
-they were read in runs as it is.
+It runs the same operations on the same numbers, with less work around them. Without this file, the
+interpreter searches all of `triton.language` for functions to replace at every launch, and at every
+call of one kernel function by another. It checks and wraps the shape of every tensor again. Every
+operator looks up the dtypes of its operands again, and makes an array of each number. Every sum and
+product of integers is computed a second time in 64 bits, for a check that only `debug` enables. The
+names used here are internal to Triton, so other releases of Triton are left unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ POINTER = np.dtype(np.uint64)
 
 
 def quicken() -> bool:
-    """Change the interpreter for the rest of the process; False if this release is not known."""
+    """Change the interpreter for the rest of the process; False if the release is unknown."""
     if triton.__version__ not in READ_IN:
         return False
     replace_functions_once()
@@ -85,7 +84,7 @@ def replace_functions_once() -> None:
 
 
 def keep_shapes() -> None:
-    """A block's shape is checked, named and wrapped once for each shape that occurs."""
+    """Check and wrap the shape of a block once for each shape."""
     make_block, broadcast = tl.block_type.__init__, tl.semantic.TritonSemantic.broadcast_impl_value
     shapes, names, broadcasts = {}, {}, {}
     scalar = tl.core.tuple([]), tl.core.constexpr(1)
@@ -131,7 +130,7 @@ def keep_shapes() -> None:
 
 
 def keep_dtypes() -> None:
-    """NumPy's dtype for one of Triton's is looked up in a table that is made once."""
+    """Look up NumPy's dtype for a dtype of Triton in a table that is made once."""
     of_scalar = functools.cache(interpreter._get_np_dtype)
 
     def of_any(dtype):
@@ -143,7 +142,7 @@ def keep_dtypes() -> None:
 
 
 def keep_operands() -> None:
-    """Operands that agree in dtype and shape are taken as they are, and equal numbers share arrays.
+    """Use operands of equal dtype and shape as they are, and share arrays of equal numbers.
 
     The shared arrays cannot be written to, so a kernel that changed one would fail.
     """
@@ -168,7 +167,7 @@ def keep_operands() -> None:
         return check(self, lhs, rhs, lhs_ptr, rhs_ptr, arithmetic, div)
 
     def keep(self, tensor, number, given):
-        """The number as a tensor, if the other operand stays what it was given as; else None."""
+        """The number as a tensor, if the other operand keeps its dtype; else None."""
         if tensor is not given:
             return None
         number.handle.data = number.handle.data.copy()

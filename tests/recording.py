@@ -1,4 +1,4 @@
-"""What one run of the tests found, as a file: `pytest -m gpu --record FILE`."""
+"""The results of one run of the tests, written to a file: `pytest -m gpu --record FILE`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 
 def record(path: Path, counts: dict[str, int], seconds: float, commit: str) -> None:
-    """Write the counts and all that they depend on; a folder that is missing is made.
+    """Write the counts, and the versions and devices of the run; make the folder if it is missing.
 
     Args:
         counts: passed, failed, errors and skipped.
         seconds: how long the run took.
-        commit: of the sources, where there is no history to ask, "" to ask it.
+        commit: the commit of the sources, if there is no Git history; "" reads the history.
     """
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -45,7 +45,7 @@ def driver() -> str:
 
 
 def commit_of(folder: Path) -> str:
-    """Twelve digits, "dirty" behind them if a tracked file was changed; "unknown" without git."""
+    """Twelve digits, then "dirty" if a tracked file was changed; "unknown" without Git."""
     command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= dirty"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Functions of other conventions, honest ones and ones with a bug, for test_verify_target."""
+"""Functions of other conventions for test_verify_target: correct ones, and ones with a bug."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from msa.integrations import layouts
 from msa.ir import Output, Sequences
 
 
-# -- honest: pages or rows back to packed tokens, the spec, and the result as the other wants it --
+# -- correct: convert pages or rows to packed tokens, call the spec, convert the result -----------
 def packed_from_pages(pages, table, lengths):
-    """The tokens of all sequences behind one another."""
+    """The tokens of all sequences, one sequence after the other."""
     rows = [
         pages[row.long()].flatten(0, 1)[:n] for row, n in zip(table, lengths.tolist(), strict=True)
     ]
@@ -74,7 +74,7 @@ def official_sparse_attention(
 def transformers_select(
     q_idx, k_idx, position_ids, attention_mask, *, block_size, topk_blocks, local_blocks
 ):
-    """Blocks of content: each row from its first token on, cut off behind its last query."""
+    """The content of each row: from its first token to its last query."""
     config = msa.MSAConfig(block_size, topk_blocks, local_blocks=local_blocks)
     found = q_idx.new_full((*q_idx.shape[:3], topk_blocks), -1, dtype=torch.int64)
     for b, row in enumerate(k_idx[:, 0]):
@@ -126,13 +126,13 @@ def best_score_first(q_idx, k_idx, *, config, **borders):
 
 
 def groups_and_queries_swapped(q_idx, k_idx, *, config, **borders):
-    """The buffer of a kernel that writes head by head, read token by token."""
+    """A buffer that is written head by head is read token by token."""
     ids = msa.select(q_idx, k_idx, config=config, **borders).indices
     return np.ascontiguousarray(ids.swapaxes(0, 1)).reshape(ids.shape)
 
 
 def new_blocks_not_scored(q_idx, k_idx, *, cu_seqlens_q, cu_seqlens_k, config):
-    """Scores up to the length of the step before."""
+    """Uses the scores up to the length of the step before."""
     k_idx = k_idx.copy()
     sequences = Sequences(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()))
     for queries, keys in sequences.spans():
@@ -143,14 +143,14 @@ def new_blocks_not_scored(q_idx, k_idx, *, cu_seqlens_q, cu_seqlens_k, config):
 
 
 def local_blocks_forgotten(q_idx, k_idx, *, config, **borders):
-    """Forces the own block alone."""
+    """Forces only the own block."""
     return msa.select(q_idx, k_idx, config=replace(config, local_blocks=1), **borders)
 
 
 def blocks_of_slots(
     q_idx, k_idx, position_ids, attention_mask, *, block_size, topk_blocks, local_blocks
 ):
-    """Blocks count from a row's first slot, padding or not."""
+    """Counts blocks from the first place of a row, padding included."""
     seen = torch.ones_like(attention_mask)
     sizes = {"block_size": block_size, "topk_blocks": topk_blocks, "local_blocks": local_blocks}
     return transformers_select(q_idx, k_idx, position_ids, seen, **sizes)
@@ -198,7 +198,7 @@ def padding_is_block_0(q, k, v, selection, *, softmax_scale):
 
 
 def first_id_is_masked(q, k, v, selection, *, softmax_scale):
-    """A consumer that takes the first id for the own block, and the others for complete."""
+    """Takes the first id as the own block, and masks no token of the others."""
     block = selection.block_size
 
     def read(ids, p, n):
@@ -218,7 +218,7 @@ def heads_interleaved(q, k, v, selection, *, softmax_scale):
 
 
 def newest_token_missing(q, k, v, selection, *, softmax_scale):
-    """The length of the step before."""
+    """Uses the length of the step before."""
     block = selection.block_size
     return attend(
         q, k, v, selection, softmax_scale,
@@ -227,7 +227,7 @@ def newest_token_missing(q, k, v, selection, *, softmax_scale):
 
 
 def tail_read_in_full(q, k, v, selection, *, softmax_scale):
-    """The block that holds a sequence's last token, to its end and into what comes behind."""
+    """Reads the block of a sequence's last token to its end, with the tokens behind it."""
     block = selection.block_size
 
     def read(ids, p, n):

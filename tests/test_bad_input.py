@@ -1,4 +1,4 @@
-"""R20 case by case: the error, its words, and that no work was begun."""
+"""R20 case by case: the error, its message, and that no backend was called."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_case_has_its_own_name():
 
 @pytest.mark.parametrize("subject", ANY_BLOCK_SIZE, ids=lambda s: s.label)
 def test_the_unspoiled_arguments_are_good(subject):
-    """Otherwise the cases might be refused for another reason than the one they name."""
+    """Good arguments are accepted, so cases are refused for the reason that they name."""
     kit = Kit(subject)
     kit.selection().validate()
     for call in (kit.attention, kit.select, kit.sparse, kit.align, kit.decode, kit.lower):
@@ -37,7 +37,7 @@ def test_the_unspoiled_arguments_are_good(subject):
 
 
 def test_a_late_check_is_caught():
-    """The stand-in for the backend does notice when work begins."""
+    """The replacement of the backend raises an error when a function is called."""
     (subject,) = subjects(("reference",))
     late = BadInput("nothing wrong", ValueError, (), lambda kit: kit.attention())
     with pytest.raises(AssertionError, match="work began"):

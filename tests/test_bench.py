@@ -1,4 +1,4 @@
-"""The benchmark as a command: refusals, checks before times, table and figures from the results."""
+"""The benchmark command: refusals, checks before timing, table and figures of the results."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_outside_of_a_checkout_it_says_what_to_do(monkeypatch, capsys):
 
 @pytest.fixture
 def a_device(monkeypatch):
-    """As if there were one."""
+    """Pretend that there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     head = {name: FOUND[name] for name in ("device", "torch", "triton", "date")}
     monkeypatch.setattr(report, "machine", lambda: dict(head))
@@ -191,7 +191,7 @@ def test_the_table_shows_the_committed_results():
     assert f"{longest['cudnn']['ms'] / stage['whole']['ms']:.1f}×" in text
     assert f"{FOUND['production']['weighted_ms']:.3f} ms" in text
     assert f"{FOUND['million']['whole_keep_0.95']['bf16']['ms'] / 1e3:.2f} s" in text
-    assert "…" not in text  # nothing is cut off
+    assert "…" not in text  # no text is cut off
     for row in FOUND["lengths"]:
         assert f"{row['n'] // 1024}K" in text
 
@@ -247,7 +247,7 @@ def test_committed_figures_are_those_of_the_committed_results(tmp_path):
 
 
 def with_ceilings() -> dict:
-    """The committed results, completed where they lack what the roofline shows."""
+    """The committed results, with values added that the roofline needs and they lack."""
     found = copy.deepcopy(FOUND)
     found.setdefault(
         "ceilings", {"copy_tbps": 3.0, "bf16_tflops": 700.0, "fp8_tflops": 1300.0}

@@ -1,4 +1,4 @@
-"""What the `msa bench` commands on a GPU share: refusals, names of parts, wrong results."""
+"""Tests of all `msa bench` commands on a GPU: refusals, names of parts, wrong results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_parts_of_the_options_are_those_of_the_stages(bench):
 
 
 def test_what_is_wrong_ends_the_run(bench, monkeypatch, capsys, tmp_path):
-    """The parts that were measured before it stay in the results."""
+    """The parts that were measured before the failure stay in the results."""
     name, module, stages = bench
 
     def wrong():

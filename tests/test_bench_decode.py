@@ -23,7 +23,7 @@ FOUND = json.loads(RESULTS.read_text())
 
 @pytest.fixture
 def step(monkeypatch):
-    """Three sequences of full blocks of integer tokens, small blocks; all on the CPU."""
+    """Three sequences of integer tokens in full, small blocks, on the CPU."""
     for module in (cases, decode_stages):
         monkeypatch.setattr(module, "CONFIG", msa.MSAConfig(16, top_k=4))
     for name, size in (("HEADS", 4), ("GROUPS", 2), ("DIM", 8)):

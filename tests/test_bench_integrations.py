@@ -27,7 +27,7 @@ SIZES = {
 
 
 def test_the_shape_is_that_of_the_model():
-    """What the configuration leaves to its defaults is as released."""
+    """The defaults of the configuration are the values of the released model."""
     model = stages.make_model(torch.bfloat16, "meta", num_hidden_layers=4)
     config = model.config
     assert (config.index_n_heads, config.index_head_dim) == (4, 128)
@@ -84,13 +84,13 @@ def test_a_way_ends_where_it_does_not_fit(monkeypatch):
 
 
 def capture(operator, tensors):
-    """In place of a CUDA graph: a call of the tensors that it was given copies of."""
+    """Replaces a CUDA graph: calls the function with its copies of the tensors."""
     static = tuple(t.clone() for t in tensors)
     return lambda: operator(*static), static
 
 
 def test_functions_and_operators_of_the_first_part_are_the_same(monkeypatch):
-    """On the CPU, small, without graphs."""
+    """A small measurement on the CPU, without graphs."""
     config = stages.msa.MSAConfig(block_size=8, top_k=3)
     monkeypatch.setattr(stages, "CONFIG", config)
     shapes = (40, 4, 16), (40, 2, 16), (40, 2, 16), (40, 2, 8), (40, 8)

@@ -1,7 +1,7 @@
-"""The error budget of a matrix unit is what its derivation says: tried on a model of the unit.
+"""The error budget of a matrix unit is right: it is tested on a model of the unit.
 
-The model adds as Hopper's tensor cores were found to do (arXiv 2512.07004): exact products, aligned
-to the largest of them, and cut off. float64 has 28 bits more than the unit keeps.
+The model adds as the tensor cores of Hopper do (arXiv 2512.07004): products are exact, aligned to
+the largest of them, and cut off. float64 has 28 bits more than the unit keeps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ("integers", "normal", "tiny", "large")
 
 
 def cut(x, unit):
-    """Towards zero, to a multiple of unit."""
+    """Round towards zero, to a multiple of unit."""
     return np.trunc(x / unit) * unit
 
 
@@ -45,7 +45,7 @@ def by_matrix_unit(a, b, unit):
 
 
 def bound_of(a, b, precision):
-    """Of one sum."""
+    """The error and the bound of one sum."""
     _, errors = product_sizes(a[None, None], b[None, None], precision)
     return float(errors[0, 0, 0])
 
@@ -81,7 +81,7 @@ def test_no_sum_of_the_model_is_beyond_its_bound(dtype):
 
 
 def test_the_worst_case_of_the_derivation_is_nearly_reached():
-    """One product of 1, fifteen that lose almost a step each, a sum that loses three more."""
+    """One product is 1, fifteen products lose almost a step each, and the sum loses three more."""
     unit = HOPPER["float16"]
     step = 2.0**-unit.bits
     a = np.full(16, 2.0**-14)
@@ -95,7 +95,7 @@ def test_the_worst_case_of_the_derivation_is_nearly_reached():
 
 
 def test_subnormal_factors_are_aligned_as_if_they_were_normal():
-    """Such a sum is farther off than rounding each product and sum allows, as a GPU has shown."""
+    """The error of such a sum is larger than rounding each sum explains; a GPU has shown this."""
     a = round_to(np.array([3, 1, 1]) * 2.0**-24, "float16")
     b = round_to(np.array([64.0, 2047 / 2048, 2047 / 2048]), "float16")
     error = abs(by_matrix_unit(a, b, HOPPER["float16"]) - a @ b)
@@ -108,7 +108,7 @@ def test_subnormal_factors_are_aligned_as_if_they_were_normal():
     [(d, n) for d in DTYPES for n in (2, 3, 16, 64, 128) if n <= 16 or HOPPER[d].bits > 13],
 )
 def test_a_forgotten_product_is_beyond_the_bound(dtype, terms):
-    """Even the smallest of all, where none is below a tenth of the others."""
+    """The bound is below the smallest product, which here is at least a tenth of the others."""
     rng = np.random.default_rng(terms)
     a, b = (rng.choice([-1, 1], terms) * rng.integers(4, 13, terms) for _ in range(2))
     a, b = a.astype(float), b.astype(float)
@@ -119,7 +119,7 @@ def test_a_forgotten_product_is_beyond_the_bound(dtype, terms):
 
 
 def test_float32_rounded_to_ten_bits_is_beyond_the_bound():
-    """float32 goes past the matrix units: their rounding of its factors (TF32) is an error."""
+    """float32 does not use matrix units; if its factors are rounded (TF32), this is an error."""
     assert "float32" not in HOPPER
     rng = np.random.default_rng(0)
     for terms in (1, 3, 16, 64):

@@ -1,4 +1,4 @@
-"""The command line, given what users get wrong: exit 2 and one sentence, before any work."""
+"""Wrong command lines: exit code 2 and one sentence, before any work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HUGE = "99999999999999999999999"
 
 @pytest.fixture(scope="module")
 def files_of_all_kinds(tmp_path_factory):
-    """FILE, DIR and other things that are not what is asked for."""
+    """FILE, DIR and other paths of the wrong kind."""
     place = tmp_path_factory.mktemp("place")
     (place / "DIR").mkdir()
     (place / "FILE").write_text("a text, which is all that it is")
@@ -49,7 +49,7 @@ def files_of_all_kinds(tmp_path_factory):
 
 @pytest.fixture
 def place(files_of_all_kinds, monkeypatch):
-    """To be left as it was."""
+    """The contents of a file that no command may change."""
 
     def listing():
         return {p: p.stat().st_size for p in files_of_all_kinds.rglob("*")}
@@ -63,7 +63,7 @@ def place(files_of_all_kinds, monkeypatch):
 
 
 def refusal(command, capsys):
-    """The one sentence."""
+    """The one sentence on stderr."""
     assert cli.main(command if isinstance(command, list) else command.split()) == 2
     said = capsys.readouterr()
     assert said.err.startswith("msa: ") and said.err.count("\n") == 1, said.err
@@ -201,7 +201,7 @@ def test_one_sentence(command, message, place, capsys):
 
 
 def test_what_is_written_has_any_name(tmp_path, monkeypatch, capsys):
-    """Brackets are no markup, a suffix decides nothing, a link is followed, a folder is made."""
+    """Brackets are not markup, suffixes have no meaning, links are followed, folders are made."""
     monkeypatch.chdir(tmp_path)
     page, picture = Path("[/red] deep") / "[/] page", Path("picture")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -301,7 +301,7 @@ def test_every_extra_is_one():
 
 
 def test_verify_leaves_nothing_in_the_folder(tmp_path, monkeypatch):
-    """A process of its own: Hypothesis asks for the folder when it is imported."""
+    """This needs a new process, because Hypothesis reads the folder when it is imported."""
     monkeypatch.delenv("HYPOTHESIS_STORAGE_DIRECTORY", raising=False)
     words = ["verify", "--rule", "R7", "--backend", "reference", "--examples", "5"]
     process = start(words, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""What is written for contributors: paths exist, hooks are those of `make lint`, one version."""
+"""CONTRIBUTING and other files: paths exist, hooks are those of `make lint`, versions agree."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEXTS = ("DESIGN.md", "CONTRIBUTING.md", "README.md")
 MADE = ("benchmarks/NAME", "msa/NAME", "msa/triton_impl/NAME", "msa/triton_impl/hopper/NAME",
         "benchmarks/figures/NAME",
         "msa/reference/X", "msa/torch_impl/X", "msa/triton_impl/X")  # fmt: skip
-"""Beginnings of paths that stand for files yet to be written, or for any step."""
+"""Prefixes of paths that mean new files, or the file of any step."""
 FOLDERS = ("msa/", "docs/", "tests/", "benchmarks/", "examples/")
 
 
 def paths(text: str) -> list[str]:
-    """Everything in code style that is a path of the repository."""
+    """Everything in code style that looks like a path of the repository."""
     words = [word for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
     return [w for w in words if w.startswith(FOLDERS) and not w.startswith(MADE)]
 

@@ -1,4 +1,4 @@
-"""`msa demo digits`: the split is honest, the numbers hold, the poster is a picture."""
+"""`msa demo digits`: held-out labels are not used, the numbers are right, the poster is drawn."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ INDEX_DIMS, BLOCK, TENTH = 16, 8, 18
 
 
 def stream_with(labels_of=lambda known, held_out, labels: labels, album: bool = False) -> Stream:
-    """A stream of the first 600 images, after `labels_of` tampered with the labels."""
+    """A stream of the first 600 images, with labels changed by `labels_of`."""
     images, labels = (x[:600] for x in load_images())
     known, held_out = split(len(images), 120, BLOCK, seed=0)
     labels = labels_of(known, held_out, labels.copy())
@@ -34,7 +34,7 @@ def stream() -> Stream:
 
 @pytest.fixture(scope="module")
 def results() -> tuple:
-    """The real thing, all images, at one budget."""
+    """All images, at one budget."""
     return digits.compute(DigitsOptions(top_k=(TENTH,)))
 
 
@@ -77,11 +77,11 @@ def test_labels_of_held_out_images_change_no_prediction(stream):
         assert np.array_equal(getattr(stream, name), getattr(tampered, name)), name
     ours, theirs = (measure("MSA", s, TENTH, "reference") for s in (stream, tampered))
     assert np.array_equal(ours.distribution, theirs.distribution)
-    assert ours.accuracy > 0.95 and theirs.accuracy < 0.1  # the same answers, other truths
+    assert ours.accuracy > 0.95 and theirs.accuracy < 0.1  # the same predictions, other labels
 
 
 def test_held_out_images_help_no_other(stream):
-    """The first queries answer the same when no later or earlier held-out image is there."""
+    """A query has the same result without the held-out images before and after it."""
     few, n = 3, stream.known
     alone = [
         replace(

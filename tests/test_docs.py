@@ -1,4 +1,4 @@
-"""What the documents say is run: docstring examples, and the code and commands of the README."""
+"""The documents are right: docstring examples, and the code and commands of the README, run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 def test_msa_commands_run(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command)[1:]
     monkeypatch.chdir(tmp_path)
-    benchmark = words[0] == "bench"  # not measured here: without a device it has to say so
+    benchmark = words[0] == "bench"  # not measured here: without a device it must say so
     if benchmark:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     try:

@@ -1,6 +1,6 @@
-"""Every example in a docstring of msa or benchmarks runs, and gives what it says.
+"""Every example in a docstring of msa or benchmarks runs and gives the printed result.
 
-One namespace for each file, as a reader has it: what the module's docstring sets up is there below.
+Each file has one namespace, so examples can use names from the docstring of the module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`msa doctor`: what it says of a machine, whatever is missing there."""
+"""`msa doctor`: its output on machines on which libraries or devices are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ A100 = Device("cuda:0", "NVIDIA A100", "8.0", 79.3)
 
 
 def asked(capsys, *words):
-    """What the command prints; it has to succeed."""
+    """Return what the command prints; it must succeed."""
     assert cli.main(["doctor", *words]) == 0
     return capsys.readouterr().out
 
@@ -92,7 +92,7 @@ def test_why_there_is_no_gpu(versions, reason, advice):
 
 
 def told_of(device, monkeypatch, error=None):
-    """The parts of one device, where each trial succeeds or raises."""
+    """The parts of one device; each trial succeeds or raises an error."""
 
     def trial(*_, **__):
         if error is not None:

@@ -1,4 +1,4 @@
-"""Pages of 8 bits: their scales, the rounding to them, and decoding from what they stand for."""
+"""Pages of 8 bits: their scales, rounding, and decoding from the numbers that they mean."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_machine import (
+from pool_machine import Pool
+from pool_parts import (
     BLOCK,
     CACHED,
     CONFIG,
     E4M3,
     LEAST_SCALE,
     SHAPES,
-    Pool,
     append_8,
     attention,
     drawn,
@@ -42,7 +42,7 @@ def test_a_pool_of_8_bits_is_a_list_of_lists(device, eight):
     machine.TestCase("runTest").runTest()
 
 
-# -- the rounding ----------------------------------------------------------------------------------
+# -- the rounding ---------------------------------------------------------------------------------
 def all_numbers():
     """The 253 numbers of e4m3 that are not NaN; one zero."""
     bits = torch.arange(256, dtype=torch.uint8).view(E4M3).double().numpy()
@@ -50,7 +50,7 @@ def all_numbers():
 
 
 def index_pool(tokens, device="cpu", pages=1):
-    """A pool for one sequence, room for that many numbers in each page; k and v say nothing."""
+    """A pool for one sequence, with so many index numbers in each page; k and v are not used."""
     rest = (torch.zeros(pages, tokens, 1, 1, device=device) for _ in range(2))
     k_idx = torch.full((pages, tokens, 1), torch.nan, device=device).to(E4M3)
     return msa.PagePool(*rest, k_idx, batch=1)
@@ -62,7 +62,7 @@ def append_index(pool, numbers):
 
 
 def stored(pool):
-    """The numbers of the first page as they lie there, and its scale."""
+    """The stored numbers of the first page, and its scale."""
     length = pool.lengths[0]
     numbers = read(pool.cache.k_idx_pages)[0, :length, 0]
     return numbers, float(pool.cache.k_idx_scales[0])
@@ -94,7 +94,7 @@ def test_rounding_bit_by_bit(device, dtype, power):
 @given(st.lists(st.lists(st.floats(width=32, max_value=2.0**127), min_size=1, max_size=5),
                 min_size=1, max_size=4))  # fmt: skip
 def test_any_numbers_in_any_appends(chunks):
-    """NaN and infinities too: they have no say in the scale, and harm nobody."""
+    """NaN and infinities change neither the scale nor other numbers."""
     pool, numbers, scales = index_pool(7, pages=3), np.zeros((0, 1)), np.zeros(0)
     for chunk in chunks:
         append_index(pool, torch.tensor(chunk))
@@ -112,7 +112,7 @@ def test_the_scale_is_the_power_of_two_that_just_fits():
             pool = index_pool(2)
             append_index(pool, torch.tensor([number * 2.0**power, 0.0]))
             assert stored(pool)[1] == scale * 2.0**power, (number, power)
-    for number in (0.0, 2.0**-149, 2.0**-118, torch.nan, torch.inf):  # as far as it can go
+    for number in (0.0, 2.0**-149, 2.0**-118, torch.nan, torch.inf):  # the largest possible stretch
         pool = index_pool(1)
         append_index(pool, torch.tensor([number]))
         assert stored(pool)[1] == LEAST_SCALE, number
@@ -134,7 +134,7 @@ def test_the_greatest_numbers_of_float32_come_back_as_infinities():
     assert pool.cache.flat(0)[2].flatten().tolist() == want
 
 
-# -- older numbers ---------------------------------------------------------------------------------
+# -- older numbers --------------------------------------------------------------------------------
 @settings(max_examples=100)
 @given(seed=st.integers(0, 9999), counts=st.lists(st.integers(1, 4), min_size=2, max_size=8))
 def test_older_numbers_stay_but_for_those_below_the_least_normal(seed, counts):
@@ -188,7 +188,7 @@ def test_a_copied_page_has_a_scale_of_its_own():
     append_index(pool, torch.tensor([1.75, 0.25]))
     pool.fork(0)
     assert pool.cache.k_idx_scales.tolist() == [2.0**-8, 1.0, 1.0]
-    append_index(pool, torch.tensor([448.0]))  # to the first, which so leaves page 0
+    append_index(pool, torch.tensor([448.0]))  # the first sequence, which then has a copy of page 0
     assert pool.cache.page_table[:, 0].tolist() == [1, 0]
     assert pool.cache.k_idx_scales.tolist() == [2.0**-8, 1.0, 1.0]
     assert [pool.cache.flat(s)[2].flatten().tolist() for s in (0, 1)] == [
@@ -209,7 +209,7 @@ def test_heads_and_pages_have_scales_of_their_own():
 
 @pytest.mark.parametrize("eight", [(), *KINDS], ids=",".join)
 def test_writing_never_waits_for_the_device(eight, monkeypatch):
-    """Tensors on "meta" have no numbers that could be read back: so the door has to let them in."""
+    """Tensors on "meta" have no numbers, so this fails if one is read. The checks accept them."""
     monkeypatch.setattr(checks.arrays, "check_plain", lambda name, array: None)
     shapes = {name: (6, BLOCK, *SHAPES[name]) for name in CACHED}
     pages = {n: torch.empty(s, device="meta").to(E4M3 if n in eight else torch.float32)
@@ -230,9 +230,9 @@ def test_writing_never_waits_for_the_device(eight, monkeypatch):
     assert (pool.import_(pages), pool.lengths, pool.free_pages) == (0, [6, 6], 2)
 
 
-# -- decoding --------------------------------------------------------------------------------------
+# -- decoding -------------------------------------------------------------------------------------
 def pool_of(tokens, eight, dtype, device):
-    """Two sequences, the first of them empty."""
+    """Two sequences; the first one is empty."""
     pages = {name: torch.full((6, BLOCK, *SHAPES[name]), torch.nan, device=device)
              for name in CACHED}  # fmt: skip
     pages = {name: x.to(E4M3 if name in eight else dtype) for name, x in pages.items()}
@@ -242,7 +242,7 @@ def pool_of(tokens, eight, dtype, device):
 
 
 def last(tokens, n):
-    """The queries of the last n tokens, for either sequence."""
+    """The queries of the last n tokens of both sequences."""
     return [tokens[name][None, -n:].expand(2, -1, -1, -1) for name in ("q", "q_idx")]
 
 
@@ -253,7 +253,7 @@ def last(tokens, n):
 @settings(max_examples=8)
 @given(total=st.integers(1, 23), n=st.integers(1, 3), seed=st.integers(0, 999))
 def test_decoding_small_integers_is_exact(device, backend, eight, dtype, total, n, seed):
-    """e4m3 holds integers up to 16: the selection is that of the spec to the bit, ties included."""
+    """e4m3 holds integers up to 16, so the selection equals that of the spec, ties included."""
     n, tokens = min(n, total), drawn(seed, total)
     given = {name: torch.tensor(x, dtype=dtype, device=device) for name, x in tokens.items()}
     pool = pool_of(given, eight, dtype, device)
@@ -269,7 +269,7 @@ def test_decoding_small_integers_is_exact(device, backend, eight, dtype, total, 
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_prefill_in_chunks_over_8_bits_is_decoding(n):
-    """`flat` gives what `decode` sees."""
+    """`flat` returns the numbers that `decode` uses."""
     torch.manual_seed(0)
     tokens = {name: torch.randn(19, *dims).bfloat16() for name, dims in SHAPES.items()}
     pool = pool_of(tokens, CACHED, torch.bfloat16, "cpu")
@@ -283,7 +283,7 @@ def test_prefill_in_chunks_over_8_bits_is_decoding(n):
 
 
 def test_half_precision_queries_meet_keys_beyond_it():
-    """Products of float16 with what 8 bits and a scale can hold pass the range of float32."""
+    """Products of float16 with 8-bit numbers times their scale can exceed the range of float32."""
     tokens = {name: torch.ones(9, *dims) for name, dims in SHAPES.items()}
     tokens["k"][4], tokens["k_idx"][4], tokens["v"][4] = 2.0**120, 2.0**120, 3.0
     tokens["k"][8], tokens["k_idx"][8] = 2.0**119, 2.0**119

@@ -1,7 +1,7 @@
-"""Index tensors in e4m3: the rounding bit by bit, and the selection made from rounded tensors.
+"""Index tensors in e4m3: every bit of the rounding, and the selection from rounded tensors.
 
-Triton's interpreter does not round to e4m3 as the hardware does. So the rounding itself is tried on
-a GPU; on a CPU the kernels that select run on tensors that torch has rounded.
+Triton's interpreter does not round to e4m3 as the hardware does. So the rounding itself is tested
+on a GPU; on a CPU the kernels that select run on tensors that torch has rounded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def nearest(x):
 
 
 def samples(dtype):
-    """Any magnitude and sign, halfway points among them, and what is not finite."""
+    """Numbers of any magnitude and sign, halfway points, NaN and infinities."""
     rng = np.random.default_rng(0)
     numbers = all_numbers()
     halves = (numbers[1:] + numbers[:-1]) / 2
@@ -77,13 +77,13 @@ def test_rounding_bit_by_bit(dtype, power):
 
 
 def test_the_stretch_is_the_power_of_two_that_just_fits():
-    """Numbers that need no rounding, which the interpreter, too, leaves as they are."""
+    """Numbers that need no rounding, so that the interpreter does not change them either."""
     for largest, stretched in ((448, 448), (224, 448), (1.75, 448), (1.875, 240), (1, 256)):
         for power in (-30, 0, 5):
             x = torch.tensor([largest, -largest / 2, 0.0], device=DEVICE) * 2.0**power
             got = to_fp8(x).double().tolist()
             assert got == [stretched, -stretched / 2, 0.0], (largest, power)
-    for x in (torch.zeros(3), torch.full((3,), 2.0**-130)):  # as far as the stretch can go
+    for x in (torch.zeros(3), torch.full((3,), 2.0**-130)):  # the largest possible stretch
         assert to_fp8(x.to(DEVICE)).double().tolist() == (x.double() * 2.0**126).tolist()
 
 
@@ -101,7 +101,7 @@ def test_nan_stays():
 
 
 def rounded_by_torch(*tensors):
-    """to_fp8, but for its kernel."""
+    """to_fp8 without its kernel."""
     rounded = (round_to_e4m3(x.double().cpu().numpy()) for x in tensors)
     return tuple(torch.tensor(x).to(E4M3).to(DEVICE) for x in rounded)
 
@@ -118,7 +118,7 @@ SHAPES = [  # tokens of each sequence, (queries of each), groups, dim, configura
 def test_the_selection_is_that_of_the_rounded_tensors(
     tokens, queries, groups, dim, config, monkeypatch
 ):
-    """Integers of six bits, so that rounding moves them; then all sums are exact again."""
+    """Integers of six bits, which rounding changes. All sums of rounded numbers are exact."""
     rng = np.random.default_rng(7)
     borders = [tuple(np.cumsum([0, *n]).tolist()) for n in (queries or tokens, tokens)]
     sequences = msa.Sequences(*borders)
@@ -126,7 +126,7 @@ def test_the_selection_is_that_of_the_rounded_tensors(
     k = rng.integers(-33, 34, (sequences.total_k, dim)).astype(float)
     if dim > 1:
         k[11, 0] = np.inf
-    if CUDA:  # the interpreter takes NaN for 480
+    if CUDA:  # the interpreter reads NaN as 480
         q[3, 0, 0], k[40, 0] = np.nan, np.nan
     else:
         monkeypatch.setattr(selection, "to_fp8", rounded_by_torch)

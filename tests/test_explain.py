@@ -1,4 +1,4 @@
-"""`msa explain`: the example is drawn from real forms, alike on every backend."""
+"""`msa explain`: the example is drawn from the forms of a backend, and is the same on each."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_choice_of_kernels_is_told(capsys):
 
 @pytest.mark.parametrize("readers", [2.0, 1000.0])
 def test_the_rule_in_words_is_that_of_the_kernels(readers):
-    """Unions of all lengths: what the split leaves to KV-outer are the blocks of too few."""
+    """For unions of all lengths, the split leaves the blocks of few queries to KV-outer."""
     top_k, tile, groups, tiles = 4, 4, 1, 24
     random = np.random.default_rng(0)
     wide = [random.choice(16, size=(tile, 2 + t // 2), replace=True) for t in range(tiles)]

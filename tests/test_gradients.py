@@ -1,4 +1,4 @@
-"""What the gradient properties rest on, and what is too large for them."""
+"""Checks of the means of the gradient properties, and tests that are too large for them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HALVES = [
 
 @given(double(REFERENCE.domain))
 def test_the_yardstick_has_the_slopes_of_the_spec(case: Case):
-    """The analytic gradients that every dtype is judged by, against finite differences."""
+    """The analytic gradients, which are the yardstick for every dtype, equal finite differences."""
     inputs, (d_out, d_lse) = case.inputs, upstream(case)
     mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
     grads = Gradients(Attention(*inputs.main, mask, inputs.scale), d_out, d_lse).values()
@@ -72,7 +72,7 @@ def test_the_yardstick_has_the_slopes_of_the_loss(case: Case):
 
 
 def test_finite_differences_see_a_wrong_gradient():
-    """The five-point rule is sharp enough to tell 2 from 2 + 1e-9."""
+    """The five-point rule is precise enough to distinguish 2 from 2 + 1e-9."""
     assert slope(lambda t: np.sin(2 * t)) == pytest.approx(2, abs=1e-10)
     assert slope(lambda t: np.sin(2 * t)) != pytest.approx(2 + 1e-9, abs=1e-10)
 
@@ -86,7 +86,7 @@ def tensors(tokens: int, device: str, dtype=torch.float32, seed: int = 0):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_of_a_long_sequence_repeat_to_the_bit(device):
-    """Long enough for several tiles and threads, whose sums must not depend on who is first."""
+    """Enough tokens for several tiles and threads; no sum may depend on their order in time."""
     config = msa.MSAConfig(block_size=32, top_k=4)
 
     def once():
@@ -109,7 +109,7 @@ def test_gradients_of_a_long_sequence_repeat_to_the_bit(device):
 
 
 def test_autograd_agrees_with_itself():
-    """torch.autograd.gradcheck, which looks at every entry of every Jacobian."""
+    """torch.autograd.gradcheck compares every entry of every Jacobian."""
     made = tensors(7, "cpu", torch.float64)
     main, index = made[:3], made[3:]
     main = [x.detach()[..., :2].contiguous().requires_grad_() for x in main]
@@ -139,7 +139,7 @@ def test_autograd_agrees_with_itself():
 
 @pytest.mark.parametrize("subject", LEARNERS)
 def test_the_alignment_loss_stops_at_the_hidden_state(subject):
-    """eq. 11: it trains the index projections, not what they read, nor the main branch (R17)."""
+    """The loss trains the index projections, not their input or the main branch (eq. 11, R17)."""
     generator = torch.Generator().manual_seed(0)
     widths = {"q": (4, 16), "k": (2, 16), "v": (2, 16), "q_idx": (2, 16), "k_idx": (1, 16)}
     hidden = torch.randn(50, 24, generator=generator).to(subject.device).requires_grad_()
@@ -206,7 +206,7 @@ def test_half_precision_costs_little_more_than_its_last_rounding(subject, name):
 
 
 def rounding_backward(case: Case) -> dict[str, np.ndarray]:
-    """A backward as kernels do it: lse kept in float32, out, P and dS in the case's dtype."""
+    """A backward pass like that of kernels: lse in float32; out, P and dS in the case's dtype."""
     inputs, (d_out, d_lse) = case.inputs, upstream(case)
     mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
 
@@ -233,7 +233,7 @@ def rounding_backward(case: Case) -> dict[str, np.ndarray]:
 
 @given(cases(Domain(dtypes=("float16", "bfloat16")), MILD))
 def test_the_budget_has_room_for_what_kernels_round(case: Case):
-    """And not for much more: entries come up to half their bounds."""
+    """The bounds are not much too large: some errors are half of their bound."""
     inputs, (d_out, d_lse) = case.inputs, upstream(case)
     mask = block_mask(case.selection.indices, case.sequences, case.config.block_size)
     attention = Attention(*inputs.main, mask, inputs.scale, parts=case.config.top_k)
@@ -265,7 +265,7 @@ def test_no_graph_is_kept_without_need(case: Case):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["out", "kl"])
 def test_a_second_derivative_is_refused_and_not_left_out(backend, name):
-    """Only where it is asked for: a graph of the first one alone is no reason."""
+    """An error is raised only for a second derivative, not for create_graph=True alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = (20, 2, 16), (20, 1, 16), (20, 1, 16), (20, 1, 16), (20, 16)
     inputs = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]

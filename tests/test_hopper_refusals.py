@@ -54,8 +54,8 @@ def test_what_hopper_kernels_cannot_take(changes, error, message):
 
 WALK = WalkCall(
     q_dtype="bfloat16", k_dtype="bfloat16", v_dtype="bfloat16", dim=128, dim_v=128, group=16,
-    block_size=128, loop_order="auto", rows=2**20, blocks=128, scale=0.1, device="cuda:0", capability=(9, 0),
-    triton="3.6.0", interpreted=False,
+    block_size=128, loop_order="auto", rows=2**20, blocks=128, scale=0.1, device="cuda:0",
+    capability=(9, 0), triton="3.6.0", interpreted=False,
 )  # fmt: skip
 BAD_WALKS = [
     ({"q_dtype": "float32"}, TypeError, "q must have dtype float16 or bfloat16 for kernels="),
@@ -145,8 +145,9 @@ def test_a_walk_is_read_from_the_arguments(batched):
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
     call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
-    assert call == WalkCall(*["float16"] * 3, 64, 32, 3, 128, "union", 1800, 3, 0.3, "the CPU", None,
-                            call.triton, is_interpreted())  # fmt: skip
+    sizes = 64, 32, 3, 128, "union", 1800, 3, 0.3
+    assert call == WalkCall(*["float16"] * 3, *sizes, "the CPU", None, call.triton,
+                            is_interpreted())  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

@@ -23,7 +23,7 @@ FILES = {
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports anywhere: also in functions and for types alone."""
+    """All modules that a file imports, also in functions and for types."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Every backend keeps the contract: the same functions with the same arguments."""
+"""Every backend has the functions of the contract, with the same arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel lists its parameters: read from the source, nothing is run."""
+"""Every kernel's docstring lists its parameters. The source is read; no kernel runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KERNELS = {
 
 
 def listed(docstring):
-    """The list of parameters: name -> what is said of it; entries may name several."""
+    """The list of parameters, name -> description. An entry may have several names."""
     text = docstring.split(HEADING.strip() + "\n")[1]
     entries = re.sub(r"\n {4,}(?![\w, ]+:)", " ", text)
     found = {}
@@ -56,7 +56,7 @@ def test_every_launched_function_is_a_kernel():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_every_parameter_is_listed(name):
-    """Each parameter stands in the list once, and the list names nothing else."""
+    """Each parameter is in the list once, and the list has no other names."""
     docstring = ast.get_docstring(KERNELS[name])
     assert docstring and HEADING.strip() in docstring
     parameters = [arg.arg for arg in KERNELS[name].args.args]

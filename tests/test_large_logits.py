@@ -1,7 +1,7 @@
-"""Logits of any size on the torch backend: probabilities sum to 1, and NaN is seen, as in the spec.
+"""Logits of any size on the torch backend: probabilities sum to 1, and NaN stays, as in the spec.
 
-In float32 a logarithm of a sum beside a logit of 1e8 has steps of 8, so no probability may be made
-of such a one; each row is divided by its own sum instead.
+For a logit of 1e8, an LSE in float32 has steps of 8, so probabilities must not be computed from it.
+Each row is divided by its sum instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def equal_logits(size):
 
 
 def every_way(q, k, v, index):
-    """Attention over the same blocks: at once, over a selection, and at the end of both orders."""
+    """Attention over the same blocks: in one call, over a selection, and by both loop orders."""
     trace = msa.lower(q, k, v, *index, config=CONFIG)
     return {
         "attention": msa.attention(q, k, v, *index, config=CONFIG).out,
@@ -51,7 +51,7 @@ def test_the_mean_of_ones_is_one(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_weigh_as_many_tokens_as_they_have(size):
-    """A query's own block is seen in part, so blocks have unequal parts in the mean."""
+    """A query sees a part of its own block, so the blocks have different weights in the mean."""
     q, k, *index = equal_logits(size)
     v = torch.randn(TOKENS, 2, 3, generator=torch.Generator().manual_seed(0))
     found = msa.select(*index, config=CONFIG)
@@ -60,7 +60,7 @@ def test_blocks_weigh_as_many_tokens_as_they_have(size):
     wanted = reference.attend_selection(*wide, chosen, 1.0).out
     ways = every_way(q, k, v, index)
     if size > 1e8:
-        del ways["combined"]  # an LSE alone, even in float64, no longer knows the sum (R15)
+        del ways["combined"]  # an LSE alone, even in float64, has lost the sum (R15)
     for out in ways.values():
         np.testing.assert_allclose(out, wanted, rtol=0, atol=1e-6)
 
@@ -68,7 +68,7 @@ def test_blocks_weigh_as_many_tokens_as_they_have(size):
 @pytest.mark.parametrize("through", ["functions", "operators"])
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_are_those_of_small_logits(size, through):
-    """dv is each row's probabilities; dq and dk are sums of P (dP - delta) times k and q."""
+    """dv holds each row's probabilities; dq and dk are sums of P (dP - delta) times k and q."""
     grads = []
     for scale in (1.0, 1 / size):  # the same product with q of 1: the logits are 1
         q, k, *index = equal_logits(size)
@@ -101,7 +101,7 @@ def test_the_divergence_of_equal_distributions_is_nothing(size):
 
 @pytest.mark.parametrize("size", SIZES[:4])
 def test_two_tokens_apart(size):
-    """Of two logits one of them is lower by 1: 1 / (1 + e) has to be left of it, rounding aside."""
+    """One of two logits is lower by 1, so its probability is 1 / (1 + e), up to rounding."""
     gap = max(1.0, float(np.spacing(np.float32(size))))
     q, k = torch.ones(2, 1, 1), torch.tensor([size, size - gap]).view(2, 1, 1)
     v = torch.tensor([0.0, 1.0]).view(2, 1, 1)
@@ -117,7 +117,7 @@ SPOILED = [np.nan, np.inf, -np.inf]
 @pytest.mark.parametrize("value", SPOILED)
 @pytest.mark.parametrize("warm_up", [False, True])
 def test_what_is_not_finite_is_seen_in_the_loss(name, value, warm_up):
-    """A loss of the same kind as the spec's: NaN, or the number that it has."""
+    """The loss is NaN where that of the spec is, and else the same number."""
     rng = np.random.default_rng(0)
     shapes = {"q": (6, 2, 3), "k": (6, 1, 3), "q_idx": (6, 1, 2), "k_idx": (6, 2)}
     given = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_seen_in_the_loss(name, value, warm_up):
 @pytest.mark.parametrize("scale", [2.0**-126, 1e-30, 1e30, 1e38, 2.0**127])
 @pytest.mark.parametrize("backend", ["torch"])
 def test_scales_at_the_ends_of_their_range(scale, backend):
-    """Products that overflow float32 choose the same blocks, and give the same attention."""
+    """Products that overflow float32 select the same blocks and give the same attention."""
     rng = np.random.default_rng(1)
     shapes = ((40, 2, 4), (40, 1, 4), (40, 1, 4), (40, 1, 3), (40, 3))
     given = [(rng.integers(-9, 10, s) * 8.0).astype(np.float32) for s in shapes]

@@ -1,4 +1,4 @@
-"""The neighbours' conventions: there and back is the identity, and each is what it says."""
+"""The layouts of other projects: conversion and back is the identity, and each layout is right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"numpy": lambda x: x, "torch": torch.from_numpy}
 
 
 def is_view(new, old):
-    """Whether both lie in the same memory."""
+    """Whether both have the same memory."""
     if isinstance(new, torch.Tensor):
         return new.untyped_storage().data_ptr() == old.untyped_storage().data_ptr()
     return np.shares_memory(new, old)
@@ -27,7 +27,7 @@ def is_view(new, old):
 
 @st.composite
 def selections(draw, uniform=False):
-    """A Selection of random scores and these, in either kind of array."""
+    """A Selection of random scores, and the scores, in either kind of array."""
     sizes = st.integers(0, 3).flatmap(
         lambda n: st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), min_size=n, max_size=n)
     )
@@ -125,7 +125,7 @@ def test_what_is_no_selection():
 
 
 def test_vllm_ids_behind_the_visible_ones_mean_nothing():
-    """Stale ids there are a known trap: vLLM's attention counts by position."""
+    """Ids in unused places are dropped, because vLLM's attention counts ids by position."""
     ids = np.array([[[0, 7, 3], [1, 0, 9]]])
     selection = layouts.from_vllm(ids, Sequences.one(2, 2), block_size=1)
     assert selection.indices[:, 0].tolist() == [[0, -1, -1], [0, 1, -1]]
@@ -151,7 +151,7 @@ def caches(draw):
 
 
 def assert_same(back, cache):
-    """The same pages, and the same tokens behind the tables."""
+    """Both have the same pages, and the same tokens by their tables."""
     for name in ("k_pages", "v_pages", "k_idx_pages", "lengths"):
         assert bool((getattr(back, name) == getattr(cache, name)).all()), name
     for s in range(len(cache.lengths)):

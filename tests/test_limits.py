@@ -1,7 +1,7 @@
-"""What only a GPU shows: offsets beyond 2^31, memory that grows with N, the same bits at full size.
+"""Tests for a GPU: offsets beyond 2^31, memory that grows with N, the same bits at full size.
 
-Fresh buffers hold NaN (conftest), so a result that was written to a wrong address is seen where it
-is missing. Results are compared at the ends of tensors, where offsets are greatest, in float64.
+New buffers hold NaN (conftest), so a result that was written to a wrong address is missing at the
+right one. Results are compared in float64 at the ends of tensors, where offsets are greatest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def normal(*shape):
 
 
 def integers(*shape):
-    """Small enough for exact scores, in bfloat16."""
+    """Numbers in bfloat16 that are small enough for exact scores."""
     return torch.randint(-4, 5, shape, device="cuda").to(torch.bfloat16)
 
 
@@ -93,7 +93,7 @@ def test_queries_outputs_and_partials_beyond_2_31(order, monkeypatch):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_keys_and_values_beyond_2_31(order):
-    """1.1 million tokens x 16 heads x 128; a hundred queries read anywhere among them."""
+    """1.1 million tokens x 16 heads x 128; a hundred queries read tokens anywhere."""
     tokens, n_q, heads, dim, top_k = 1_100_000, 100, 16, 128, 4
     assert (tokens - 2 * 128) * heads * dim > 2**31
     q, k, v = normal(n_q, heads, dim), normal(tokens, heads, dim), normal(tokens, heads, dim)
@@ -163,7 +163,7 @@ def test_block_scores_beyond_2_31():
 
 # -- memory ---------------------------------------------------------------------------------------
 def extra_bytes(call):
-    """The result, and the bytes that the call had at most beside what was there before."""
+    """The result, and the most bytes that the call allocated at any time."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -175,8 +175,9 @@ def extra_bytes(call):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_attention_over_128k_tokens_keeps_to_its_bound(order):
-    """Outputs, and what is at hand of the index: 16 bytes for each edge of a union, or 64 bytes
-    for each edge of a super-tile, whose partial results take up to PARTIAL_BYTES."""
+    """Memory for outputs and the index: 16 bytes for each edge of a union, or 64 bytes for each
+    edge
+    of a super-tile, whose partial results take up to PARTIAL_BYTES."""
     tokens, heads, groups, dim, top_k = 131_072, 64, 4, 128, 16
     q, k, v = normal(tokens, heads, dim), normal(tokens, groups, dim), normal(tokens, groups, dim)
     chosen = random_selection(Sequences.one(tokens, tokens), groups, top_k, 128)

@@ -1,4 +1,4 @@
-"""Options of the triton backend: they arrive, and the drawn cases reach every branch of auto."""
+"""Options of the triton backend reach the kernels; drawn cases reach all branches of auto."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def arrays(device, *names):
 @pytest.mark.parametrize("subject", SUBJECTS)
 @pytest.mark.parametrize("order", ["kv_outer", "union"])
 def test_the_loop_order_arrives(subject, order):
-    """From each public function that takes it down to the part that obeys."""
+    """The option reaches the code that uses it, from each public function that has it."""
     config = msa.MSAConfig(block_size=16, top_k=2)
     given = arrays(subject.device, "q", "k", "v", "q_idx", "k_idx")
     with mock.patch.object(attention, "attend_part", wraps=attention.attend_part) as part:

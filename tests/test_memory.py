@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peaks fro
 
 
 def peak(tokens: int, grad: bool) -> tuple[int, int]:
-    """Bytes resident at most, and how many of them the call itself took, in a fresh process."""
+    """The most resident bytes in a new process, and how many of them the call allocated."""
     code = MEASURE.format(tokens=tokens, grad=grad)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     total, call = map(int, done.stdout.split())

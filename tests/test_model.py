@@ -1,4 +1,4 @@
-"""What a model must do whatever its weights are: order, packing, backends, pictures, gradients."""
+"""Properties of a model with any weights: order, packing, backends, pictures, gradients."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_later_token_changes_no_earlier_logit():
 
 @torch.no_grad()
 def test_texts_of_a_batch_do_not_see_each_other():
-    """Nor does an empty one do harm."""
+    """An empty sequence changes nothing either."""
     model, texts = make(), [words(n, n) for n in (17, 0, 30, 1, 5)]
     borders = torch.tensor([0, *map(len, texts)]).cumsum(0)
     packed = model(torch.cat(texts), borders).logits.split([*map(len, texts)])
@@ -89,7 +89,7 @@ def test_backends_agree():
 
 @torch.no_grad()
 def test_mode_dense_reads_everything():
-    """It is MSA with a budget for all blocks, and not MSA with less."""
+    """The result equals MSA with room for all blocks, and differs from MSA with fewer."""
     text = words(50)
     rich = replace(SMALL, msa=replace(SMALL.msa, top_k=13))
     dense = make()(text, mode="dense").logits
@@ -100,7 +100,7 @@ def test_mode_dense_reads_everything():
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_a_cache_changes_nothing(mode):
-    """Ragged chunks, then single tokens; a slot is used a second time; order of slots is free."""
+    """Ragged chunks, then single tokens; a slot is used twice; slots may have any order."""
     model, texts = make(), [words(33, 5), words(21, 6)]
     wanted = [model(text, mode=mode).logits for text in texts]
     cache = Cache(SMALL, batch=3, max_tokens=40)
@@ -164,7 +164,7 @@ def test_the_bias_evens_the_load_and_counts_for_the_choice_alone():
 
 
 def test_the_alignment_loss_reaches_the_index_alone():
-    """And the language loss everything else, the tower, the routers and the mixing included."""
+    """The language loss reaches all other weights: the tower, the routers and the mixing too."""
     model, text = make(), words(40)
     text[[5, 30]] = IMAGE
     given = {"images": cut(pixels(), TOWER)}

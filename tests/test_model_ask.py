@@ -1,4 +1,4 @@
-"""`msa ask`: a text and pictures from files become what the model was trained to read."""
+"""`msa ask`: texts and pictures from files are changed to the form of the training data."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from msa.training.documents import IMAGE_TOKEN, world
 from msa.training.evaluate import read_documents, unseen_documents
 
 TEXT = bytes(world("test").prose[3000:3600].astype(np.uint8)).replace(b"right", b"other")
-"""Without a word that only the page of a known answer should have."""
+"""The page, without the words that only a page with known answers has."""
 
 
 def grey(picture):
-    """Ink as light pixels."""
+    """A picture with light ink."""
     return np.rint((picture + 1) * 127.5).astype(np.uint8)
 
 
 def photo(picture, side=96, margin=(30, 12, 5, 50)):
-    """Larger, smooth, dark on light, somewhere on a page."""
+    """The picture enlarged and smooth, dark on light, somewhere on a page."""
     large = Image.fromarray(grey(picture)).resize((side, side), Image.Resampling.BICUBIC)
     top, bottom, left, right = margin
     return 255 - np.pad(np.asarray(large), ((top, bottom), (left, right)))
@@ -54,7 +54,7 @@ def words(files, **images):
 
 # -- pictures -------------------------------------------------------------------------------------
 def test_a_picture_is_read_in_any_form(tmp_path):
-    """Where it stands, how large, in which colours and in which format: the same 64 numbers."""
+    """Place, size, colours and format of a picture do not change its 64 numbers."""
     picture = world("test").images[3]
     plain = photo(picture)
     forms = {
@@ -82,7 +82,7 @@ def test_a_picture_is_read_in_any_form(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_camera_may_have_been_held_otherwise(orientation, tmp_path):
-    """What is stored is turned or mirrored, and EXIF says how to show it."""
+    """The stored picture is turned or mirrored, and EXIF says how to show it."""
     upright = Image.fromarray(photo(world("test").images[5]))
     back = Image.Transpose
     turns = [None, back.FLIP_LEFT_RIGHT, back.ROTATE_180, back.FLIP_TOP_BOTTOM, back.TRANSPOSE,
@@ -102,7 +102,7 @@ def save(path, image):
 
 def test_the_shape_is_kept_and_stands_in_the_middle(tmp_path):
     pixels = np.zeros((60, 80), np.uint8)
-    pixels[5:55, 60:66] = 255  # a stroke that is high
+    pixels[5:55, 60:66] = 255  # a high and thin stroke
     high = read_picture(save(tmp_path / "high.png", Image.fromarray(pixels)))
     flat = read_picture(save(tmp_path / "flat.png", Image.fromarray(pixels.T.copy())))
     assert (high[:, 3:5] == 1).all()
@@ -111,7 +111,7 @@ def test_the_shape_is_kept_and_stands_in_the_middle(tmp_path):
 
 
 def test_pictures_from_files_are_answered_nearly_as_well(tmp_path):
-    """Each of the records of some unseen documents goes through a file."""
+    """The pictures of some unseen documents are written to files and read again."""
     model, documents = load_trained(backend="torch"), unseen_documents(256, 8, 8, 8, seed=5)
     right = read_documents(model, documents).right
     for document in documents:
@@ -126,7 +126,7 @@ def test_pictures_from_files_are_answered_nearly_as_well(tmp_path):
 # -- texts ----------------------------------------------------------------------------------------
 @given(st.lists(st.binary(max_size=12), min_size=1, max_size=5), st.data())
 def test_nothing_of_a_text_is_lost(parts, data):
-    """Without its records a composed text is the text without its marks."""
+    """A composed text without its records equals the text without its marks."""
     keys = [f"A{chr(ord('B') + i)}C" for i in range(len(parts))]
     marked = data.draw(st.lists(st.sampled_from(keys), unique=True))
     marks = {key: f"[{key}]".encode() for key in marked}
@@ -153,7 +153,7 @@ def test_records_without_a_mark_stand_before_words_and_far_apart():
 
 
 def test_control_characters_are_shown_by_their_symbols():
-    """HTML has none but the tab and the newline; a text may hold any byte."""
+    """HTML allows only tab and newline; a text may contain any control character."""
     shown = demo_html.draw_text(
         np.array([*range(1, 32), 127, *"\x85\x9f".encode(), 0xFF, *b"a\0b"]), 0
     )
@@ -163,7 +163,7 @@ def test_control_characters_are_shown_by_their_symbols():
 
 # -- the command ----------------------------------------------------------------------------------
 def test_pictures_are_found_behind_their_keys(files):
-    """At marks and without them; every question is asked by itself."""
+    """Pictures with marks and without them; every question is asked separately."""
     marked = TEXT[:100] + b"[QKZ]" + TEXT[100:400] + b"[BEM]" + TEXT[400:]
     (files / "text.txt").write_bytes(marked)
     options = AskOptions(
@@ -200,7 +200,7 @@ def test_the_command_prints_and_draws(files, capsys):
     assert "?QKZ=" not in told
     for line in half_blocks(read_picture(files / "7.png")).splitlines():
         assert line.rstrip() in told
-    assert re.search(r"7 +\d+% +7 +\d+%", told)  # dense and MSA, without a right answer to compare
+    assert re.search(r"7 +\d+% +7 +\d+%", told)  # dense and MSA, without a known right answer
     assert "MSA answers as dense attention does to 1" in " ".join(told.split())
     assert "1 question to a document of" in text
     assert "trained on" not in text

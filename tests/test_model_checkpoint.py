@@ -1,4 +1,4 @@
-"""Files that come back as they were, and words for those that do not."""
+"""Saving and loading models, and the messages for bad files."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_weights_of_any_precision_are_read(saved, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_asked(saved, value):
-    """A run that came to this can be looked at; nobody should ask its model, nor go on from it."""
+    """A model with NaN can be loaded, but neither asked nor trained further."""
     _, folder = saved
     weights = load_file(folder / WEIGHTS)
     weights["norm.weight"][3] = value
@@ -200,7 +200,7 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
 
 
 def test_half_as_large(saved):
-    """Parameters are rounded once, to what bfloat16 holds; the biases of routers are kept."""
+    """Parameters are rounded to bfloat16 once; the biases of routers are not rounded."""
     model, folder = saved
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")]
     for bias in biases:

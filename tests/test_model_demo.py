@@ -1,4 +1,4 @@
-"""The model that comes with the package answers, and `msa demo` shows what it read for that."""
+"""The model of the package answers, and `msa demo` shows which blocks it read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_trained_model_answers_for_unseen_documents():
     ("name", "steps", "told_steps"),
     [
         ("tiny", PRESETS["tiny"].schedule.steps, [100, 200, 300, 450]),
-        ("small", 1261, [250, 500, 750, 1000, 1261]),  # as many as there was time for
+        ("small", 1261, [250, 500, 750, 1000, 1261]),  # the steps that fit into the time
     ],
 )
 def test_metrics_are_those_of_the_documents(name, steps, told_steps):
@@ -84,7 +84,7 @@ def test_the_demo_asks_for_every_picture_of_an_unseen_document(shown):
 
 
 def test_keys_and_blocks_are_those_of_the_selection(shown):
-    """Of one layer and group: its blocks are full, but for the own one (R3)."""
+    """For one layer and group: all blocks are full, except the own block (R3)."""
     size = shown.block_size
     for question, dense, sparse in zip(shown.questions, shown.dense, shown.sparse):
         assert dense.opened is None

@@ -1,4 +1,4 @@
-"""`msa findings`: rows that are commands, runs that continue, one file of results, a figure."""
+"""`msa findings`: its rows, interrupted runs, the file of results, the tables and the figure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ micro = test_model_train.micro
 
 @pytest.fixture
 def short(monkeypatch):
-    """Documents that the smallest model reads in no time."""
+    """Documents that the smallest model reads quickly."""
     monkeypatch.setattr(readings, "LENGTHS", (128, 256))
     monkeypatch.setattr(readings, "LONG", 1)
     monkeypatch.setattr(readings, "BUDGETS", (1, 8))
@@ -88,7 +88,7 @@ def test_the_longest_run_is_taken_first_and_one_that_follows_goes_with_the_other
 
 # -- from the command to the table ----------------------------------------------------------------
 def test_two_rows_end_to_end(tmp_path, short, micro, capsys):
-    """With a seed each; then shown, drawn, and of the form that the site's build asks for."""
+    """Two rows with one seed: results are shown and drawn, and have the form for the site."""
     assert start(tmp_path, "--rows", "base", "cpt", "dense", "--seeds", "3") == 0
     said = capsys.readouterr().out
     assert "base, seed 3: answers" in said and "3 of 3 runs" in said
@@ -130,7 +130,7 @@ def test_what_is_there_is_not_run_again(tmp_path, short, micro, monkeypatch, cap
 
 
 def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
-    """The time is over when it is asked for the third time: once before the run, then in it."""
+    """The time is over at the third question for it, which comes during the run."""
     job = Job((ROWS["cpt"],), 0, RunOptions(steps=3, documents=1, out=tmp_path), until=100.0)
     assert run.is_over(job) and not run.is_over(replace(job, until=math.inf))
     answers = iter([False, False, True])
@@ -143,7 +143,7 @@ def test_a_run_that_time_cut_off_goes_on(tmp_path, short, micro, monkeypatch):
     (found,) = run.work(job)
     assert found["row"] == "cpt"
     assert (tmp_path / "dense-0" / METRICS).read_text().splitlines()[:2] == lines
-    assert run.work(job) == [found]  # nothing is left to be trained, and all is the same
+    assert run.work(job) == [found]  # no run is left, and the results are the same
     monkeypatch.setattr(run, "is_over", lambda _: True)
     assert trained(ROWS["base"], job, None) is None
     assert not (tmp_path / "base-0").exists()
@@ -221,7 +221,7 @@ def test_results_of_another_kind_in_the_folder_are_told(tmp_path, capsys):
 
 
 def test_two_workers_train_side_by_side(tmp_path):
-    """The tiny model as it is, without a library that only tests need."""
+    """The command works on the tiny model without libraries that only tests need."""
     name = "beartype"
     (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
     words = [
@@ -289,7 +289,7 @@ def test_other_budgets_and_windows_are_the_same_weights(shipped):
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-4)
     assert (logits[2] - logits[0]).abs().max() > 0.1
     assert (logits[3] - logits[2]).abs().max() > 0.1
-    assert torch.equal(logits[3][:80], logits[2][:80])  # five blocks are all there is so far
+    assert torch.equal(logits[3][:80], logits[2][:80])  # there are only five blocks so far
 
 
 def test_the_shipped_index_finds_what_a_window_does_not(shipped):
@@ -300,7 +300,7 @@ def test_the_shipped_index_finds_what_a_window_does_not(shipped):
     assert 0.8 < found["score_recall"] <= 1
     assert 0 < found["kl"] < 1
     assert window["kl"] is None
-    # attention to all blocks leaves nothing to be found
+    # with attention to all blocks the recall is 1
     everything = measure_index(
         with_config(shipped, replace(shipped.config.msa, top_k=32)), documents
     )
@@ -322,7 +322,7 @@ def test_numbers_that_are_not_finite_are_none_and_shown_as_a_dash():
 
 
 def test_lines_of_the_figure_are_told_apart():
-    """A run that lacks the longest documents does not end the others' lines."""
+    """If one run lacks the longest documents, the lines of the others are still complete."""
     base = {"row": "base", "seed": 0, "budgets": [], "lengths": []}
     base["lengths"] = [
         {"tokens": n, "how": how, "answers": share}
@@ -343,7 +343,7 @@ def test_the_figure_of_the_site_is_that_of_the_results(tmp_path):
 
 
 def test_what_the_page_says_holds_in_the_results():
-    """Each line is a sentence of docs/measure/findings.md; means of three seeds."""
+    """Each line checks a sentence of docs/measure/findings.md, by means of three seeds."""
     found = json.loads(SHIPPED.read_text())
 
     def values(row, name):

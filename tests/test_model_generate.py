@@ -24,7 +24,7 @@ def model():
 
 
 def prompts():
-    """Two with pictures, of two tokens and of one; the first of them right where a chunk ends."""
+    """Two prompts with pictures of two and of one token; the first picture ends a chunk."""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, IMAGE, (n,), generator=generator) for n in (19, 1, 26, 4)]
     texts[0][7:9], texts[2][[3, 20]] = IMAGE, IMAGE

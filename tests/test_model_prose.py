@@ -1,4 +1,4 @@
-"""The prose of the task: no stretch of it stands on both sides, whatever the texts are."""
+"""The prose of the task: no sequence of bytes is on both sides, for any texts."""
 
 from __future__ import annotations
 

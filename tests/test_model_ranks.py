@@ -1,6 +1,6 @@
-"""Several processes train the model that one would have trained: losses, gradients, routers.
+"""Several processes train the same model as one process: losses, gradients, routers.
 
-Run as a program, this file is one of these processes.
+This file, run as a program, is one of these processes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NUMBERS = ("language", "kl", "backbone_gradient", "index_gradient")
 
 
 def run_small(folder, ports=("", "")):
-    """Six steps, interrupted after the third, as the first process wants it."""
+    """Take six steps, interrupted after the third if the first process says so."""
     train.HELD_OUT, PRESETS["tiny"] = 2, SMALL
     first = os.environ.get("RANK", "0") == "0"
     for port in ports:
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 
 def start(folder, processes):
-    """As torchrun starts them."""
+    """Start the processes as torchrun does."""
     with socket.socket() as one, socket.socket() as two:
         for free in (one, two):
             free.bind(("127.0.0.1", 0))
@@ -86,7 +86,7 @@ def lines(folder):
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """What one process comes to."""
+    """The results of one process."""
     monkeypatch.setattr(train, "HELD_OUT", 2)
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
     monkeypatch.setenv("MASTER_PORT", "")
@@ -121,7 +121,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, alone):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])
 def test_parts_are_the_whole(parts):
-    """In their order, each with its own pictures and questions, weighed as in the whole."""
+    """The shares keep the order, pictures and questions of the documents, and their weights."""
     trainer = Trainer(SMALL, SEED)
     batch = next(b for b in map(trainer.batch, range(20)) if b.cu_seqlens[1] == 48)
     assert len(batch.cu_seqlens) == 4

@@ -1,4 +1,4 @@
-"""The data builder: nothing crosses the split, every question can be answered from the document."""
+"""The documents: the sides share nothing, and every question can be answered from the document."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ def documents(draw):
 
 
 def read_by_hand(document):
-    """What a reader finds: {key: picture} of the records, [(key, digit)] of the questions, and the
-    prose between them."""
+    """The contents of a document: {key: picture} of the records, [(key, digit)] of the questions,
+    and
+    the prose between them."""
     tokens, asked = document.tokens.tolist(), len(document.questions) * QUESTION
     body, end = tokens[: len(tokens) - asked], bytes(tokens[len(tokens) - asked :])
     found, prose, last = {}, [], 0

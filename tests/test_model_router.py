@@ -1,4 +1,4 @@
-"""The router keeps exact counts and an exact bias, whatever dtype the model is in."""
+"""The router keeps exact counts and an exact bias, for every dtype of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counts_are_exact(dtype):
-    """9,000 tokens in pieces, as a step of several documents reads them."""
+    """9,000 tokens in parts, as in a step with several documents."""
     router, x = make(dtype), torch.randn(9000, SIZES.width, dtype=dtype)
     ids = torch.cat([router(part)[0] for part in x.split([4000, 4999, 1])])
     assert router.load.tolist() == torch.bincount(ids.flatten(), minlength=4).tolist()
@@ -34,7 +34,7 @@ def test_counts_are_exact(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_thousand_small_steps_of_the_bias(dtype):
-    """Against integers: each step is one rate up or down, but for a load that is the mean."""
+    """Each step changes a bias by the rate up or down, or not at all if the load is the mean."""
     router = make(dtype)
     for _ in range(1000):
         router.load.copy_(torch.tensor([2**40, 2**40 + 2, 2**40 + 1, 2**40 + 1]))
@@ -54,7 +54,7 @@ def test_a_cast_on_the_way_keeps_the_bias():
 
 
 def test_a_half_file_keeps_the_bias(tmp_path):
-    """Weights are rounded, which a model that computes in bfloat16 does anyway; the bias is not."""
+    """Weights are rounded, as a model that computes in bfloat16 does anyway; the bias is not."""
     model = Model(SIZES)
     for router in model.routers():
         router.bias.fill_(1.001)

@@ -1,4 +1,4 @@
-"""What a model does inside: recall of each group, KL of each layer, loads of the experts."""
+"""Statistics of layers: recall of each group, KL of each layer, loads of the experts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_numbers_of_layers_and_groups_make_up_those_of_the_whole(model, document
 
 
 def test_a_group_is_judged_by_its_own_heads(model, documents):
-    """A group whose keys and selection are another's gets that one's numbers."""
+    """A group with the keys and the selection of another group gets the same numbers."""
     (layer, *_), _ = seen_by(model, documents)
     first = replace(
         layer, k=layer.k[:, [0, 0]], q=torch.cat([layer.q[:, :2]] * 2, 1),
@@ -71,7 +71,7 @@ def test_a_group_is_judged_by_its_own_heads(model, documents):
 
 
 def test_an_expert_that_is_always_chosen_has_half_of_the_load(documents):
-    """Two of four are chosen for each token: nobody can have more."""
+    """Two of four experts are chosen for each token, so a share is at most one half."""
     model = Model(TINY.model, backend="torch")
     for router, favourite in zip(model.routers(), (1, 3)):
         router.bias[favourite] = 2.0
@@ -115,7 +115,7 @@ def test_the_map_is_measured_and_drawn(tmp_path):
 
 
 def test_the_shipped_map_is_of_the_shipped_results():
-    """And says what the page says."""
+    """The printed table has the numbers of the page."""
     import hashlib
 
     results = ROOT / "benchmarks" / "results" / "needle_cpu.json"

@@ -1,7 +1,6 @@
-"""The model against an independent one: transformers' `minimax_m3_vl`, weights and all.
+"""The model is compared with transformers' `minimax_m3_vl`, with the same weights.
 
-Where transformers departs from docs/spec.md the departure is shown, so that nobody has to wonder
-which of the two is wrong.
+Other tests show each point in which transformers differs from docs/spec.md.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from transformers.models.minimax_m3_vl import (
 import msa
 from msa.model import Cache, Model, ModelConfig, Pictures
 from msa.model.from_transformers import load_weights, our_name
-from tests.test_transformers import behind
+from tests.minimax_models import behind
 
 BOUND = 1e-4
 IMAGE, VIDEO = 95, 96
@@ -81,7 +80,7 @@ TOWERS = {
 
 
 def make(config, tower=None, backend="torch", seed=0):
-    """Their model with random weights everywhere, and ours with the same ones."""
+    """Their model with random weights, and ours with the same weights."""
     torch.manual_seed(seed)
     if tower is None:
         theirs = MiniMaxM3VLForCausalLM(config)
@@ -110,7 +109,7 @@ def borders(texts):
 
 
 def padded_right(theirs, texts, **pictures):
-    """Their logits of a ragged batch, packed as ours are."""
+    """Their logits of a ragged batch, packed like ours."""
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -121,7 +120,7 @@ def padded_right(theirs, texts, **pictures):
 
 
 def in_pieces(theirs, text, pieces):
-    """Their logits, read piece by piece behind their own cache."""
+    """Their logits, computed in chunks with their own cache."""
     cache = DynamicCache(config=theirs.config)
     parts = [
         theirs(input_ids=text[None, start:stop], **behind(theirs, cache)).logits[0]
@@ -174,7 +173,7 @@ def test_logits_of_a_ragged_batch(name, backend):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("name", ["as released: dense, then MSA", "experts apart from MSA"])
 def test_chunked_prefill_and_cached_decoding(name, backend):
-    """Theirs text by text, ours all at once: chunks of different sizes, then token by token."""
+    """Their model reads each text alone, ours all together: in chunks, then token by token."""
     theirs, ours = make(CONFIGS[name], backend=backend)
     texts, cuts = words(44, 13, 30), ([0, 17, 38], [0, 5, 7], [0, 9, 24])
     steps = 6
@@ -200,7 +199,7 @@ def test_chunked_prefill_and_cached_decoding(name, backend):
 
 
 def test_kernels_give_the_same_logits():
-    """In Triton's interpreter where there is no GPU: float32, few tokens."""
+    """In Triton's interpreter if there is no GPU, with float32 and few tokens."""
     config = text_config("m", "d", index_block_size=16, index_topk_blocks=2, index_head_dim=16)
     theirs, ours = make(config, backend="triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,9 +263,9 @@ def test_what_is_not_supported_of_a_tower_is_named(options, named):
         ModelConfig.from_transformers(config)
 
 
-# -- where transformers departs from the spec -----------------------------------------------------
+# -- where transformers differs from the spec -----------------------------------------------------
 def their_blocks(theirs, text, **options):
-    """What their first layer's index chooses: [groups, T, k]."""
+    """The selection of the index in their first layer: [groups, T, k]."""
     seen = []
     indexer = theirs.model.layers[0].self_attn.indexer
     hook = indexer.register_forward_hook(lambda module, args, found: seen.append(found))
@@ -276,9 +275,9 @@ def their_blocks(theirs, text, **options):
 
 
 def test_their_block_lists_are_not_canonical():
-    """R8: ours are ascending and k wide; theirs are best first and no wider than there are blocks.
-
-    The sets are the same, and so is the answer.
+    """R8: our ids ascend and have width k; theirs start with the best and have at most as many
+    places
+    as blocks. The sets are the same, and so are the outputs.
     """
     theirs, ours = make(text_config("m", "d"))
     (text,) = words(50)
@@ -299,7 +298,7 @@ def test_their_block_lists_are_not_canonical():
 
 
 def test_they_ignore_sink_blocks():
-    """R6: their configuration takes the released model's key for sinks, and nothing reads it."""
+    """R6: their configuration accepts the released option for sinks, but does not use it."""
     released = {"sparse_num_index_heads": 2, "sparse_init_block": 1, "sparse_attention_freq": [1]}
     config = text_config("m", "d", sparse_attention_config=released)
     plain, ours = make(text_config("m", "d"))
@@ -315,7 +314,7 @@ def test_they_ignore_sink_blocks():
 def test_padding_on_the_left_shifts_their_blocks():
     """R3: blocks count from the sequence's start. Theirs count from the start of the padding.
 
-    RoPE knows distances alone, so that padding changes nothing in a dense layer.
+    RoPE depends on distances only, so padding does not change a dense layer.
     """
     (text,) = words(61)
     ids = torch.cat([torch.zeros(3, dtype=torch.long), text])
@@ -330,7 +329,7 @@ def test_padding_on_the_left_shifts_their_blocks():
 
 
 def test_they_do_not_read_rotary_dim():
-    """The factor in rope_parameters decides; without it their whole head turns."""
+    """The factor in rope_parameters says how much is turned; without it the whole head is."""
     rope = {"rope_theta": 1e4}
     half, whole = text_config(rotary_dim=8), text_config(index_head_dim=16, rope_parameters=rope)
     assert ModelConfig.from_transformers(half).rotary_dim == 8
@@ -342,7 +341,7 @@ def test_they_do_not_read_rotary_dim():
 
 
 def test_equal_scores_may_go_to_any_block_of_theirs():
-    """R7: equal scores go to the lower block. Theirs go where torch.topk happens to put them."""
+    """R7: for equal scores ours selects the lower block, and theirs the blocks of torch.topk."""
     theirs, _ = make(text_config("m", "d"))
     indexer = theirs.model.layers[0].self_attn.indexer
     indexer.k_norm.weight.fill_(-1.0)  # 1 + weight = 0: every score is 0

@@ -1,4 +1,4 @@
-"""The model's twins: what `msa train` can leave out or put in the place of MSA, one thing each."""
+"""The model's twins: each differs from MSA in one thing, by an option of `msa train`."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_run_that_is_told_to_stop_can_go_on(tmp_path):
 
 # -- what the twins are ---------------------------------------------------------------------------
 def changed_by(model, place, mode: Mode = "sparse"):
-    """Which tokens of a text of 60 the logits of the last one depend on, in one layer."""
+    """The tokens of a text of 60 on which the logits of the last token depend, in one layer."""
     text = words(60)
     other = text.clone()
     other[place] = (other[place] + 1) % 40
@@ -115,7 +115,7 @@ def test_the_window_reads_the_last_blocks_and_no_others(sink):
 
 
 def test_the_dense_twin_has_no_index_and_is_mode_dense():
-    """Its weights are those of the MSA model without the index; its logits those of mode dense."""
+    """It has the weights of the MSA model without the index, and the logits of its mode dense."""
     config = MICRO.model
     sparse, dense = make(config), make(replace(config, attention=("dense",) * 2))
     assert not [name for name, _ in dense.named_parameters() if ".index." in name]
@@ -129,7 +129,7 @@ def test_the_dense_twin_has_no_index_and_is_mode_dense():
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_without_the_stop_gradient_the_loss_of_the_index_moves_the_backbone(mode):
-    """Only then; what the model computes stays the same."""
+    """The option changes the gradients only, not the outputs."""
     found, logits = {}, {}
     for gradient in (False, True):
         model = make(replace(MICRO.model, index_gradient=gradient))
@@ -142,13 +142,13 @@ def test_without_the_stop_gradient_the_loss_of_the_index_moves_the_backbone(mode
     assert torch.equal(logits[False], logits[True])
     assert all(".index." in name for name in found[False])
     assert {"embed.weight", "layers.0.mlp.down.weight"} <= found[True] - found[False]
-    # the teacher stays one: no gradient reaches the last layer's own queries and keys
+    # the teacher is still detached: the last layer's q and k get no gradient
     assert not {"layers.1.attention.q.weight", "layers.1.attention.k.weight"} & found[True]
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 def test_autocast_rounds_no_more_than_its_own_products(mode):
-    """Queries, keys and index in bfloat16 go into msa as they are, and the loss stays float32."""
+    """msa gets queries, keys and index in bfloat16, and the loss is float32."""
     model, text = make(MICRO.model), words(90)
     wanted = model(text, mode=mode, align=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +160,7 @@ def test_autocast_rounds_no_more_than_its_own_products(mode):
 
 
 def test_the_dense_teacher_is_what_autocast_makes_of_any_attention():
-    """It follows autocast as a dense layer does: float32 in, bfloat16 out."""
+    """Autocast applies as in a dense layer: float32 inputs, bfloat16 outputs."""
     q, k = torch.randn(5, 2, 8), torch.randn(5, 1, 8)
     wanted = attend_densely(q, k, k, msa.Sequences.one(5, 5), 0.3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +169,7 @@ def test_the_dense_teacher_is_what_autocast_makes_of_any_attention():
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.03)
 
 
-# -- beginning with weights -----------------------------------------------------------------------
+# -- training that starts from weights ------------------------------------------------------------
 def test_a_run_begins_with_the_weights_and_sizes_of_a_folder(tmp_path):
     first = train.train(TrainOptions(out=tmp_path / "first", steps=2, block_size=8, top_k=2))
     options = TrainOptions(out=tmp_path / "second", steps=2, start=first)
@@ -203,7 +203,7 @@ def dense(tmp_path_factory):
 
 
 def test_a_converted_model_is_the_dense_one_until_it_selects(dense, tmp_path, capsys):
-    """R11; weights as they were, and the index drawn by the seed."""
+    """R11 holds, the weights stay, and the seed determines the index."""
     out = str(tmp_path / "out")
     assert cli.main(["convert", str(dense), "--out", out, "--top-k", "6"]) == 0
     assert f"is in {out}" in capsys.readouterr().out
@@ -237,7 +237,7 @@ def test_the_loss_of_a_converted_model_reaches_the_fresh_projections_alone(dense
 
 
 def test_a_converted_model_is_trained_on(dense, tmp_path):
-    """The warm-up first, then sparse; it begins with the dense twin's weights, at its loss."""
+    """First the warm-up, then sparse. It starts with the weights and the loss of the dense twin."""
     out = tmp_path / "out"
     assert cli.main(["convert", str(dense), "--out", str(out)]) == 0
     options = TrainOptions(out=tmp_path / "cpt", start=out, steps=3, warm_up=0.3)

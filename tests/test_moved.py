@@ -14,7 +14,7 @@ from msa import moved
 
 @pytest.fixture
 def table(monkeypatch):
-    """Two modules that never existed, and none of this table's modules imported before."""
+    """Two modules that never existed; no module of the table is imported before."""
     rows = {
         "msa.old_files": "msa.files",
         "msa.old_files:find": "msa.recall:measure",

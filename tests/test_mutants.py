@@ -1,4 +1,4 @@
-"""The properties can fail: known kinds of bugs are planted, and the named property sees each."""
+"""The properties can fail: each planted bug of a known kind is found by the named property."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from unittest import mock
 
 import pytest
 from hypothesis import Phase, settings
-from mutants import DOMAIN, HONEST_OPTIONS, MUTANTS, nan_taken_for_infinity, one_product_too_few
+from mutants import DOMAIN, MUTANTS
+from mutants_index import nan_taken_for_infinity, one_product_too_few
+from mutants_options import HONEST_OPTIONS
 
 from msa.conformance import Subject, all_properties, as_module, subjects
 from msa.conformance.search import Tally, search
@@ -41,7 +43,7 @@ EACH = pytest.mark.parametrize(
 
 @EACH
 def test_a_planted_bug_is_shown_by_its_seed(name, functions, seed):
-    """One case, which nothing draws; the honest backend passes it."""
+    """The bug is found in one fixed case, which the correct backend passes."""
     with pytest.raises((AssertionError, ValueError)):
         PROPERTIES[name].check(mutant(functions), seed)
     PROPERTIES[name].check(mutant({}), seed)
@@ -49,7 +51,7 @@ def test_a_planted_bug_is_shown_by_its_seed(name, functions, seed):
 
 @EACH
 def test_a_planted_bug_is_found(name, functions, seed):
-    """Without any seed, in so many examples that no bug here is missed by chance."""
+    """The bug is found without seeds, with so many examples that chance does not matter."""
     if functions in RARE:
         pytest.skip("search finds it in one of several hundred examples: its seed is what counts")
     tally = attempt(name, mutant(functions))

@@ -1,6 +1,6 @@
 """The properties of training can fail: bugs are planted in the torch backend's gradients.
 
-Each keeps every value and spoils a gradient, as bugs in backward passes do. The properties' own
+Each keeps the values and changes a gradient, like bugs in backward passes. The properties' own
 seeds are tried first, then a search.
 """
 
@@ -21,12 +21,12 @@ from msa.torch_impl import attention, gradients, index_loss
 
 
 def as_if(value, slope):
-    """The value of one, the gradient of the other."""
+    """The value of one tensor with the gradient of the other."""
     return slope + (value - slope).detach()
 
 
 def patched(owner, name, change):
-    """While it lasts, a function inside the torch backend is what `change` makes of it."""
+    """Replace a function inside the torch backend by `change` of it, for a with statement."""
     return lambda: mock.patch.object(owner, name, change(getattr(owner, name)))
 
 
@@ -36,7 +36,7 @@ def k_counted_twice(q, k, v, selection, softmax_scale):
 
 
 def noisy_attention(q, k, v, selection, softmax_scale):
-    """Sums in a random order: seen as noise in the last bits."""
+    """Sums are added in a random order, which changes the last bits."""
     noise = 1 + 1e-6 * torch.rand(())
     return torch_impl.attend_selection(q * noise, k, v, selection, softmax_scale)
 
@@ -62,7 +62,7 @@ def leak_to(place):
 
 
 def leak_in_one_call(*args, align=False):
-    """The loss gets the main branch's tensors as they are."""
+    """The loss gets the main branch's tensors without detaching them."""
     output = torch_impl.attend(*args, align=align)
     return replace(output, kl=as_if(output.kl, output.kl + args[1].sum())) if align else output
 
@@ -82,14 +82,14 @@ def delta_without_d_lse(selection_gradients):
 
 
 def infinities_subtracted(log_softmax):
-    """inf - inf in the student."""
+    """The student computes inf - inf."""
     return lambda scores, support: torch.where(support, scores, -torch.inf).log_softmax(-1)
 
 
 SEEDS_FIRST = (Phase.explicit, Phase.generate)
 REACH, SLOPES = "r17_gradients_reach_the_index_branch_only", "r17_gradients_are_those_of_the_spec"
 MAIN = ("r18_gradients_in_every_dtype", "r18_gradients_are_those_of_the_spec")
-MUTANTS = {  # what sees it, functions of the contract, or what is patched beneath them
+MUTANTS = {  # the property that finds it; changed functions of the contract, or a patch below
     "k_counted_twice": (MAIN, {"attend_selection": k_counted_twice}),
     "noisy_attention": (
         ("r19_gradients_have_the_same_bits",), {"attend_selection": noisy_attention}

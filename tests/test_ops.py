@@ -1,4 +1,4 @@
-"""torch.ops.msa: sound as operators, equal to the public functions, whole in compiled graphs."""
+"""torch.ops.msa: correct operators, equal to the public functions, one call in compiled graphs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BORDERS = (0, 11, 11, 30), (0, 15, 15, 40)  # a chunk, an empty sequence, a chun
 NAMES = "q", "k", "v", "q_idx", "k_idx"
 OPS = torch.ops.msa
 ON_THE_CPU = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
-"""Where there is a GPU, nothing is interpreted: test_ops_gpu.py asks triton there."""
+"""With a GPU, kernels are not interpreted; test_ops_gpu.py tests triton there."""
 
 
 def make(dtype=torch.float32, n_q=30, n_k=40, lead=(), grad=False):
-    """q, k, v, q_idx, k_idx."""
+    """The tensors q, k, v, q_idx and k_idx."""
     rng = torch.Generator().manual_seed(1)
     shapes = (n_q, 4, 16), (n_k, 2, 16), (n_k, 2, 12), (n_q, 2, 8), (n_k, 8)
     return [
@@ -32,7 +32,7 @@ def make(dtype=torch.float32, n_q=30, n_k=40, lead=(), grad=False):
 
 
 def permuted(x):
-    """The same numbers, another order of the other dims in memory: [H, T, D] seen as [T, H, D]."""
+    """The same numbers with another order in memory: [H, T, D] read as [T, H, D]."""
     return x.detach().transpose(0, -2).contiguous().transpose(0, -2).requires_grad_(x.requires_grad)
 
 
@@ -52,7 +52,7 @@ def decode_args():
     return draw(3, 2, 4, 16), draw(3, 2, 2, 8), msa.PagedKV(*pages, table, lengths)
 
 
-# -- sound as operators ---------------------------------------------------------------------------
+# -- correct as operators -------------------------------------------------------------------------
 @pytest.mark.parametrize("change", [lambda x: x, permuted], ids=["packed", "permuted"])
 def test_opcheck(change):
     q, k, v, q_idx, k_idx = (change(x) for x in make(grad=True))
@@ -163,7 +163,7 @@ def test_dtypes(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_gradients_of_narrow_inputs(dtype):
-    """Within a few roundings of out, which the operator keeps in q's dtype."""
+    """They differ by a few roundings, because the operator keeps out in q's dtype."""
     tensors = make(dtype, grad=True)
     mine = msa.ops.attention(*tensors, *BORDERS, config=CONFIG).out
     theirs = msa.attention(
@@ -177,7 +177,7 @@ def test_gradients_of_narrow_inputs(dtype):
 
 
 def test_two_losses_may_go_back_one_after_the_other():
-    """What selects has no part in the graph of out (R18)."""
+    """The index branch is not in the graph of out (R18)."""
     tensors = make(grad=True)
     given = [*tensors[:3], *(x.square() for x in tensors[3:])]  # whose graph keeps something
     output = msa.ops.attention(*given, *BORDERS, config=CONFIG, align=True)
@@ -204,7 +204,7 @@ def test_bad_tensors(break_it, message):
 
 
 def test_what_attention_selects_is_not_read_back(monkeypatch):
-    """Validation of others' indices waits for the device; its own need none."""
+    """Validation of a caller's indices waits for the device; those of msa need no validation."""
 
     def validate(*_):
         raise AssertionError("validated")
@@ -358,7 +358,7 @@ def test_exported_program():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_second_derivative_of_the_loss_is_refused(compiled):
-    """Not left out; a graph of the first one alone is no reason."""
+    """A second derivative is an error; create_graph=True alone is not."""
     q, k, _, q_idx, k_idx = make(grad=True)
     call = torch.compile(msa.ops.align_index, backend="eager") if compiled else msa.ops.align_index
     loss = call(q, k, q_idx, k_idx, None, *BORDERS, config=CONFIG)

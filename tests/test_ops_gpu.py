@@ -1,4 +1,4 @@
-"""The operators with the kernels of a GPU under them."""
+"""The operators with the kernels of a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def on_device(tensors):
 
 
 def paged():
-    """decode_args with blocks of 16 tokens, which kernels have."""
+    """decode_args with blocks of 16 tokens, which the kernels support."""
     q, q_idx, c = decode_args()
     pages = (torch.cat([x, x.flip(0)], 1) for x in (c.k_pages, c.v_pages, c.k_idx_pages))
     cache = msa.PagedKV(*(x.cuda() for x in (*pages, c.page_table, c.lengths)))
@@ -50,7 +50,7 @@ def test_opcheck():
 
 
 def test_equal_to_the_cpu():
-    """Which runs the torch backend: other sums, other roundings."""
+    """The operator on a CPU runs the torch backend, so results differ by rounding."""
     results = []
     for tensors in (make(grad=True), on_device(make(grad=True))):
         out, lse, ids, kl = msa.ops.attention(*tensors, *BORDERS, config=CONFIG, align=True)

@@ -1,4 +1,4 @@
-"""What is drawn, and in which order tests run, depends on nothing that happens to be so."""
+"""Neither the drawn cases nor the order of the tests depend on chance or on the environment."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_same_cases_are_drawn_whatever_is_imported(tmp_path):
 
 
 def test_no_test_draws_numbers_of_modules():
-    """Hypothesis's own list of them, which `conftest` keeps empty."""
+    """`conftest` keeps Hypothesis's list of numbers from imported modules empty."""
     if hasattr(providers, "_get_local_constants"):
         assert not set(providers._get_local_constants())
 

@@ -1,4 +1,4 @@
-"""A pool beside what the device does by itself: appending kernels, captured graphs, streams."""
+"""A pool, and changes made by the device: appending kernels, captured graphs, streams."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool_machine import CACHED, read
+from pool_parts import CACHED, read
 from test_triton_decode import BLOCK, CUDA, EIGHT, check, drawn, make_pool, spec
 
 import msa
@@ -22,13 +22,13 @@ def keys(tokens):
 
 
 def contents(pool):
-    """All arrays of the cache, to the bit but for the sign of NaN."""
+    """The bits of all arrays of the cache, except for the sign of NaN."""
     return {name: read(x).copy() for name, x in vars(pool.cache).items() if x is not None}
 
 
 class Beams:
-    """Three sequences in slots 0, 1 and 3 of four that begin with the same tokens, and the tokens
-    of each in a list."""
+    """Three sequences that begin with the same tokens, in slots 0, 1 and 3 of four, and a list of
+    the tokens of each."""
 
     def __init__(self, length, eight=()):
         self.pool = make_pool(4, 16, eight, pages_per_sequence=6)
@@ -38,12 +38,12 @@ class Beams:
         self.lists = {s: first for s in SLOTS}
 
     def step(self, new):
-        """What a graph may capture."""
+        """A step that a graph can capture."""
         msa.append_tokens(self.pool.cache, *keys(new))
         return msa.decode(new["q"], new["q_idx"], self.pool.cache, config=CONFIG, backend="triton")
 
     def go_on(self, new, cuts, step):
-        """Tokens [4, n] behind all lists; then each list loses some of its last."""
+        """Add tokens [4, n] to all lists; then remove some of the last tokens of each list."""
         n = new["k"].shape[1]
         self.pool.reserve(SLOTS, n)
         output = step(new)
@@ -74,7 +74,7 @@ def test_beams_grow_apart_on_the_device(eight, length, steps, seed):
 
 
 @pytest.mark.parametrize("eight", EIGHT if CUDA else [()])
-@pytest.mark.parametrize("n", [1, 13])  # within the page, and on to one that there is not
+@pytest.mark.parametrize("n", [1, 13])  # within the page, and on to a page that does not exist
 def test_a_shared_page_is_not_written_without_a_reserve(eight, n):
     beams = Beams(2 * BLOCK + 4, eight)
     before = contents(beams.pool)
@@ -84,7 +84,7 @@ def test_a_shared_page_is_not_written_without_a_reserve(eight, n):
 
 
 def test_a_page_that_was_cut_is_not_written_without_a_reserve():
-    """Full when it was shared, and now open again for one of the two."""
+    """The page was full when it was shared, and one of the two sequences was truncated since."""
     pool = make_pool(2, 4)
     pool.append(0, *keys(drawn(0, BLOCK)))
     pool.fork(0)
@@ -103,10 +103,10 @@ def test_a_page_that_was_cut_is_not_written_without_a_reserve():
 @pytest.mark.parametrize("eight", EIGHT)
 @pytest.mark.parametrize("n", [1, 3])
 def test_beams_in_a_captured_graph(eight, n):
-    """One graph, while pages are copied, cut off and given out again around it."""
+    """One graph is replayed, while pages are copied, truncated and reused in between."""
     beams, rng = Beams(21, eight), np.random.default_rng(n)
     still = drawn(0, 4, n)
-    beams.go_on(still, [0, 0, 0], beams.step)  # compiles the kernels, too
+    beams.go_on(still, [0, 0, 0], beams.step)  # this also compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = beams.step(still)
@@ -120,7 +120,7 @@ def test_beams_in_a_captured_graph(eight, n):
 
     for t in range(20):
         beams.go_on(drawn(t, 4, n), rng.integers(0, 3 + n, 3).tolist(), replay)
-        if t % 5 == 4:  # the first takes the place of the last
+        if t % 5 == 4:  # the first takes the slot of the last
             beams.pool.free(3)
             assert beams.pool.fork(0, into=3) == 3
             beams.lists[3] = beams.lists[0]
@@ -142,7 +142,7 @@ def test_a_pool_is_not_changed_in_a_capture():
 
 
 class LateReader:
-    """Decodes the last token behind half a second of other work; the host does not wait for it."""
+    """Decodes the last token after half a second of other work; the host does not wait."""
 
     def __init__(self, pool):
         self.still = {name: x[None] for name, x in drawn(0, 1).items() if name in ("q", "q_idx")}
@@ -162,7 +162,7 @@ class LateReader:
 
 
 def give_away(pool, tokens):
-    """The pages of sequence 0 to other tokens."""
+    """Give the pages of sequence 0 to other tokens."""
     pool.free(0)
     pool.append(0, *keys(tokens))
     assert pool.free_pages == 0
@@ -171,7 +171,7 @@ def give_away(pool, tokens):
 @pytest.mark.gpu
 @pytest.mark.parametrize("side", [False, True])
 def test_on_one_stream_a_page_is_read_before_it_is_given_away(side):
-    """Whichever stream it is, and without waiting for the reader."""
+    """This holds on any stream, and without a wait of the host for the reader."""
     pool, tokens, others = make_pool(1, 3), drawn(0, 3 * BLOCK), drawn(1, 3 * BLOCK)
     pool.append(0, *keys(tokens))
     read_late = LateReader(pool)

@@ -1,6 +1,6 @@
-"""Where a call runs, as far as a CPU shows it: guards at entries, and what is kept between calls.
+"""Where a call runs, tested on a CPU: the guards of entries, and the tables between calls.
 
-CUDA is played by tensors that say that they are on a GPU. The rest is in test_places_gpu.
+Tensors that claim to be on a GPU replace CUDA. Other tests are in test_places_gpu.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def functions(path):
     return [x for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.FunctionDef)]
 
 
-# -- what the source must keep --------------------------------------------------------------------
+# -- rules for the source -------------------------------------------------------------------------
 def test_no_tensor_is_kept_but_by_device_table():
-    """A cache of functools hands a tensor to any stream, at any time, without a question."""
+    """functools caches must not hold tensors, since any stream could get one at any time."""
     kept = 0
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
@@ -69,7 +69,7 @@ def test_no_tensor_is_kept_but_by_device_table():
 
 
 def test_every_entry_has_the_guard():
-    """The functions of the backend, and what operators call of its autograd functions."""
+    """The functions of the backend, and its autograd functions that operators call."""
     guarded = {
         (path.stem, function.name)
         for path in (PACKAGE / "triton_impl").glob("*.py")
@@ -89,7 +89,7 @@ def test_every_entry_has_the_guard():
 
 
 def test_devices_are_asked_for_by_name():
-    """Nothing in the backend asks about the current device where a tensor's is meant."""
+    """The backend never uses the current device in place of a tensor's device."""
     asks = ("get_device_properties", "get_device_capability", "get_device_name", "synchronize")
     for path in (PACKAGE / "triton_impl").glob("*.py"):
         for call in (c for c in ast.walk(ast.parse(path.read_text())) if isinstance(c, ast.Call)):
@@ -99,13 +99,13 @@ def test_devices_are_asked_for_by_name():
 
 # -- the guard ------------------------------------------------------------------------------------
 class OnSecond(torch.Tensor):
-    """A tensor that says that it is on the second GPU."""
+    """A tensor that claims to be on the second GPU."""
 
     is_cuda, device = True, SECOND
 
 
 class Recorded(torch.Tensor):
-    """A tensor that notes which streams read it."""
+    """A tensor that records which streams read it."""
 
     def record_stream(self, stream):
         self.readers = [*getattr(self, "readers", []), stream.cuda_stream]
@@ -113,7 +113,7 @@ class Recorded(torch.Tensor):
 
 @pytest.fixture
 def entered(monkeypatch):
-    """The devices that were made current, and are no longer."""
+    """The devices that were made current, and then left."""
     seen = []
 
     @contextmanager
@@ -185,11 +185,11 @@ class Stream:
         self.cuda_stream = number
 
     def synchronize(self):
-        """Nothing runs."""
+        """A stream on which nothing runs."""
 
 
 class Device:
-    """What torch.cuda says of the thread that asks."""
+    """The answers of torch.cuda, for the current thread."""
 
     def __init__(self):
         self.capturing, self.stream, self.current = False, Stream(1), 0
@@ -197,7 +197,7 @@ class Device:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A GPU as far as tables know one."""
+    """The functions of a GPU that tables use."""
     state, main = Device(), threading.get_ident()
 
     def here():
@@ -218,7 +218,7 @@ def cuda(monkeypatch):
 
 @pytest.fixture
 def made():
-    """Which tables were made: the number, the device and whether inference mode was on."""
+    """The tables that were made: number, device, and whether inference mode was on."""
     return []
 
 
@@ -270,7 +270,7 @@ def test_what_a_graph_reads_is_never_dropped(cuda, table):
         table(number, FIRST)
     assert next(iter(places.IN_GRAPHS.values())).thing is in_graph
     assert len(places.IN_GRAPHS) == 1
-    assert table(0, FIRST) is not in_graph  # the cache has forgotten it
+    assert table(0, FIRST) is not in_graph  # the cache has dropped it
 
 
 def test_inference_mode_and_pools_do_not_reach_a_table(cuda, made, table):

@@ -1,7 +1,7 @@
 """Where a call runs, on GPUs: any stream, several threads, capture, any device.
 
-Each test runs in a Python of its own: what it looks for would leave a device that no later test
-could use. What is wanted are always the bits of one stream on the first device.
+Each test runs in a new Python process, because a failure would leave the device unusable for later
+tests. The wanted bits are always those of one stream on the first device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADS, GROUPS, DIM = 8, 2, 32
 TOKENS = 400
 
 
-# -- what is called -------------------------------------------------------------------------------
+# -- the calls ------------------------------------------------------------------------------------
 def tensors(n, device="cuda:0", seed=0):
     """q, k, v, q_idx, k_idx of n tokens, the same numbers on any device."""
     random = torch.Generator().manual_seed(seed)
@@ -37,7 +37,7 @@ def tensors(n, device="cuda:0", seed=0):
 
 
 def forward_and_backward(inputs, **options):
-    """Everything that attention gives, with all gradients."""
+    """All results of attention, with all gradients."""
     options = {"config": CONFIG, "align": True} | options
     output = msa.attention(*inputs, **options)
     loss = output.out.float().square().sum() + output.lse.sum() + output.kl
@@ -46,7 +46,7 @@ def forward_and_backward(inputs, **options):
 
 
 def forget_tables():
-    """The next call of any shape is the first one again, but for kernels that are compiled."""
+    """Drop all tables, so that the next call of a shape is a first call; kernels stay compiled."""
     for table in (tables.query_table, tables.block_table, tables.tile_table, selection.plan_scan):
         table.cache_clear()
 
@@ -57,7 +57,7 @@ def busy():
 
 
 def make_other_tables(n):
-    """So many that the cache drops those of n tokens; they take its memory, if that is free."""
+    """Make so many tables that the cache drops those of n tokens; they reuse free memory."""
     device = torch.device("cuda:0")
     for i in range(1, places.TABLES + 2):
         other = Sequences.one(n - i, n - i)
@@ -98,7 +98,7 @@ def step(q, q_idx, new, pool):
 
 # -- tests, each in a process ---------------------------------------------------------------------
 def a_table_is_ready_on_every_stream():
-    """The first call of a shape waits behind long work; the second, elsewhere, does not."""
+    """The first call of a shape waits for long work; the second, on another stream, does not."""
     ragged = {"cu_seqlens_q": [0, 250, 250, TOKENS], "cu_seqlens_k": [0, 250, 250, TOKENS]}
     for borders in ({}, ragged):
         inputs = tensors(TOKENS)
@@ -117,7 +117,7 @@ def a_table_is_ready_on_every_stream():
 
 
 def a_table_lives_as_long_as_it_is_read():
-    """Dropped from the cache while a stream that is behind has not read it yet."""
+    """A table is dropped from the cache before a slow stream has read it."""
     inputs = tensors(TOKENS)
     want = forward_and_backward(inputs)
     side = torch.cuda.Stream()
@@ -158,7 +158,7 @@ def threads_make_first_calls_at_once():
 
 
 def a_first_call_during_capture_is_refused():
-    """Then made outside, captured, and right whatever became of the tables in the cache."""
+    """After a call outside the graph is captured; it stays right when tables leave the cache."""
     inputs = [x.detach() for x in tensors(TOKENS)]
     want = msa.attention(*inputs, config=CONFIG)
     torch.cuda.synchronize()
@@ -182,7 +182,7 @@ def a_first_call_during_capture_is_refused():
 
 
 def compiled_into_a_graph_without_a_call_before():
-    """torch.compile warms up in the memory of its graphs, which no table may be left in."""
+    """torch.compile warms up with the memory pool of its graphs; no table may stay there."""
 
     def run(q, k, v, q_idx, k_idx):
         return msa.ops.attention(q, k, v, q_idx, k_idx, config=CONFIG)[:2]
@@ -196,7 +196,7 @@ def compiled_into_a_graph_without_a_call_before():
 
 
 def every_function_on_a_device_that_is_not_current():
-    """And nothing leaves another device current behind it."""
+    """No call changes the current device for later calls."""
     results = []
     for device in ("cuda:0", "cuda:1"):
         found, inputs = [], tensors(TOKENS, device)
@@ -222,7 +222,7 @@ def every_function_on_a_device_that_is_not_current():
         found.append(triton_impl.combine_partials(partials).out)
         union = triton_impl.unite_tiles(chosen, 8)
         found.append(triton_impl.attend_union(q, k, v, union, 0.1).out)
-        # operators, and the one of the gradient by itself
+        # operators, and the operator of the gradient alone
         out, lse, ids, kl = msa.ops.attention(*inputs, config=CONFIG, align=True)
         found += [out, lse, ids, kl, *torch.autograd.grad(out.float().sum() + kl, inputs)]
         found.append(msa.ops.select_blocks(q_idx, k_idx, config=CONFIG))
@@ -240,7 +240,7 @@ def every_function_on_a_device_that_is_not_current():
 
 
 def both_devices_by_two_threads_at_once():
-    """The same shape for the first time on both; a thread's current device is not its tensors'."""
+    """Both threads call a new shape; their current device is not that of their tensors."""
     gate = threading.Barrier(2)
     inputs = [tensors(TOKENS, f"cuda:{i}") for i in range(2)]
     for i in range(2):
@@ -294,7 +294,7 @@ TWO = [
 
 
 def run_alone(function):
-    """The function in a fresh Python, which must end well and in time."""
+    """Run the function in a new Python process, which must succeed in time."""
     code = f"from tests import test_places_gpu as t; t.{function.__name__}()"
     command = [sys.executable, "-c", code]
     root, options = Path(__file__).parent.parent, {"capture_output": True, "text": True}

@@ -1,4 +1,4 @@
-"""The report on rounded caches: counted by hand, by the spec, and on data kind and unkind to it."""
+"""The report on rounded caches: compared with counts by hand and with the spec, on several data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def column(*numbers):
 
 
 def test_by_hand():
-    """e4m3 takes 16.875 and 17 for 16: the first of two blocks is selected, not the second."""
+    """e4m3 rounds 16.875 and 17 to 16, so the first of two blocks is selected, not the second."""
     k_idx = torch.tensor([16.875, -1.0, -1.0, 17.0, 1.0])[:, None]
     k, v = torch.zeros(5, 1, 1), column(1.0, 1.0, 2.0, 2.0, 17.0)
     config = msa.MSAConfig(block_size=2, top_k=2)
@@ -47,7 +47,7 @@ def test_few_tokens_leave_nothing_to_lose():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_random_tensors(dtype):
-    """Neighbouring scores are as close as they can be, and still little is lost."""
+    """Scores lie very close together, and still little is lost."""
     tensors = normal(dtype)
     found = msa.cache_quality(**tensors, config=CONFIG)
     assert 0.85 < found["index"].block_recall < 1.0
@@ -58,7 +58,7 @@ def test_on_random_tensors(dtype):
 
 
 def test_the_recalls_are_those_of_the_spec_on_rounded_keys():
-    """The spec's own scores and selections; one scale for each page."""
+    """The result equals scores and selections of the spec, with one scale for each page."""
     tensors = {name: x.double().numpy() for name, x in normal().items()}
     k_idx, q_idx, sequences = tensors["k_idx"], tensors["q_idx"], Sequences.one(3, 2048)
     pages = k_idx.reshape(-1, 32 * 32)
@@ -79,10 +79,8 @@ def test_the_recalls_are_those_of_the_spec_on_rounded_keys():
 
 @pytest.mark.parametrize("power", [6, 14, 18])
 def test_outliers(power):
-    """One number of each page is 2^power, where no query looks.
-
-    Up to 2^14 times the others it costs them nothing: floats keep their four bits. At 2^18 a page
-    has no steps left for them.
+    """One number of each page is 2^power, at a place where queries are 0. Up to 2^14 times the
+    others, these lose nothing: floats keep their four bits. At 2^18 they all become 0.
     """
     tensors = normal()
     for name in ("k", "v", "k_idx"):

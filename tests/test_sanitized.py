@@ -1,6 +1,7 @@
-"""Every kernel once or thrice on awkward shapes: what `make sanitize` runs under compute-sanitizer.
+"""Every kernel on a few unusual shapes: `make sanitize` runs this under compute-sanitizer.
 
-A few fixed cases in place of a search: ragged sequences, a partial last block, heads and head sizes
+There are a few fixed cases instead of a search: ragged sequences, a partial last block, heads and
+head sizes
 that are no powers of two, one block kept. Each goes through the properties that launch the kernels,
 so results are compared with the spec as well. A new kernel needs a line in CHECKS, or a test fails.
 """
@@ -151,7 +152,7 @@ KERNELS = {name: m for m in MODULES for name in vars(m) if name.endswith("_kerne
 
 
 class Recorder:
-    """A kernel that notes its launches."""
+    """A kernel that records its launches."""
 
     def __init__(self, kernel, name, launched):
         self.kernel, self.name, self.launched = kernel, name, launched
@@ -192,9 +193,9 @@ DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}
 @pytest.mark.parametrize("eight", [(), ("k_idx",), ("k", "v", "k_idx")] if CUDA else [()])
 @pytest.mark.parametrize(("dims", "block"), [((3, 20, 12, 9), 16), ((16, 128, 128, 128), 128)])
 def test_decoding(eight, dims, block, launched):
-    """Steps of one and of two tokens over the border of a page, an empty slot between two others.
-
-    The pages in use are the last ones, the table ends with the last block.
+    """Steps of one and of two tokens over the border of a page, with an empty slot between two
+    others.
+    The pages in use are the last ones, and the table ends with the last block.
     """
     group, dim, dim_v, dim_i = dims
     dtype = torch.bfloat16 if CUDA else torch.float32

@@ -1,4 +1,4 @@
-"""Which selections are validated, how often the device is waited for, and what that costs."""
+"""Which selections are validated, how often calls wait for the device, and the cost of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Grows by one each time that numbers of a tensor are read by the host."""
+    """A list that grows by one each time that the host reads numbers of a tensor."""
     found = []
     for name in READS:
         was = getattr(torch.Tensor, name)
@@ -42,7 +42,7 @@ def waits(monkeypatch):
 
 
 def made_by(tensors):
-    """A Selection of each function of msa that gives one."""
+    """A Selection of each function of msa that returns one."""
     index = tensors["q_idx"], tensors["k_idx"]
     return {
         "select": msa.select(*index, config=CONFIG),
@@ -58,7 +58,7 @@ def validated(tensors, selection):
     return check.called
 
 
-# -- what msa made --------------------------------------------------------------------------------
+# -- selections that msa made ---------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["select", "attention", "lower"])
 def test_what_msa_made_is_not_validated_again(name, tensors):
     selection = made_by(tensors)[name]
@@ -115,7 +115,7 @@ def test_its_groups_are_those_of_k_all_the_same(tensors):
         msa.sparse_attention(tensors["q"], tensors["k"][:, :1], tensors["v"][:, :1], selection)
 
 
-# -- what the caller made -------------------------------------------------------------------------
+# -- selections that the caller made --------------------------------------------------------------
 def large(n, k, kind=torch):
     """Canonical ids of n queries in one sequence: the own block and those before it."""
     own = np.arange(n) // 64
@@ -135,7 +135,7 @@ def test_one_wait_for_the_device(waits):
 
 @pytest.mark.parametrize("kind", [np, torch])
 def test_no_loop_over_queries(kind):
-    """As many calls of Python for 10 queries as for 100,000."""
+    """The check makes as many Python calls for 10 queries as for 100,000."""
 
     def calls(n):
         selection, found = large(n, 4, kind), 0
@@ -171,7 +171,7 @@ def test_no_loop_over_queries(kind):
     ([3, 2**31 - 1, -1], "hold visible blocks only"),
 ])  # fmt: skip
 def test_each_rule_is_told_from_the_others(row, says, kind):
-    """Query 7 stands in block 3 of two tokens."""
+    """Query 7 is in block 3, with blocks of two tokens."""
     ids = np.full((9, 2, 3), -1, np.int32)
     ids[..., 0] = (np.arange(9) // 2)[:, None]
     ids[7, 1] = row

@@ -1,4 +1,4 @@
-"""Annotated shapes are checked while tests run: the hook in pyproject.toml is at work."""
+"""Annotated shapes are checked while tests run, by the hook in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_oracle_is_checked_too():
 
 
 def test_the_lowering_wants_a_whole_backend_and_shapes_that_agree():
-    """A module without one of the thirteen functions is no Backend."""
+    """A module that lacks one of the thirteen functions is not a Backend."""
     x = np.ones((6, 1, 4))
     args = (x, x, x, x, x[:, 0], Sequences.one(6, 6), msa.MSAConfig(2, 2), 4, 2)
     lower(reference, *args)

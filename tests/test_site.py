@@ -1,4 +1,4 @@
-"""The site's pages and what their code calls. `make docs` runs the pages themselves."""
+"""The site's pages and the functions of their code. `make docs` runs the pages themselves."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_drawings_take_their_colours_from_the_theme():
 
 
 def findings(folder, **rows):
-    """A results file with a run for each row and each of its shares of far answers."""
+    """Write a results file with a run for each row and each of its shares of far answers."""
     other = dict.fromkeys(("kl", "block_recall", "score_recall", "steepest", "near"))
     runs = [
         {"row": row, "seed": seed, "command": f"msa train {row}", "steps": 9, "seconds": 1.0,

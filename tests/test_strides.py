@@ -1,4 +1,4 @@
-"""R21 beside the properties: tensors that lie anyhow where a call writes, or is for torch alone."""
+"""More tests of R21: strides of tensors that a call writes, and calls of torch alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pool_machine import CACHED, E4M3, SHAPES
+from pool_parts import CACHED, E4M3, SHAPES
 
 import msa
 from msa import recall
@@ -38,12 +38,12 @@ def empty_pages(kind, eight=()):
 
 
 def laid(arrays, ways):
-    """Each array in its way."""
+    """Each array with its layout."""
     return {name: way.lay(x, floats=True) for (name, x), way in zip(arrays.items(), ways)}
 
 
 def same(found, wanted):
-    """Equal bit for bit, NaN where NaN is."""
+    """Check that the bits are equal; NaN equals NaN."""
     for name, want in vars(wanted).items():
         got = getattr(found, name)
         assert (got is None) == (want is None), name

@@ -1,7 +1,7 @@
 """One layer of MSA learns to look up needles, along the same curve in float32 as in float64.
 
 Every token carries a code, a wanted code and a payload; its target is the payload of the earlier
-token whose code it wants. There is one text of that kind, which is learned by heart.
+token whose code it wants. The layer learns one text of this kind by heart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEARNERS = [
 
 @dataclass(frozen=True)
 class Size:
-    """A problem, and by which factors the steps on it lessen the losses."""
+    """A problem, and the factors by which its steps reduce the losses."""
 
     tokens: int
     steps: int
@@ -37,7 +37,7 @@ class Size:
 
 FULL = Size(64, 200, msa.MSAConfig(block_size=16, top_k=2), task_falls=100, kl_falls=10)
 TINY = Size(36, 3, msa.MSAConfig(block_size=16, top_k=2), task_falls=2, kl_falls=1.05)
-"""For Triton's interpreter, which takes seconds for a step."""
+"""The small problem, for Triton's interpreter, which takes seconds for a step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def needles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def initial_weights() -> dict[str, torch.Tensor]:
-    """Random, but for the main branch, which begins to compare wanted codes with codes."""
+    """Random weights, except for the main branch, which compares wanted codes with codes."""
     generator = torch.Generator().manual_seed(2)
     shapes = {"q": HEADS, "k": GROUPS, "v": GROUPS, "q_idx": GROUPS, "k_idx": 1}
     made = {
@@ -101,12 +101,11 @@ def train(size: Size, backend: str, device: str, dtype: torch.dtype, share: floa
 
 @pytest.mark.parametrize("subject", LEARNERS)
 def test_the_curve_is_that_of_float64(subject):
-    """Off by at most N u of where it began, with sums of N = T Hq terms, the longest in a step.
+    """The loss differs by at most N u times the first loss; sums have at most N = T Hq terms.
 
-    One step's gradient is off by N u or less. Errors of many steps would add up to more, but
-    descent whose loss falls this far draws neighbouring weights together: what one step did wrong,
-    the next ones see and correct. All of this holds while both choose the same blocks, which is
-    asked for first.
+    One step's gradient has a relative error of N u or less. The errors of many steps do not add up,
+    because later steps correct the errors of earlier ones when the loss falls this far. This holds
+    while both select the same blocks, which is checked first.
     """
     size = TINY if subject.name == "triton" and subject.device == "cpu" else FULL
     want = train(size, "torch", "cpu", torch.float64)
@@ -124,7 +123,7 @@ def test_the_curve_is_that_of_float64(subject):
 
 
 def test_the_index_learns_from_the_alignment_loss_alone():
-    """Without it the same blocks are read for ever (R18): its share of the losses is all it has."""
+    """Without the KL the selection never changes (R18), since the index has no other loss."""
     short = replace(FULL, steps=10)
     taught, untaught = (train(short, "torch", "cpu", torch.float32, s) for s in (1.0, 0.0))
     assert not torch.equal(taught.chosen[-1], taught.chosen[0])

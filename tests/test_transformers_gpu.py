@@ -1,11 +1,11 @@
-"""Hugging Face's MiniMax-M3 with the kernels of a GPU under it."""
+"""Hugging Face's MiniMax-M3 with the kernels of a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests import test_transformers as here
+from tests import minimax_models as here
 
 pytestmark = pytest.mark.gpu
 WAYS = [way for way in here.WAYS if "reference" not in way]
@@ -27,7 +27,7 @@ def test_logits_and_generations(way):
 
 @pytest.mark.parametrize("extra", here.CACHES)
 def test_generations_padded_on_the_left(extra):
-    """Each text gets the tokens that it gets alone; transformers compiles for a static cache."""
+    """Each text gets the same tokens as alone; transformers compiles for a static cache."""
     model = here.make(here.text_config("dmm", index_block_size=16), seed=6).cuda()
     texts = [here.words(n, seed=n).cuda() for n in (70, 11, 40)]
     ids, mask = (x.cuda() for x in here.padded_rows(texts, [0, 59, 30], 70))

@@ -1,4 +1,4 @@
-"""Decoding on the triton backend, beyond what the properties draw: long rows, growth, graphs."""
+"""Decoding on the triton backend, in addition to the properties: long rows, growth, graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pool_machine import CACHED, E4M3, read
+from pool_parts import CACHED, E4M3, read
 
 import msa
 from msa import reference
@@ -28,7 +28,7 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
 
 
 def drawn(seed, *lead, dtype=torch.float32):
-    """Integers so small that every score is exact, with many ties."""
+    """Small integers: every score is exact, and there are many ties."""
     rng = np.random.default_rng(seed)
     return {
         name: torch.tensor(rng.integers(-2, 3, (*lead, *dims)), dtype=dtype, device=DEVICE)
@@ -51,15 +51,15 @@ def spec(tokens, n, config):
 
 
 def check(output, s, want, dtype=torch.float32):
-    """One sequence of a step against the spec."""
+    """Compare one sequence of a step with the spec."""
     tolerance = 8 * torch.finfo(dtype).eps
     np.testing.assert_allclose(read(output.out[s].double()), want.out, rtol=0, atol=tolerance)
     np.testing.assert_allclose(read(output.lse[s]), want.lse, rtol=1e-5, atol=1e-5)
 
 
-# -- selection from rows of scores -----------------------------------------------------------------
+# -- selection from rows of scores ----------------------------------------------------------------
 def hard_scores(kind, blocks, rng):
-    """[2 queries, 1 group, blocks] that are awkward to select from."""
+    """Scores [2 queries, 1 group, blocks] from which selection is difficult."""
     shape = (2, 1, blocks)
     match kind:
         case "normal":
@@ -92,7 +92,7 @@ KINDS = ["normal", "ties", "equal", "one piece", "not finite", "nothing"]
 @example(kind="nothing", blocks=3, top_k=2, sink=0, local=1, seed=2)
 @example(kind="ties", blocks=64, top_k=64, sink=0, local=1, seed=0)
 def test_selection_from_rows_of_scores(kind, blocks, top_k, sink, local, seed):
-    """Bit for bit that of the spec; every split of a row finds its own share of it."""
+    """The selection equals that of the spec; every split of a row finds its part of it."""
     config = msa.MSAConfig(BLOCK, max(top_k, sink + local), sink_blocks=sink, local_blocks=local)
     length = blocks * BLOCK  # the queries are the last two tokens
     values = hard_scores(kind, blocks, np.random.default_rng(seed)).astype(np.float32)
@@ -112,12 +112,12 @@ def test_selection_from_rows_of_scores(kind, blocks, top_k, sink, local, seed):
     np.testing.assert_array_equal(read(ids)[0], want.indices)
 
 
-# -- steps -----------------------------------------------------------------------------------------
+# -- steps ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("programs", [1, 6, 40])
 @pytest.mark.parametrize("n", [1, 3])
 def test_any_number_of_splits(programs, n, monkeypatch):
-    """One program for all the selected blocks of a row, some, one for each; of the blocks to be
-    scored, 40 programs take 60."""
+    """One program for all selected blocks of a row, several, or one for each block; 40 programs
+    score 60 blocks."""
     for kernel in ("paged", "pages"):
         tile = replace(tuning.DEFAULTS[kernel], programs=programs)
         monkeypatch.setitem(tuning.DEFAULTS, kernel, tile)
@@ -139,7 +139,7 @@ def test_any_number_of_splits(programs, n, monkeypatch):
 @settings(max_examples=6)
 @given(total=st.integers(1, 90), n=st.integers(1, 3), seed=st.integers(0, 999))
 def test_small_integers_are_exact(dtype, eight, total, n, seed):
-    """Ties included; e4m3 holds integers up to 16. Another sequence's pages hold NaN."""
+    """Ties included, since e4m3 holds integers up to 16. Another sequence's pages hold NaN."""
     n, config = min(n, total), msa.MSAConfig(BLOCK, top_k=2)
     tokens, pool = drawn(seed, total, dtype=dtype), make_pool(2, 7, eight, dtype)
     pool.append(1, *(tokens[name] for name in CACHED))
@@ -155,7 +155,7 @@ def test_small_integers_are_exact(dtype, eight, total, n, seed):
 @given(chunks=st.lists(st.integers(1, 20), min_size=1, max_size=4), seed=st.integers(0, 999))
 @pytest.mark.parametrize("eight", EIGHT if CUDA else [()])  # the interpreter rounds e4m3 wrongly
 def test_what_the_device_appends_is_what_the_pool_appends(eight, chunks, seed):
-    """Page by page to the bit, scales and lengths too; an empty slot of the batch stays empty."""
+    """The bits of pages, scales and lengths are right; an empty slot of the batch stays empty."""
     rng = np.random.default_rng(seed)
     host, device = (make_pool(3, 15, eight, pages_per_sequence=6) for _ in range(2))
     for n in chunks:
@@ -174,7 +174,7 @@ def test_what_the_device_appends_is_what_the_pool_appends(eight, chunks, seed):
 
 
 def test_a_sequence_without_room_is_left_alone():
-    """No page for the second block: nothing of the tokens is written, also not to the first."""
+    """Without a page for the second block no token is written, not even to the first block."""
     pool, tokens = make_pool(1, 3), drawn(0, 1, 30)
     pool.append(0, *(tokens[name][0, :14] for name in CACHED))
     before = {name: read(x).copy() for name, x in vars(pool.cache).items() if x is not None}
@@ -218,7 +218,7 @@ def test_prefill_in_chunks_over_pages_is_prefill(eight):
         np.testing.assert_array_equal(read(output.selection.indices), whole.selection.indices[rows])
 
 
-# -- on a GPU --------------------------------------------------------------------------------------
+# -- on a GPU -------------------------------------------------------------------------------------
 @pytest.mark.gpu
 @pytest.mark.parametrize("eight", EIGHT, ids=lambda names: ",".join(names) or "none")
 def test_one_graph_serves_growing_lengths(eight):
@@ -267,7 +267,7 @@ def test_only_the_kernels_can_be_captured():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [0, 12])
 def test_scores_over_8_bits_keep_their_budget(dtype, spread):
-    """Queries enter as three e4m3 parts: that costs 2^-17 of their largest number, no more."""
+    """Queries as three e4m3 parts lose at most 2^-17 of their largest number."""
     torch.manual_seed(0)
     q = (
         torch.randn(1, 2, 4, 128, device="cuda")

@@ -1,4 +1,4 @@
-"""Kernels at the ends of float32, with NaN and infinities, and what they refuse for their sake."""
+"""Kernels at the limits of float32, with NaN and infinities, and the calls that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def on_device(*arrays):
 
 
 def inputs(q, k):
-    """Head size 1, so that a product is one number; index keys of no preference."""
+    """Head size 1, so that a product is one number; all index scores are equal."""
     v = np.linspace(-1, 1, TOKENS)[:, None, None]
     return q, k, v, np.ones((TOKENS, 1, 1)), np.zeros((TOKENS, 1))
 
@@ -106,7 +106,7 @@ def test_the_lowering_keeps_the_sums_of_large_logits(size):
         np.testing.assert_allclose(trace.output.out.cpu(), want, rtol=0, atol=1e-6)
 
 
-# -- far from zero ---------------------------------------------------------------------------------
+# -- far from zero --------------------------------------------------------------------------------
 @settings(max_examples=30 if CUDA else 4)
 @given(
     size=st.floats(1e17, 1e19), share=st.floats(0.0, 1.0), order=st.permutations(range(TOKENS)),
@@ -115,7 +115,7 @@ def test_the_lowering_keeps_the_sums_of_large_logits(size):
 @example(size=1e17, share=0.5, order=tuple(range(TOKENS)), sign=-1.0)
 @example(size=LARGEST, share=0.0, order=tuple(reversed(range(TOKENS))), sign=-1.0)
 def test_products_of_any_size(size, share, order, sign):
-    """All far below, or above, zero and far apart, so that one token has all the weight."""
+    """Logits far below or above zero and far apart, so that one token has all the weight."""
     q = np.full((TOKENS, 1, 1), size)
     k = sign * (LARGEST / size) ** share * (1.0 - np.array(order)[:, None, None] / (2 * TOKENS))
     want_out, want_lse, want_loss = spec(q, k)
@@ -139,7 +139,7 @@ def test_equal_products_of_any_size(size):
 
 
 def test_products_beyond_float32():
-    """-inf weighs nothing beside another product, whichever kernel meets it in which block."""
+    """-inf has the weight 0 if there is another product, in each kernel and each block."""
     q, k = np.full((TOKENS, 1, 1), 3e38), np.full((TOKENS, 1, 1), -2.0)
     k[[3, 20]] = -1.0
     want_out, want_lse, _ = spec(q, k)
@@ -160,7 +160,7 @@ def test_products_beyond_float32_in_all_rows():
     assert np.isnan(loss)
 
 
-# -- not a number ----------------------------------------------------------------------------------
+# -- not a number ---------------------------------------------------------------------------------
 def taught(q, k, selection, lse, backend):
     rng = np.random.default_rng(0)
     arrays = [q, k, rng.standard_normal((TOKENS, 1, 4)), rng.standard_normal((TOKENS, 4))]
@@ -183,7 +183,7 @@ BAD = {
 @pytest.mark.parametrize("dense", [False, True], ids=["selected", "all tokens"])
 @pytest.mark.parametrize("name", BAD)
 def test_the_loss_tells_of_what_is_not_a_number(name, dense):
-    """NaN where the spec has NaN, the same number where it has one."""
+    """Check that NaN is where the spec has NaN, and that other numbers are equal."""
     where, place, value = BAD[name]
     rng = np.random.default_rng(1)
     q, k = rng.standard_normal((2, TOKENS, 2, 3)).astype(np.float32).astype(np.float64)
@@ -197,7 +197,7 @@ def test_the_loss_tells_of_what_is_not_a_number(name, dense):
     known = lse if where == "lse" else None
     want, got = (taught(q, k, chosen, known, backend) for backend in ("reference", "triton"))
     assert np.isfinite(want) == (name in ("nothing", "inf in lse"))
-    if name == "-inf in lse":  # a probability of +inf, beside which the spec has NaN
+    if name == "-inf in lse":  # a probability of +inf, where the spec has NaN
         assert not np.isfinite(got)
     else:
         np.testing.assert_allclose(got, want, rtol=1e-4)
@@ -205,7 +205,7 @@ def test_the_loss_tells_of_what_is_not_a_number(name, dense):
 
 @pytest.mark.parametrize("given", [None, 3.0], ids=["lse unknown", "lse known"])
 def test_the_loss_does_not_look_at_other_tokens(given):
-    """The queries of the last block read it alone; tokens of other blocks are NaN."""
+    """The queries of the last block read only this block; tokens of other blocks are NaN."""
     first = TOKENS // BLOCK * BLOCK
     n = TOKENS - first
     rng = np.random.default_rng(2)
@@ -224,7 +224,7 @@ def test_the_loss_does_not_look_at_other_tokens(given):
     assert float(got) == pytest.approx(float(want), rel=1e-4)
 
 
-# -- 8 bits ----------------------------------------------------------------------------------------
+# -- 8 bits ---------------------------------------------------------------------------------------
 def eight_bit_cache():
     pages = torch.ones(3, BLOCK, 1, 16, device=DEVICE).to(torch.float8_e4m3fn)
     table, lengths = torch.tensor([[2, 1]], device=DEVICE), torch.tensor([20], device=DEVICE)
@@ -240,7 +240,7 @@ def test_scales_of_pages_in_use_are_finite_and_positive(backend, name, value):
     q, q_idx = (torch.ones(1, 1, 1, 16, device=DEVICE) for _ in range(2))
     cache = eight_bit_cache()
     scales = getattr(cache, name).clone()
-    scales[0] = value  # a page that nobody has
+    scales[0] = value  # a free page
     cache = replace(cache, **{name: scales})
     assert torch.isfinite(msa.decode(q, q_idx, cache, config=CONFIG, backend=backend).out).all()
     scales[1] = value
@@ -251,7 +251,7 @@ def test_scales_of_pages_in_use_are_finite_and_positive(backend, name, value):
 
 @pytest.mark.skipif(not CUDA, reason="the interpreter rounds to e4m3 wrongly")
 def test_scales_that_are_no_powers_of_two_stay():
-    """Older tokens of a page keep their meaning when others come."""
+    """Older tokens of a page keep their values when new tokens are added."""
     cache = eight_bit_cache()
     for scales in (cache.k_scales, cache.k_idx_scales):
         scales.fill_(1.5)
@@ -262,10 +262,10 @@ def test_scales_that_are_no_powers_of_two_stay():
     assert (cache.k_pages[1, :4].float() == 1.0).all()
 
 
-# -- the interpreter -------------------------------------------------------------------------------
+# -- the interpreter ------------------------------------------------------------------------------
 @pytest.mark.skipif(CUDA, reason="kernels are compiled where there is a GPU")
 def test_the_interpreter_refuses_bfloat16():
-    """It multiplies it wrongly, so nothing is computed; the message says why and what to do."""
+    """bfloat16 is refused, since the interpreter multiplies it wrongly; the message says so."""
     q, k, v, q_idx, k_idx = (x.bfloat16() for x in on_device(*inputs(*np.ones((2, TOKENS, 1, 1)))))
     wide = [x.float() for x in (q, k, v, q_idx, k_idx)]
     chosen = msa.select(*wide[3:], config=CONFIG)

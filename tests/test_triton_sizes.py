@@ -1,8 +1,8 @@
 """Sizes at and beyond the edges of what the kernels count: blocks per query, heads, sequences.
 
-Index scores are integers that are exact and, but for ties that are meant, all different: then a
-count that is too narrow shows. Results are compared with the torch backend. What walks block after
-block takes long in the interpreter: there the greatest sizes run on a GPU only.
+Index scores are exact integers and all different, except for intended ties, so a count in too few
+bits shows. Results are compared with the torch backend. Loops over blocks take long in the
+interpreter, so the greatest sizes run on a GPU only.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def test_selection_around_the_borders_of_narrow_counts(fused, top_k):
 
 
 def test_many_places_are_cut_back(monkeypatch):
-    """One program scans 540 blocks, pairs of equal ones, better and better, into room for 512."""
+    """One program scans 540 blocks, rising scores in equal pairs; its buffer has room for 512."""
     monkeypatch.setattr(selection, "PROGRAMS", 1)
     selection.plan_scan.cache_clear()
     k_idx = (torch.arange(540) // 2).float().repeat_interleave(BLOCK)[:, None].to(DEVICE)
@@ -99,7 +99,7 @@ def test_many_places_are_cut_back(monkeypatch):
 @pytest.mark.parametrize("order", ["auto", "kv_outer", "union"])
 @pytest.mark.parametrize("top_k", [70, 257, LARGEST] if CUDA else [70])
 def test_attention_over_many_blocks(top_k, order):
-    """And its gradients; two queries, so that a union has blocks of one and of both."""
+    """Attention and gradients of two queries; their union has blocks of one and of both."""
     n_q, n_k = 2, (top_k + 10) * BLOCK
     chosen = random_selection(Sequences.one(n_q, n_k), 1, top_k)
     results = []
@@ -168,7 +168,7 @@ def test_decoding_over_many_blocks(most, top_k, sink, local, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.large
 def test_decoding_with_the_most_blocks():
-    """Of a table that has more, with scores that the kernel's own choice would have to sort."""
+    """The kernel of `block_topk` selects first, from a table with more than LARGEST blocks."""
     cache = cache_of([(LARGEST + 5) * BLOCK], LARGEST + 5)
     config = msa.MSAConfig(BLOCK, LARGEST)
     q, (q_idx, _) = normal(1, 1, 1, 16, seed=5), index_tensors(1, 1)
@@ -181,7 +181,7 @@ def test_decoding_with_the_most_blocks():
 
 
 def too_many():
-    """Every entry of the triton backend, with one block per query too many."""
+    """Every function of the triton backend refuses one block per query too many."""
     config, sequences = msa.MSAConfig(BLOCK, LARGEST + 1), Sequences.one(1, 1)
     q, k, v = (torch.ones(1, 1, 16, device=DEVICE) for _ in range(3))
     k_idx, cache = k[:, 0], cache_of([1], 1)
@@ -246,7 +246,7 @@ def test_counts_have_room_for_the_largest():
 
 # -- unions, heads, sequences ---------------------------------------------------------------------
 def test_a_union_of_thousands_of_blocks():
-    """Also seen from the blocks: the tile stands where a query stood, with thousands of slots."""
+    """Unions, and their reverse index, in which a tile takes the place of a query."""
     tile_size, sequences = 31, Sequences.one(32, 2500 * BLOCK)
     chosen = random_selection(sequences, 1, 200)
     want, got = (backend.unite_tiles(chosen, tile_size) for backend in (TORCH, TRITON))
@@ -261,7 +261,7 @@ def test_a_union_of_thousands_of_blocks():
 
 @pytest.mark.parametrize("top_k", [3, 70])
 def test_a_short_and_a_long_way_to_a_union(top_k, monkeypatch):
-    """Ragged sequences; both ways for the same tiles."""
+    """Ragged sequences; both kernels for the same tiles."""
     sequences = Sequences((0, 0, 5, 5, 38), (0, 40, 300, 400, 400 + 90 * BLOCK))
     chosen = random_selection(sequences, 3, top_k)
     want = TORCH.unite_tiles(chosen, 8)
@@ -276,7 +276,7 @@ def test_a_short_and_a_long_way_to_a_union(top_k, monkeypatch):
     ("groups", "group", "sequences"), [(3, 5, 2), (5, 1, 3), (1, 24, 2), (1, 1, 20)]
 )
 def test_heads_that_are_no_powers_of_two_and_many_sequences(groups, group, sequences):
-    """Out, the selection, the loss and all gradients, against torch."""
+    """Out, the selection, the loss and all gradients equal those of torch."""
     n_q = [1 + (3 * s) % 5 for s in range(sequences)]
     n_k = [n + (29 * s) % 40 for s, n in enumerate(n_q)]
     borders = [[0, *np.cumsum(n).tolist()] for n in (n_q, n_k)]
@@ -355,7 +355,7 @@ def test_when_the_backward_is_cut(tokens, super_tiles):
 @pytest.mark.gpu
 @pytest.mark.large
 def test_a_backward_over_256k_tokens_keeps_to_its_bound():
-    """What `msa.triton_impl.attention` says, and the three gradients."""
+    """The memory that `msa.triton_impl.attention` states, and that of the three gradients."""
     tokens, heads, groups, dim, top_k = 2**18, 64, 4, 128, 16
     q, k, v = (
         torch.randn(tokens, h, dim, dtype=torch.bfloat16, device="cuda", requires_grad=True)

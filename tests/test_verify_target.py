@@ -1,4 +1,4 @@
-"""`msa verify --target`: what holds is said to hold, what does not is found."""
+"""`msa verify --target`: it reports the rules that hold and finds those that do not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tried(function, examples=3, rules=(), **options):
 
 
 def verdicts(results):
-    """The rules that hold, and those that fail; every other one was not asked."""
+    """The rules that hold, and those that fail; the other rules are not tested."""
     assert {r.rule for r in results} == EVERY
     asked = {r.rule for r in results if r.claimed}
     failing = {r.rule for r in results if not r.passed}
@@ -67,7 +67,7 @@ def test_kernels_hold_at_the_block_sizes_that_they_know():
 
 # -- transformers ---------------------------------------------------------------------------------
 def test_what_holds_of_transformers_indexer():
-    """NaN and ties as torch.topk has them, +inf for the own block, slots for tokens, own first."""
+    """NaN and ties as in torch.topk, +inf for the own block, blocks of slots, own block first."""
     pytest.importorskip("transformers")
     results = tried(f"{THERE}:transformers_select", convention="transformers")
     holds, fails = verdicts(results)
@@ -119,7 +119,7 @@ def test_an_honest_attention_holds_in_every_convention(function, convention, lse
 
 
 def test_ids_go_in_as_the_convention_has_them(monkeypatch):
-    """vLLM's attention counts ids by position: it must never see a place left empty."""
+    """vLLM's attention counts ids by position, so it must never get an empty place."""
     seen = []
     monkeypatch.setattr(layouts, "to_vllm", lambda s, to=layouts.to_vllm: seen.append(s) or to(s))
     tried(targets.vllm_sparse_attention, 12, ("R9",), convention="vllm", kind="sparse_attention")
@@ -241,7 +241,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 
 def test_exit_codes_and_the_report_of_a_file_in_this_folder(tmp_path):
-    """As a user has it: a file beside the command, found without a package."""
+    """The target is in a file of the current folder, as a user has it."""
     (tmp_path / "mine.py").write_text(
         "import msa\n"
         "def right(q_idx, k_idx, **more):\n    return msa.select(q_idx, k_idx, **more)\n"

@@ -1,4 +1,4 @@
-"""What `make` pins can be installed on every Python that the metadata promises."""
+"""The pinned versions can be installed on every Python that the metadata allows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def holds_on(requirement, python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_pin_is_for_pythons_that_the_release_takes(python):
-    """By the metadata of what is installed here, where that is the release that is pinned."""
+    """The metadata of installed libraries says so, if the pinned release is installed."""
     looked_at = 0
     for pin in PINS:
         try:
@@ -43,7 +43,7 @@ def test_a_pin_is_for_pythons_that_the_release_takes(python):
 
 
 def test_the_site_is_asked_for_only_where_its_tools_are():
-    """On Python 3.10 the extras `docs` and `all` bring nothing of it, and resolve."""
+    """On Python 3.10 the extras `docs` and `all` do not contain it, and can be installed."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for line in project["optional-dependencies"]["docs"]:

@@ -1,4 +1,4 @@
-"""The numbers that the site's widgets start from. `make docs-look` holds the scripts to them."""
+"""The first numbers of the site's widgets. `make docs-look` compares the scripts with them."""
 
 from __future__ import annotations
 

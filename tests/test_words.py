@@ -1,4 +1,4 @@
-"""The words of the site: what a page introduces stands in the glossary, and the glossary is used.
+"""The words of the site: the glossary has the terms of the pages, and all its terms are used.
 
 Spelling is checked by codespell, with the style (`make lint`).
 """
@@ -21,7 +21,7 @@ STRESSED = {
 }  # fmt: skip
 """Words that pages stress without introducing a term."""
 ENDINGS = (("s$", ""), ("es$", ""), ("s$", "ing"))
-"""Of plurals and of actions, and what stands there in the glossary."""
+"""Endings of plurals and actions, and their replacements in the glossary."""
 
 
 def terms() -> list[str]:
@@ -37,12 +37,12 @@ def prose(path: Path) -> str:
 
 
 def introduced(path: Path) -> list[str]:
-    """What a page sets in italics."""
+    """The words that a page sets in italics."""
     return re.findall(r"(?<![*\w])\*([a-z][a-z ,/-]+)\*(?![*\w])", prose(path))
 
 
 def known(word: str) -> bool:
-    """Whether the glossary has a word, or what it is the plural of, or the action of."""
+    """Whether the glossary has a word, its singular, or the verb form of it."""
     forms = {word, f"{word} block", *(re.sub(end, new, word) for end, new in ENDINGS)}
     return bool(forms & {*terms(), *STRESSED})
 

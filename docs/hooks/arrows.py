@@ -71,7 +71,7 @@ def circles(graph: Graph) -> list[list[str]]:
 
 # -- the picture ----------------------------------------------------------------------------------
 def rooms(graph: Graph) -> Graph:
-    """The same between packages and modules directly in msa: what is inside a package is one room.
+    """The same graph for the packages and modules directly in msa; a package counts as one room.
 
     >>> rooms({"msa.a": {"msa.b.x"}, "msa.b.x": {"msa.b.y"}, "msa.b.y": set(), "msa": {"msa.a"}})
     {'a': {'b'}, 'b': set()}
@@ -86,7 +86,7 @@ def rooms(graph: Graph) -> Graph:
 
 
 def levels(graph: Graph) -> dict[str, int]:
-    """How many rooms lie one below the other under each room.
+    """For each room the length of the longest chain of imports below it.
 
     >>> levels({"a": {"b", "c"}, "b": {"c"}, "c": set()})
     {'c': 0, 'b': 1, 'a': 2}
@@ -98,7 +98,7 @@ def levels(graph: Graph) -> dict[str, int]:
 
 
 def reduced(graph: Graph) -> Graph:
-    """Without the arrows that a longer way says already.
+    """The graph without arrows that follow from two or more other arrows.
 
     >>> reduced({"a": {"b", "c"}, "b": {"c"}, "c": set()})
     {'c': set(), 'b': {'c'}, 'a': {'b'}}
@@ -113,7 +113,7 @@ def reduced(graph: Graph) -> Graph:
 
 
 def places(graph: Graph) -> dict[str, tuple[float, float]]:
-    """The centre of each room: its level says the row, what it imports the order in the row."""
+    """The centre of each room. Its level gives its row, its imports the order in the row."""
     level, found = levels(graph), {}
     top = max(level.values())
     for row in range(top + 1):

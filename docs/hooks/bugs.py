@@ -17,7 +17,7 @@ PHASES = (Phase.generate, Phase.shrink)
 
 
 class NotFound(Exception):
-    """A planted bug passed the property that should have seen it."""
+    """A planted bug passed the property that should have found it."""
 
 
 def hunt(name: str, examples: int = 200, **functions: Callable[..., Any]) -> str:
@@ -26,10 +26,10 @@ def hunt(name: str, examples: int = 200, **functions: Callable[..., Any]) -> str
     Args:
         name: the property, such as "r7_ties_go_to_the_lower_id".
         examples: how many cases Hypothesis may draw; the same ones every time.
-        functions: the planted ones, by the name of the step that they replace.
+        functions: the functions with the bug, by the name of the step that they replace.
 
     Raises:
-        NotFound: if no counterexample turned up; the build of the page then fails.
+        NotFound: if no counterexample was found; the build of the page then fails.
     """
     (prop,) = (p for p in all_properties() if p.name == name)
     subject, tally = Subject("planted", as_module(functions), "numpy", DOMAIN), Tally()

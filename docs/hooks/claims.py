@@ -1,7 +1,7 @@
-"""The paper's findings beside those of the small world: `msa/ablations/findings_tiny.json`.
+"""The paper's findings and those of the tiny models: `msa/ablations/findings_tiny.json`.
 
-That file holds runs: each has the name of its row, a way of training, its seed and its command. A
-claim names two rows, a measure, and how the paper says that they compare in it.
+That file holds runs. Each has the name of its row (a way of training), its seed and its command. A
+claim names two rows and a measure, and says how the paper compares the rows in this measure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says of one way of training beside another."""
+    """How the paper compares one way of training with another."""
 
     words: str
     where: str
@@ -36,20 +36,20 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("Without the KL the index does not find what is far", "B.2", "no-kl", "far", ("lower",)),
-    Claim("…while what is near is found as well", "B.2", "no-kl", "near", ("equal",)),
-    Claim("…and prose, whose help is near, is read as well", "B.2", "no-kl", "prose", ("equal",)),
-    Claim("Without the stop-gradient the KL costs language", "B.3", "gradient", "prose", ("higher",)),
-    Claim("…also where it weighs ten times as much", "B.3", "gradient-10", "prose", ("higher",), "kl-10"),
-    Claim("Without a warm-up of the index less is found", "B.4", "no-warm-up", "answers", ("lower",)),
-    Claim("A fixed window of as many keys finds less", "B.6", "window", "answers", ("lower",)),
+    Claim("Without the KL the index does not find far pictures", "B.2", "no-kl", "far", ("lower",)),
+    Claim("…but near pictures are found equally often", "B.2", "no-kl", "near", ("equal",)),
+    Claim("…and prose is predicted equally well", "B.2", "no-kl", "prose", ("equal",)),
+    Claim("Without the stop-gradient prose is predicted worse", "B.3", "gradient", "prose", ("higher",)),
+    Claim("…also with ten times the weight of the KL", "B.3", "gradient-10", "prose", ("higher",), "kl-10"),
+    Claim("Without a warm-up of the index fewer answers are right", "B.4", "no-warm-up", "answers", ("lower",)),
+    Claim("With a window of as many keys fewer answers are right", "B.6", "window", "answers", ("lower",)),
     Claim("Blocks half as large, twice as many: no difference", "C.1", "blocks-8", "answers", ("equal",)),
     Claim("Large blocks, as many keys: no difference", "C.1", "blocks-40", "answers", ("equal",)),
     Claim("Forcing the first block and a window is not needed", "C.2", "forced", "answers",
           ("equal", "lower")),
     Claim("MSA from scratch is not worse than dense attention", "results", PRESET, "answers",
           ("equal", "higher"), "dense"),
-    Claim("Nor is a dense model that was turned into MSA", "results", "cpt", "answers",
+    Claim("A dense model converted to MSA is not worse either", "results", "cpt", "answers",
           ("equal", "higher"), "dense"),
 )  # fmt: skip
 
@@ -102,8 +102,8 @@ def verdict(claim: Claim, found: dict[str, list[Run]]) -> tuple[str, str, str]:
 
 
 def table() -> str:
-    """The claims, each with what the small world says to it."""
+    """The claims, each with the results of the tiny models."""
     found = rows()
     lines = [(claim.words, claim.where, claim.measure, *verdict(claim, found)) for claim in CLAIMS]
-    columns = "the paper", "where", "measure", "row", "beside", "does the small world agree?"
+    columns = "the paper", "where", "measure", "row", "compared with", "do the tiny models agree?"
     return markdown(columns, lines)

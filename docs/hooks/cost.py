@@ -1,4 +1,4 @@
-"""What attention costs: operations, bytes and the floor that an H100 sets, dense and by MSA.
+"""The cost of attention, dense and MSA: operations, bytes and the floor of the time on an H100.
 
 `assets/widgets/cost.js` has the same formulas for the sliders of chapter 1. It is given this
 module's results for `CASES`, and the check of the built site in a browser compares the two.
@@ -15,7 +15,7 @@ DIM, NUMBER, ID = 128, 2, 4
 """Numbers in a head of q, k, v or index vectors; bytes of such a number and of a block's id."""
 TFLOPS, TBPS = 989.4, 3.35
 """Peaks of an H100 SXM: bfloat16 products without structured sparsity, and its memory (NVIDIA's
-data sheet). No kernel is faster; what copies and products reach is on the page of measurements."""
+data sheet). No kernel is faster. The page of measurements has the speeds that copies and products reach."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +34,35 @@ class Layer:
 
     @property
     def kept(self) -> int:
-        """Keys that the last query reads in a group, its own block counted whole."""
+        """Keys that the last query reads in a group; its own block counts as a whole block."""
         return min(self.tokens, self.top_k * self.block)
 
     @property
     def pairs(self) -> float:
-        """Pairs of query and key that are left: a triangle until k blocks are full, then a strip."""
+        """Pairs of query and key that are computed: a triangle for the first k blocks, then a strip."""
         return self.kept * (self.tokens - self.kept / 2)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one stage; an operation is one multiplication or one addition."""
+    """The cost of one stage. An operation is one multiplication or one addition."""
 
     operations: float
     bytes: float
 
     @property
     def seconds(self) -> float:
-        """The floor: whichever takes longer at the peaks."""
+        """The floor of the time: the longer of the times of operations and bytes at peak speed."""
         return max(self.operations / TFLOPS, self.bytes / TBPS) / 1e12
 
     @property
     def bound(self) -> str:
-        """What sets the floor."""
+        """Whether products or bytes determine the floor."""
         return "products" if self.operations / TFLOPS > self.bytes / TBPS else "bytes"
 
 
 def prefill(x: Layer) -> dict[str, Cost]:
-    """A whole prompt; every number is moved once.
+    """The costs of a whole prompt, if every number is moved once.
 
     >>> costs = prefill(Layer(tokens=1_048_576))
     >>> sparse = costs["index"].operations + costs["main"].operations
@@ -80,7 +80,7 @@ def prefill(x: Layer) -> dict[str, Cost]:
 
 
 def decode(x: Layer) -> dict[str, Cost]:
-    """One new token behind a cache of `tokens`.
+    """The costs of one new token after `tokens` cached ones.
 
     >>> costs = decode(Layer(tokens=1_048_576))
     >>> f"{costs['dense'].seconds * 1e3:.2f} ms, bound by {costs['dense'].bound}"
@@ -104,7 +104,7 @@ CASES = [
     *(Layer(heads=h, groups=g) for h, g in ((8, 8), (8, 1), (128, 8))),
     Layer(tokens=2048, block=16, top_k=5, heads=16, groups=2),
 ]
-"""Places of the sliders at which the script is compared with this module."""
+"""Positions of the sliders at which the script is compared with this module."""
 
 
 def short(x: float, units: tuple[str, ...], step: float = 1000) -> str:
@@ -135,7 +135,7 @@ def duration(x: float) -> str:
 
 
 def cells(x: Layer) -> Iterator[tuple[str, str]]:
-    """What stands in the table: a place such as "decode.main.bytes", and its words."""
+    """The cells of the table: a name such as "decode.main.bytes", and its text."""
     for name, costs in (("prefill", prefill(x)), ("decode", decode(x))):
         for stage, cost in costs.items():
             yield f"{name}.{stage}.operations", operations(cost.operations)
@@ -160,7 +160,7 @@ def bars(x: Layer) -> Iterator[tuple[str, float]]:
 
 
 def controls() -> list[dict[str, object]]:
-    """The sliders: each value that they can take."""
+    """The sliders, each with its possible values."""
     powers = [2**n for n in range(21)]
     return [
         {"name": "tokens", "label": "tokens N", "values": powers[10:]},
@@ -199,12 +199,12 @@ def panel(name: str, title: str, words: dict[str, str], lengths: dict[str, float
 
 
 def cost_widget(caption: str) -> str:
-    """The widget of chapter 1, standing at `Layer()`."""
+    """The widget of chapter 1, with the sliders at `Layer()`."""
     words, lengths = dict(cells(Layer())), dict(bars(Layer()))
     static = (
         '<div class="w-panels" aria-live="polite">'
         f"{panel('prefill', 'A prompt of N tokens at once', words, lengths)}"
-        f"{panel('decode', 'One new token behind N', words, lengths)}</div>"
+        f"{panel('decode', 'One new token after N', words, lengths)}</div>"
     )
     data = {
         "constants": {"dim": DIM, "number": NUMBER, "id": ID, "tflops": TFLOPS, "tbps": TBPS},

@@ -25,13 +25,13 @@ def learning_figure(history: list[tuple[int, float, float]], border: int) -> str
         for axis in (left, right):
             axis.axvline(border, color=MUTED, lw=0.8, ls=(0, (4, 3)))
             axis.set_xlabel("step")
-        caption = "Drawn from the run above. Dashed: the end of the warm-up."
+        caption = "The figure shows the run above. The warm-up ends at the dashed line."
         return inline(figure, "learning", caption, "the loss falls and the recall rises")
 
 
 def decode_figure() -> str:
     """Microseconds of one decoding step, dense and sparse, for each batch and context."""
-    caption = "One new token per sequence. Dense: the faster of the two kernels that were timed."
+    caption = "One new token per sequence. The dense time is that of the faster of two kernels."
     alt = "bars of three kinds for each cache size, the dense ones longest"
     return show("decode_h100", steps, caption, alt)
 
@@ -52,7 +52,7 @@ def crossing_figure() -> str:
         axis.set_xlabel("tokens")
         axis.set_title("Seconds of one layer on two CPU cores", loc="left", fontweight="bold")
         axis.legend(frameon=False)
-        caption = f"They cross at {found['crossing_tokens']:,.0f} tokens (dashed)."
+        caption = f"From {found['crossing_tokens']:,.0f} tokens on, MSA is faster (dashed line)."
         alt = "two lines that cross, the sparse one flatter"
         return inline(figure, "crossing", caption, alt) + age("crossing_cpu")
 
@@ -83,7 +83,7 @@ def selection_table() -> str:
     ]  # fmt: skip
     scan = table(("tokens", "bf16, ms", "TFLOP/s", "fp8, ms", "TFLOP/s"), by_length)
     rows = table(("rows", "scores each", "k", "torch.topk, ms", "here, ms"), topk)
-    return f"{scan}\n\nThe top-k alone, over scores that were written out:\n\n{rows}\n\n{age('prefill_h100')}"
+    return f"{scan}\n\nThis table shows the top-k alone, over scores that are in memory:\n\n{rows}\n\n{age('prefill_h100')}"
 
 
 def training_table() -> str:

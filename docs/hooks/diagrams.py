@@ -28,8 +28,8 @@ def cost_figure() -> str:
                     x0 + j * (size + 1), 24 + i * (size + 0.3), size, size - 0.6, style, r=1
                 )
     return drawing.figure(
-        "Rows are queries, columns keys. The triangle grows with the square of the text, the strip "
-        "with its length. Grey keys are scored by the small index branch, but never read.",
+        "Rows are queries, columns are keys. The triangle grows with the square of the length of the "
+        "text, the strip with its length. The index branch scores grey keys, but they are not read.",
         "a filled triangle beside one of which only three blocks in each row are filled",
     )
 
@@ -44,10 +44,10 @@ def heads_figure() -> str:
             drawing.line((x0 + h * 62 + 27, 56), (x0 + 120 + (h - 1.5) * 8, 108), arrow=True)
         drawing.box(x0 + 60, 112, 120, 34, f"k{r}, v{r}", style, 13, r=5)
         drawing.text(
-            x0 + 120, 170, f"group {r}: G = 4 heads read one cache", "d-muted", 11.5, "middle"
+            x0 + 120, 170, f"group {r}: G = 4 heads share one cache", "d-muted", 11.5, "middle"
         )
     return drawing.figure(
-        "Hq = 8 query heads, Hkv = 2 key/value heads. A cache holds 2 heads in place of 8.",
+        "Hq = 8 query heads, Hkv = 2 key/value heads. A cache holds 2 heads instead of 8.",
         "four query heads point to one key and value head, twice",
     )
 
@@ -73,16 +73,17 @@ def branches_figure() -> str:
     drawing.line((508, 68), (508, 112), (368, 112), (368, 156), arrow=True)
     drawing.text(512, 126, "which blocks to read", "d-muted", 11, "middle")
     drawing.line((340, 158), (340, 70), style="d-dashed", arrow=True)
-    drawing.text(334, 126, "KL teaches", "d-muted", 11, "end")
+    drawing.text(334, 126, "KL trains", "d-muted", 11, "end")
     return drawing.figure(
-        "Two branches share a layer. The index branch (orange) decides what the main branch (blue) "
-        "reads. Only the KL loss sends gradient into the index branch; it stops at the hidden state.",
-        "index branch above, main branch below; arrows show selection down and teaching up",
+        "A layer has two branches. The index branch (orange) selects the blocks that the main branch "
+        "(blue) reads. The index branch gets a gradient only from the KL loss, and this gradient stops "
+        "at the hidden state.",
+        "index branch above, main branch below; arrows show the selection down and the KL loss up",
     )
 
 
 def rules_figure() -> str:
-    """The rules, by what they speak of."""
+    """The rules, by subject."""
     families = (
         ("sequences", "d-muted", (1, 2, 3)), ("index branch", "d-own", (4, 5, 6, 7, 8)),
         ("main branch", "d-remote", (9, 10, 11, 12)), ("lowering", "d-green", (13, 14, 15, 16)),
@@ -95,7 +96,7 @@ def rules_figure() -> str:
             drawing.box(x, 28, 30, 30, f"R{n}", style, 11, r=5)
             x += 32
         x += max(10.0, 6.6 * len(name) - 32 * len(rules) + 10)
-    return drawing.figure("Twenty-one rules, in six families.", "boxes named R1 to R21")
+    return drawing.figure("The twenty-one rules, in six families.", "boxes named R1 to R21")
 
 
 def pipeline_figure() -> str:
@@ -148,9 +149,9 @@ def memory_figure() -> str:
 
 def tile_figure() -> str:
     """A tile of queries times heads, its union of blocks and the bits of its rows."""
-    drawing = Drawing(690, 270)
-    drawing.text(0, 14, "one tile: 8 queries × 16 heads = 128 rows", "d-ink d-bold", 12.5)
-    wants = ((0, 2, 4), (0, 2, 4), (0, 3, 4), (0, 3, 4), (1, 3, 4), (1, 3, 4), (1, 3, 4), (2, 3, 4))
+    drawing = Drawing(690, 170)
+    drawing.text(0, 14, "one tile: 4 queries × 16 heads = 64 rows", "d-ink d-bold", 12.5)
+    wants = ((0, 2, 4), (0, 3, 4), (1, 3, 4), (1, 3, 4))
     for i, wanted in enumerate(wants):
         y = 48 + i * 25
         for line in range(4):
@@ -165,11 +166,11 @@ def tile_figure() -> str:
     for b in range(5):
         words = "own block" if b == 4 else f"block {(3, 8, 9, 17)[b]}"
         drawing.text(230 + b * 88, 38, words, "d-ink", 11.5, "middle")
-    drawing.line((190, 260), (622, 260), arrow=True)
-    drawing.text(632, 264, "walk", "d-muted", 11)
+    drawing.line((190, 160), (622, 160), arrow=True)
+    drawing.text(632, 164, "walk", "d-muted", 11)
     return drawing.figure(
-        "The program walks from left to right. At each block all 128 rows are multiplied, for the "
-        "tensor cores work on whole tiles; dashed rows get weight 0. Here 24 of 40 pieces are useful.",
+        "The program walks from left to right. At each block all 64 rows are multiplied, because tensor "
+        "cores compute whole tiles; dashed rows get weight 0. Here 12 of 20 boxes are useful work.",
         "rows of queries against five blocks, filled where a query selected the block",
     )
 
@@ -192,17 +193,17 @@ def threshold_figure() -> str:
     drawing.text(4, 202, "blocks, in the order in which they are scored", "d-muted", 11)
     drawing.text(656, 14, "threshold", "d-ink", 11, "end")
     return drawing.figure(
-        "Orange scores beat the threshold and enter the buffer; grey ones are dropped at once. When "
-        "the buffer is full it is cut back to the best, and the threshold rises.",
+        "Orange scores are above the threshold and enter the buffer; grey ones are dropped at once. If "
+        "the buffer is full, only the best scores are kept, and the threshold rises.",
         "points, fewer and fewer of which lie above a line that rises in steps",
     )
 
 
 def backward_figure() -> str:
-    """The same edges, collected for queries and for blocks."""
+    """The same edges, added up for queries and for blocks."""
     drawing = Drawing(640, 196)
     edges = ((0, 0), (1, 0), (1, 1), (2, 0), (2, 2), (3, 1), (3, 2))
-    for side, title in enumerate(("dQ: each query collects", "dK, dV: each block collects")):
+    for side, title in enumerate(("dQ: a sum for each query", "dK, dV: a sum for each block")):
         x0 = 10 + side * 330
         drawing.text(x0, 14, title, "d-ink d-bold", 12.5)
         for i, b in edges:
@@ -215,8 +216,8 @@ def backward_figure() -> str:
         for b in range(3):
             drawing.box(x0 + 224, 38 + b * 50, 70, 32, f"block {b}", "d-remote", 11.5, r=5)
     return drawing.figure(
-        "The same seven edges. On the left each query's arrows are few and bounded by k; on the "
-        "right a popular block may have thousands.",
+        "The same seven edges on both sides. On the left, at most k arrows lead to a query. On the right, "
+        "thousands of arrows may lead to a block that many queries read.",
         "arrows from blocks to queries, and from queries to blocks",
     )
 
@@ -240,8 +241,8 @@ def pages_figure() -> str:
         drawing.text(x + 24, 76, words, "d-muted" if s is None else "d-on d-bold", 11, "middle")
         drawing.text(x + 24, 104, f"page {page}", "d-muted", 10, "middle")
     return drawing.figure(
-        "Left: what a sequence thinks it has. Right: where its blocks lie. The table in between is "
-        "all that a kernel needs.",
+        "Left: the blocks of two sequences. Right: the pages where these blocks lie. A page table holds "
+        "the number of the page for each block.",
         "blocks of two sequences, and six pages that hold them in mixed order",
     )
 
@@ -263,6 +264,6 @@ def testing_figure() -> str:
     drawing.text(498, 54, "no", "d-muted", 11, "middle")
     drawing.line((586, 94), (586, 118), (242, 118), (242, 94), arrow=True)
     return drawing.figure(
-        "A property test. What comes out at the end is the smallest input that breaks the rule.",
+        "The loop of a property test. Its result is a small input that breaks the rule.",
         "four boxes in a loop: draw, run, check, shrink",
     )

@@ -1,6 +1,7 @@
-"""The built site, read once more: every local link has its target, and no output says False.
+"""A check of the built site: every local link has its target, and no output says False.
 
-The generator checks the links that it made; those of source lines are made by the pages' own code.
+The generator checks only the links that it makes. The code of the pages makes the links to source
+lines.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 OUTPUT = r'</pre></div>\s*<div class="language-text highlight">.*?</div>'
-"""What was printed stands right behind the code that printed it."""
+"""The output stands directly after the code that printed it."""
 SAYS_FALSE = r"(?<!got )(?<!=)\bFalse\b"
-"""A counterexample may say that it got False, a message what to set to it; nothing else may."""
+"""Only counterexamples ("got False") and messages about a setting ("=False") may say False."""
 
 
 class Page(HTMLParser):

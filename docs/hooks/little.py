@@ -1,4 +1,4 @@
-"""Pictures of the little model: its parts, its training, a document, the blocks that it opened."""
+"""Pictures of the little model: its parts, its training, a document, the blocks that it read."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def architecture_figure() -> str:
         draw_box(drawing, (190 + i * 130, 366, 106 + 34 * (i == 2), name, size, "d-faint"))
     arrows(drawing, 388, (296, 320), (426, 450))
     return drawing.figure(
-        "The tiny preset; sizes are read from its configuration. Orange: the index branch. Blue: "
-        "attention. Green: what each token passes by itself. Red: pictures.",
+        "The tiny preset, with the sizes from its configuration. Orange: the index branch. Blue: "
+        "attention. Green: parts that treat each token separately. Red: pictures.",
         "boxes from tokens and pictures through a layer of attention and experts to logits",
     )
 
 
 def draw_inputs(drawing: Drawing, config: ModelConfig) -> None:
-    """Two rows: text, and pictures that join it."""
+    """Two rows: text, and the pictures whose tokens are put into the text."""
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     side = vision.patch * vision.merge
@@ -85,13 +85,13 @@ def draw_inputs(drawing: Drawing, config: ModelConfig) -> None:
     arrows(drawing, 26, (144, 188))
     arrows(drawing, 98, (130, 154), (274, 298), (462, 486))
     drawing.line((546, 74), (546, 34), arrow=True)
-    drawing.text(556, 58, "takes the place of #", "d-muted", 10.5)
+    drawing.text(556, 58, "replaces #", "d-muted", 10.5)
     drawing.line((322, 26), (724, 26), (724, 146), (14, 146), (14, 184), (30, 184), arrow=True)
     drawing.text(330, 18, f"the stream: {config.width} numbers a token", "d-ink d-bold", 11.5)
 
 
 def draw_layer(drawing: Drawing, config: ModelConfig) -> None:
-    """One layer: the stream on top, two answers that are added to it."""
+    """One layer: the stream on top, and the two outputs that are added to it."""
     drawing.rect(4, 166, 732, 174, "d-dashed", r=8)
     drawing.line((30, 184), (732, 184), style="d-rule", arrow=True)
     index = f"{config.groups} queries, 1 key of {config.index_dim}"
@@ -107,7 +107,7 @@ def draw_layer(drawing: Drawing, config: ModelConfig) -> None:
         (250, 280, 178, "attention", heads, "d-remote"),
         (470, 206, 60, "norm", "", "d-faint"),
         (580, 206, 130, "MLP", f"{config.mlp_width} wide", "d-green"),
-        (452, 280, 104, "router", "bias: choice alone", "d-green"),
+        (452, 280, 104, "router", "bias: only to choose", "d-green"),
         (580, 280, 130, wide, routed, "d-green"),
     )
     for box in boxes:
@@ -143,7 +143,7 @@ def load_figure(shares: list[list[float]]) -> str:
         axis.set_xlabel("step")
         axis.set_title("Share of all choices", loc="left", fontweight="bold", fontsize=10)
         axis.legend(frameon=False, fontsize=8, ncols=4)
-        caption = "Drawn from the run above. Dashed: an equal share."
+        caption = "The figure shows the run above. The dashed line is an equal share."
         return inline(figure, "load", caption, "four lines that meet at a quarter")
 
 
@@ -170,7 +170,9 @@ def training_figure(name: PresetName, caption: str) -> str:
             axis.set_title(title, loc="left", fontweight="bold", fontsize=10)
             axis.axvline(border, color=MUTED, lw=0.8, ls=(0, (4, 3)))
             axis.set_xlabel("step")
-        words = f"{caption} Dashed: attention becomes sparse. Drawn from {name}/{path.name}."
+        words = (
+            f"{caption} Attention becomes sparse at the dashed line. Drawn from {name}/{path.name}."
+        )
         return inline(figure, f"training-{name}", words, "losses fall, right answers rise")
 
 
@@ -200,7 +202,7 @@ def document_figure(document: Document) -> str:
 
 
 def opened_figure(comparison: Comparison, question: int) -> str:
-    """The blocks that each layer and group opened for one question, the pictures above."""
+    """The blocks that each layer and group read for one question, with the pictures above."""
     asked = comparison.questions[question]
     opened = demo_html.opened_by(comparison.sparse[question])
     layers, groups, blocks = opened.shape
@@ -225,9 +227,9 @@ def opened_figure(comparison: Comparison, question: int) -> str:
     drawing.text(left + 600, 42 + layers * groups * 17, "the question", "d-muted", 10.5, "end")
     answer = comparison.sparse[question].digit
     caption = (
-        f"What was read to answer ?{escape(asked.key)}=, {asked.distance:,} tokens behind "
-        f"its picture: {answer}, {'right' if answer == asked.right else 'wrong'}. Orange: the block "
-        "with the picture asked for. Grey: the own block. Blue: the others that were opened."
+        f"The blocks that were read to answer ?{escape(asked.key)}=, {asked.distance:,} tokens behind "
+        f"its picture. The answer {answer} is {'right' if answer == asked.right else 'wrong'}. Orange: "
+        "the block with the picture. Grey: the own block. Blue: the other blocks that were read."
     )
-    figure = drawing.figure(caption, "rows of mostly closed blocks, a few opened in each")
+    figure = drawing.figure(caption, "rows of blocks, of which a few in each row were read")
     return with_pictures(figure, comparison.images, "opened")

@@ -1,10 +1,10 @@
-"""The built site as its readers see it: every page in Chromium, on a desk, a phone and in the dark.
+"""A check of the built site in Chromium: every page on a desktop, on a phone and in dark colours.
 
     python -m docs.hooks.look [folder for screenshots]
 
 Fails on errors in the console, requests that fail or leave the machine, formulas that were not
-drawn, pages that scroll sideways, colours that ignore the scheme, and widgets that do not answer.
-It first opens a page with all of these faults: a check that overlooks one of them is no check.
+drawn, pages that scroll sideways, colours that ignore the scheme, and widgets that do not react.
+It first opens a page with all of these faults and fails if one of them is not found.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from docs.hooks.look_widgets import look_at_widgets
 
 SITE = Path(__file__).parents[2] / "site"
 VIEWS = {"desk": (1280, "light"), "phone": (390, "light"), "dark": (1280, "dark")}
-"""In which a page is looked at, after one load: widths, and the button of the other scheme."""
+"""The views of a page after one load: its width, and the colour scheme."""
 TOGGLE = """async (scheme) => {
     document.getElementById(scheme === 'dark' ? '__palette_1' : '__palette_0')?.click();
     for (let n = 0; n < 2; n++) await new Promise(requestAnimationFrame);
@@ -65,19 +65,19 @@ FAULTS = (
     "wrong formulas", "formulas not drawn", "formulas as text", "ignores the scheme",
     "code that scrolls",
 )  # fmt: skip
-"""What `FAULTY` has, in the words in which it is told."""
+"""The faults of `FAULTY`, each by a part of its message."""
 
 
 class Silent(SimpleHTTPRequestHandler):
-    """A server that does not talk."""
+    """A server without log messages."""
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """The address of a server for a folder, while one is inside."""
+    """The address of a server for a folder, which runs inside the with statement."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -86,7 +86,7 @@ def serve(folder: Path) -> Iterator[str]:
 
 
 def listen(tab: Page, root: str) -> list[str]:
-    """What goes wrong in a tab, one line each; it grows."""
+    """The errors of a tab, one line each; the list grows while pages are open."""
     wrong: list[str] = []
     tab.on("console", lambda m: wrong.append(f"console: {m.text}") if m.type == "error" else None)
     tab.on("pageerror", lambda e: wrong.append(f"error: {e}"))
@@ -104,12 +104,12 @@ def listen(tab: Page, root: str) -> list[str]:
 
 
 def without_words(route: Route) -> None:
-    """The site's search without anything to find: every page would build its index anew."""
+    """An empty search index, because every page would build the index of the site again."""
     route.fulfill(json=route.fetch().json() | {"docs": []})
 
 
 def tour(browser: Browser, root: str, names: list[str], shots: Path | None = None) -> Iterator[str]:
-    """Open pages one after another in one tab; what is wrong with them."""
+    """Open pages one after another in one tab and yield what is wrong with them."""
     context = browser.new_context()
     tab = context.new_page()
     tab.route("**/search_index.json", without_words)
@@ -131,7 +131,7 @@ def tour(browser: Browser, root: str, names: list[str], shots: Path | None = Non
 
 
 def follows(browser: Browser, root: str) -> Iterator[str]:
-    """The home page as one's system prefers it, before any button is pressed."""
+    """The colours of the home page for a system that prefers a scheme, before a button is pressed."""
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme)
         tab = context.new_page()
@@ -142,7 +142,7 @@ def follows(browser: Browser, root: str) -> Iterator[str]:
 
 
 def overlooked(browser: Browser) -> Iterator[str]:
-    """The planted faults that a tour does not see."""
+    """The planted faults that a tour does not find."""
     with tempfile.TemporaryDirectory() as folder, serve(Path(folder)) as root:
         (Path(folder) / "faulty.html").write_text(FAULTY)
         told = "\n".join(tour(browser, root, ["faulty.html"]))

@@ -1,4 +1,4 @@
-"""The widgets in a browser: they show what Python computed, and answer to keys and sliders."""
+"""A check of the widgets in a browser: they show what Python computed and react to controls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def slide(box: Locator, name: str, place: int) -> None:
 
 
 def words_of(box: Locator, attribute: str) -> dict[str, str]:
-    """What stands in the marked places of a widget."""
+    """The text in the marked places of a widget."""
     found = box.locator(f"[{attribute}]").evaluate_all(
         "(all, name) => all.map(e => [e.getAttribute(name), e.textContent])", attribute
     )
@@ -35,12 +35,12 @@ def words_of(box: Locator, attribute: str) -> dict[str, str]:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Numbers to nine digits, words exactly."""
+    """Whether two values are equal: numbers to nine digits, words exactly."""
     return math.isclose(a, b, rel_tol=1e-9) if isinstance(b, int | float) else a == b
 
 
 def look_at_cost(tab: Page, box: Locator) -> Iterator[str]:
-    """The script's formulas and words against those of `docs/hooks/cost.py`."""
+    """Compare the script's formulas and words with those of `docs/hooks/cost.py`."""
     data = data_of(box)
     places = {c["name"]: c["values"].index for c in data["controls"]}
     for check in data["checks"]:
@@ -67,7 +67,7 @@ def look_at_cost(tab: Page, box: Locator) -> Iterator[str]:
 
 
 def look_at_orders(tab: Page, box: Locator) -> Iterator[str]:
-    """What is counted at each place of the slider against the loads that Python wrote."""
+    """Compare the counts at each position of the slider with the loads that Python wrote."""
     orders = data_of(box)["orders"]
     for step in (0, 1, 5, 11, 12, 39, 40):
         slide(box, "step", step)
@@ -92,7 +92,7 @@ def look_at_orders(tab: Page, box: Locator) -> Iterator[str]:
 
 
 def look_at_rows(tab: Page, box: Locator) -> Iterator[str]:
-    """The blocks that are marked and the scores that are told, against what Python wrote."""
+    """Compare the marked blocks and the shown scores with what Python wrote."""
     layers = data_of(box)["layers"]
     for layer, query in ((0, 0), (1, 17), (2, 200), (0, 383)):
         box.locator("select").select_option(index=layer)
@@ -118,7 +118,7 @@ LOOKS = {"cost": look_at_cost, "rows": look_at_rows, "orders": look_at_orders}
 
 
 def without_scripts(browser: Browser, address: str, kind: str) -> str:
-    """What a widget says to a reader whose browser runs no scripts."""
+    """Check what a widget shows in a browser that runs no scripts."""
     context = browser.new_context(java_script_enabled=False)
     tab = context.new_page()
     tab.goto(address)
@@ -128,7 +128,7 @@ def without_scripts(browser: Browser, address: str, kind: str) -> str:
 
 
 def look_at_widgets(browser: Browser, root: str) -> list[str]:
-    """What is wrong with them, one line each."""
+    """Yield what is wrong with the widgets, one line each."""
     faults: list[str] = []
     for kind, name in PAGES.items():
         context = browser.new_context()

@@ -35,7 +35,7 @@ KERNELS = {
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
-"""The files of `msa/triton_impl` whose speed each kind of results speaks of."""
+"""The files of `msa/triton_impl` whose speed each kind of results measures."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",
          "training/presets", "training/documents")  # fmt: skip
 """The files of `msa` that decide the results of a training."""
@@ -110,7 +110,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "date": str, "seconds": NUMBER, "passed": int, "failed": int, "errors": int, "skipped": int,
     },
 }  # fmt: skip
-"""What each kind of results file must hold: more may stand beside it, less may not."""
+"""What each kind of results file must hold. A file may hold more, but not less."""
 
 
 class BadResults(Exception):
@@ -165,14 +165,14 @@ def read(name: str) -> dict[str, Any]:
 
 
 def last_change(*paths: str) -> str:
-    """When one of the paths was last committed, ISO 8601; empty where the history is not at hand."""
+    """When one of the paths was last committed, as ISO 8601; empty if there is no history."""
     command = ["git", "log", "-1", "--format=%cI", "--", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def code_of(name: str) -> list[str]:
-    """The files whose speed a results file speaks of."""
+    """The files whose speed a results file measures."""
     kind = name.partition("_")[0]
     if kind == "findings":
         return [f"msa/{part}.py" for part in MODEL]
@@ -189,14 +189,14 @@ def age(name: str) -> str:
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     versions = found.get("versions", found)
     words = (
-        f"Drawn in the build from <code>{path.relative_to(ROOT)}</code> (sha256 {digest}…): "
+        f"Drawn from <code>{path.relative_to(ROOT)}</code> (sha256 {digest}…): "
         f"{escape(found['device'])}, torch {escape(versions['torch'])}, {found['date'][:10]}."
     )
     if not measured or not changed:
-        return f'<p class="age">{words} This build has no history, so its age is not known.</p>'
+        return f'<p class="age">{words} This build has no Git history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):
         note = (
-            f"Its code has changed since, {changed[:16].replace('T', ' ')}: "
+            f"The measured code has changed since, at {changed[:16].replace('T', ' ')}: "
             "these numbers are those of the older code."
         )
         return f'<p class="age old">{words} {note}</p>'

@@ -1,7 +1,7 @@
-"""The 12-token example in three loop orders: who loads which block when, and what is written.
+"""The 12-token example in three loop orders: which blocks are loaded when, and what is written.
 
-Each order is read off the form that has it: the selection query by query, the schedule item by
-item, the union tile by tile. `assets/widgets/orders.js` steps through them.
+Each order is computed from one form: from the selection query by query, from the schedule item by
+item, from the union tile by tile. `assets/widgets/orders.js` steps through them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ CELL, ROW, GAP, LEFT, TOP = 30, 19, 14, 24, 38
 
 @dataclass(frozen=True)
 class Load:
-    """One block's keys and values come on chip, for these queries."""
+    """One load of a block's keys and values, and the queries for which it is loaded."""
 
     group: int
     block: int
     queries: list[int]
-    """Those that selected it."""
+    """The queries that selected the block."""
     idle: list[int]
-    """Those that did not, and are multiplied all the same: their weights are masked."""
+    """Queries of the tile that did not select it. They are multiplied too, and then masked."""
     partials: int
-    """Partial results that are written to memory for it."""
+    """The number of partial results that are written to memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Order:
 
     @property
     def partials(self) -> int:
-        """Of all loads."""
+        """The number of partial results of all loads."""
         return sum(load.partials for load in self.loads)
 
     @property
@@ -61,7 +61,7 @@ def query_by_query(trace: Trace) -> list[Load]:
 
 
 def block_by_block(trace: Trace) -> list[Load]:
-    """Each work item loads its block once and leaves a partial result for each of its edges."""
+    """Each work item loads its block once and writes a partial result for each of its edges."""
     schedule = trace.schedule
     loads: list[Load] = []
     for row, start, stop in zip(
@@ -88,7 +88,7 @@ def along_unions(trace: Trace) -> list[Load]:
 
 @lru_cache
 def orders() -> tuple[Order, ...]:
-    """The three, each from its form.
+    """The three loop orders, each from its form.
 
     >>> [(order.name, len(order.loads), order.partials, order.idle) for order in orders()]
     [('query by query', 40, 0, 0), ('block by block', 12, 40, 0), ('along the union', 12, 0, 8)]
@@ -102,7 +102,7 @@ def orders() -> tuple[Order, ...]:
 
 
 def grid(order: Order) -> str:
-    """Queries down, blocks to the right; a number says with which load a cell is worked on."""
+    """A grid of queries (down) and blocks (to the right); a number says which load a cell uses."""
     width = LEFT + GROUPS * BLOCKS * CELL + (GROUPS - 1) * GAP
     drawing = Drawing(width, TOP + TOKENS * ROW)
     for r in range(GROUPS):
@@ -128,11 +128,11 @@ def grid(order: Order) -> str:
 
 
 def count(order: Order) -> str:
-    """What has moved in the end; the script counts along."""
+    """The counts after all loads; the script updates them for each step."""
     return (
         f'<b data-count="loads">{len(order.loads)}</b> blocks loaded<br>'
         f'<b data-count="partials">{order.partials}</b> partial results written<br>'
-        f'<b data-count="idle">{order.idle}</b> rows multiplied in vain'
+        f'<b data-count="idle">{order.idle}</b> rows multiplied and masked'
     )
 
 

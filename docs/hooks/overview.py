@@ -21,7 +21,7 @@ def smooth(rng: np.random.Generator, tokens: int, *shape: int) -> np.ndarray:
 
 
 def overview_figure(caption: str) -> str:
-    """A small MSA call by the spec, and what it did."""
+    """A small MSA call of the spec, drawn: scores, weights and the blocks that all queries read."""
     rng = np.random.default_rng(11)
     features = smooth(rng, TOKENS, 1, 8)
     q_idx = features + 0.3 * rng.standard_normal(features.shape)
@@ -47,7 +47,7 @@ def overview_figure(caption: str) -> str:
         y = 22 + HEIGHT - (best - low) / (high - low) * HEIGHT - 2
         drawing.line((b * BLOCK * BAR, y), ((b + 1) * BLOCK * BAR - 2, y), style="d-rule")
         drawing.text((b + 0.5) * BLOCK * BAR, 128, b, "d-muted", 9.5, "middle")
-    drawing.text(0, 166, f"Main branch: softmax over its {TOP_K} blocks alone", "d-ink d-bold", 12)
+    drawing.text(0, 166, f"Main branch: softmax over its {TOP_K} blocks only", "d-ink d-bold", 12)
     for j in range(QUERY + 1):
         h = weights[j] / weights.max() * HEIGHT
         if mask[QUERY, j]:

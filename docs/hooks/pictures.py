@@ -19,7 +19,7 @@ def steps() -> tuple[Step, ...]:
 
 
 def place(j: int) -> float:
-    """Where token j's column or row begins: blocks stand apart."""
+    """Where the column or row of token j begins. There is a gap between blocks."""
     return j * CELL + j // CONFIG.block_size * GAP
 
 
@@ -99,7 +99,7 @@ def union_figure() -> str:
                     drawing.rect(x, y, 46, 28, "d-dashed" if n == 2 else "d-faint", r=4)
         drawing.text(x0, 196, cost, "d-muted", 11)
     return drawing.figure(
-        "The same eight edges in three orders; numbers say when each is worked on. Along the union "
-        "a dashed box is work done and thrown away, because that query did not select the block.",
+        "The same eight edges in three orders. A number says when an edge is computed. Along the union, "
+        "a dashed box is computed but masked, because that query did not select the block.",
         "a grid of four queries by three blocks, three times, numbered in different orders",
     )

@@ -1,4 +1,4 @@
-"""What each query of a trained layer would read: block scores and chosen blocks, with their text.
+"""The block scores and the selected blocks of each query of a trained layer, with their text.
 
 The shipped model reads a document that it was not trained on; scores and selections are computed by
 the spec from the index vectors of its layers. `assets/widgets/rows.js` moves from query to query.
@@ -30,7 +30,7 @@ TOKENS, RECORDS = 384, 3
 
 @dataclass(frozen=True)
 class Read:
-    """A document, and for each layer the scores of its blocks and which were chosen."""
+    """A document, and for each layer the scores of its blocks and the selections."""
 
     document: Document
     block_size: int
@@ -45,7 +45,7 @@ class Read:
 
     @property
     def best_layer(self) -> int:
-        """The one that finds the most pictures."""
+        """The layer that finds the most pictures."""
         asked = range(len(self.document.questions))
         counts = [sum(self.finds(n, q) for q in asked) for n in range(len(self.selections))]
         return int(np.argmax(counts))
@@ -53,7 +53,7 @@ class Read:
 
 @lru_cache
 def read() -> Read:
-    """Let the model read, and listen to its index branches.
+    """Let the model read the document, and compute scores and selections from its index vectors.
 
     >>> found = read()
     >>> [found.finds(found.best_layer, question) for question in range(RECORDS)]
@@ -91,12 +91,12 @@ def letters(document: Document) -> list[str]:
 
 
 def bar(score: float, low: float, high: float) -> float:
-    """Length in percent: the worst block in sight has none, the best the whole."""
+    """Length in percent: 0 for the worst visible block, 100 for the best."""
     return 100 * (score - low) / (high - low) if high > low else 100.0
 
 
 def numbers(found: Read) -> dict[str, Any]:
-    """What the script needs: scores in tenths, of visible blocks only, and the chosen blocks."""
+    """The data of the script: scores of visible blocks, times ten, and the selected blocks."""
     places = range(len(found.document.tokens))
     return {
         "block": found.block_size,
@@ -139,7 +139,7 @@ def block_card(b: int, data: dict[str, Any], tokens: list[str]) -> str:
 
 
 def rows_widget(caption: str) -> str:
-    """The widget of chapter 3, standing at the first question."""
+    """The widget of chapter 3, with the first question chosen."""
     found = read()
     data, tokens = numbers(found), letters(found.document)
     cards = "".join(block_card(b, data, tokens) for b in range(TOKENS // found.block_size))

@@ -66,7 +66,7 @@ def links(*targets: str) -> str:
 
 
 def excerpt(path: str, name: str, skip_docstring: bool = False) -> str:
-    """A function as it stands in its file, and where that is."""
+    """The code of a function, and a link to its place in the file."""
     first, last = lines_of(path, name)
     lines = (ROOT / path).read_text().splitlines()[first - 1 : last]
     code = textwrap.dedent("\n".join(lines)) + "\n"
@@ -81,15 +81,17 @@ def excerpt(path: str, name: str, skip_docstring: bool = False) -> str:
 
 
 def pseudocode(path: str) -> str:
-    """What a kernel's file says at its head: the pseudocode, and what the fast form changes.
+    """The docstring at the head of a kernel's file: the pseudocode, and what the kernel changes.
 
     Raises:
-        LookupError: if the file does not begin with such words.
+        LookupError: if the file does not begin with a docstring.
     """
     words = ast.get_docstring(ast.parse((ROOT / path).read_text()))
     if not words:
         raise LookupError(f"{path} has no docstring")
-    return re.sub(r"(?m)^(?= 1\. )", "\n", inspect.cleandoc(words))  # a list wants a gap
+    return re.sub(
+        r"(?m)^(?= 1\. )", "\n", inspect.cleandoc(words)
+    )  # Markdown needs an empty line before a list
 
 
 def listing(folder: str) -> str:

@@ -1,4 +1,4 @@
-"""What the reader can move: a static form that stands by itself, and the numbers to move it by."""
+"""Widgets with controls: static HTML that works without scripts, and the data of the script."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def widget(kind: str, data: dict[str, Any], static: str, caption: str) -> str:
-    """A figure that `assets/widgets/KIND.js` brings to life; without scripts it stays as it is.
+    """A figure that `assets/widgets/KIND.js` makes interactive; without scripts it stays static.
 
     >>> widget("cost", {"n": 4, "words": "</b>"}, "<p>4</p>", "Four.")[:35]
     '<figure class="widget" data-widget='

@@ -62,7 +62,7 @@ def answers_table(found: Found) -> list[tuple[str, ...]]:
 
 
 def index_table(found: Found) -> list[tuple[str, ...]]:
-    """The index of each row, and its longest gradient."""
+    """The measures of the index of each row, and its largest gradient norm."""
     return rows_table(found, ("kl", "block_recall", "score_recall", "steepest"))
 
 

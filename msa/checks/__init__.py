@@ -1,7 +1,7 @@
-"""The primitives of checks: what several modules ask of values, arrays and backends (R20).
+"""Checks of values, arrays and backends that several modules use (R20).
 
-    values.py     numbers, flags and objects, and the words of messages
-    arrays.py     arrays of NumPy and torch, one by one and beside one another
+    values.py     numbers, flags and objects, and how messages name them
+    arrays.py     single arrays of NumPy and torch, and several arrays together
     backends.py   the choice of a backend, and what each backend takes
 
 A message names the argument, says what was wanted and what came. All checks of a call run before

@@ -1,7 +1,7 @@
-"""Checks of arrays, and the tools by which one check serves NumPy and torch alike (R20).
+"""Checks of arrays, and tools with which one check works for NumPy and for torch (R20).
 
-Every array that a caller gives comes through `check_plain` first. Later checks look only at its
-`shape`, its dtype and comparisons of it. torch is imported where a tensor was given, not before.
+`check_plain` checks every array that a caller gives first. Later checks use only its `shape`, its
+dtype and comparisons. torch is imported only if a tensor was given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ EIGHT_BITS = "float8_e4m3fn"
 """The dtype of pages that have scales (torch only); their tokens come in KERNEL_DTYPES."""
 LSE_DTYPES = ("float32", "float64")
 INDEX_DTYPES = ("int32", "int64")
-"""Integers that backends count with; other integers are converted where they are only read."""
+"""Integer dtypes of the backends; arrays of others are converted if they are only read."""
 INTEGER_DTYPES = ("int8", "int16", *INDEX_DTYPES, "uint8", "uint16", "uint32", "uint64")
 
 PLAIN = ("numpy.ndarray", "numpy.memmap", "torch.Tensor", "torch.nn.parameter.Parameter")
@@ -35,7 +35,7 @@ ADVICE = {
     "FunctionalTensor":
         "it has no numbers; msa.ops can be traced",
 }  # fmt: skip
-"""The advice of a message about the best known classes that are not PLAIN."""
+"""The advice in messages about the most common classes that are not PLAIN."""
 MAY_BE_EMPTY = ("Tq", "Tk", "B", "n", "pages", "table")
 
 
@@ -51,12 +51,12 @@ def is_eight_bits(array: Any) -> bool:
 
 
 def dtype_name(array: Any) -> str:
-    """ "float32" for numpy.float32 and torch.float32 alike."""
+    """The name of a dtype: "float32" for numpy.float32 and for torch.float32."""
     return str(array.dtype).removeprefix("torch.")
 
 
 def beside(model: Any, array: np.ndarray) -> Any:
-    """An array of the host in the library, and on the device, of the model."""
+    """Convert an array of the host to the library and the device of the model."""
     if not is_torch(model):
         return array
     import torch
@@ -70,7 +70,7 @@ def to_numpy(array: Any) -> np.ndarray:
 
 
 def read_together(arrays: list[Array]) -> list[np.ndarray]:
-    """Arrays of integers or bools of one device as NumPy's, in int64, after one wait for it."""
+    """Copy integer or bool arrays of one device to NumPy in int64, with one wait for it."""
     if not is_torch(arrays[0]):
         return arrays
     import torch
@@ -145,7 +145,7 @@ def check_array(name: str, array: Any, dtypes: tuple[str, ...] = FLOAT_DTYPES) -
 
 
 def check_integers(name: str, array: Any, dtypes: tuple[str, ...] = INTEGER_DTYPES) -> None:
-    """A NumPy array or a torch tensor of integers, of any strides; bool is none."""
+    """A NumPy array or a torch tensor of integers, with any strides; bool does not count."""
     check_plain(name, array)
     if dtype_name(array) not in dtypes:
         raise TypeError(f"{name} must hold integers ({either(dtypes)}), got {array.dtype}")
@@ -166,7 +166,7 @@ def check_no_gradient(name: str, array: Any) -> None:
         )
 
 
-# -- arrays beside one another ---------------------------------------------------------------------
+# -- several arrays together ----------------------------------------------------------------------
 def check_same_dtype(**arrays: Any) -> None:
     """All arrays have the dtype of the first one."""
     (first, model), *others = arrays.items()
@@ -206,7 +206,7 @@ def check_shape(name: str, array: Any, dims: str, sizes: dict[str, int]) -> None
 def check_layout(name: str, array: Any, dims: str, batched: bool | None) -> bool:
     """Whether the array is batched: it has one dim more than `dims`.
 
-    `batched` is what the arguments before it were; None if there were none.
+    `batched` says whether the arguments before were batched; None for the first argument.
     """
     rank = len(dims.split())
     packed, with_batch = (f"[{', '.join(d.split())}]" for d in (dims, f"B {dims}"))

@@ -20,8 +20,8 @@ OPTIONS: dict[str, tuple[tuple[str | None, ...], str]] = {
     "index_dtype": ((None, "fp8_e4m3"), "keeps the dtype that it is given"),
     "kernels": (("auto", "portable", "hopper"), "has no kernels to choose from"),
 }
-"""Options of the triton backend: their values, the default first, and why the other backends take
-the default alone."""
+"""Options of the triton backend: their values, the default first, and why the other backends accept
+only the default."""
 
 
 def check_backend(name: Any, available: tuple[str, ...]) -> None:
@@ -36,9 +36,9 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
 
 
 def check_options(backend: str, array: Any, **options: Any) -> None:
-    """Each option has one of its values; others than the default are for triton alone.
+    """Each option has one of its values; values other than the default need triton.
 
-    8 bits are for a GPU alone.
+    8 bits need a GPU.
     """
     for name, value in options.items():
         known, reason = OPTIONS[name]
@@ -83,13 +83,13 @@ def check_kernels(block_size: int, top_k: int = 1, **arrays: Any) -> None:
         if dtype not in KERNEL_DTYPES:
             raise TypeError(
                 f"{name} must have dtype {either(KERNEL_DTYPES)} for backend='triton', "
-                f"got {dtype}: use backend='torch'"
+                f"got {array.dtype}: use backend='torch'"
             )
         if dtype == "bfloat16" and is_interpreted():
             raise TypeError(
                 f"{name} must have dtype float16 or float32 for backend='triton' under "
                 f"TRITON_INTERPRET=1, for Triton's interpreter multiplies bfloat16 wrongly, "
-                f"got {dtype}: use backend='torch'"
+                f"got {array.dtype}: use backend='torch'"
             )
 
 

@@ -12,14 +12,15 @@ from numbers import Integral, Real
 from typing import Any
 
 LARGEST_TOP_K = 16384
-"""Blocks that a query may keep: a context of two million tokens, whole, in blocks of 128."""
+"""The most blocks that a query may keep: those of two million tokens, in blocks of 128."""
 LARGEST_BLOCK_SIZE = 65536
-"""Tokens of a block. Backends fill up the last block, so that one token takes the memory of a whole
+"""The most tokens of a block. Backends fill up the last block, so that one token takes the memory
+of a whole
 block: 32 MiB for each head of 128 numbers in float32."""
 LARGEST_CHUNK_SIZE = 2 * LARGEST_TOP_K * LARGEST_BLOCK_SIZE
-"""Edges of a work item: the default of `lower` for the largest configuration (R14)."""
+"""The most edges of a work item: the default of `lower` for the largest configuration (R14)."""
 LARGEST_TILE_SIZE = 31
-"""Queries of a tile that walks a union: each has one bit of an int32 (R9)."""
+"""The most queries of a tile that walks a union: each has one bit of an int32 (R9)."""
 LARGEST_BORDER = 2**63 - 1
 """Borders of sequences are int64 on the device."""
 LEAST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127

@@ -59,12 +59,9 @@ def chosen_properties(rules: tuple[str, ...]) -> list[Property]:
 
 
 def verify(
-    backends: tuple[str, ...] = (),
-    rules: tuple[str, ...] = (),
-    examples: int = 25,
-    on_example: Callable[[str], None] = lambda label: None,
-    seed: int | None = None,
-) -> list[Result]:
+    backends: tuple[str, ...] = (), rules: tuple[str, ...] = (), examples: int = 25,
+    on_example: Callable[[str], None] = lambda label: None, seed: int | None = None,
+) -> list[Result]:  # fmt: skip
     """Search for counterexamples to every property, on every backend of this machine.
 
     Args:
@@ -78,12 +75,9 @@ def verify(
 
 
 def verify_target(
-    target: Target,
-    rules: tuple[str, ...] = (),
-    examples: int = 25,
-    on_example: Callable[[str], None] = lambda label: None,
-    seed: int | None = None,
-) -> list[Result]:
+    target: Target, rules: tuple[str, ...] = (), examples: int = 25,
+    on_example: Callable[[str], None] = lambda label: None, seed: int | None = None,
+) -> list[Result]:  # fmt: skip
     """Search for counterexamples to the properties that apply to a target.
 
     A rule without such a property gets one Result with claimed=False.
@@ -100,12 +94,9 @@ def verify_target(
 
 
 def try_one(
-    prop: Property,
-    subject: Subject,
-    examples: int,
-    on_example: Callable[[str], None],
+    prop: Property, subject: Subject, examples: int, on_example: Callable[[str], None],
     seed: int | None = None,
-) -> Result:
+) -> Result:  # fmt: skip
     """Search for a counterexample to one property on one backend.
 
     The same seed always draws the same cases.

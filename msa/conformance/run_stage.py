@@ -51,12 +51,9 @@ def dense(inputs: Inputs, indices: Array) -> Attention:
 
 
 def compare_output(
-    subject: Subject,
-    inputs: Inputs,
-    output: Output,
-    want: Attention,
+    subject: Subject, inputs: Inputs, output: Output, want: Attention,
     rows: Array | slice = slice(None),
-) -> Measure:
+) -> Measure:  # fmt: skip
     """Check that each entry of out, and of lse if it is claimed, lies within its error bound.
 
     Args:

@@ -34,13 +34,9 @@ class Tally:
 
 
 def search(
-    prop: Property,
-    subject: Subject,
-    options: settings,
-    tally: Tally,
-    on_example: Callable[[], None] = lambda: None,
-    seed: int | None = None,
-) -> None:
+    prop: Property, subject: Subject, options: settings, tally: Tally,
+    on_example: Callable[[], None] = lambda: None, seed: int | None = None,
+) -> None:  # fmt: skip
     """Search for a case in which the property does not hold.
 
     Args:

@@ -35,12 +35,9 @@ class Answer:
 
 @torch.no_grad()
 def answer(
-    model: Model,
-    tokens: Int[np.ndarray, " T"],
-    images: Float[np.ndarray, "n 8 8"],
-    places: Sequence[int],
-    mode: Mode = "sparse",
-) -> list[Answer]:
+    model: Model, tokens: Int[np.ndarray, " T"], images: Float[np.ndarray, "n 8 8"],
+    places: Sequence[int], mode: Mode = "sparse",
+) -> list[Answer]:  # fmt: skip
     """Let a model read a document once. Returns its answer at each of the places.
 
     >>> from msa.model.checkpoint import load_trained

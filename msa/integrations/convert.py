@@ -65,12 +65,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def convert(
-    model: M,
-    config: MSAConfig = MSAConfig(),
-    layers: Sequence[int] | None = None,
-    index_dim: int | None = None,
-    implementation: str = "msa",
-) -> M:
+    model: M, config: MSAConfig = MSAConfig(), layers: Sequence[int] | None = None,
+    index_dim: int | None = None, implementation: str = "msa",
+) -> M:  # fmt: skip
     """Add an index branch to some layers of a model; returns the model.
 
     The attention of all layers runs in this project afterwards.

@@ -53,11 +53,9 @@ def to_transformers(
 
 
 def from_transformers(
-    block_indices: Int[Array, "B Hkv T k"],
-    block_size: int,
-    n_k: int | None = None,
+    block_indices: Int[Array, "B Hkv T k"], block_size: int, n_k: int | None = None,
     top_k: int | None = None,
-) -> Selection:
+) -> Selection:  # fmt: skip
     """A Selection from the block_indices of MiniMaxM3VLIndexer, for sequences without padding.
 
     Args:

@@ -49,12 +49,10 @@ def to_official(
 
 
 def from_official(
-    k_pages: Float[Array, "pages Hkv Bk D"],
-    v_pages: Float[Array, "pages Hkv Bk Dv"],
-    k_idx_pages: Float[Array, "pages Bk Di"],
-    page_table: Int[Array, "B table"],
+    k_pages: Float[Array, "pages Hkv Bk D"], v_pages: Float[Array, "pages Hkv Bk Dv"],
+    k_idx_pages: Float[Array, "pages Bk Di"], page_table: Int[Array, "B table"],
     lengths: Int[Array, " B"],
-) -> PagedKV:
+) -> PagedKV:  # fmt: skip
     """The same pages as PagedKV. Its arrays are views.
 
     >>> back = from_official(*to_official(cache), cache.k_idx_pages, table, lengths)
@@ -78,12 +76,9 @@ def to_vllm(cache: PagedKV) -> Float[Array, "pages Hkv Bk both"]:
 
 
 def from_vllm(
-    kv_pages: Float[Array, "pages Hkv Bk both"],
-    k_idx_pages: Float[Array, "pages Bk Di"],
-    block_table: Int[Array, "B table"],
-    seq_lens: Int[Array, " B"],
-    head_dim: int | None = None,
-) -> PagedKV:
+    kv_pages: Float[Array, "pages Hkv Bk both"], k_idx_pages: Float[Array, "pages Bk Di"],
+    block_table: Int[Array, "B table"], seq_lens: Int[Array, " B"], head_dim: int | None = None,
+) -> PagedKV:  # fmt: skip
     """The same pages as PagedKV. Its arrays are views.
 
     Args:
@@ -117,12 +112,9 @@ def to_flashinfer(cache: PagedKV, order: Order = "NHD") -> Float[Array, "pages 2
 
 
 def from_flashinfer(
-    kv_cache: Float[Array, "pages 2 x y D"],
-    k_idx_pages: Float[Array, "pages Bk Di"],
-    page_table: Int[Array, "B table"],
-    lengths: Int[Array, " B"],
-    order: Order = "NHD",
-) -> PagedKV:
+    kv_cache: Float[Array, "pages 2 x y D"], k_idx_pages: Float[Array, "pages Bk Di"],
+    page_table: Int[Array, "B table"], lengths: Int[Array, " B"], order: Order = "NHD",
+) -> PagedKV:  # fmt: skip
     """The same pages as PagedKV. Its arrays are views.
 
     >>> kv_cache = to_flashinfer(cache, "HND")
@@ -158,13 +150,10 @@ def to_sglang(
 
 
 def from_sglang(
-    k_buffer: Float[Array, "slots Hkv D"],
-    v_buffer: Float[Array, "slots Hkv Dv"],
-    k_idx_buffer: Float[Array, "slots Di"],
-    req_to_token: Int[Array, "B tokens"],
-    lengths: Int[Array, " B"],
-    block_size: int,
-) -> PagedKV:
+    k_buffer: Float[Array, "slots Hkv D"], v_buffer: Float[Array, "slots Hkv Dv"],
+    k_idx_buffer: Float[Array, "slots Di"], req_to_token: Int[Array, "B tokens"],
+    lengths: Int[Array, " B"], block_size: int,
+) -> PagedKV:  # fmt: skip
     """The same slots as pages of block_size tokens. The arrays are views.
 
     Raises:
@@ -205,13 +194,10 @@ def to_smaller_pages(
 
 
 def from_smaller_pages(
-    k_pages: Float[Array, "pages x y D"],
-    v_pages: Float[Array, "pages x y Dv"],
-    k_idx_pages: Float[Array, "blocks Bk Di"],
-    page_table: Int[Array, "B table"],
-    lengths: Int[Array, " B"],
-    order: Order = "NHD",
-) -> PagedKV:
+    k_pages: Float[Array, "pages x y D"], v_pages: Float[Array, "pages x y Dv"],
+    k_idx_pages: Float[Array, "blocks Bk Di"], page_table: Int[Array, "B table"],
+    lengths: Int[Array, " B"], order: Order = "NHD",
+) -> PagedKV:  # fmt: skip
     """A PagedKV in which each block is made of several small pages.
 
     The block size is that of k_idx_pages. The arrays are views if order is NHD, else copies.

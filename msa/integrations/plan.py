@@ -81,11 +81,9 @@ class LastPlan:
 
     def get(
         self,
-        position_ids: Int[Tensor, "any n_q"],
-        mask: Bool[Tensor, "B n_k"] | None,
-        batch: int,
+        position_ids: Int[Tensor, "any n_q"], mask: Bool[Tensor, "B n_k"] | None, batch: int,
         slots: int,
-    ) -> Plan:
+    ) -> Plan:  # fmt: skip
         """The kept plan if the tensors are the same and unchanged, else a new one.
 
         Args:

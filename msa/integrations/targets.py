@@ -55,15 +55,9 @@ def indexer_of(
 
 
 def transformers_select(
-    q_idx: Tensor,
-    k_idx: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    block_size: int,
-    topk_blocks: int,
-    local_blocks: int,
-) -> Tensor:
+    q_idx: Tensor, k_idx: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *,
+    block_size: int, topk_blocks: int, local_blocks: int,
+) -> Tensor:  # fmt: skip
     """The block_indices of the indexer. As in the model, it does not use the mask."""
     batch, heads, n_q, dim = q_idx.shape
     indexer: Any = indexer_of(heads, dim, block_size, topk_blocks, local_blocks)
@@ -76,15 +70,9 @@ def transformers_select(
 
 
 def transformers_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_indices: Tensor,
-    position_ids: Tensor,
-    *,
-    block_size: int,
-    scaling: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, block_indices: Tensor, position_ids: Tensor, *,
+    block_size: int, scaling: float,
+) -> Tensor:  # fmt: skip
     """Attention by the block mask and the eager attention of transformers."""
     heads, groups = query.shape[1], key.shape[1]
     indexer = indexer_of(groups, 1, block_size, block_indices.shape[-1], 1)

@@ -179,14 +179,9 @@ def config_of(indexer: MiniMaxM3VLIndexer) -> MSAConfig:
 # -- called by transformers -----------------------------------------------------------------------
 @uncompiled
 def seen_tokens(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    attention_mask: Tensor | None = None,
-    device: Any = None,
-    **_: Any,
-) -> Tensor | None:
+    batch_size: int, q_length: int, kv_length: int, q_offset: Any = 0,
+    attention_mask: Tensor | None = None, device: Any = None, **_: Any,
+) -> Tensor | None:  # fmt: skip
     """The mask for the layers: bool [B, tokens seen], or None if all keys are seen."""
     messages.check_not_traced(calls.is_traced(q_offset, attention_mask))
     messages.check_mask_form(attention_mask)
@@ -200,18 +195,11 @@ def seen_tokens(
 
 @uncompiled
 def attention_forward(
-    backend: BackendName,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    block_indices: Tensor | IndexBranch | None = None,
-    position_ids: Tensor | None = None,
+    backend: BackendName, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    attention_mask: Tensor | None, scaling: float | None = None, dropout: float = 0.0,
+    block_indices: Tensor | IndexBranch | None = None, position_ids: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function for transformers: query [B, Hq, T, D] to out [B, T, Hq, Dv].
 
     Raises:

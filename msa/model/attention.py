@@ -221,12 +221,9 @@ class Attention(nn.Module):
 
 
 def attend_densely(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv D"],
-    sequences: msa.Sequences,
-    scale: float,
-) -> Float[Tensor, "Tq Hq D"]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv D"],
+    sequences: msa.Sequences, scale: float,
+) -> Float[Tensor, "Tq Hq D"]:  # fmt: skip
     """Causal attention within each sequence, by PyTorch's SDPA. The queries are its last tokens.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)

@@ -40,12 +40,9 @@ class LayerCache:
 
     def append(
         self,
-        slots: list[int],
-        counts: list[int],
-        k: Float[Tensor, "T Hkv D"],
-        v: Float[Tensor, "T Hkv D"],
-        k_idx: Float[Tensor, "T Di"] | None,
-    ) -> None:
+        slots: list[int], counts: list[int], k: Float[Tensor, "T Hkv D"],
+        v: Float[Tensor, "T Hkv D"], k_idx: Float[Tensor, "T Di"] | None,
+    ) -> None:  # fmt: skip
         """Add packed new tokens: `counts[i]` of them to the sequence in `slots[i]`."""
         k_idx = k.new_zeros(len(k), 1) if k_idx is None else k_idx
         new = [x.to(self.dtype) for x in (k, v, k_idx)]

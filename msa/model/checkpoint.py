@@ -111,12 +111,8 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         return ModelConfig.from_dict(values)
-    except FileNotFoundError:
-        raise ValueError(f"{path} must be the configuration of a model, got no such file") from None
     except OSError as error:
-        raise ValueError(
-            f"{path} must be the configuration of a model, got no readable file: {files.why(error)}"
-        ) from None
+        raise ValueError(f"{path} must be the configuration of a model, {reason(error)}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be the configuration of a model: {error}") from error
 
@@ -158,14 +154,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, by their names."""
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} must be a safetensors file, got no such file") from None
     except OSError as error:
-        raise ValueError(
-            f"{path} must be a safetensors file, got no readable file: {files.why(error)}"
-        ) from None
+        raise ValueError(f"{path} must be a safetensors file, {reason(error)}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
+
+
+def reason(error: OSError) -> str:
+    """The end of a message about a file that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "got no such file"
+    return f"got no readable file: {files.why(error)}"
 
 
 # -- checks ---------------------------------------------------------------------------------------

@@ -56,15 +56,10 @@ class Sampling:
 
 
 def generate(
-    model: Model,
-    prompts: Sequence[Tensor],
-    new_tokens: int,
-    *,
-    images: Sequence[Pictures | None] | None = None,
-    sampling: Sampling = Sampling(),
-    chunk: int = 2048,
-    dtype: torch.dtype = torch.float32,
-) -> list[list[int]]:
+    model: Model, prompts: Sequence[Tensor], new_tokens: int, *,
+    images: Sequence[Pictures | None] | None = None, sampling: Sampling = Sampling(),
+    chunk: int = 2048, dtype: torch.dtype = torch.float32,
+) -> list[list[int]]:  # fmt: skip
     """The tokens after each prompt, once all are known. Arguments and errors as in `stream`."""
     answers: list[list[int]] = [[] for _ in prompts]
     for step in stream(
@@ -76,15 +71,10 @@ def generate(
 
 
 def stream(
-    model: Model,
-    prompts: Sequence[Tensor],
-    new_tokens: int,
-    *,
-    images: Sequence[Pictures | None] | None = None,
-    sampling: Sampling = Sampling(),
-    chunk: int = 2048,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[list[int | None]]:
+    model: Model, prompts: Sequence[Tensor], new_tokens: int, *,
+    images: Sequence[Pictures | None] | None = None, sampling: Sampling = Sampling(),
+    chunk: int = 2048, dtype: torch.dtype = torch.float32,
+) -> Iterator[list[int | None]]:  # fmt: skip
     """After each step, a list with the next token of each prompt; None for prompts that ended.
 
     Args:

@@ -97,17 +97,11 @@ class Model(nn.Module):
 
     def forward(
         self,
-        tokens: Int[Tensor, " T"],
-        cu_seqlens: Sequence[int] | Tensor | None = None,
-        *,
-        images: Pictures | Tensor | None = None,
-        videos: Pictures | Tensor | None = None,
-        cache: Cache | None = None,
-        slots: Sequence[int] | None = None,
-        mode: Mode = "sparse",
-        align: bool = False,
-        watch: Watch | None = None,
-    ) -> ModelOutput:
+        tokens: Int[Tensor, " T"], cu_seqlens: Sequence[int] | Tensor | None = None, *,
+        images: Pictures | Tensor | None = None, videos: Pictures | Tensor | None = None,
+        cache: Cache | None = None, slots: Sequence[int] | None = None, mode: Mode = "sparse",
+        align: bool = False, watch: Watch | None = None,
+    ) -> ModelOutput:  # fmt: skip
         """Read packed tokens: the new tokens of each sequence.
 
         Args:
@@ -140,15 +134,11 @@ class Model(nn.Module):
 
     def losses(
         self,
-        tokens: Int[Tensor, " T"],
-        targets: Int[Tensor, " T"],
-        cu_seqlens: Sequence[int] | Tensor | None = None,
-        *,
-        images: Pictures | Tensor | None = None,
-        videos: Pictures | Tensor | None = None,
-        weights: Float[Tensor, " T"] | None = None,
-        mode: Mode = "sparse",
-    ) -> Losses:
+        tokens: Int[Tensor, " T"], targets: Int[Tensor, " T"],
+        cu_seqlens: Sequence[int] | Tensor | None = None, *,
+        images: Pictures | Tensor | None = None, videos: Pictures | Tensor | None = None,
+        weights: Float[Tensor, " T"] | None = None, mode: Mode = "sparse",
+    ) -> Losses:  # fmt: skip
         """The parts of the training loss. The other arguments are those of `forward`.
 
         Args:

@@ -4,8 +4,8 @@
     operators.py    torch.ops.msa.*: schema, shapes without data, gradients
     kernels.py      what an operator does: a backend's own functions, triton for CUDA, else torch
 
-They compute the same as `msa.attention` and the other public functions. They take and give tensors
-alone, so that no call breaks a graph. `import msa.ops` registers them.
+They compute the same as `msa.attention` and the other public functions. Their tensor arguments and
+results are plain tensors, so that no call breaks a graph. `import msa.ops` registers them.
 """
 
 from msa.ops.functional import (

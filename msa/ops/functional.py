@@ -1,4 +1,4 @@
-"""The functions of `msa.ops`: the layouts of `msa.attention`, tensors in and out, an operator each.
+"""The functions of `msa.ops`: they have the layouts of `msa.attention`, and each calls an operator.
 
 Tensors are packed [T, H, D] with cu_seqlens, packed without (one sequence), or batched
 [B, T, H, D]. cu_seqlens are integers. (A tensor of them is read, which waits for its device and is
@@ -45,16 +45,9 @@ class Attended(NamedTuple):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_idx: Tensor,
-    k_idx: Tensor,
-    cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None,
-    config: MSAConfig = MSAConfig(),
-    align: bool = False,
-) -> Attended:
+    q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None, config: MSAConfig = MSAConfig(), align: bool = False,
+) -> Attended:  # fmt: skip
     """MSA (R4-R12), differentiable in q, k and v; with align=True its loss in q_idx and k_idx.
 
     Args:
@@ -85,12 +78,9 @@ def attention(
 
 
 def select_blocks(
-    q_idx: Tensor,
-    k_idx: Tensor,
-    cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None,
+    q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Borders = None, cu_seqlens_k: Borders = None,
     config: MSAConfig = MSAConfig(),
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The blocks that each query and group would read: int32 [Tq, Hkv, k], packed (R4-R8).
 
     >>> q_idx, k_idx = torch.ones(6, 1, 1), torch.tensor([[0.0], [9], [1], [2], [3], [4]])
@@ -106,16 +96,9 @@ def select_blocks(
 
 
 def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None,
-    *,
-    block_size: int = 128,
-    softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens_q: Borders = None,
+    cu_seqlens_k: Borders = None, *, block_size: int = 128, softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over blocks of your own choice: out and lse in q's layout (R9-R12).
 
     The indices, int32 [Tq, Hkv, k], are validated when it runs (R8). While a CUDA graph is captured
@@ -134,17 +117,10 @@ def sparse_attention(
 
 
 def align_index(
-    q: Tensor,
-    k: Tensor,
-    q_idx: Tensor,
-    k_idx: Tensor,
-    indices: Tensor | None = None,
-    cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None,
-    *,
-    lse: Tensor | None = None,
+    q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Tensor | None = None,
+    cu_seqlens_q: Borders = None, cu_seqlens_k: Borders = None, *, lse: Tensor | None = None,
     config: MSAConfig = MSAConfig(),
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """KL(main branch || index branch), a scalar; its gradient reaches q_idx and k_idx (R17).
 
     indices=None is the warm-up form, over all visible tokens. lse is that of an attention over the
@@ -185,13 +161,9 @@ def decode(
 
 
 def _loss(
-    tensors: tuple[Tensor, ...],
-    indices: Tensor | None,
-    lse: Tensor | None,
-    borders: tuple[list[int], ...],
-    config: MSAConfig,
-    validate: bool,
-) -> Tensor:
+    tensors: tuple[Tensor, ...], indices: Tensor | None, lse: Tensor | None,
+    borders: tuple[list[int], ...], config: MSAConfig, validate: bool,
+) -> Tensor:  # fmt: skip
     q, k, q_idx, k_idx = tensors
     with_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
     return operators.align_index(

@@ -1,8 +1,8 @@
-"""What the operators do: enter as public calls do (`msa.entry`), then call halves of the gradients.
+"""What the operators do: check arguments (`msa.entry`), then call a forward or backward function.
 
 Each backend has its attention and its loss as a forward and a backward function
-(`msa.interface.BackendWithGradients`). An operator calls one of them; between the two lies the
-autograd of the operators. Autocast is off inside: the functions before the operators have cast.
+(`msa.interface.BackendWithGradients`). An operator calls one of them; the autograd of the operators
+connects the two. Autocast is off inside, because the functions of `msa.ops` have already cast.
 """
 
 from __future__ import annotations

@@ -19,14 +19,14 @@ tensor([[0, 2]], dtype=torch.int32)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.ops import kernels
@@ -105,7 +105,7 @@ def sparse_attention_backward(
     indices: Tensor, cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients for q, k and v from what either attention gave (R18)."""
+    """Gradients for q, k and v from the results of either attention (R18)."""
     saved, borders = (q, k, v, out, lse), (cu_seqlens_q, cu_seqlens_k)
     args = (d_out, d_lse, saved, indices, borders, block_size, softmax_scale)
     return kernels.selection_gradients(*args)
@@ -178,22 +178,6 @@ def _(q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Any, lse: Any
     return q.new_empty((), dtype=dtype), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward whose results cannot be differentiated again: torch raises an error.
-
-    `once_differentiable` marks the results only where an incoming gradient requires one, which is
-    not so under create_graph=True. Without the mark, second derivatives would be zero silently.
-    """
-    marked = once_differentiable(backward)
-
-    def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
-        return marked(ctx, *gradients)
-
-    return run
-
-
 def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, d_q_idx, d_k_idx = output
     ctx.save_for_backward(d_q_idx, d_k_idx)
@@ -202,7 +186,7 @@ def _keep_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.with_gradient, ctx.inputs = inputs[9], len(inputs)
 
 
-@_once
+@differentiable_once
 def _scale_gradients(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     check_with_gradient(ctx.with_gradient)
     d_q_idx, d_k_idx = ((x * d_loss).to(t) for x, t in zip(ctx.saved_tensors, ctx.dtypes))

@@ -18,18 +18,7 @@ from msa.reference.tile_union import unite_tiles
 from msa.reference.union_walk import attend_union
 
 __all__ = [
-    "align_index",
-    "attend",
-    "attend_chunks",
-    "attend_selection",
-    "attend_union",
-    "combine_partials",
-    "decode_step",
-    "mask_of",
-    "reverse_selection",
-    "schedule_chunks",
-    "score_blocks",
-    "select_blocks",
-    "select_fused",
-    "unite_tiles",
-]
+    "align_index", "attend", "attend_chunks", "attend_selection", "attend_union",
+    "combine_partials", "decode_step", "mask_of", "reverse_selection", "schedule_chunks",
+    "score_blocks", "select_blocks", "select_fused", "unite_tiles",
+]  # fmt: skip

@@ -13,15 +13,11 @@ from msa.reference.softmax import head_logits, masked_softmax
 
 
 def align_index(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
     lse: Float[Array, "Tq Hq"] | None = None,
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """KL(P || P_idx), summed over tokens, mean over queries and groups.
 
     The teacher P is the mean of the softmax *probabilities* of the group's heads; the student is

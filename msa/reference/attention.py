@@ -14,12 +14,9 @@ from msa.reference.softmax import head_logits, masked_softmax
 
 
 def attend_selection(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Softmax over the selected visible tokens, times v; out in q's dtype, lse float32 (R12)."""
     group = q.shape[1] // k.shape[1]
     n_q, heads = q.shape[:2]
@@ -35,15 +32,10 @@ def attend_selection(
 
 
 def attend(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    align: bool = False,
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, align: bool = False,
+) -> Output:  # fmt: skip
     """MSA: the index branch selects, the main branch attends (R4-R12); align adds a loss (R17)."""
     selection = select_fused(q_idx, k_idx, sequences, config)
     output = attend_selection(q, k, v, selection, config.softmax_scale_for(q.shape[-1]))

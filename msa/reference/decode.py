@@ -11,11 +11,9 @@ from msa.reference.attention import attend
 
 
 def decode_step(
-    q: Float[Array, "B n Hq D"],
-    q_idx: Float[Array, "B n Hkv Di"],
-    cache: PagedKV,
-    config: MSAConfig,
-) -> Output:
+    q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
+    cache: PagedKV, config: MSAConfig,
+) -> Output:  # fmt: skip
     """Copy each sequence's pages into one array, then attend; empty slots give 0 and LSE -inf."""
     batch, n, heads, _ = q.shape
     out = np.zeros((batch, n, heads, cache.v_pages.shape[-1]), q.dtype)

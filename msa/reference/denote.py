@@ -19,7 +19,7 @@ def mask_of(
     """True where a query of a group reads a packed token: selected and not in the future (R3, R9).
 
     Raises:
-        ValueError: if a form names a (query, group, block) twice, for then it stands for no mask.
+        ValueError: if a form names a (query, group, block) twice, because then it has no mask.
 
     >>> from msa.ir import Selection, Sequences
     >>> chosen = np.array([[0, -1], [0, -1], [0, 1]], np.int32)[:, None]

@@ -30,11 +30,9 @@ def score_tokens(
 
 
 def score_blocks(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-) -> BlockScores:
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig,
+) -> BlockScores:  # fmt: skip
     """M = the highest visible token score of each block: raw maxima, no exp (R5)."""
     block = config.block_size
     values = np.full((*q_idx.shape[:2], sequences.max_blocks(block)), -np.inf)

@@ -10,15 +10,12 @@ from msa.reference.softmax import head_logits, masked_softmax
 
 
 def attend_chunks(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-) -> Partials:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float,
+) -> Partials:  # fmt: skip
     """For each item: the queries that chose its block, against that block's visible tokens alone.
 
-    Slots that no edge owns stay NaN, so that reading one cannot go unnoticed.
+    Slots that no edge owns stay NaN, so a step that reads one by mistake gives NaN.
     """
     index = schedule.reverse_index
     sequences, block, group = index.sequences, index.block_size, q.shape[1] // k.shape[1]

@@ -36,10 +36,8 @@ def select_blocks(scores: BlockScores, config: MSAConfig) -> Selection:
 
 
 def select_fused(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-) -> Selection:
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig,
+) -> Selection:  # fmt: skip
     """The two steps one after the other: the spec fuses nothing."""
     return select_blocks(score_blocks(q_idx, k_idx, sequences, config), config)

@@ -10,12 +10,9 @@ from msa.reference.softmax import head_logits
 
 
 def attend_union(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    tile_union: TileUnion,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    tile_union: TileUnion, softmax_scale: float,
+) -> Output:  # fmt: skip
     """One block after another; when the running maximum rises, sum and output are scaled down."""
     group, block = q.shape[1] // k.shape[1], tile_union.block_size
     positions = np.array(tile_union.sequences.positions(), np.int64)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa.autograd import align_with_gradients
 from msa.config import MSAConfig
 from msa.ir import Selection, Sequences
 from msa.torch_impl.alignment_tiles import dense_losses, sparse_losses
-from msa.torch_impl.numerics import differentiable_once, rounds_coarsely, working_dtype
+from msa.torch_impl.numerics import rounds_coarsely, working_dtype
 
 
 def align_index(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
     lse: Float[Tensor, "Tq Hq"] | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""]:  # fmt: skip
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. lse is the
@@ -37,44 +32,17 @@ def align_index(
     >>> align_index(x, x, q_idx, x[:, 0], None, Sequences.one(3, 3), config).item()  # both uniform
     0.0
     """
-    q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
-    wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
-    others = (q, k, selection, sequences, config, lse, wants_gradient)
-    return Alignment.apply(q_idx, k_idx, *others)
-
-
-class Alignment(torch.autograd.Function):
-    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
-
-    @staticmethod
-    def forward(ctx: Any, q_idx: Tensor, k_idx: Tensor, *others: Any) -> Tensor:
-        """Keep the two small gradients, never a score."""
-        q, k, *rest = others
-        loss, *gradients = align_index_forward(q, k, q_idx, k_idx, *rest)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = q_idx.dtype, k_idx.dtype
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the two gradients."""
-        grads = ((x * d_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, *([None] * 7)
+    args = (q, k, q_idx, k_idx, selection, sequences, config, lse)
+    return align_with_gradients(align_index_forward, *args)
 
 
 @torch.no_grad()
 def align_index_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None, with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:  # fmt: skip
     """The loss, and its gradients in the working precision: the tiles, added up in order (R19)."""
     dtype = torch.promote_types(
         working_dtype(q, k, config.softmax_scale_for(q.shape[-1])),

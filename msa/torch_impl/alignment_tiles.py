@@ -37,12 +37,9 @@ class TileLoss:
 
 
 def dense_losses(
-    tensors: Four,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    tensors: Four, lse: Float[Tensor, "Tq Hq"] | None, sequences: Sequences, config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[TileLoss]:
+) -> Iterator[TileLoss]:  # fmt: skip
     """The warm-up form: whole rows of scores, as many queries at a time as DENSE_BUFFER allows."""
     q, k, q_idx, k_idx = tensors
     groups, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -68,12 +65,9 @@ def dense_losses(
 
 
 def sparse_losses(
-    tensors: Four,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    selection: Selection,
-    config: MSAConfig,
+    tensors: Four, lse: Float[Tensor, "Tq Hq"] | None, selection: Selection, config: MSAConfig,
     wants_gradient: bool,
-) -> Iterator[TileLoss]:
+) -> Iterator[TileLoss]:  # fmt: skip
     """The form for selected blocks: the scores of every edge are written to its slot."""
     q, k, q_idx, k_idx = tensors
     selection = trimmed(selection)
@@ -97,11 +91,9 @@ def sparse_losses(
 
 
 def slot_logits(
-    queries: Float[Tensor, "t H D"],
-    keys: Float[Tensor, "n Hk D"],
-    schedule: Schedule,
+    queries: Float[Tensor, "t H D"], keys: Float[Tensor, "n Hk D"], schedule: Schedule,
     scale: float,
-) -> Float[Tensor, "lanes G k_Bk"]:
+) -> Float[Tensor, "lanes G k_Bk"]:  # fmt: skip
     """Scores of all tokens in their slots, -inf elsewhere. Hk = 1: all groups share one key."""
     index = schedule.reverse_index
     lanes = queries.reshape(index.counts.numel(), -1, queries.shape[2])
@@ -129,13 +121,10 @@ def readable(selection: Selection) -> Bool[Tensor, "lanes k_Bk"]:
 
 
 def index_gradients(
-    q_idx: Float[Tensor, "t Hkv Di"],
-    k_idx: Float[Tensor, "n Di"],
-    slope: Float[Tensor, "lanes k_Bk"],
-    schedule: Schedule,
-    scale: float,
-) -> tuple[Float[Tensor, "t Hkv Di"], Float[Tensor, "n Di"]]:
-    """From the slope of every score to q_idx and k_idx, each sum in one fixed order (R19)."""
+    q_idx: Float[Tensor, "t Hkv Di"], k_idx: Float[Tensor, "n Di"],
+    slope: Float[Tensor, "lanes k_Bk"], schedule: Schedule, scale: float,
+) -> tuple[Float[Tensor, "t Hkv Di"], Float[Tensor, "n Di"]]:  # fmt: skip
+    """Gradients of q_idx and k_idx from those of the scores, each sum in a fixed order (R19)."""
     index = schedule.reverse_index
     block, (n_q, groups, dim) = index.block_size, q_idx.shape
     lanes, rows = q_idx.reshape(-1, dim), to_rows(k_idx[:, None], index.sequences, block)

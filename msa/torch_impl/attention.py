@@ -8,28 +8,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Output, Selection, Sequences
 from msa.torch_impl.alignment import align_index
 from msa.torch_impl.combine import weigh_slots
 from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.item_batches import edges_per_item
-from msa.torch_impl.numerics import differentiable_once, working_dtype
+from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
 from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
 from msa.torch_impl.selection import select_fused
 
 
 def attend(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    align: bool = False,
-) -> Output:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, align: bool = False,
+) -> Output:  # fmt: skip
     """Select, then attend: MSA itself (eq. 6-8, R4-R12). Differentiable in q, k and v (R18).
 
     Returns:
@@ -48,12 +44,9 @@ def attend(
 
 
 def attend_selection(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
     Differentiable in q, k and v with the selection held fixed (R18), lse included.
@@ -99,12 +92,9 @@ class SelectedAttention(torch.autograd.Function):
 
 @torch.no_grad()
 def attend_selection_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """Run each tile of queries down to its combined out and lse, in the working precision."""
     dtype, selection = working_dtype(q, k, softmax_scale), trimmed(selection)
     out = q.new_empty((*q.shape[:2], v.shape[-1]), dtype=dtype)
@@ -122,16 +112,13 @@ def attend_selection_forward(
 
 @torch.no_grad()
 def attend_selection_backward(
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
+    d_out: Float[Tensor, "Tq Hq Dv"], d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[
+    Float[Tensor, "Tq Hq D"], Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]
+]:  # fmt: skip
     """Gradients for q, k and v in the precision of lse, each rounded to its input's dtype."""
     outputs = out.to(lse.dtype), lse
     return selection_gradients((q, k, v), outputs, (d_out, d_lse), selection, softmax_scale)

@@ -76,6 +76,6 @@ def row_shares(
 def filled(
     tops: Float[Tensor, "Tq Hq k"], counts: Int[Tensor, "Tq Hkv"]
 ) -> Bool[Tensor, "Tq Hq k"]:
-    """Which slots some edge owns; the others hold anything."""
+    """The slots that belong to an edge; all others may hold anything."""
     counts = counts.repeat_interleave(tops.shape[1] // counts.shape[1], dim=1)
     return torch.arange(tops.shape[2], device=counts.device) < counts[..., None]

@@ -19,11 +19,9 @@ from msa.torch_impl.tiles import borders, owners, query_positions
 
 @torch.no_grad()
 def decode_step(
-    q: Float[Tensor, "B n Hq D"],
-    q_idx: Float[Tensor, "B n Hkv Di"],
-    cache: PagedKV,
-    config: MSAConfig,
-) -> Output:
+    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"],
+    cache: PagedKV, config: MSAConfig,
+) -> Output:  # fmt: skip
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
     Not recorded by autograd.
@@ -74,12 +72,9 @@ def packed_index_keys(
 
 def attend_pages(
     q: Float[Tensor, "t Hq D"],
-    ids: Int[Tensor, "t Hkv k"],
-    tables: Int[Tensor, "t table"],
-    positions: Int[Tensor, " t"],
-    cache: PagedKV,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "t Hq Dv"], Float[Tensor, "t Hq"]]:
+    ids: Int[Tensor, "t Hkv k"], tables: Int[Tensor, "t table"], positions: Int[Tensor, " t"],
+    cache: PagedKV, softmax_scale: float,
+) -> tuple[Float[Tensor, "t Hq Dv"], Float[Tensor, "t Hq"]]:  # fmt: skip
     """One dense softmax over the k * Bk tokens of the blocks that each query and group selected.
 
     `tables` and `positions` are those of the sequence that the query belongs to. A place without a

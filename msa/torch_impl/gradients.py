@@ -35,12 +35,9 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 def selection_gradients(
-    inputs: Three,
-    outputs: tuple[Tensor, Tensor],
-    d_outputs: tuple[Tensor, Tensor],
-    selection: Selection,
-    softmax_scale: float,
-) -> Three:
+    inputs: Three, outputs: tuple[Tensor, Tensor], d_outputs: tuple[Tensor, Tensor],
+    selection: Selection, softmax_scale: float,
+) -> Three:  # fmt: skip
     """Gradients of q [Tq, Hq, D], k [Tk, Hkv, D] and v [Tk, Hkv, Dv], each in its input's dtype."""
     q, k, v = (x.to(outputs[0].dtype) for x in inputs)
     selection = trimmed(selection)
@@ -88,12 +85,11 @@ def tile_gradients(
 
 
 def item_gradients(
-    by_lane: list[Tensor],
-    keys: Float[Tensor, "rows Bk D"],
-    values: Float[Tensor, "rows Bk Dv"],
-    items: ItemBatch,
-    scale: float,
-) -> tuple[Float[Tensor, "edges_G D"], Float[Tensor, "W Bk D"], Float[Tensor, "W Bk Dv"]]:
+    by_lane: list[Tensor], keys: Float[Tensor, "rows Bk D"], values: Float[Tensor, "rows Bk Dv"],
+    items: ItemBatch, scale: float,
+) -> tuple[
+    Float[Tensor, "edges_G D"], Float[Tensor, "W Bk D"], Float[Tensor, "W Bk Dv"]
+]:  # fmt: skip
     """dQ of every edge, dK and dV of every item's block; by_lane is (q, dO, lse, delta)."""
     lanes, d_outs, lses, deltas = by_lane
     queries, logits = item_logits(lanes, keys, items, scale)

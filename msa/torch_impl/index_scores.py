@@ -14,11 +14,9 @@ from msa.torch_impl.numerics import working_dtype
 
 @torch.no_grad()
 def score_blocks(
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-) -> BlockScores:
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    sequences: Sequences, config: MSAConfig,
+) -> BlockScores:  # fmt: skip
     """For every query, group and block the highest visible token score (eq. 6, R4-R5).
 
     NaN counts as -inf; -inf where no token of the block is visible. No gradient: selection has none

@@ -21,12 +21,9 @@ MAXIMA = 2**22
 
 
 def scored_tiles(
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    sequences: Sequences,
-    block_size: int,
-    scale: float,
-) -> Iterator[tuple[QueryTile, BlockScores]]:
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    sequences: Sequences, block_size: int, scale: float,
+) -> Iterator[tuple[QueryTile, BlockScores]]:  # fmt: skip
     """Tile after tile of queries, each with its block scores [t, Hkv, blocks visible to the tile].
 
     Keys that the tile cannot see are not multiplied. `scale` is positive and multiplies only the
@@ -48,11 +45,9 @@ def scored_tiles(
 
 
 def block_maxima(
-    queries: Float[Tensor, "t Hkv Di"],
-    keys: Float[Tensor, "n Di"],
-    block_size: int,
+    queries: Float[Tensor, "t Hkv Di"], keys: Float[Tensor, "n Di"], block_size: int,
     buffer: Float[Tensor, " room"],
-) -> Float[Tensor, "t Hkv blocks"]:
+) -> Float[Tensor, "t Hkv blocks"]:  # fmt: skip
     """Highest visible product in each block; the last of the n keys is the last query's own.
 
     `buffer` has room for the products of a tile with one block of keys or more.

@@ -113,11 +113,9 @@ def batches(
 
 
 def item_logits(
-    lanes: Float[Tensor, "lanes G D"],
-    keys: Float[Tensor, "rows Bk D"],
-    items: ItemBatch,
+    lanes: Float[Tensor, "lanes G D"], keys: Float[Tensor, "rows Bk D"], items: ItemBatch,
     scale: float,
-) -> tuple[Float[Tensor, "W CG D"], Float[Tensor, "W CG Bk"]]:
+) -> tuple[Float[Tensor, "W CG D"], Float[Tensor, "W CG Bk"]]:  # fmt: skip
     """The gathered queries of each item, and their logits in its block: -inf in the future."""
     count, width = items.lanes.shape
     _, group, dim = lanes.shape

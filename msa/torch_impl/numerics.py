@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 FINE = 2.0**-18
 """The largest rounding error of an LSE from which probabilities are computed: float32's at 32."""
@@ -64,20 +60,3 @@ def rounds_coarsely(lse: Tensor) -> bool:
     [False, True, False]
     """
     return bool(lse.numel()) and FINE < _highest(lse) * torch.finfo(lse.dtype).eps < torch.inf
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a backward that cannot be differentiated again, so that trying it is an error.
-
-    torch's own mark raises only if an incoming gradient requires a gradient. Under
-    create_graph=True none does, and second derivatives would be left out silently.
-    """
-    marked = once_differentiable(backward)
-
-    @wraps(backward)
-    def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
-        return marked(ctx, *gradients)
-
-    return run

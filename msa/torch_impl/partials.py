@@ -15,12 +15,9 @@ from msa.torch_impl.numerics import working_dtype
 
 @torch.no_grad()
 def attend_chunks(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-) -> Partials:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float,
+) -> Partials:  # fmt: skip
     """For every edge and head the block-local softmax output and its LSE, in its slot (R15).
 
     Every edge owns its slot, so items may be computed in any order and nothing is ever added up.
@@ -56,13 +53,9 @@ def slot_buffers(q: Tensor, v: Tensor, top_k: int, queries: int) -> Buffers:
 
 
 def fill_slots(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-    buffers: Buffers,
-) -> Slots:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float, buffers: Buffers,
+) -> Slots:  # fmt: skip
     """attend_chunks with given buffers, which may be larger than needed.
 
     A caller with many tiles uses the same memory for all of them, because writing to fresh memory
@@ -84,12 +77,11 @@ def fill_slots(
 
 
 def attend_items(
-    lanes: Float[Tensor, "lanes G D"],
-    keys: Float[Tensor, "rows Bk D"],
-    values: Float[Tensor, "rows Bk Dv"],
-    items: ItemBatch,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "edges_G Dv"], Float[Tensor, " edges_G"], Float[Tensor, " edges_G"]]:
+    lanes: Float[Tensor, "lanes G D"], keys: Float[Tensor, "rows Bk D"],
+    values: Float[Tensor, "rows Bk Dv"], items: ItemBatch, softmax_scale: float,
+) -> tuple[
+    Float[Tensor, "edges_G Dv"], Float[Tensor, " edges_G"], Float[Tensor, " edges_G"]
+]:  # fmt: skip
     """Softmax of each item's heads over its block, the highest logit, sum of exp(logit - highest).
 
     Edges and heads lie in one leading dim.
@@ -103,11 +95,9 @@ def attend_items(
 
 
 def row_sums(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    schedule: Schedule,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    schedule: Schedule, softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """The highest logit of each row, and the sum of exp(logit - that) over all of its slots."""
     index = schedule.reverse_index
     (n_q, heads, _), groups, top_k = q.shape, k.shape[1], index.top_k

@@ -25,7 +25,7 @@ class ScheduledTile:
 
 
 def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
-    """So many queries that a buffer of `elements_per_query` numbers for each has the size below."""
+    """The number of queries whose `elements_per_query` numbers each fit into the buffer below."""
     total = CPU_BUFFER if like.device.type == "cpu" else GPU_BUFFER
     return min(max(1, total // elements_per_query), max(1, like.shape[0]))
 

@@ -75,11 +75,9 @@ def ascending_ids(chosen: Bool[Tensor, "Tq Hkv NB"], top_k: int) -> Int[Tensor, 
 
 @torch.no_grad()
 def select_fused(
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-) -> Selection:
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    sequences: Sequences, config: MSAConfig,
+) -> Selection:  # fmt: skip
     """select_blocks(score_blocks(...)) in memory that grows with Tq * k, not Tq * NB.
 
     >>> config = MSAConfig(block_size=2, top_k=2)

@@ -1,8 +1,7 @@
 """Positions of queries and blocks, and how a long problem is cut into tiles of queries.
 
-A run of neighbouring queries with the keys up to its last query is a legal problem itself (R2, as
-in a chunked prefill). So every stage takes a tile as it is, and memory grows with the tile instead
-of the sequence.
+Neighbouring queries with the keys up to the last of them are a chunked prefill (R2). So every stage
+takes a tile as it is, and memory grows with the tile instead of the sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from msa.ir import Sequences
 
 @dataclass(frozen=True)
 class QueryTile:
-    """A run of packed queries, all the keys that they may see, and the problem they form."""
+    """Consecutive packed queries, all keys that they may see, and the Sequences that these form."""
 
     queries: slice
     keys: slice
@@ -69,7 +68,7 @@ def query_positions(sequences: Sequences, device: torch.device) -> Int[Tensor, "
 def block_positions(
     sequences: Sequences, block_size: int, device: torch.device
 ) -> Int[Tensor, " blocks"]:
-    """For every block, numbered through all sequences, the position of its first token (R3).
+    """For every block of all sequences, the position of its first token (R3).
 
     >>> block_positions(Sequences((0, 1, 2), (0, 5, 8)), 4, torch.device("cpu"))
     tensor([0, 4, 0])

@@ -16,12 +16,9 @@ from msa.torch_impl.tiles import borders, owners, query_positions
 
 @torch.no_grad()
 def attend_union(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    tile_union: TileUnion,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    tile_union: TileUnion, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Attention by a running softmax along each tile's union (R9, R10).
 
     Many tiles take a step together; the steps of a walk follow one another. Not recorded by
@@ -82,11 +79,9 @@ def key_rows(tile_union: TileUnion) -> Int[Tensor, "tiles Hkv U"]:
 
 
 def reading(
-    ids: Int[Tensor, "W Hkv"],
-    masks: Int[Tensor, "W Hkv"],
-    positions: Int[Tensor, "W T"],
+    ids: Int[Tensor, "W Hkv"], masks: Int[Tensor, "W Hkv"], positions: Int[Tensor, "W T"],
     block_size: int,
-) -> Bool[Tensor, "W Hkv T Bk"]:
+) -> Bool[Tensor, "W Hkv T Bk"]:  # fmt: skip
     """Which query of a tile reads which token of the block: chosen, and not in the future (R3)."""
     bit = torch.arange(positions.shape[1], device=ids.device)
     chosen = (masks[..., None] >> bit & 1).bool()
@@ -116,11 +111,9 @@ class Walk:
 
     def step(
         self,
-        keys: Float[Tensor, "W Hkv Bk D"],
-        values: Float[Tensor, "W Hkv Bk Dv"],
-        read: Bool[Tensor, "W Hkv T Bk"],
-        scale: float,
-    ) -> None:
+        keys: Float[Tensor, "W Hkv Bk D"], values: Float[Tensor, "W Hkv Bk Dv"],
+        read: Bool[Tensor, "W Hkv T Bk"], scale: float,
+    ) -> None:  # fmt: skip
         """Read one block; when the maximum rises, earlier sums are scaled down."""
         logits = self.queries.flatten(2, 3) @ keys.mT * scale
         logits = logits.unflatten(2, self.queries.shape[2:4])

@@ -34,21 +34,8 @@ from msa.triton_impl.tile_union import unite_tiles
 from msa.triton_impl.union_walk import attend_union
 
 __all__ = [
-    "align_index",
-    "align_index_forward",
-    "append_tokens",
-    "attend",
-    "attend_chunks",
-    "attend_selection",
-    "attend_selection_backward",
-    "attend_selection_forward",
-    "attend_union",
-    "combine_partials",
-    "decode_step",
-    "reverse_selection",
-    "schedule_chunks",
-    "score_blocks",
-    "select_blocks",
-    "select_fused",
-    "unite_tiles",
-]
+    "align_index", "align_index_forward", "append_tokens", "attend", "attend_chunks",
+    "attend_selection", "attend_selection_backward", "attend_selection_forward", "attend_union",
+    "combine_partials", "decode_step", "reverse_selection", "schedule_chunks", "score_blocks",
+    "select_blocks", "select_fused", "unite_tiles",
+]  # fmt: skip

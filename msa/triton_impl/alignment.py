@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msa.autograd import align_with_gradients
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.triton_impl import tuning
 from msa.triton_impl.index_loss import index_loss
 from msa.triton_impl.launch import positions_of, require_kernels
-from msa.triton_impl.places import differentiable_once, on_its_device
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.softmax_sums import softmax_sums
@@ -35,15 +36,11 @@ from msa.triton_impl.tile_union import split_tiles
 
 @on_its_device
 def align_index(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
     lse: Float[Array, "Tq Hq"] | None = None,
-) -> Float[Array, ""]:
+) -> Float[Array, ""]:  # fmt: skip
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
     selection=None is the warm-up form: both distributions run over all visible tokens. The gradient
@@ -66,10 +63,8 @@ def align(
     sequences: Sequences, config: MSAConfig, lse: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The same for arguments that are checked."""
-    q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
-    wants_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
-    others = (q, k, selection, sequences, config, lse, wants_gradient)
-    return Alignment.apply(q_idx, k_idx, *others)
+    args = (q, k, q_idx, k_idx, selection, sequences, config, lse)
+    return align_with_gradients(align_index_sums, *args)
 
 
 def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) -> Selection:
@@ -83,41 +78,14 @@ def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) 
     return Selection(ids[:, None].repeat(1, groups, 1), sequences, block_size)
 
 
-class Alignment(torch.autograd.Function):
-    """The loss is a scalar, so the forward computes its gradient too and keeps nothing else."""
-
-    @staticmethod
-    @on_its_device
-    def forward(ctx: Any, q_idx: Tensor, k_idx: Tensor, *others: Any) -> Tensor:
-        """Keep the two small gradients."""
-        q, k, *rest = others
-        loss, *gradients = align_index_sums(q, k, q_idx, k_idx, *rest)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = q_idx.dtype, k_idx.dtype
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    @on_its_device
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the two gradients."""
-        grads = ((x * d_loss).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, *([None] * 7)
-
-
 @on_its_device
 @torch.no_grad()
 def align_index_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    selection: Selection | None,
-    sequences: Sequences,
-    config: MSAConfig,
-    lse: Float[Tensor, "Tq Hq"] | None,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    selection: Selection | None, sequences: Sequences, config: MSAConfig,
+    lse: Float[Tensor, "Tq Hq"] | None, with_gradient: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]]:  # fmt: skip
     """The loss and its gradients in float32, both for callers with an autograd of their own.
 
     Raises:

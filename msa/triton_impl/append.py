@@ -142,11 +142,9 @@ def append_kernel(k, v, k_idx, k_pages, v_pages, k_idx_pages, k_scales, v_scales
 @on_its_device
 @torch.no_grad()
 def append_tokens(
-    cache: PagedKV,
-    k: Float[Tensor, "B n Hkv D"],
-    v: Float[Tensor, "B n Hkv Dv"],
+    cache: PagedKV, k: Float[Tensor, "B n Hkv D"], v: Float[Tensor, "B n Hkv Dv"],
     k_idx: Float[Tensor, "B n Di"],
-) -> None:
+) -> None:  # fmt: skip
     """n more tokens for each sequence whose table has pages for them; the others stay as they are.
 
     Writes into the cache's own pages, scales and lengths, but not into pages that are shared.

@@ -45,6 +45,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
@@ -55,7 +56,7 @@ from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
 from msa.triton_impl.partials import fill_slots
-from msa.triton_impl.places import differentiable_once, on_its_device
+from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
@@ -82,15 +83,9 @@ def choose_order(selection: Selection, group: int) -> str:
 
 
 def attend_part(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-    order: str,
-    into: Output,
-    walker: str = "portable",
-) -> None:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
+) -> None:  # fmt: skip
     """Attend one super-tile in one order; nothing here waits for the device."""
 
     def kv_outer(chosen: Selection) -> Slots:
@@ -123,14 +118,10 @@ def attend_part(
 
 @on_its_device
 def attend_selection(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-    loop_order: LoopOrder = "auto",
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float, loop_order: LoopOrder = "auto",
     kernels: Kernels = "auto",
-) -> Output:
+) -> Output:  # fmt: skip
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
     Differentiable in q, k and v with the selection held fixed (R18), lse included.
@@ -186,12 +177,9 @@ class SelectedAttention(torch.autograd.Function):
 @on_its_device
 @torch.no_grad()
 def attend_selection_forward(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection,
-    softmax_scale: float,
-) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    selection: Selection, softmax_scale: float,
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """`attend_selection` for callers with an autograd of their own: out in q's dtype, lse float32.
 
     Raises:
@@ -232,16 +220,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 @on_its_device
 @torch.no_grad()
 def attend_selection_backward(
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    selection: Selection,
-    softmax_scale: float,
-) -> Three:
+    d_out: Float[Tensor, "Tq Hq Dv"], d_lse: Float[Tensor, "Tq Hq"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    selection: Selection, softmax_scale: float,
+) -> Three:  # fmt: skip
     """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
@@ -293,18 +276,11 @@ def gradients_of_part(
 
 @on_its_device
 def attend(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    align: bool = False,
-    loop_order: LoopOrder = "auto",
-    index_dtype: str | None = None,
-    kernels: Kernels = "auto",
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, align: bool = False, loop_order: LoopOrder = "auto",
+    index_dtype: str | None = None, kernels: Kernels = "auto",
+) -> Output:  # fmt: skip
     """MSA: the index branch selects, the main branch attends (R4-R12).
 
     align=True adds the alignment loss, which uses the LSE of this call (R17). index_dtype and

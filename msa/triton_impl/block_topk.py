@@ -127,11 +127,9 @@ def row_topk_kernel(scores, positions, out, n_rows, n_blocks, HKV: tl.constexpr,
 
 
 def select_rows(
-    values: Float[Tensor, "Tq Hkv NB"],
-    positions: Int[Tensor, " Tq"],
-    block_size: int,
+    values: Float[Tensor, "Tq Hkv NB"], positions: Int[Tensor, " Tq"], block_size: int,
     config: MSAConfig,
-) -> Int[Tensor, "Tq Hkv k"]:
+) -> Int[Tensor, "Tq Hkv k"]:  # fmt: skip
     """The selected blocks of each row; positions[t] is the position of query t (R6-R8)."""
     n_q, groups, n_blocks = values.shape
     out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=values.device)

@@ -24,11 +24,9 @@ from msa.triton_impl.places import on_its_device
 @on_its_device
 @torch.no_grad()
 def decode_step(
-    q: Float[Tensor, "B n Hq D"],
-    q_idx: Float[Tensor, "B n Hkv Di"],
-    cache: PagedKV,
-    config: MSAConfig,
-) -> Output:
+    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"],
+    cache: PagedKV, config: MSAConfig,
+) -> Output:  # fmt: skip
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
     Not recorded by autograd. While a CUDA graph is captured the selection is None: which sequences

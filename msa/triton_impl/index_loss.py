@@ -72,11 +72,9 @@ def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops
         PRECISION: input precision of the products
     """
     i_item, i_n = tl.program_id(0), tl.program_id(1)
-    PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
-        first += i_n * BN
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n * BN)
         o_d, o_n = tl.arange(0, BD), tl.arange(0, BN)
         b_k = load_keys(k_idx, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
         b_dk = tl.zeros([BN, BD], tl.float32)
@@ -98,7 +96,7 @@ def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops
             b_student = tl.where(b_s == b_top, 0.0, (b_s - b_top) * scale) - b_log
             b_gap = b_p * (fast_log(b_p) - b_student)
             b_loss = tl.sum(tl.where(m_s & (b_p != 0.0), b_gap, 0.0), 1)  # NaN is not 0
-            p_x = (o_x * TOP_K + b_slot) * PIECES + i_n
+            p_x = (o_x * TOP_K + b_slot) * (BK // BN) + i_n
             tl.store(losses + p_x, b_loss, mask=m_m)
             if GRADIENT:
                 b_ds = tl.where(m_s, tl.exp(b_student) - b_p, 0.0).to(b_q.dtype)
@@ -111,16 +109,12 @@ def index_loss_kernel(q_idx, k_idx, teacher, top, log_total, rows, starts, stops
 
 
 def index_loss(
-    q_idx: Float[Tensor, "Tq Hkv Di"],
-    k_idx: Float[Tensor, "Tk Di"],
-    teacher: Float[Tensor, "Tq Hkv k Bk"],
-    top: Float[Tensor, "Tq Hkv"],
-    log_total: Float[Tensor, "Tq Hkv"],
-    schedule: Schedule,
-    index_scale: float,
+    q_idx: Float[Tensor, "Tq Hkv Di"], k_idx: Float[Tensor, "Tk Di"],
+    teacher: Float[Tensor, "Tq Hkv k Bk"], top: Float[Tensor, "Tq Hkv"],
+    log_total: Float[Tensor, "Tq Hkv"], schedule: Schedule, index_scale: float,
     gradients: tuple[Float[Tensor, "Tq Hkv Di"], Float[Tensor, "Tk Di"]] | None = None,
     tile: TileConfig | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""]:  # fmt: skip
     """The KL summed over queries and groups, float64.
 
     `gradients`: float32 and contiguous; d_q_idx is written and d_k_idx added to.

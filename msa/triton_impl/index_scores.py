@@ -45,9 +45,8 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
         n_blocks: int; NB
         stride_qt, stride_kt: elements from one token of q, k to the next
         stride_qr: elements from one group of q to the next
-        HKV: groups
+        HKV, BM: groups, rows of the tile (queries times groups)
         DIM, BD: Di, and rounded up to a power of two
-        BM: rows of the tile: queries times groups
         BK, BN: keys of a block, keys of one product
         RUN: blocks of one program
         PRECISION: input precision of the products
@@ -81,12 +80,9 @@ def score_kernel(q, k, tiles, out, scale, n_blocks, stride_qt, stride_qr, stride
 
 @on_its_device
 def score_blocks(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    tile: TileConfig | None = None,
-) -> BlockScores:
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, tile: TileConfig | None = None,
+) -> BlockScores:  # fmt: skip
     """For every query, group and block the highest visible token score (R4, R5), float32."""
     require_kernels(config.block_size, q_idx=q_idx, k_idx=k_idx)
     n_q, groups, dim = q_idx.shape

@@ -60,12 +60,9 @@ def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blo
 
 
 def sum_items(
-    parts: Float[Tensor, "items Bk D"],
-    schedule: Schedule,
-    out: Float[Tensor, "Tk H D"],
-    scale: float = 1.0,
-    add: bool = False,
-) -> None:
+    parts: Float[Tensor, "items Bk D"], schedule: Schedule, out: Float[Tensor, "Tk H D"],
+    scale: float = 1.0, add: bool = False,
+) -> None:  # fmt: skip
     """Write, or add, scale * the sum of each block's items to its tokens; H divides the groups."""
     index = schedule.reverse_index
     blocks = index.sequences.cu_blocks(index.block_size)[-1]
@@ -106,11 +103,9 @@ def sum_slots_kernel(parts, counts, out, scale, PIECES: tl.constexpr, TOP_K: tl.
 
 
 def sum_slots(
-    parts: Float[Tensor, "Tq Hkv k pieces D"],
-    counts: Int[Tensor, "Tq Hkv"],
-    out: Float[Tensor, "Tq Hkv D"],
-    scale: float = 1.0,
-) -> None:
+    parts: Float[Tensor, "Tq Hkv k pieces D"], counts: Int[Tensor, "Tq Hkv"],
+    out: Float[Tensor, "Tq Hkv D"], scale: float = 1.0,
+) -> None:  # fmt: skip
     """Write scale * the sum of the first `counts` slots; out is contiguous."""
     *_, top_k, pieces, dim = parts.shape
     if counts.numel():

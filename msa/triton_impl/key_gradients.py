@@ -11,10 +11,11 @@ What the fast form changes:
  1. Edges are tiles of neighbouring queries (tile_reverse_index.py): their rows lie side by side, so
     nothing is gathered. Rows of queries that did not select the block are read as zeros, with
     lse = +inf.
- 2. Everything is transposed, keys along the rows: P and dS leave one product as the left operand of
-    the next, without a trip through memory.
+ 2. Everything is transposed, keys along the rows: P and dS are the result of one product and the
+    left operand of the next, and do not go through memory.
  3. The next edge's record is loaded one step ahead, so that its rows can be fetched early.
- 4. Hot blocks are cut into items. Each item writes its own sums, in float32, and a second kernel
+ 4. Blocks that many queries read are cut into items. Each item writes its own sums, in float32, and
+ a second kernel
     adds them up. No atomics, so the bits are the same every time (R19).
 """
 
@@ -72,8 +73,7 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
-        first += i_n
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n)
         o_d, o_dv, o_n = tl.arange(0, BD), tl.arange(0, BDV), first + tl.arange(0, BN)
         o_i, o_g = tl.arange(0, BM) // HEADS, tl.arange(0, BM) % HEADS
         p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
@@ -111,17 +111,11 @@ def key_gradients_kernel(q, k, v, d_out, lse, delta, rows, starts, stops, record
 
 
 def key_gradients(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    delta: Float[Tensor, "Tq Hq"],
-    edges: TileEdges,
-    softmax_scale: float,
-    tile: TileConfig | None = None,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    d_out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"], delta: Float[Tensor, "Tq Hq"],
+    edges: TileEdges, softmax_scale: float, tile: TileConfig | None = None,
     add_to: tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]] | None = None,
-) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:
+) -> tuple[Float[Tensor, "Tk Hkv D"], Float[Tensor, "Tk Hkv Dv"]]:  # fmt: skip
     """dK and dV in the dtypes of k and v; d_out is contiguous, lse and delta are float32.
 
     The items leave 4 * Bk * (D + Dv) bytes each: one item for each block and group that is read,

@@ -19,7 +19,7 @@ Form = TypeVar("Form", bound=Any)
 
 # -- checks ---------------------------------------------------------------------------------------
 def require_kernels(block_size: int, top_k: int = 1, **tensors: Tensor) -> None:
-    """Check what only these kernels ask for: a GPU or the interpreter, a dtype, sizes.
+    """Check what these kernels need in addition: a GPU or the interpreter, a dtype, sizes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -30,7 +30,7 @@ def require_kernels(block_size: int, top_k: int = 1, **tensors: Tensor) -> None:
 
 
 def require_top_k(top_k: int) -> None:
-    """Check a selection where no block is read: its size is all that matters.
+    """Check a selection of which no block is read; only its size matters.
 
     Raises:
         ValueError: if a query has more blocks than the kernels have room for (R20).

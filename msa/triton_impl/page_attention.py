@@ -225,12 +225,11 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
 
 def attend_pages(
     q: Float[Tensor, "B n Hq D"],
-    cache: PagedKV,
-    config: MSAConfig,
-    scores: Float[Tensor, "B n Hkv width"],
-    arrivals: Int[Tensor, "B programs"],
-    tile: TileConfig | None = None,
-) -> tuple[Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"], Int[Tensor, "B n Hkv k"]]:
+    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"],
+    arrivals: Int[Tensor, "B programs"], tile: TileConfig | None = None,
+) -> tuple[
+    Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"], Int[Tensor, "B n Hkv k"]
+]:  # fmt: skip
     """out in q's dtype, lse float32, and the selected ids: 0, -inf and -1 for an empty slot."""
     (batch, n, heads, dim), (_, block, groups, dim_v) = q.shape, cache.v_pages.shape
     group, rows, width, device = heads // groups, batch * n * groups, scores.shape[-1], q.device

@@ -1,4 +1,4 @@
-"""Decoding, first kernel: how well each block of a paged cache fits each new query (R4, R5).
+"""Decoding, first kernel: the score of each block of a paged cache for each new query (R4, R5).
 
     for each sequence, each block b before the recent ones:
         K = page_table[b]'s index keys, times their scale if they are in 8 bits
@@ -138,11 +138,9 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
 
 def score_pages(
     q_idx: Float[Tensor, "B n Hkv Di"],
-    cache: PagedKV,
-    config: MSAConfig,
-    arrivals: Int[Tensor, "B programs"],
+    cache: PagedKV, config: MSAConfig, arrivals: Int[Tensor, "B programs"],
     tile: TileConfig | None = None,
-) -> Float[Tensor, "B n Hkv width"]:
+) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
     """The score of each block that is not forced; other places hold anything.
 
     The width is the number of the table's columns rounded up to a power of two.

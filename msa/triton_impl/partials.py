@@ -132,13 +132,9 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
 
 
 def fill_slots(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-    tile: TileConfig | None = None,
-) -> Slots:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float, tile: TileConfig | None = None,
+) -> Slots:  # fmt: skip
     """For every edge and head the block-local softmax in its slot, for a contiguous schedule.
 
     out has q's dtype; slots that no edge owns are not written.
@@ -171,12 +167,9 @@ def fill_slots(
 
 @on_its_device
 def attend_chunks(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    schedule: Schedule,
-    softmax_scale: float,
-) -> Partials:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    schedule: Schedule, softmax_scale: float,
+) -> Partials:  # fmt: skip
     """For every edge and head the block-local softmax output and its LSE, in its slot (R15).
 
     out has q's dtype. lse is float64, so that the logarithm of a block's sum is not lost beside

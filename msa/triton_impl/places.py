@@ -28,7 +28,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msa.checks import check_known_before_capture
 
@@ -140,20 +139,3 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         with ThreadPoolExecutor(1) as thread:
             thing = thread.submit(make_and_wait).result()
         return Kept(thing, tensors_of(thing))
-
-
-def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a backward that cannot be differentiated again, so that trying it is an error.
-
-    torch's own mark raises only if an incoming gradient requires a gradient. Under
-    create_graph=True none does, and second derivatives would be left out silently.
-    """
-    marked = once_differentiable(backward)
-
-    @wraps(backward)
-    def run(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            gradients = tuple(g if g is None else g.detach().requires_grad_() for g in gradients)
-        return marked(ctx, *gradients)
-
-    return run

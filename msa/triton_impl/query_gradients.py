@@ -26,7 +26,14 @@ from msa.triton_impl.launch import can_describe, describe, heads_of, is_exact, p
 from msa.triton_impl.tables import tile_table
 from msa.triton_impl.tile_union import SplitUnion
 from msa.triton_impl.tile_verbs import LOG2E, along, load_keys, load_tile, store_tile
-from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
+from msa.triton_impl.tile_walk import (
+    inner_blocks,
+    load_block,
+    load_tile_record,
+    load_union,
+    selects,
+    tile_rows,
+)
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -102,9 +109,7 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
     tl.store(delta + o_x, b_delta, mask=m_m)
     b_lse = tl.load(lse + o_x, mask=m_m, other=0.0) * LOG2E
     p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
-    i_tr = i_t * HKV + i_r
-    p_id, p_mask = ids + i_tr * U, masks + i_tr * U
-    count = tl.load(counts + i_tr)
+    p_id, p_mask, count = load_union(ids, masks, counts, i_t * HKV + i_r, U)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
     inner = inner_blocks(p_id, count, first_key, own, BK)
@@ -130,19 +135,11 @@ def query_gradients_kernel(q, k, v, k_tiles, v_tiles, out, d_out, lse, d_lse, ti
 
 
 def query_gradients(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    out: Float[Tensor, "Tq Hq Dv"],
-    d_out: Float[Tensor, "Tq Hq Dv"],
-    lse: Float[Tensor, "Tq Hq"],
-    d_lse: Float[Tensor, "Tq Hq"],
-    union: SplitUnion,
-    selection: Selection,
-    softmax_scale: float,
-    tile: TileConfig | None = None,
-    into: Float[Tensor, "Tq Hq D"] | None = None,
-) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    out: Float[Tensor, "Tq Hq Dv"], d_out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
+    d_lse: Float[Tensor, "Tq Hq"], union: SplitUnion, selection: Selection, softmax_scale: float,
+    tile: TileConfig | None = None, into: Float[Tensor, "Tq Hq D"] | None = None,
+) -> tuple[Float[Tensor, "Tq Hq D"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """dQ in q's dtype, and delta in float32; all but q, k and v are contiguous.
 
     Args:

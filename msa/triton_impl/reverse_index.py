@@ -47,8 +47,7 @@ def mark_kernel(indices, first_block, words, n_q, n_blocks, n_rows, HKV: tl.cons
         indices: [Tq, Hkv, k], int32; the selection
         first_block: [Tq], int32; number of the first block of each query's sequence
         words: [tiles, rows], int32; bit i: query i of the tile reads the row, set
-        n_q: int; Tq
-        n_blocks: int; blocks of all sequences
+        n_q, n_blocks: int; Tq, blocks of all sequences
         n_rows: int; rows of the reverse index: Hkv * n_blocks
         HKV: groups
         TOP_K, P: k, and rounded up to a power of two
@@ -104,8 +103,7 @@ def fill_kernel(indices, first_block, words, before, offsets, query_ids, slots, 
         query_ids: [edges], int32; the query of each edge, written
         slots: [edges], int32; the place of the block in that query's selection, written
         counts: [Tq, Hkv], int32; blocks of each selection, written
-        n_q: int; Tq
-        n_blocks: int; blocks of all sequences
+        n_q, n_blocks: int; Tq, blocks of all sequences
         n_rows: int; rows of the reverse index: Hkv * n_blocks
         HKV: groups
         TOP_K, P: k, and rounded up to a power of two

@@ -1,4 +1,4 @@
-"""Lowering, second arrow: cut hot blocks into work items of bounded size (R14).
+"""Lowering, second arrow: cut long rows into work items of bounded size (R14).
 
     for each row of the reverse index, in order:
         for start in range(row start, row stop, chunk_size):

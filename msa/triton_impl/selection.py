@@ -118,9 +118,8 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
         scale: float; index scale
         stride_qt, stride_kt: elements from one token of q, k to the next
         stride_qr: elements from one group of q to the next
-        HKV: groups
+        HKV, BM: groups, rows of the tile (queries times groups)
         DIM, BD: Di, and rounded up to a power of two
-        BM: rows of the tile: queries times groups
         BK, BN: keys of a block, keys of one product
         LOCAL: forced recent blocks
         PLACES: places for blocks that are not forced
@@ -277,13 +276,10 @@ def plan_scan(
 
 @on_its_device
 def select_fused(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    index_dtype: str | None = None,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
+    sequences: Sequences, config: MSAConfig, index_dtype: str | None = None,
     kernels: Kernels = "auto",
-) -> Selection:
+) -> Selection:  # fmt: skip
     """The selected blocks straight from index queries and keys (R4-R8).
 
     Args:

@@ -76,11 +76,9 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
         PRECISION: input precision of the products
     """
     i_item, i_n = tl.program_id(0), tl.program_id(1)
-    PIECES: tl.constexpr = BK // BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
-        first += i_n * BN
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n * BN)
         o_d, o_n = tl.arange(0, BD), first + tl.arange(0, BN)
         p_k = k + along(i_r, stride_kh)
         b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
@@ -103,7 +101,7 @@ def block_sums_kernel(q, k, rows, starts, stops, query_ids, slots, own_keys, fir
                 b_top = tl.maximum(tl.max(b_s, 1), LOWEST)
                 b_x = (b_s - b_top[:, None]) * scale
             b_total = tl.sum(tl.where(m_s, tl.exp2(b_x), 0.0), 1)
-            p_x = ((b_t * HQ + o_h) * TOP_K + b_slot) * PIECES + i_n
+            p_x = ((b_t * HQ + o_h) * TOP_K + b_slot) * (BK // BN) + i_n
             tl.store(tops + p_x, b_top, mask=m_m)
             tl.store(totals + p_x, b_total, mask=m_m)
 
@@ -155,13 +153,9 @@ def merge_sums_kernel(tops, totals, counts, top, log_total, scale, n, G: tl.cons
 
 
 def softmax_sums(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    schedule: Schedule,
-    scale: float,
-    is_index: bool,
-    tile: TileConfig | None = None,
-) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
+    schedule: Schedule, scale: float, is_index: bool, tile: TileConfig | None = None,
+) -> tuple[Float[Tensor, "Tq Hq"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """Highest unscaled score and log of the sum of exp(scale * (score - highest)), float32.
 
     is_index: the scores are those of the index branch, which may be infinite or NaN (see above).

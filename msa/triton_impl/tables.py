@@ -1,4 +1,4 @@
-"""Tables that tell a program where its tile lies.
+"""Tables of the places of tiles, which programs read.
 
 Tables are small int32 tensors. The host makes them from the borders of the sequences, one for each
 (sequences, block size, device), and keeps them (see `places`), so a second call with the same
@@ -48,7 +48,7 @@ def query_table(sequences: Sequences, block_size: int, device: torch.device) -> 
 def block_table(
     sequences: Sequences, block_size: int, device: torch.device
 ) -> Int[Tensor, "2 blocks"]:
-    """For each block, numbered through all sequences: its first packed key, its sequence's end.
+    """For each block of all sequences: its first packed key, and the end of its sequence.
 
     >>> block_table(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
     [[0, 2, 4, 5], [5, 5, 5, 6]]

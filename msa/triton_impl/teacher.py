@@ -64,8 +64,7 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
     i_item, i_n = tl.program_id(0), tl.program_id(1) * BN
     start, stop = tl.load(starts + i_item), tl.load(stops + i_item)
     if start < stop:
-        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item)
-        first += i_n
+        i_r, first, key_stop = load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n)
         o_d, o_n, o_q = tl.arange(0, BD), tl.arange(0, BN), tl.arange(0, E)
         o_i, o_g = tl.arange(0, E * HEADS) // HEADS, tl.arange(0, E * HEADS) % HEADS
         p_k = k + along(i_r, stride_kh)
@@ -106,15 +105,11 @@ def teacher_kernel(q, k, top, log_total, indices, rows, starts, stops, records, 
 
 
 def teacher_probabilities(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"],
     sums: tuple[Float[Tensor, "Tq Hq"] | None, Float[Tensor, "Tq Hq"]],
-    indices: Int[Tensor, "Tq Hkv k"],
-    edges: TileEdges,
-    softmax_scale: float,
-    dense: bool = False,
+    indices: Int[Tensor, "Tq Hkv k"], edges: TileEdges, softmax_scale: float, dense: bool = False,
     tile: TileConfig | None = None,
-) -> Float[Tensor, "Tq Hkv k Bk"]:
+) -> Float[Tensor, "Tq Hkv k Bk"]:  # fmt: skip
     """The teacher in the slots of the edges, float32; slots that no edge owns are not written.
 
     Args:

@@ -59,7 +59,7 @@ def load_keys(base, first, stop, stride, o_d, DIM: tl.constexpr, BN: tl.constexp
 
 @triton.jit
 def wait_for_threads():
-    """Until here all threads of the program have come; what they wrote before is visible to all.
+    """Wait until all threads of the program are here; then each sees what the others wrote.
 
     Some kernels exchange data between the threads of one program through global memory: they store
     a tile, wait here, and load it in another order or shape. This is sound because
@@ -78,11 +78,11 @@ def wait_for_threads():
 
 # -- work items -----------------------------------------------------------------------------------
 @triton.jit
-def load_item(rows, first_keys, key_stops, n_blocks, i_item):
-    """The group of an item, its block's first key, and the end of the keys of its sequence."""
+def load_item(rows, first_keys, key_stops, n_blocks, i_item, i_n=0):
+    """The group of an item, key i_n of its block, and the end of the keys of its sequence."""
     row = tl.load(rows + i_item)
     i_b = row % n_blocks
-    return row // n_blocks, tl.load(first_keys + i_b), tl.load(key_stops + i_b)
+    return row // n_blocks, tl.load(first_keys + i_b) + i_n, tl.load(key_stops + i_b)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def slot_weight(b_tops, b_totals, b_most, scale):
 
 @triton.jit
 def fast_log(x):
-    """Natural logarithm off by 2^-22 at most, or as much of itself; 0 becomes -inf."""
+    """Natural logarithm with an absolute or relative error of at most 2^-22; 0 becomes -inf."""
     if FAST:
         return libdevice.fast_logf(x)  # one instruction, where tl.log takes about twenty
     else:

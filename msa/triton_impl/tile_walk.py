@@ -31,6 +31,12 @@ def tile_rows(start, stop, i_r, i_c, G: tl.constexpr, HEADS: tl.constexpr, BM: t
 
 
 @triton.jit
+def load_union(ids, masks, counts, i_tr, U):
+    """The union of one tile and group: where its ids and its masks lie, and how many it has."""
+    return ids + i_tr * U, masks + i_tr * U, tl.load(counts + i_tr)
+
+
+@triton.jit
 def inner_blocks(p_id, count, first_key, own, BK: tl.constexpr):
     """How many of a union's `count` blocks end before the tile's first own key.
 

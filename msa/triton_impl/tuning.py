@@ -24,7 +24,7 @@ class TileConfig:
     stages: int = 2
     """Depth of the software pipeline of the loads."""
     descriptors: bool = False
-    """Keys come by the bulk copy engine (TMA) where their layout allows it."""
+    """The bulk copy engine (TMA) loads the keys if their layout allows it."""
     programs: int = 132
     """Programs that share the work where there is a choice."""
     registers: int | None = None

@@ -9,7 +9,8 @@
         out, lse = o / l, m + log l
 
 What the fast form changes:
- 1. Neighbouring queries times heads make one tile, 8 x 16 = 128 rows: no gather, no partials.
+ 1. Neighbouring queries times heads make one tile, such as 4 x 16 = 64 rows: no gather, no
+ partials.
  2. A row that did not select b is masked by its running maximum, not score by score: +inf is
     subtracted in place of the maximum, which makes the row's weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
@@ -50,7 +51,14 @@ from msa.triton_impl.tile_verbs import (
     slot_weight,
     store_tile,
 )
-from msa.triton_impl.tile_walk import inner_blocks, load_block, load_tile_record, selects, tile_rows
+from msa.triton_impl.tile_walk import (
+    inner_blocks,
+    load_block,
+    load_tile_record,
+    load_union,
+    selects,
+    tile_rows,
+)
 from msa.triton_impl.tuning import TileConfig, choose
 
 
@@ -126,9 +134,7 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     b_q = load_tile(q + along(o_t, stride_qt) + along(o_h, stride_qh), m_m, o_d, DIM)  # [BM, BD]
     p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
-    i_tr = i_t * HKV + i_r
-    p_id, p_mask = ids + i_tr * U, masks + i_tr * U
-    count = tl.load(counts + i_tr)
+    p_id, p_mask, count = load_union(ids, masks, counts, i_t * HKV + i_r, U)
 
     b_top = tl.full([BM], LOWEST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -182,20 +188,12 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
 
 
 def walk(
-    q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv Dv"],
-    sequences: Sequences,
-    block_size: int,
-    block_ids: Int[Tensor, "tiles Hkv U"],
-    row_masks: Int[Tensor, "tiles Hkv U"],
-    counts: Int[Tensor, "tiles Hkv"],
-    tile_size: int,
-    softmax_scale: float,
-    slots: Slots | None = None,
-    into: Output | None = None,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    sequences: Sequences, block_size: int, block_ids: Int[Tensor, "tiles Hkv U"],
+    row_masks: Int[Tensor, "tiles Hkv U"], counts: Int[Tensor, "tiles Hkv"], tile_size: int,
+    softmax_scale: float, slots: Slots | None = None, into: Output | None = None,
     tile: TileConfig | None = None,
-) -> Output:
+) -> Output:  # fmt: skip
     """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks."""
     (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
@@ -230,12 +228,9 @@ def walk(
 
 @on_its_device
 def attend_union(
-    q: Float[Array, "Tq Hq D"],
-    k: Float[Array, "Tk Hkv D"],
-    v: Float[Array, "Tk Hkv Dv"],
-    tile_union: TileUnion,
-    softmax_scale: float,
-) -> Output:
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    tile_union: TileUnion, softmax_scale: float,
+) -> Output:  # fmt: skip
     """Attention by a running softmax along each tile's union (R9, R10)."""
     require_kernels(tile_union.block_size, q=q, k=k, v=v)
     tile_union = contiguous(tile_union)

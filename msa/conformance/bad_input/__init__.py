@@ -37,10 +37,7 @@ class BadInput:
 
 
 def attention(
-    name: str,
-    error: type[Exception],
-    says: tuple[str, ...],
-    changes: Callable[[Kit], Arguments],
-) -> BadInput:
+    name: str, error: type[Exception], says: tuple[str, ...], changes: Callable[[Kit], Arguments],
+) -> BadInput:  # fmt: skip
     """A case that calls msa.attention with some arguments replaced."""
     return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))

@@ -27,15 +27,10 @@ from msa.conformance.yardstick import Attention, causal_mask
 from msa.ir import Sequences, TileUnion
 
 HUGE_LOGIT = Case(
-    config=MSAConfig(block_size=16, top_k=1),
-    sequences=Sequences.one(1, 1),
-    groups=1,
-    group=1,
-    dims=(1, 1, 1),
-    dtype="float32",
-    q=Fill(kind="ties"),
-    k=Fill(kind="enormous"),
-)
+    MSAConfig(block_size=16, top_k=1), Sequences.one(1, 1),
+    groups=1, group=1, dims=(1, 1, 1), dtype="float32",
+    q=Fill(kind="ties"), k=Fill(kind="enormous"),
+)  # fmt: skip
 """On a GPU a fused multiply-add gave a logit minus its maximum as half an ulp of 1e14, not 0."""
 LOW_LOGITS = replace(
     HUGE_LOGIT,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -104,15 +105,33 @@ def visible_and_forced(case: ScoresCase, i: int) -> tuple[range, set[int]]:
     return visible, {*visible[: config.sink_blocks], *visible[-config.local_blocks :]}
 
 
+@dataclass(frozen=True)
+class Row:
+    """What one query selected for one group, and what it chose from."""
+
+    name: str
+    """The query and the group, for messages."""
+    ids: list[int]
+    scores: Array
+    visible: range
+    forced: set[int]
+
+
+def rows_of(selection: Selection, case: ScoresCase) -> Iterator[Row]:
+    """One row for each query and group."""
+    for i, groups in enumerate(selection.indices.tolist()):
+        choice = visible_and_forced(case, i)
+        for r, ids in enumerate(groups):
+            yield Row(f"query {i}, group {r}", ids, case.scores.values[i, r], *choice)
+
+
 @holds_for(strategies.scores_cases, needs=("select_blocks",))
 def r6_local_and_sink_blocks_are_always_in(subject: Subject, case: ScoresCase) -> Measure:
     """The first and the last visible blocks are selected, whatever the scores are."""
     selection = select(subject, case.scores, case)
-    for i, rows in enumerate(selection.indices.tolist()):
-        _, forced = visible_and_forced(case, i)
-        for r, ids in enumerate(rows):
-            missing = sorted(forced - set(ids))
-            require(not missing, f"query {i}, group {r} must have blocks {missing}, got {ids}")
+    for row in rows_of(selection, case):
+        missing = sorted(row.forced - set(row.ids))
+        require(not missing, f"{row.name} must have blocks {missing}, got {row.ids}")
     return AGREES
 
 
@@ -120,17 +139,14 @@ def r6_local_and_sink_blocks_are_always_in(subject: Subject, case: ScoresCase) -
 def r7_ties_go_to_the_lower_id(subject: Subject, case: ScoresCase) -> Measure:
     """Blocks are chosen by the highest score, and among equal scores by the lower id."""
     selection = select(subject, case.scores, case)
-    for i, rows in enumerate(selection.indices.tolist()):
-        visible, forced = visible_and_forced(case, i)
-        for r, ids in enumerate(rows):
-            chosen = {b for b in ids if b >= 0}
-            want = min(case.config.top_k, len(visible))
-            require(len(chosen) == want, f"query {i}, group {r} must have {want} blocks, got {ids}")
-            scores = case.scores.values[i, r]
-            rank = {b: (-scores[b], b) for b in visible}
-            last = max((rank[b] for b in chosen - forced), default=None)
-            better = [b for b in set(visible) - chosen if last is not None and rank[b] < last]
-            require(not better, f"query {i}, group {r} must prefer blocks {better}, got {ids}")
+    for row in rows_of(selection, case):
+        chosen = {b for b in row.ids if b >= 0}
+        want = min(case.config.top_k, len(row.visible))
+        require(len(chosen) == want, f"{row.name} must have {want} blocks, got {row.ids}")
+        rank = {b: (-row.scores[b], b) for b in row.visible}
+        last = max((rank[b] for b in chosen - row.forced), default=None)
+        better = [b for b in set(row.visible) - chosen if last is not None and rank[b] < last]
+        require(not better, f"{row.name} must prefer blocks {better}, got {row.ids}")
     return same("selection", selection.indices, spec_selection(case).indices)
 
 
@@ -143,12 +159,10 @@ def spec_selection(case: ScoresCase) -> Selection:
 def r7_all_visible_blocks_when_they_are_few(subject: Subject, case: ScoresCase) -> Measure:
     """If at most k blocks are visible, all are selected, even with a score of -inf."""
     selection = select(subject, case.scores, case)
-    for i, rows in enumerate(selection.indices.tolist()):
-        visible, _ = visible_and_forced(case, i)
-        for r, ids in enumerate(rows):
-            if len(visible) <= case.config.top_k:
-                want = [*visible] + [-1] * (case.config.top_k - len(visible))
-                require(ids == want, f"query {i}, group {r} must have {want}, got {ids}")
+    for row in rows_of(selection, case):
+        if len(row.visible) <= case.config.top_k:
+            want = [*row.visible] + [-1] * (case.config.top_k - len(row.visible))
+            require(row.ids == want, f"{row.name} must have {want}, got {row.ids}")
     return AGREES
 
 

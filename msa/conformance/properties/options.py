@@ -22,15 +22,11 @@ CONTESTED = strategies.Want(tokens=160, batch=(1, 2))  # usually more blocks tha
 contested = partial(strategies.cases, want=CONTESTED)
 contested_reals = partial(strategies.cases, want=replace(REAL, tokens=160, batch=(1, 2)))
 ONE_INFINITY = Case(
-    config=MSAConfig(block_size=16, top_k=2),
-    sequences=Sequences.one(8, 130),
-    groups=1,
-    group=1,
-    dims=(1, 1, 4),
-    dtype="float32",
+    MSAConfig(block_size=16, top_k=2), Sequences.one(8, 130),
+    groups=1, group=1, dims=(1, 1, 4), dtype="float32",
     q_idx=Fill("integers", seed=1),
     k_idx=Fill("integers", seed=2, planted=((0, np.inf),)),
-)
+)  # fmt: skip
 """If the infinity sets the scale of the 8-bit numbers, all finite numbers become 0."""
 
 

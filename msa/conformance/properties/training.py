@@ -53,11 +53,8 @@ def require_no_gradient(name: str, grad: Array | None) -> None:
 
 
 def compare_index_gradients(
-    want: Alignment,
-    grads: dict[str, Array | None],
-    names: tuple[str, ...],
-    precision: Precision,
-) -> Measure:
+    want: Alignment, grads: dict[str, Array | None], names: tuple[str, ...], precision: Precision,
+) -> Measure:  # fmt: skip
     """Check each entry of the gradients of the alignment loss against its error bound."""
     values, bounds = want.gradients(), want.gradient_bounds(precision)
     found: list[Measure] = []

@@ -84,14 +84,9 @@ class Stream:
 
 
 def build_stream(
-    images: Float[Array, "n 64"],
-    labels: Int[Array, " n"],
-    known_ids: Int[Array, " a"],
-    held_out_ids: Int[Array, " b"],
-    block_size: int,
-    index_dims: int,
-    album: bool = False,
-) -> Stream:
+    images: Float[Array, "n 64"], labels: Int[Array, " n"], known_ids: Int[Array, " a"],
+    held_out_ids: Int[Array, " b"], block_size: int, index_dims: int, album: bool = False,
+) -> Stream:  # fmt: skip
     """Build the stream. Mean, PCA, album order and sharpness are fitted on the known images.
 
     Labels are used for v and for the sharpness, and not for index features.
