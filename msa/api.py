@@ -47,10 +47,11 @@ def attention(
             The result is the same up to rounding (R16; and NaN where k or v is not finite: R9).
         index_dtype: triton only. "fp8_e4m3" rounds the index branch to 8 bits. This is faster, but
             may select other blocks.
-        kernels: triton only, for the selection. "hopper" names the Gluon kernels for GPUs of
-            compute capability 9.x, "portable" the Triton kernels, "auto" takes hopper where these
-            kernels can run (`msa.kernel_choice`). The result is the same bit for bit where scores
-            are exact, and otherwise up to rounding of the scores.
+        kernels: triton only. "portable" names the Triton kernels, "hopper" the Gluon kernels for
+            GPUs of compute capability 9.x; "auto" chooses (`msa.kernel_choice`). If "hopper" is
+            named, the selection has to run on these kernels, and the walk along unions runs on
+            them where it can. The selection is the same bit for bit where scores are exact, and
+            otherwise up to rounding of the scores; out and lse are the same up to rounding.
 
     Returns:
         out in q's layout and dtype, lse (natural logarithm) in q's layout and float32, and the
@@ -103,13 +104,14 @@ def select(
 def sparse_attention(
     q: Float[Array, "*q Hq D"], k: Float[Array, "*k Hkv D"], v: Float[Array, "*k Hkv Dv"],
     selection: Selection, *, softmax_scale: float | None = None, backend: BackendName = "auto",
-    loop_order: LoopOrder = "auto",
+    loop_order: LoopOrder = "auto", kernels: Kernels = "auto",
 ) -> Output:  # fmt: skip
     """The main branch alone, over blocks that were chosen before (eq. 8, R9-R12).
 
     A Selection holds its sequences and its block size. To make one of your own, call
     `Selection(indices, Sequences(cu_seqlens_q, cu_seqlens_k), block_size)`. Its ids are validated
-    (R8); torch ids that this package made are not. All else is as in `attention`.
+    (R8); torch ids that this package made are not. kernels says which kernel walks along unions:
+    if "hopper" is named, its Gluon kernel has to be able to. All else is as in `attention`.
 
     >>> import numpy as np, msa
     >>> x = np.arange(4.0).reshape(4, 1, 1)
@@ -121,7 +123,7 @@ def sparse_attention(
     checks.check_type("selection", selection, Selection)
     check_ids(selection)
     scale = checks.check_scale("softmax_scale", softmax_scale)
-    arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order}
+    arrays, options = {"q": q, "k": k, "v": v}, {"loop_order": loop_order, "kernels": kernels}
     entry = enter(arrays, backend, selection=selection, options=options)
     args = (*entry.arrays, entry.selection, q.shape[-1] ** -0.5 if scale is None else scale)
     output = entry.run(entry.module.attend_selection, *args, **entry.options)

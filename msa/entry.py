@@ -47,11 +47,20 @@ class Entry:
             read = {name: array for name, array in arrays.items() if name != "lse"}
             checks.check_kernels(block_size, top_k, **read)
 
-    def check_choice(self, arrays: dict[str, Array], config: MSAConfig) -> None:
-        """Check that the kernels that were named for a selection can make it."""
-        if self.options.get("kernels") == "hopper":
+    def check_choice(
+        self, arrays: dict[str, Array], config: MSAConfig | None, selection: Selection | None
+    ) -> None:
+        """Check that the kernels that were named can make a selection, or attend to one."""
+        if self.options.get("kernels") != "hopper":
+            return
+        if config is not None:
             call = kernel_choice.call_of(arrays["q_idx"], arrays["k_idx"], config)
             kernel_choice.choose("hopper", call)
+        elif selection is not None:
+            q, k, v = (arrays[name] for name in "qkv")
+            order = self.options["loop_order"]
+            walk = kernel_choice.walk_call_of(q, k, v, selection, q.shape[-1] ** -0.5, order)
+            kernel_choice.choose("hopper", walk)  # no scale is refused
 
     def run(self, function: Callable[..., Any], *args: Any, **others: Any) -> Any:
         """Call a function of the backend; the result has the caller's kind, dtype and layout."""
@@ -115,8 +124,7 @@ def enter(
     blocks = config if selection is None else selection
     if blocks is not None:
         entry.check_kernels(blocks.block_size, top_k or blocks.top_k, arrays)
-    if config is not None:
-        entry.check_choice(arrays, config)
+    entry.check_choice(arrays, config, selection)
     entry.take(arrays, layout, selection)
     return entry
 

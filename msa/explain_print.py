@@ -155,21 +155,31 @@ def print_kernels(choice: dict[str, Any]) -> None:
     table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.rule():
         table.add_row(name, wanted)
+    walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in kernel_choice.walk_rule():
+        walk.add_row(name, wanted)
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
             Group(
                 Text(
-                    "The triton backend has two sets of kernels that select blocks: portable ones "
-                    "in Triton, and faster ones in Gluon for Hopper GPUs. Both select the same."
+                    "The triton backend has two sets of kernels that select blocks, and two that "
+                    "walk along unions: portable ones in Triton, and faster ones in Gluon for "
+                    "Hopper GPUs. Both select the same, and their walks differ by rounding."
                 ),
                 Text(
-                    'kernels="auto" takes the hopper kernels where all of this holds, and the '
-                    "portable kernels elsewhere:",
+                    'kernels="auto" selects with the hopper kernels where all of this holds, and '
+                    "with the portable kernels elsewhere:",
                     style="dim",
                 ),
                 table,
                 Text(f"here, in bfloat16: {choice['chosen']}{reason}", style="cyan"),
+                Text(
+                    "It walks with the hopper kernel where all of this holds. Every tile then "
+                    'walks its whole union, with loop_order="auto", too:',
+                    style="dim",
+                ),
+                walk,
             ),
             title="[bold]Which kernels?[/]",
             title_align="left",

@@ -1,13 +1,21 @@
-"""The rule of `kernels="auto"`: which kernels of the triton backend select the blocks.
+"""The rule of `kernels="auto"`: which kernels of the triton backend select, and which walk unions.
 
     portable    the Triton kernels beside the spec's files: every shape, any GPU, the interpreter
     hopper      the Gluon kernels of msa/triton_impl/hopper: GPUs of compute capability 9.x, the
-                shapes below; the same selection bit for bit, in less time
-    auto        hopper where these kernels run, else portable
+                shapes below
+    auto        for the selection: hopper where these kernels run, else portable
+                for the walk along unions: hopper where it runs and was measured to be faster
 
-They were faster on every shape that was measured (docs/ladder.md), so there is no shape that they
-take and that "auto" leaves to the portable ones. `choose` decides, and nothing else does: `msa
-explain` prints its rule, and benchmarks write its answer into their results.
+The hopper selection is the same bit for bit, and it was faster on every shape that was measured
+(docs/ladder.md). The hopper walk gives the same result up to rounding. It was faster on sequences
+of 16K tokens, whatever their selection, and on 128K where neighbouring queries select alike. So
+"auto" takes it for sequences of up to LONGEST_WHOLE blocks, and there lets every tile walk its
+whole union. For longer sequences it takes the portable walk, unless the caller names
+`loop_order="union"`. Then, where neighbours select nothing alike, the hopper walk may be slower:
+at 128K it takes up to 15 % longer than the portable walk.
+
+`choose` decides, and nothing else does: `msa explain` prints its rule, and benchmarks write its
+answer into their results.
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ from typing import Any, Literal
 
 from msa.checks import dtype_name, either, is_interpreted, is_torch
 from msa.config import MSAConfig
-from msa.ir import Array
+from msa.ir import Array, Selection, Sequences
 
 Kernels = Literal["auto", "portable", "hopper"]
 
@@ -36,10 +44,27 @@ LARGEST_GROUPS = 256
 LARGEST_PLACES = 64
 """Blocks of a row that are not forced. So many scores stay in the registers of a thread."""
 
+WALK_DIM, WALK_BLOCK_SIZE = 128, 128
+"""D and Dv, and the block size, of the hopper walk."""
+LARGEST_GROUP = 64
+"""Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+SMALLEST_GROUP = 9
+"""With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
+"auto" avoids it."""
+FEWEST_ROWS = 2**15
+"""With fewer rows (queries times heads), a Hopper GPU has hardly two tiles of the walk for each
+multiprocessor: "auto" avoids it."""
+LARGEST_SCALE = 0.5
+"""With a larger softmax scale, a logit may pass float32's range, and the hopper walk gives NaN for
+it, where the portable walk still weighs it right: "auto" avoids it."""
+LONGEST_WHOLE = 128
+"""Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
+than "auto" on the portable kernels, for every selection."""
+
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice depends on."""
+    """What the choice for a selection depends on."""
 
     q_dtype: str
     k_dtype: str
@@ -57,9 +82,33 @@ class Call:
     """Whether kernels run in Triton's interpreter."""
 
 
+@dataclass(frozen=True)
+class WalkCall:
+    """What the choice for a walk along unions depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    v_dtype: str
+    dim: int
+    dim_v: int
+    group: int
+    """Query heads of a group."""
+    block_size: int
+    loop_order: str
+    rows: int
+    """Queries times heads."""
+    blocks: int
+    """Blocks of the longest sequence."""
+    scale: float
+    """The softmax scale."""
+    device: str
+    capability: tuple[int, int] | None
+    triton: str | None
+    interpreted: bool
+
+
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
     """What the choice depends on, for these arguments of a selection."""
-    on_gpu = is_torch(q_idx) and q_idx.is_cuda
     return Call(
         q_dtype=dtype_name(q_idx),
         k_dtype=dtype_name(k_idx),
@@ -67,11 +116,45 @@ def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
         groups=q_idx.shape[-2],
         block_size=config.block_size,
         places=config.top_k - config.forced_blocks,
-        device=str(q_idx.device) if is_torch(q_idx) else "the CPU",
-        capability=capability_of(q_idx.device.index) if on_gpu else None,
-        triton=triton_version(),
-        interpreted=is_interpreted(),
+        **machine_of(q_idx),
     )
+
+
+def walk_call_of(
+    q: Array, k: Array, v: Array, selection: Selection, scale: float, loop_order: str
+) -> WalkCall:
+    """What the choice depends on, for these arguments of an attention over a selection."""
+    return WalkCall(
+        q_dtype=dtype_name(q),
+        k_dtype=dtype_name(k),
+        v_dtype=dtype_name(v),
+        dim=q.shape[-1],
+        dim_v=v.shape[-1],
+        group=q.shape[-2] // k.shape[-2],
+        block_size=selection.block_size,
+        loop_order=loop_order,
+        rows=selection.sequences.total_q * q.shape[-2],
+        blocks=longest(selection.sequences, selection.block_size),
+        scale=scale,
+        **machine_of(q),
+    )
+
+
+@lru_cache(maxsize=64)
+def longest(sequences: Sequences, block_size: int) -> int:
+    """Blocks of the longest sequence, kept for shapes that come again."""
+    return sequences.max_blocks(block_size)
+
+
+def machine_of(array: Array) -> dict[str, Any]:
+    """The fields of a call that say where it runs."""
+    on_gpu = is_torch(array) and array.is_cuda
+    return {
+        "device": str(array.device) if is_torch(array) else "the CPU",
+        "capability": capability_of(array.device.index) if on_gpu else None,
+        "triton": triton_version(),
+        "interpreted": is_interpreted(),
+    }
 
 
 def usual_call() -> Call:
@@ -125,15 +208,22 @@ def is_older(version: str, than: tuple[int, int]) -> bool:
     return (int(major), int(minor)) < than
 
 
-def obstacle(call: Call) -> TypeError | ValueError | None:
+def must(name: str, wanted: str, got: object, do: str = "use kernels='portable'") -> str:
+    """The message that an argument is not as the hopper kernels want it."""
+    return f"{name} must {wanted} for kernels='hopper', got {got}: {do}"
+
+
+def obstacle(call: Call | WalkCall) -> TypeError | ValueError | None:
     """Why the hopper kernels cannot take a call: the argument, what is wanted, what came (R20).
 
     None if they can.
     """
+    found = wrong_walk(call) if isinstance(call, WalkCall) else wrong_selection(call)
+    return found or wrong_machine(call)
 
-    def must(name: str, wanted: str, got: object, do: str = "use kernels='portable'") -> str:
-        return f"{name} must {wanted} for kernels='hopper', got {got}: {do}"
 
+def wrong_selection(call: Call) -> TypeError | ValueError | None:
+    """What the hopper kernels cannot take of a selection."""
     for name, dtype in (("q_idx", call.q_dtype), ("k_idx", call.k_dtype)):
         if dtype not in DTYPES:
             return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
@@ -148,11 +238,35 @@ def obstacle(call: Call) -> TypeError | ValueError | None:
     if call.places > LARGEST_PLACES:
         least = f"be at most {LARGEST_PLACES} more than sink_blocks + local_blocks"
         return ValueError(must("top_k", least, f"{call.places} more"))
+    return None
+
+
+def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of a walk along unions."""
+    if call.loop_order == "kv_outer":
+        return ValueError(must("loop_order", "be 'auto' or 'union'", "'kv_outer'"))
+    for name, dtype in (("q", call.q_dtype), ("k", call.k_dtype), ("v", call.v_dtype)):
+        if dtype not in DTYPES:
+            return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
+        if dtype != call.q_dtype:
+            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
+    for name, symbol, size in (("q", "D", call.dim), ("v", "Dv", call.dim_v)):
+        if size != WALK_DIM:
+            return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if call.block_size != WALK_BLOCK_SIZE:
+        return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
+    if call.group > LARGEST_GROUP:
+        return ValueError(must("q", f"have at most {LARGEST_GROUP} heads in a group", call.group))
+    return None
+
+
+def wrong_machine(call: Call | WalkCall) -> ValueError | None:
+    """What the machine lacks for hopper kernels."""
     if call.capability is None or call.capability[0] != CAPABILITY:
-        got = call.device
+        got, name = call.device, "q" if isinstance(call, WalkCall) else "q_idx"
         if call.capability is not None:
             got += " of {}.{}".format(*call.capability)
-        return ValueError(must("q_idx", f"be on a GPU of compute capability {CAPABILITY}.x", got))
+        return ValueError(must(name, f"be on a GPU of compute capability {CAPABILITY}.x", got))
     if call.interpreted:
         unset = "unset it before Python starts, or use kernels='portable'"
         return ValueError(must("TRITON_INTERPRET", "not be set", "'1'", unset))
@@ -162,8 +276,8 @@ def obstacle(call: Call) -> TypeError | ValueError | None:
     return None
 
 
-def choose(kernels: Kernels, call: Call) -> Literal["portable", "hopper"]:
-    """The kernels that select the blocks of a call.
+def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopper"]:
+    """The kernels that select the blocks of a call, or that walk along its unions.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -171,15 +285,32 @@ def choose(kernels: Kernels, call: Call) -> Literal["portable", "hopper"]:
     if kernels == "portable":
         return "portable"
     found = obstacle(call)
-    if found is None:
-        return "hopper"
-    if kernels == "hopper":
+    if kernels == "hopper" and found is not None:
         raise found
-    return "portable"
+    if found is not None or (kernels == "auto" and not is_better(call)):
+        return "portable"
+    return "hopper"
+
+
+def is_better(call: Call | WalkCall) -> bool:
+    """Whether the hopper kernels, which can take the call, are the better choice for it."""
+    if not isinstance(call, WalkCall):
+        return True
+    wanted = call.loop_order == "union" or call.blocks <= LONGEST_WHOLE
+    fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
+    return wanted and fits and call.scale <= LARGEST_SCALE
+
+
+def order_on_hopper(call: WalkCall) -> str:
+    """The loop order of a call whose unions the hopper kernel walks.
+
+    "auto" is then "union" up to LONGEST_WHOLE blocks: no tile leaves blocks to KV-outer.
+    """
+    return "union" if call.blocks <= LONGEST_WHOLE else call.loop_order
 
 
 def rule() -> list[tuple[str, str]]:
-    """What a call must have for the hopper kernels, as pairs of a name and the wanted values."""
+    """What a selection must have for the hopper kernels: pairs of a name and the wanted values."""
     return [
         ("compute capability", f"{CAPABILITY}.x, not in Triton's interpreter"),
         ("triton", "{}.{} or newer".format(*TRITON)),
@@ -188,4 +319,18 @@ def rule() -> list[tuple[str, str]]:
         ("block_size", either(BLOCK_SIZES)),
         ("groups", f"at most {LARGEST_GROUPS}"),
         ("top_k less the forced blocks", f"at most {LARGEST_PLACES}"),
+    ]
+
+
+def walk_rule() -> list[tuple[str, str]]:
+    """What an attention must have for the hopper walk: pairs of a name and the wanted values."""
+    return [
+        ("compute capability and triton", "as above"),
+        ("dtype of q, k and v", either(DTYPES)),
+        ("D and Dv", str(WALK_DIM)),
+        ("block_size", str(WALK_BLOCK_SIZE)),
+        ("query heads of a group", f"{SMALLEST_GROUP} to {LARGEST_GROUP}"),
+        ("softmax scale", f"at most {LARGEST_SCALE:g}"),
+        ("queries times heads", f"{FEWEST_ROWS} or more"),
+        ("loop_order", f"'union'; or 'auto', at most {LONGEST_WHOLE} blocks in a sequence"),
     ]

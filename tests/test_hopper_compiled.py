@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from msa.kernel_choice import BLOCK_SIZES, INDEX_DIMS, LARGEST_GROUPS, LARGEST_PLACES
+from msa.kernel_choice import (
+    BLOCK_SIZES,
+    INDEX_DIMS,
+    LARGEST_GROUPS,
+    LARGEST_PLACES,
+    SMALLEST_GROUP,
+)
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -33,6 +39,8 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
 ]
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
+WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
+FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
 
 
 def chosen(few, every):
@@ -83,3 +91,16 @@ def test_topk_kernels_stay_in_registers():
         assert found["registers"] <= 255, options
         assert found["shared"] == 0, options
         assert found["steps"] == [], options  # no shuffle, no barrier
+
+
+def test_walk_kernels_fit():
+    kernels = chosen(FEW_WALKS, WALKS)
+    for options, found in zip(kernels, compiled([("walk", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 168, options
+        assert found["shared"] <= 227 * 1024, options
+        _, group, fold = options
+        chosen_by_auto = group >= SMALLEST_GROUP and not fold
+        assert found["spilled"] <= (0 if chosen_by_auto else 768), options
+        assert found["steps"].count("wgmma.mma_async") >= 4, options

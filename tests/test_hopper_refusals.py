@@ -11,7 +11,7 @@ import torch
 import msa
 from msa import kernel_choice
 from msa.checks import is_interpreted
-from msa.kernel_choice import Call, choose, obstacle, usual_call
+from msa.kernel_choice import Call, WalkCall, choose, obstacle, order_on_hopper, usual_call
 
 GOOD = Call(
     q_dtype="bfloat16", k_dtype="bfloat16", index_dim=128, groups=4, block_size=128, places=15,
@@ -52,6 +52,59 @@ def test_what_hopper_kernels_cannot_take(changes, error, message):
     assert choose("auto", call) == choose("portable", call) == "portable"
 
 
+WALK = WalkCall(
+    q_dtype="bfloat16", k_dtype="bfloat16", v_dtype="bfloat16", dim=128, dim_v=128, group=16,
+    block_size=128, loop_order="auto", rows=2**20, blocks=128, scale=0.1, device="cuda:0",
+    capability=(9, 0), triton="3.6.0", interpreted=False,
+)  # fmt: skip
+BAD_WALKS = [
+    ({"q_dtype": "float32"}, TypeError, "q must have dtype float16 or bfloat16 for kernels="),
+    ({"k_dtype": "float16"}, TypeError, "k must have dtype bfloat16 as q has "),
+    ({"v_dtype": "float32"}, TypeError, "v must have dtype float16 or bfloat16 "),
+    ({"dim": 64}, ValueError, "q must have D = 128 for kernels='hopper', got 64: "),
+    ({"dim_v": 192}, ValueError, "v must have Dv = 128 for kernels='hopper', got 192: "),
+    ({"group": 65}, ValueError, "q must have at most 64 heads in a group for kernels="),
+    ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
+    ({"loop_order": "kv_outer"}, ValueError, "loop_order must be 'auto' or 'union' for kernels="),
+    *((changes, error, message.replace("q_idx", "q"))
+      for changes, error, message in BAD
+      if changes.keys() <= {"capability", "device", "interpreted", "triton"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_WALKS)
+def test_what_the_hopper_walk_cannot_take(changes, error, message):
+    call = replace(WALK, **changes)
+    with pytest.raises(error) as caught:
+        choose("hopper", call)
+    assert message in str(caught.value)
+    assert str(caught.value).endswith("use kernels='portable'")
+    assert choose("auto", call) == choose("portable", call) == "portable"
+
+
+@pytest.mark.parametrize(("changes", "auto"), [
+    ({}, "hopper"), ({"blocks": 129}, "portable"), ({"group": 9}, "hopper"),
+    ({"blocks": 129, "loop_order": "union"}, "hopper"), ({"group": 8}, "portable"),
+    ({"rows": 2**15}, "hopper"), ({"rows": 2**15 - 1, "loop_order": "union"}, "portable"),
+    ({"scale": 0.5}, "hopper"), ({"scale": 0.51}, "portable"),
+])  # fmt: skip
+def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
+    """Named, it is taken wherever it runs."""
+    call = replace(WALK, **changes)
+    assert choose("auto", call) == auto
+    assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
+
+
+def test_every_fact_of_a_walk_counts():
+    refuse = {name for changes, *_ in BAD_WALKS for name in changes}
+    assert refuse | {"rows", "blocks", "scale"} == {f.name for f in fields(WalkCall)}
+
+
+def test_short_sequences_are_walked_whole():
+    assert order_on_hopper(WALK) == "union"
+    assert order_on_hopper(replace(WALK, blocks=129)) == "auto"
+
+
 def test_every_fact_can_refuse():
     assert {name for changes, *_ in BAD for name in changes} == {f.name for f in fields(Call)}
 
@@ -81,6 +134,20 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.rule())
     assert told["triton"] == "3.6 or newer" and told["groups"] == "at most 256"
     assert len(told) == 7
+    told = dict(kernel_choice.walk_rule())
+    assert told["D and Dv"] == told["block_size"] == "128"
+    assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_walk_is_read_from_the_arguments(batched):
+    lead = (1, 300) if batched else (300,)
+    q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
+    chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
+    call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
+    sizes = 64, 32, 3, 128, "union", 1800, 3, 0.3
+    assert call == WalkCall(*["float16"] * 3, *sizes, "the CPU", None, call.triton,
+                            is_interpreted())  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

@@ -24,6 +24,7 @@ from msa.triton_impl import selection, tile_union
 
 (TRITON,) = subjects(("triton",))
 HOPPER = [s for s in subjects() if s.name == "triton-hopper"]
+WALK = [s for s in subjects() if s.name == "triton-hopper-walk"]
 CUDA = TRITON.device != "cpu"
 pytestmark = [pytest.mark.gpu] * CUDA
 PROPERTIES = {p.name: p for p in all_properties()}
@@ -104,6 +105,21 @@ HOPPER_CASES = {
     "maxima": replace(BY_64, sequences=msa.Sequences((0, 3, 50), (0, 20_000, 40_000))),
     "all places": replace(BY_64, config=msa.MSAConfig(block_size=64, top_k=65)),
 }  # fmt: skip
+WALK_CHECKS = {
+    "r9_every_loop_order_is_the_definition": {"hopper_walk_kernel", "union_kernel"},
+}
+WALK_BASE = replace(TUNED, dtype="bfloat16", picks=Picks("random", 1))
+WALK_CASES = {
+    "one sequence": WALK_BASE,
+    "ragged": replace(  # a part of a tile, one tile, several; a partial last block
+        WALK_BASE, config=msa.MSAConfig(block_size=128, top_k=3),
+        sequences=msa.Sequences((0, 37, 37, 40, 140), (0, 500, 500, 700, 2000)),
+    ),
+    "float16 of three heads": replace(WALK_BASE, dtype="float16", group=3),
+    "long unions": replace(
+        WALK_BASE, sequences=msa.Sequences.one(60, 3000), picks=Picks("spread", 2)
+    ),
+}  # fmt: skip
 SCORES = {
     "few": ScoresCase(msa.MSAConfig(16, 3, 1), RAGGED.sequences, 2, Fill("ties", 0)),
     "many": ScoresCase(msa.MSAConfig(16, 5), msa.Sequences.one(3, 9700), 1, Fill("normal", 1)),
@@ -119,10 +135,13 @@ RUNS = [
 ]
 HOPPER_RUNS = [
     pytest.param(subject, name, case, id=f"hopper-{name.partition('_')[0]}-{label}")
-    for subject in HOPPER
-    for name in HOPPER_CHECKS
-    for label, case in HOPPER_CASES.items()
-]
+    for tested, checks, cases in (
+        (HOPPER, HOPPER_CHECKS, HOPPER_CASES), (WALK, WALK_CHECKS, WALK_CASES),
+    )
+    for subject in tested
+    for name in checks
+    for label, case in cases.items()
+]  # fmt: skip
 GLUON = not kernel_choice.is_older(triton.__version__, kernel_choice.TRITON)
 MODULES = [
     importlib.import_module(info.name)
@@ -164,7 +183,8 @@ def test_hopper_kernels(subject, name, case, launched):
     PROPERTIES[name].check(subject, case)
     nothing_to_choose = case.config.forced_blocks == case.config.top_k
     left_out = {"block_scores_kernel"} if nothing_to_choose else set()
-    assert HOPPER_CHECKS[name] - left_out <= launched
+    checks = WALK_CHECKS if subject in WALK else HOPPER_CHECKS
+    assert checks[name] - left_out <= launched
 
 
 DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}
@@ -229,5 +249,5 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 
 def test_no_kernel_is_left_out():
     named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
-    named.update(*HOPPER_CHECKS.values() if GLUON else ())
+    named.update(*(HOPPER_CHECKS | WALK_CHECKS).values() if GLUON else ())
     assert named == set(KERNELS)

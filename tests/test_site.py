@@ -97,7 +97,7 @@ def test_examples_in_the_hooks(name):
 def test_results_of_a_wrong_form_are_refused():
     for name in (
         "prefill_h100", "prefill_h200", "train_h100", "decode_h100", "crossing_cpu",
-        "findings_tiny", "selection_hopper_h200",
+        "findings_tiny", "selection_hopper_h200", "walk_hopper_h200",
     ):  # fmt: skip
         found = measured.read(name)
         for part in measured.SCHEMAS[name.partition("_")[0]]:
@@ -124,7 +124,7 @@ def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
 
 def test_the_files_that_results_speak_of_exist():
     for name in ("prefill_h100", "train_h100", "decode_h100", "crossing_cpu", "findings_tiny",
-                 "selection_hopper_h200"):  # fmt: skip
+                 "selection_hopper_h200", "walk_hopper_h200"):  # fmt: skip
         assert all((DOCS.parent / path).exists() for path in measured.code_of(name))
 
 

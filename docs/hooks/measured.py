@@ -31,6 +31,7 @@ KERNELS = {
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED),
     "selection": ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
                   "hopper/ring", "quantize"),
+    "walk": ("hopper/union_walk", "hopper/walk_rows", "hopper/ring"),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
@@ -67,6 +68,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                     "share": NUMBER}],
         "topk": [{"rows": int, "blocks": int, "k": int, "hopper": MEDIAN}],
         "race": [{"shape": str, "version": str, "runs": int, "wrong_runs": int}],
+    },
+    "walk": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str, "checks": dict,
+        "walk": [{"n": int, "keep": NUMBER, "hopper": TIME, "portable": TIME,
+                  "portable_auto": TIME, "union_of_8": TIME}],
+        "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
     },
     "train": {
         **MACHINE,

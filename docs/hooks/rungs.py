@@ -6,6 +6,11 @@ from docs.hooks.curves import table
 from docs.hooks.measured import age, read
 
 RESULTS = "selection_hopper_h200"
+WALK = "walk_hopper_h200"
+VERSIONS = {
+    "portable": "portable", "hopper": "**hopper**", "plain": "not overlapped",
+    "three_consumers": "three consumers, 64 keys", "steps_of_64": "overlapped, 64 keys",
+}  # fmt: skip
 INDEX = {"bf16": "bf16", "fp8_e4m3": "8 bits"}
 
 
@@ -53,6 +58,36 @@ def race() -> str:
         for shape in shapes
     ]  # fmt: skip
     return table(("queries of keys", "first version, wrong runs", "mended"), rows)
+
+
+def walk() -> str:
+    """Useful TFLOP/s of the walk, and milliseconds of the whole attention in two ways."""
+    found = read(WALK)
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['keep']:g}",
+         *(f"{row[name]['useful_tflops']:.0f}" for name in VERSIONS),
+         f"{row['hopper']['raw_tflops']:.0f}", ms(row["portable_auto"]),
+         f"{row['hopper']['ms'] + row['union_of_8']['ms']:.3g}")
+        for row in found["walk"]
+    ]  # fmt: skip
+    columns = ("tokens", "ρ", *VERSIONS.values(), "hopper, raw", "auto of portable kernels, ms",
+               "unions and hopper walk, ms")  # fmt: skip
+    return f"{table(columns, rows)}\n\n{age(WALK)}"
+
+
+def probes() -> str:
+    """Useful TFLOP/s of the hopper walk with a part left out, at ρ = 0.95."""
+    found = read(WALK)
+    left_out = {
+        (row["n"], row["without"]): row["useful_tflops"]
+        for row in found["probes"] if row["version"] == "hopper" and row["keep"] == 0.95
+    }  # fmt: skip
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['hopper']['useful_tflops']:.0f}",
+         *(f"{left_out[row['n'], name]:.0f}" for name in ("softmax", "memory")))
+        for row in found["walk"] if row["keep"] == 0.95
+    ]  # fmt: skip
+    return table(("tokens", "hopper", "without softmax", "all keys from the L2 cache"), rows)
 
 
 def ms(time: dict[str, float]) -> str:

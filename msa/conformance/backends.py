@@ -103,16 +103,22 @@ class Subject:
 
     @property
     def backend(self) -> str:
-        """The name that public functions know: "triton" for "triton-hopper"."""
+        """The name that public functions know: "triton" for "triton-hopper-walk"."""
         return self.name.partition("-")[0]
 
     def public(self, function: str) -> dict[str, Any]:
         """The arguments by which a public function uses this backend."""
         return {"backend": self.backend} | self.option(function)
 
+    @property
+    def loop_orders(self) -> tuple[str, ...]:
+        """The loop orders that attend_selection takes; Hopper has no kernel for kv_outer."""
+        return ("auto", "union") if self.kernels == "hopper" else ("auto", "kv_outer", "union")
+
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "attend", "select_fused")
+        takes = ("attention", "select", "sparse_attention", "attend", "select_fused",
+                 "attend_selection")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
@@ -212,9 +218,11 @@ def triton_subjects() -> list[Subject]:
 
 
 def hopper_subjects() -> list[Subject]:
-    """The triton backend with its kernels for Hopper, which select, where a GPU can run them.
+    """The triton backend with its kernels for Hopper, where a GPU can run them.
 
-    What does not depend on a selection is left to the subject "triton".
+    "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
+    attends to a selection with them, in the one head size and block size of the walk. The rest is
+    left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):
         return []
@@ -231,8 +239,19 @@ def hopper_subjects() -> list[Subject]:
         largest_top_k=kernel_choice.LARGEST_PLACES + 1,  # one block at least is forced
         cost=6,
     )
+    walking = {"attend_selection", "attend"}
+    walk_domain = replace(
+        domain,
+        dims=(kernel_choice.WALK_DIM,),
+        block_sizes=(kernel_choice.WALK_BLOCK_SIZE,),
+        missing=frozenset(STAGES) - walking | {"backward", "eight_bits"},
+        options=frozenset({"loop_order", "graphs"}) | cuda_places(),
+    )
     module = load_backend("triton")
-    return [Subject("triton-hopper", module, "torch", domain, "cuda", kernels="hopper")]
+    return [
+        Subject(name, module, "torch", part, "cuda", kernels="hopper")
+        for name, part in (("triton-hopper", domain), ("triton-hopper-walk", walk_domain))
+    ]
 
 
 def cuda_here() -> bool:

@@ -17,7 +17,8 @@ The rule of auto compares costs: a walk computes a block for every row of the ti
 for the rows that selected it, but at a lower rate. The size of the tile's union decides
 (msa/loop_order.py), on the device, so the host does not wait. If blocks have too few readers for
 KV-outer (fewer than MIN_EDGES on average), or queries have very many blocks (LARGEST_SPLIT), auto
-means union.
+means union. It also means union where `msa.kernel_choice` takes the hopper walk and sequences are
+short (LONGEST_WHOLE): there the walk along whole unions was the fastest way for every selection.
 
 Backward (R18): dQ by a walk over unions, dK and dV KV-outer by tiles of queries.
 
@@ -47,7 +48,8 @@ from torch import Tensor
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.kernel_choice import Kernels
+from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
+from msa.kernel_choice import choose as choose_kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
@@ -82,7 +84,7 @@ def choose_order(selection: Selection, group: int) -> str:
 
 def attend_part(
     q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
-    selection: Selection, softmax_scale: float, order: str, into: Output,
+    selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
 ) -> None:  # fmt: skip
     """Attend one super-tile in one order; nothing here waits for the device."""
 
@@ -93,8 +95,20 @@ def attend_part(
     if order == "kv_outer":
         weigh_slots(kv_outer(selection), softmax_scale, into)
         return
-    tile_size = positions_of(q.shape[1] // k.shape[1])
-    union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
+    group = q.shape[1] // k.shape[1]
+    split = limits(selection.top_k) if order == "split" else None
+    if walker == "hopper":
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper import union_walk as hopper
+
+        union = split_tiles(selection, hopper.tile_size_of(group), split)
+        hopper.walk(
+            q, k, v, selection.sequences, union.block_ids, union.row_masks, union.counts,
+            softmax_scale, into, None if union.remote is None else kv_outer(union.remote),
+        )  # fmt: skip
+        return
+    tile_size = positions_of(group)
+    union = split_tiles(selection, tile_size, split)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into,
@@ -106,6 +120,7 @@ def attend_part(
 def attend_selection(
     q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
     selection: Selection, softmax_scale: float, loop_order: LoopOrder = "auto",
+    kernels: Kernels = "auto",
 ) -> Output:  # fmt: skip
     """Softmax attention over the visible tokens of the selected blocks (eq. 8, R9-R12).
 
@@ -113,20 +128,23 @@ def attend_selection(
 
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
+        kernels: which kernel walks along unions: "portable", "hopper", or "auto", which chooses by
+            `msa.kernel_choice`. The gradients have one set of kernels.
 
     Raises:
-        ValueError: if the kernels do not support the block size.
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
-    return attend_checked(q, k, v, selection, softmax_scale, loop_order)
+    return attend_checked(q, k, v, selection, softmax_scale, loop_order, kernels)
 
 
 def attend_checked(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: LoopOrder
-) -> Output:
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: LoopOrder,
+    kernels: Kernels,
+) -> Output:  # fmt: skip
     """The same for arguments that are checked."""
     selection = replace(selection, indices=selection.indices.contiguous())
-    out, lse = SelectedAttention.apply(q, k, v, selection, scale, loop_order)
+    out, lse = SelectedAttention.apply(q, k, v, selection, scale, loop_order, kernels)
     return Output(out, lse, selection)
 
 
@@ -137,10 +155,10 @@ class SelectedAttention(torch.autograd.Function):
     @on_its_device
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float,
-        loop_order: LoopOrder,
+        loop_order: LoopOrder, kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Keep what the backward needs."""
-        out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order)
+        out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order, kernels)
         ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
         ctx.selection, ctx.scale = selection, scale
         return out, lse
@@ -153,7 +171,7 @@ class SelectedAttention(torch.autograd.Function):
         q, k, v, out, lse, _ = ctx.saved_tensors
         fixed = ctx.selection, ctx.scale
         grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 @on_its_device
@@ -169,14 +187,19 @@ def attend_selection_forward(
     """
     require_kernels(selection.block_size, selection.top_k, q=q, k=k, v=v)
     selection = replace(selection, indices=selection.indices.contiguous())
-    return attend_super_tiles(q, k, v, selection, softmax_scale, "auto")
+    return attend_super_tiles(q, k, v, selection, softmax_scale, "auto", "auto")
 
 
 def attend_super_tiles(
-    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: LoopOrder
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: str,
+    kernels: Kernels,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Super-tile by super-tile, each in the order that pays."""
     (n_q, heads, _), dim_v = q.shape, v.shape[2]
+    call = walk_call_of(q, k, v, selection, scale, loop_order)
+    walker = choose_kernels(kernels, call)
+    if walker == "hopper":
+        loop_order = order_on_hopper(call)
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
     per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
@@ -187,7 +210,7 @@ def attend_super_tiles(
         part = Selection(selection.indices[queries], sequences, selection.block_size)
         order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
         into = Output(out[queries], lse[queries])
-        attend_part(q[queries], k[keys], v[keys], part, scale, order, into)
+        attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
     return out, lse
 
 
@@ -261,12 +284,16 @@ def attend(
     """MSA: the index branch selects, the main branch attends (R4-R12).
 
     align=True adds the alignment loss, which uses the LSE of this call (R17). index_dtype and
-    kernels are those of `select_fused`.
+    kernels are those of `select_fused`, and say which kernel walks along unions. If "hopper" is
+    named, the selection has to run on these kernels, and the walk runs on them where it can.
     """
     require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)  # q_idx, k_idx: select_fused
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype, kernels)
     scale = config.softmax_scale_for(q.shape[-1])
-    output = attend_checked(q, k, v, selection, scale, loop_order)
+    call = walk_call_of(q, k, v, selection, scale, loop_order)
+    if kernels == "hopper" and obstacle(call) is not None:
+        kernels = "portable"
+    output = attend_checked(q, k, v, selection, scale, loop_order, kernels)
     if not align:
         return output
     kl = alignment.align(q, k, q_idx, k_idx, selection, sequences, config, output.lse)

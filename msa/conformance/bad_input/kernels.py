@@ -66,7 +66,37 @@ def hopper(
     )  # fmt: skip
 
 
+def walk(
+    name: str, error: type[Exception], says: tuple[str, ...], dtype: str = "float16",
+    dims: tuple[int, int] = (128, 128), group: int = 1, block_size: int = 128, **options: Any,
+) -> BadInput:  # fmt: skip
+    """A case that names the hopper kernels in msa.sparse_attention where they cannot run."""
+    shapes = {"q": (8, group, dims[0]), "k": (8, 1, dims[0]), "v": (8, 1, dims[1])}
+    given: Arguments = {name: np.ones(shape, dtype) for name, shape in shapes.items()}
+    ids = np.zeros((8, 1, 1), np.int32)
+    given["selection"] = msa.Selection(ids, msa.Sequences.one(8, 8), block_size)
+    given |= {"backend": "triton", "kernels": "hopper"} | options
+    return BadInput(
+        name, error, (*says, "kernels='hopper'", "use kernels='portable'"),
+        lambda kit: _on_kernels(lambda: msa.sparse_attention(**given)),
+    )  # fmt: skip
+
+
 HOPPER_CASES = [
+    walk("float32 for the hopper walk", TypeError, ("q", "float16 or bfloat16", "got float32"),
+         dtype="float32"),
+    walk("heads of 64 for the hopper walk", ValueError, ("q", "D = 128", "got 64"),
+         dims=(64, 128)),
+    walk("values of 64 for the hopper walk", ValueError, ("v", "Dv = 128", "got 64"),
+         dims=(128, 64)),
+    walk("blocks of 64 for the hopper walk", ValueError, ("block_size", "128", "got 64"),
+         block_size=64),
+    walk("65 heads in a group for the hopper walk", ValueError,
+         ("q", "at most 64 heads in a group", "got 65"), group=65),
+    walk("kv_outer for the hopper walk", ValueError, ("loop_order", "'auto' or 'union'",
+         "got 'kv_outer'"), loop_order="kv_outer"),
+    walk("the hopper walk on the host", ValueError, ("q", "GPU of compute capability 9.x",
+         "got the CPU")),
     hopper("float32 for hopper kernels", TypeError, ("q_idx", "float16 or bfloat16",
            "got float32"), dtype="float32"),
     hopper("an index of 16 channels for hopper kernels", ValueError, ("q_idx", "Di = 64 or 128",

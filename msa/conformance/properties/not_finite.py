@@ -17,7 +17,6 @@ from msa.conformance.backends import Domain, Subject
 from msa.conformance.cases import Case, Inputs, PagedCase
 from msa.conformance.gradients import attention_gradients
 from msa.conformance.properties import holds_for
-from msa.conformance.properties.options import LOOP_ORDERS
 from msa.conformance.properties.training import upstream
 from msa.conformance.run_stage import attend_selection, dense, selected, spec
 from msa.conformance.strategies import NOT_FINITE, Want
@@ -170,7 +169,7 @@ def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> M
 
 def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
     """Attend over the case's selection in one of the backend's loop orders, chosen by the case."""
-    ways = LOOP_ORDERS if subject.domain.has("loop_order") else ("",)
+    ways = subject.loop_orders if subject.domain.has("loop_order") else ("",)
     if subject.domain.has("unite_tiles", "attend_union"):
         ways = (*ways, "attend_union")
     way = ways[case.q.seed % len(ways)]

@@ -48,12 +48,15 @@ def wait_full(full, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def produce(desc, row, tiles, full, empty, step, STAGES: gl.constexpr):
-    """Producer: copy rows `row` ... of a matrix into the stage of this step, once it is empty."""
+def produce(desc, row, tiles, full, empty, step, STAGES: gl.constexpr, column=0):
+    """Producer: copy a tile of a matrix, from `row` and `column` on, into this step's stage.
+
+    The producer waits until the stage is empty.
+    """
     wait_empty(empty, step, STAGES)
     s = step % STAGES
     mbarrier.expect(full.index(s), desc.block_type.nbytes)
-    copy_tile(desc, [row, 0], full.index(s), tiles.index(s))
+    copy_tile(desc, [row, column], full.index(s), tiles.index(s))
 
 
 @gluon.jit
