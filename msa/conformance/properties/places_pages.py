@@ -14,7 +14,7 @@ from msa.conformance import strategies
 from msa.conformance.backends import Domain, Subject
 from msa.conformance.cases import Brief, PagedCase
 from msa.conformance.properties import holds_for
-from msa.conformance.properties.places_strides import INTEGERS, Bits, same_bits
+from msa.conformance.properties.places_strides import Bits, integers_for, same_bits
 from msa.conformance.run_stage import selected
 from msa.conformance.strides import Stride, strides
 from msa.conformance.tolerances import Measure
@@ -42,10 +42,12 @@ class LaidPages(Brief):
 @st.composite
 def laid_pages(draw: DrawFn, domain: Domain) -> LaidPages:
     """Draw a decoding step, and for each array a way to lie in memory."""
+    paged = draw(strategies.paged_cases(domain))
+    slots = paged.case.sequences.total_k + len(paged.live) + 9  # at least as many as pages
     return LaidPages(
-        paged=draw(strategies.paged_cases(domain)),
+        paged=paged,
         laid=tuple(draw(strides()) for _ in PARTS),
-        integers=draw(st.sampled_from(INTEGERS)),
+        integers=draw(integers_for(slots)),
         eight_bits=domain.has("eight_bits") and draw(st.booleans()),
         shared=draw(st.booleans()),
     )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
+from hypothesis.strategies import DrawFn, SearchStrategy
 
 import msa
 from msa.conformance import strategies
@@ -24,6 +24,11 @@ from msa.ir import Array, Selection, Sequences
 Bits = dict[str, Array]
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 """The dtypes of borders, page tables and lengths."""
+
+
+def integers_for(largest: int) -> SearchStrategy[str]:
+    """Draw a dtype that can hold the largest of some integers."""
+    return st.sampled_from([name for name in INTEGERS if np.iinfo(name).max >= largest])
 
 
 def same_bits(got: Bits, want: Bits) -> Measure:
@@ -76,7 +81,7 @@ def laid_out(draw: DrawFn, domain: Domain) -> LaidOut:
         function=draw(st.sampled_from(functions)),
         laid=tuple(draw(strides()) for _ in NAMES),
         batched=batched,
-        integers=draw(st.sampled_from(INTEGERS)),
+        integers=draw(integers_for(case.sequences.total_k)),
     )
 
 
