@@ -47,7 +47,7 @@ def test_metrics_are_those_of_the_documents(name, steps, told_steps):
     lines = [json.loads(line) for line in (TRAINED[name] / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(steps))
     assert load_trained(name).config == PRESETS[name].model
-    section = DOCS[DOCS.index(f"The {name} preset") :]
+    section = DOCS[DOCS.index(f" {name} preset (") :]
     rows = re.findall(r"^\| ([\d,]+) \| (?:dense|MSA)[^|]*\|(.*)\|$", section, re.M)
     for step, (told_step, told) in zip(told_steps, rows):
         assert int(told_step.replace(",", "")) == step
