@@ -89,7 +89,8 @@ def run(options: PlotsOptions) -> int:
     if all(made.values()):
         reasons = "; ".join(dict.fromkeys(made.values()))
         raise ValueError(
-            f"results must hold the numbers of at least one figure, got {options.results}: {reasons}"
+            "results must hold the numbers of at least one figure, "
+            f"got {options.results}: {reasons}"
         )
     for path, reason in made.items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")

@@ -7,16 +7,7 @@ from typing import Any
 
 from msa import checks
 from msa.ir import Array, Output, Sequences
-from msa.sequences import check_absent, check_both, check_totals
-
-DIMS = {
-    "q": "Tq Hq D",
-    "k": "Tk Hkv D",
-    "v": "Tk Hkv Dv",
-    "q_idx": "Tq Hkv Di",
-    "k_idx": "Tk Di",
-    "lse": "Tq Hq",
-}
+from msa.sequences import check_totals
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ def read_layout(
             checks.check_same_dtype(**found)
     checks.check_same_place(**arrays)
 
-    sizes, batched = check_shapes(arrays, batched)
+    sizes, batched = checks.check_shapes(arrays, batched)
     if "Hq" in sizes:
         checks.check_heads(sizes["Hq"], sizes["Hkv"])
 
@@ -69,9 +60,9 @@ def read_layout(
     n_q, n_k = sizes["Tq"], sizes["Tk"]
     if sequences is not None and not batched:
         reason = "a selection brings its own sequences"
-        check_absent("cu_seqlens_q", cu_seqlens_q, reason)
-        check_absent("cu_seqlens_k", cu_seqlens_k, reason)
-    check_given(batched, cu_seqlens_q, cu_seqlens_k)
+        checks.check_absent("cu_seqlens_q", cu_seqlens_q, reason)
+        checks.check_absent("cu_seqlens_k", cu_seqlens_k, reason)
+    checks.check_given(batched, cu_seqlens_q, cu_seqlens_k)
     if sequences is not None:
         check_totals(sequences, copies * n_q, copies * n_k, "the selection's ")
     elif cu_seqlens_q is None and cu_seqlens_k is None:
@@ -83,26 +74,3 @@ def read_layout(
         sequences = Sequences(read_q, read_k)
         check_totals(sequences, n_q, n_k, "")
     return Layout(sequences, (copies, n_q) if batched else (n_q,))
-
-
-# -- checks that read shapes only, so that torch.compile can trace them ---------------------------
-def check_shapes(
-    arrays: dict[str, Array], batched: bool | None = None
-) -> tuple[dict[str, int], bool]:
-    """Check that the arrays have one layout and agree in their sizes.
-
-    Returns the size of each letter of DIMS, and whether the arrays are batched.
-    """
-    sizes: dict[str, int] = {}
-    for name, array in arrays.items():
-        batched = checks.check_layout(name, array, DIMS[name], batched)
-        checks.check_shape(name, array, f"B {DIMS[name]}" if batched else DIMS[name], sizes)
-    return sizes, bool(batched)
-
-
-def check_given(batched: bool, cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
-    """Batched tensors have no borders; packed tensors have borders for queries and keys, or none."""
-    if batched:
-        check_absent("cu_seqlens_q", cu_seqlens_q, "tensors are batched")
-        check_absent("cu_seqlens_k", cu_seqlens_k, "tensors are batched")
-    check_both(cu_seqlens_q, cu_seqlens_k)

@@ -158,7 +158,7 @@ MOVED: dict[str, str] = {
             ),
         }.items()
         for name in names
-    },  # fmt: skip
+    },
     # checks
     "msa.checks_cache": "msa.cache_checks",
 }
@@ -173,7 +173,6 @@ MOVED_NAMES: dict[str, str] = {
     "msa.explain:run": "msa.explain_print:run",
     "msa.explain:to_plain": "msa.explain_print:to_plain",
     "msa.model.attention:Call": "msa.model.attention:LayerCall",
-    "msa.triton_impl.teacher:teach": "msa.triton_impl.teacher:teacher_probabilities",
 }  # fmt: skip
 """Old place to new place of names whose old module still exists."""
 

@@ -263,7 +263,7 @@ def test_the_layout_is_checked_before_tensors_are_packed(arguments, message):
          "q must be a torch.Tensor, got numpy.ndarray"),
     ],
 )  # fmt: skip
-def test_the_other_functions_check_before_they_pack(call, message):
+def test_the_other_functions_check_before_they_pack(call, message, as_users_run_it):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
 

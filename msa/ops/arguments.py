@@ -17,7 +17,7 @@ from torch import Tensor
 from msa import cache_checks, checks
 from msa.config import MSAConfig
 from msa.ir import PagedKV, Selection, Sequences
-from msa.layout import check_given, check_shapes, read_layout
+from msa.layout import read_layout
 from msa.paged_kv import PAGE_DIMS
 from msa.selection import check_ids
 
@@ -40,8 +40,8 @@ def enter(
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     if is_traced(*tensors.values()):
-        sizes, batched = check_shapes(tensors)
-        check_given(batched, cu_seqlens_q, cu_seqlens_k)
+        sizes, batched = checks.check_shapes(tensors)
+        checks.check_given(batched, cu_seqlens_q, cu_seqlens_k)
         tensors, count = cast(tensors), sizes["B"] if batched else 1
         borders = (
             traced_borders(cu_seqlens_q, count, sizes["Tq"]),

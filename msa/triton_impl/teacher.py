@@ -20,7 +20,6 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa import moved
 from msa.triton_impl.launch import heads_of, is_exact, pad
 from msa.triton_impl.tables import block_table
 from msa.triton_impl.tile_reverse_index import TileEdges, load_edge
@@ -135,6 +134,3 @@ def teacher_probabilities(
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
     return teacher
-
-
-__getattr__ = moved.names_of(__name__)
