@@ -276,6 +276,18 @@ def test_a_compiled_call_checks_its_layout():
             compiled(**arguments, config=CONFIG)
 
 
+def test_inside_transforms():
+    """vmap calls the operator once for each entry. A tangent would be lost, so jvp is refused."""
+    q = torch.stack([PACKED["q"], 2 * PACKED["q"]])
+
+    def out(q):
+        return msa.ops.attention(**PACKED | {"q": q}, config=CONFIG).out
+
+    assert torch.equal(torch.func.vmap(out)(q), torch.stack([out(q[0]), out(q[1])]))
+    with pytest.raises(TypeError, match=r"q must be a tensor outside of torch\.func"):
+        torch.func.jvp(out, (q[0],), (q[1],))
+
+
 def test_what_attention_selects_is_not_read_back(monkeypatch):
     """Validation of a caller's indices waits for the device; those of msa need no validation."""
 

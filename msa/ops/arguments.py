@@ -1,8 +1,9 @@
 """Check the arguments of the functions of `msa.ops`, cast them, and pack them for an operator.
 
 A call is checked as `msa.attention` checks it (`msa.layout`), before batched tensors are packed.
-While torch.compile or torch.export traces a call, its tensors have no numbers. Then the shapes are
-checked here, and the operator checks the rest when it runs (R20).
+While torch.compile or torch.export traces a call, its tensors have no numbers, and inside
+torch.func.vmap they are views of a batch. Then the shapes are checked here, and the operator checks
+the rest when it runs (R20).
 """
 
 from __future__ import annotations
@@ -93,10 +94,14 @@ def check_tensor(name: str, tensor: Any) -> None:
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Whether the call is traced, so that its tensors have shapes but no numbers."""
+    """Whether only the shapes of the tensors can be checked: in a traced call, and inside vmap."""
     if torch.compiler.is_compiling():
         return True
-    return any(type(x).__name__ in ("FakeTensor", "FunctionalTensor") for x in tensors)
+    return any(
+        type(x).__name__ in ("FakeTensor", "FunctionalTensor")
+        or (isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x))
+        for x in tensors
+    )
 
 
 def traced_borders(given: Given, count: int, length: int) -> list[int]:
