@@ -80,7 +80,18 @@ def draw(results: Path, folder: Path) -> dict[Path, str]:
 
 
 def run(options: PlotsOptions) -> int:
-    """Draw, and print for each figure where it is, or why it was not drawn."""
-    for path, reason in draw(options.results, options.to).items():
+    """Draw, and print for each figure where it is, or why it was not drawn.
+
+    Raises:
+        ValueError: see `draw`; also results of which no figure can be drawn.
+    """
+    made = draw(options.results, options.to)
+    if all(made.values()):
+        reasons = "; ".join(dict.fromkeys(made.values()))
+        raise ValueError(
+            "results must hold the numbers of at least one figure, "
+            f"got {options.results}: {reasons}"
+        )
+    for path, reason in made.items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")
     return 0

@@ -140,8 +140,10 @@ def align_index(
     """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
     With a selection both distributions run over its visible tokens; with selection=None, the
-    warm-up form, over all visible tokens. The gradient reaches q_idx and k_idx only (R17). A
-    selection holds its own sequences, so cu_seqlens are for the warm-up form.
+    warm-up form, over all visible tokens. The gradient reaches q_idx and k_idx only (R17).
+
+    A selection holds its own sequences, block size and top_k. So cu_seqlens are for the warm-up
+    form, and with a selection only the two scales of config are used.
 
     lse, float32 or float64 in q's layout, is the LSE of an attention of q and k over the same
     tokens: `attention`, `sparse_attention`, or in the warm-up form any causal attention. Without

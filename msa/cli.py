@@ -82,8 +82,7 @@ def run(arguments: list[str]) -> int:
         return 0
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:
-        print(f"{HELP}\nmsa: no such command: {' '.join(arguments)}", file=sys.stderr)
-        return REFUSED
+        return say(no_such_command(arguments), REFUSED)
     words = arguments[len(name.split()) :]
     if name == "convert" and words and not words[0].startswith("-"):
         name, words = "convert FOLDER", ["--folder", *words]
@@ -97,6 +96,22 @@ def run(arguments: list[str]) -> int:
         return command.run(tyro.cli(getattr(command, options), prog=f"msa {name}", args=words))
 
     return supplied(name, call)
+
+
+def no_such_command(arguments: Sequence[str]) -> str:
+    """The message about a command that does not exist, or that lacks its second word.
+
+    >>> no_such_command(["bench"])
+    'msa bench must be followed by prefill, train, decode, integrations or plots, got nothing'
+    >>> no_such_command(["benhc"])
+    "no such command: 'benhc'; msa --help lists all commands"
+    """
+    first, second = arguments[0], " ".join(arguments[1:2])
+    seconds = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    if not seconds:
+        return f"no such command: {first!r}; msa --help lists all commands"
+    choice = f"{', '.join(seconds[:-1])} or {seconds[-1]}"
+    return f"msa {first} must be followed by {choice}, got {repr(second) if second else 'nothing'}"
 
 
 def supplied(name: str, call: Callable[[], int]) -> int:
@@ -193,9 +208,13 @@ def is_refusal(trace: TracebackType | None) -> bool:
 
 
 def say(sentence: str, code: int) -> int:
-    """Print one line on the error stream; return the exit code."""
+    """Print one line on the error stream; return the exit code.
+
+    Line breaks and other characters that are not printable, such as those in a path, are escaped.
+    """
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
     with suppress(OSError):
-        print(f"msa: {sentence}", file=sys.stderr, flush=True)
+        print(f"msa: {line}", file=sys.stderr, flush=True)
     return code
 
 

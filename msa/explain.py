@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from msa import api, kernel_choice, loop_order, reference
+from msa import api, kernel_choice, loop_order, moved, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, ReverseIndex, Schedule, TileUnion
@@ -257,3 +257,6 @@ def choose_kernels() -> dict[str, Any]:
         "chosen": kernel_choice.choose("auto", call),
         "reason": "" if found is None else str(found).partition(": ")[0],
     }
+
+
+__getattr__ = moved.names_of(__name__)

@@ -7,16 +7,7 @@ from typing import Any
 
 from msa import checks
 from msa.ir import Array, Output, Sequences
-from msa.sequences import check_absent, check_both, check_totals
-
-DIMS = {
-    "q": "Tq Hq D",
-    "k": "Tk Hkv D",
-    "v": "Tk Hkv Dv",
-    "q_idx": "Tq Hkv Di",
-    "k_idx": "Tk Di",
-    "lse": "Tq Hq",
-}
+from msa.sequences import check_totals
 
 
 @dataclass(frozen=True)
@@ -61,27 +52,25 @@ def read_layout(
             checks.check_same_dtype(**found)
     checks.check_same_place(**arrays)
 
-    sizes: dict[str, int] = {}
-    for name, array in arrays.items():
-        batched = checks.check_layout(name, array, DIMS[name], batched)
-        checks.check_shape(name, array, f"B {DIMS[name]}" if batched else DIMS[name], sizes)
+    sizes, batched = checks.check_shapes(arrays, batched)
     if "Hq" in sizes:
         checks.check_heads(sizes["Hq"], sizes["Hkv"])
 
     copies = sizes.get("B", 1)
     n_q, n_k = sizes["Tq"], sizes["Tk"]
-    borders = (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k))
-    if sequences is not None or batched:
-        reason = "tensors are batched" if batched else "a selection brings its own sequences"
-        for name, given in borders:
-            check_absent(name, given, reason)
+    if sequences is not None and not batched:
+        reason = "a selection brings its own sequences"
+        checks.check_absent("cu_seqlens_q", cu_seqlens_q, reason)
+        checks.check_absent("cu_seqlens_k", cu_seqlens_k, reason)
+    checks.check_given(batched, cu_seqlens_q, cu_seqlens_k)
     if sequences is not None:
         check_totals(sequences, copies * n_q, copies * n_k, "the selection's ")
     elif cu_seqlens_q is None and cu_seqlens_k is None:
         checks.check_lengths(n_q, n_k)
         sequences = Sequences.uniform(copies, n_q, n_k)
     else:
-        check_both(cu_seqlens_q, cu_seqlens_k)
-        sequences = Sequences(*(checks.read_borders(name, given) for name, given in borders))
+        read_q = checks.read_borders("cu_seqlens_q", cu_seqlens_q)
+        read_k = checks.read_borders("cu_seqlens_k", cu_seqlens_k)
+        sequences = Sequences(read_q, read_k)
         check_totals(sequences, n_q, n_k, "")
     return Layout(sequences, (copies, n_q) if batched else (n_q,))

@@ -1,7 +1,9 @@
-"""Old import paths of modules that have moved: they work for one release, with a warning.
+"""Old import paths of modules and names that have moved work for one release, with a warning.
 
 After `import msa.model.records`, the old module looks each name up in `msa.training.documents`, so
-that the old and the new path give the same objects. To move a module, add a line to MOVED.
+that the old and the new path give the same objects. To move a module, add a line to MOVED. To move
+a name out of a module that stays, add a line to MOVED_NAMES; the module ends with
+`__getattr__ = moved.names_of(__name__)`.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 LIKE = "msa.conformance.foreign.like"
+KERNELS = "msa.triton_impl"
 MOVED: dict[str, str] = {
     # msa.model is the architecture; training has its own package
     "msa.model.records": "msa.training.documents",
@@ -115,6 +118,9 @@ MOVED: dict[str, str] = {
     },
     # kernels and torch stages named for what they hold
     "msa.torch_impl.verdicts": "msa.torch_impl.alignment_tiles",
+    "msa.torch_impl.verdicts:Verdict": "msa.torch_impl.alignment_tiles:TileLoss",
+    "msa.torch_impl.verdicts:dense_verdicts": "msa.torch_impl.alignment_tiles:dense_losses",
+    "msa.torch_impl.verdicts:sparse_verdicts": "msa.torch_impl.alignment_tiles:sparse_losses",
     "msa.torch_impl.rows": "msa.torch_impl.key_blocks",
     "msa.torch_impl.items": "msa.torch_impl.item_batches",
     "msa.torch_impl.lowering": "msa.torch_impl.scheduled_tiles",
@@ -122,11 +128,78 @@ MOVED: dict[str, str] = {
     "msa.triton_impl.student": "msa.triton_impl.index_loss",
     "msa.triton_impl.tile_edges": "msa.triton_impl.tile_reverse_index",
     "msa.triton_impl.early": "msa.triton_impl.dependent_launch",
+    "msa.triton_impl.early:wait_for_others": "msa.triton_impl.dependent_launch:wait_for_previous",
+    "msa.triton_impl.early:early_launch": "msa.triton_impl.dependent_launch:dependent_launch",
+    "msa.triton_impl.tiles": "msa.triton_impl.launch",
+    **{
+        f"{KERNELS}.tiles:{name}": f"{KERNELS}.{new}:{name}"
+        for new, names in {
+            "bits": ("count_bits",),
+            "tables": ("query_table", "block_table", "tile_table", "to_device"),
+            "topk": (
+                "ABOVE_BITS",
+                "NO_BLOCK",
+                "NO_SCORE",
+                "keep_best",
+                "key_score",
+                "score_key",
+                "store_selection",
+                "threshold_of",
+            ),
+            "tile_verbs": (
+                "FAST",
+                "LN2",
+                "LOG2E",
+                "LOWEST",
+                "along",
+                "edge_rows",
+                "fast_log",
+                "load_keys",
+            ),
+        }.items()
+        for name in names
+    },
     # checks
     "msa.checks_cache": "msa.cache_checks",
 }
 """Old path to new path. An entry "old.module" moves a whole module. An entry "old.module:name" says
 where one name of that module is now, if it has a new name or if it left the other names."""
+
+MOVED_NAMES: dict[str, str] = {
+    "msa.conformance.bad_input:try_bad_input": "msa.conformance.bad_input.run:try_bad_input",
+    "msa.conformance.properties:all_properties":
+        "msa.conformance.properties.collect:all_properties",
+    "msa.explain:ExplainOptions": "msa.explain_print:ExplainOptions",
+    "msa.explain:run": "msa.explain_print:run",
+    "msa.explain:to_plain": "msa.explain_print:to_plain",
+    "msa.model.attention:Call": "msa.model.attention:LayerCall",
+}  # fmt: skip
+"""Old place to new place of names whose old module still exists."""
+
+
+def find(path: str) -> Any:
+    """The object at a path "module:name"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module whose names of MOVED_NAMES are elsewhere now.
+
+    >>> names_of("msa.explain")("nothing")
+    Traceback (most recent call last):
+    AttributeError: module 'msa.explain' has no attribute 'nothing'
+    """
+
+    def look_up(name: str) -> Any:
+        new = MOVED_NAMES.get(f"{module}:{name}")
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} has moved: import {new.replace(':', '.')}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return find(new)
+
+    return look_up
 
 
 class Finder(MetaPathFinder, Loader):
@@ -147,13 +220,17 @@ class Finder(MetaPathFinder, Loader):
         old = module.__name__
         message = f"{old} has moved: import {MOVED[old]}"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-        importlib.import_module(MOVED[old])
+        new = importlib.import_module(MOVED[old])
+        places = {
+            path.partition(":")[2]: MOVED[path] for path in MOVED if path.startswith(f"{old}:")
+        }
+        public = getattr(new, "__all__", [name for name in vars(new) if not name.startswith("_")])
+        names = sorted({*public, *places})
 
         def look_up(name: str) -> Any:
-            new_module, _, new_name = MOVED.get(f"{old}:{name}", MOVED[old]).partition(":")
-            return getattr(importlib.import_module(new_module), new_name or name)
+            return find(places.get(name, f"{MOVED[old]}:{name}"))
 
-        module.__dict__["__getattr__"] = look_up
+        module.__dict__.update(__getattr__=look_up, __dir__=lambda: names, __all__=names)
 
 
 def install() -> None:

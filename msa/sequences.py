@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from msa import checks
 
@@ -158,17 +157,3 @@ def check_totals(sequences: Sequences, total_q: int, total_k: int, whose: str) -
     ):
         if borders[-1] != total:
             raise ValueError(f"{whose}{name} must end with {letter} = {total}, got {borders[-1]}")
-
-
-def check_absent(name: str, borders: Any, reason: str) -> None:
-    """cu_seqlens must be None if another argument holds the borders."""
-    if borders is not None:
-        raise ValueError(f"{name} must be None where {reason}, got {checks.kind(borders)}")
-
-
-def check_both(cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
-    """Borders of queries and of keys are given together."""
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        names = ["cu_seqlens_q", "cu_seqlens_k"]
-        missing, given = names if cu_seqlens_q is None else names[::-1]
-        raise ValueError(f"{missing} must be given along with {given}, got None")

@@ -127,6 +127,7 @@ CONVERT = "convert --model DIR --text FILE"
         ("train --out FILE/x", "out must be a folder to be written to, got FILE/x: Not a director"),
         ("train --out /proc/x", "out must be a folder to be written to, got /proc/x: No such file"),
         ("train --out /proc", "out must be a folder to be written to, got /proc: "),
+        ("train --backend reference --out new", "backend must be one with gradients, torch or"),
         ("train --start model --out model", "out must be another folder than start"),
         (f"{CONVERT} --save DIR", "save must be a file, got the folder DIR"),
         (f"{CONVERT} --save FILE/x", "save must be a file to be written, got FILE/x: Not a"),
@@ -159,6 +160,7 @@ CONVERT = "convert --model DIR --text FILE"
         ("bench plots --results DIR", "results must be a file, got DIR"),
         ("bench plots --results cut.json", "results must be a JSON file, got cut.json: Expecting"),
         ("bench plots --results list.json", "results must hold one JSON object, got another value"),
+        ("bench plots --results object.json --to DIR", "object.json: the results have no "),
         ("bench plots --results findings_x.json --to DIR", "of which no figure can be made: KeyEr"),
         ("bench plots --results object.json --to FILE", "to must be a folder to be written to"),
     ],
@@ -226,6 +228,21 @@ def test_other_errors_keep_their_traceback(error):
 
     with pytest.raises(type(error)):
         cli.guarded(slip)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["bench"], "msa bench must be followed by prefill, train, decode, integrations or plots, "
+                    "got nothing"),
+        (["bench", "nothing"], "integrations or plots, got 'nothing'"),
+        ([""], "no such command: ''; msa --help lists all commands"),
+        (["pretrain", "--out", "x"], "no such command: 'pretrain'"),
+        (["findings", "--results", "two\nlines"], r"results must be a file, got two\nlines"),
+    ],
+)  # fmt: skip
+def test_one_sentence_about_words(command, message, capsys):
+    assert message in refusal(command, capsys)
 
 
 def test_a_slip_is_no_refusal():

@@ -10,6 +10,8 @@ import pytest
 import msa.files
 import msa.recall
 from msa import moved
+from msa.model import checkpoint
+from msa.training import documents
 
 
 @pytest.fixture
@@ -38,6 +40,42 @@ def test_an_old_path_gives_the_new_objects(table):
     assert old.Recall is msa.recall.Recall
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         from msa.old_files import nothing  # noqa: F401
+
+
+def test_a_star_and_dir_give_the_names_of_the_new_module(table):
+    names: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning):
+        exec("from msa.old_files import *", names)
+    assert names["write"] is msa.files.write and names["find"] is msa.recall.measure
+    assert {"find", "write"} <= set(dir(sys.modules["msa.old_files"]))
+
+
+def test_a_star_of_a_module_of_the_table():
+    sys.modules.pop("msa.model.records", None)
+    names: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match="msa.training.documents"):
+        exec("from msa.model.records import *", names)
+    assert names["Document"] is documents.Document
+
+
+def test_the_function_that_a_table_replaced():
+    with pytest.warns(DeprecationWarning, match="replaced by TRAINED"):
+        assert checkpoint.shipped()["tiny"] == checkpoint.TRAINED["tiny"]
+
+
+@pytest.mark.parametrize("old", moved.MOVED_NAMES)
+def test_a_name_that_left_its_module(old):
+    module, _, name = old.partition(":")
+    new = moved.MOVED_NAMES[old]
+    importlib.import_module(module)
+    with pytest.warns(
+        DeprecationWarning, match=f"{name} has moved: import {new.split(':')[0]}"
+    ) as w:
+        found = getattr(sys.modules[module], name)
+    assert w[0].filename == __file__
+    assert found is moved.find(new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sys.modules[module].nothing  # noqa: B018
 
 
 def test_other_modules_are_not_found(table):

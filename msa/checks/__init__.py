@@ -2,6 +2,7 @@
 
     values.py     numbers, flags and objects, and how messages name them
     arrays.py     single arrays of NumPy and torch, and several arrays together
+    layouts.py    the layout of a call, from shapes only
     backends.py   the choice of a backend, and what each backend takes
 
 A message names the argument, says what was wanted and what came. All checks of a call run before
@@ -52,6 +53,7 @@ from msa.checks.backends import (
     is_captured,
     is_interpreted,
 )
+from msa.checks.layouts import check_absent, check_given, check_shapes
 from msa.checks.values import (
     LARGEST_BLOCK_SIZE,
     LARGEST_BORDER,
@@ -96,6 +98,7 @@ __all__ = [
     "LSE_DTYPES",
     "OPTIONS",
     "beside",
+    "check_absent",
     "check_array",
     "check_at_most",
     "check_backend",
@@ -103,6 +106,7 @@ __all__ = [
     "check_capturable",
     "check_count",
     "check_flag",
+    "check_given",
     "check_heads",
     "check_integer",
     "check_integer_tuple",
@@ -122,6 +126,7 @@ __all__ = [
     "check_scored_blocks",
     "check_seed",
     "check_shape",
+    "check_shapes",
     "check_tile_size",
     "check_top_k",
     "check_torch",

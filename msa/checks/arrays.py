@@ -195,10 +195,11 @@ def check_shape(name: str, array: Any, dims: str, sizes: dict[str, int]) -> None
     Token, batch and page counts may be 0, every other size is at least 1.
     """
     letters, got = dims.split(), list(array.shape)
-    wanted = ", ".join(str(sizes.get(d, "any")) for d in letters)
     if len(got) != len(letters) or any(
-        g != sizes[d] if d in sizes else g < (d not in MAY_BE_EMPTY) for d, g in zip(letters, got)
+        g != sizes[d] if d in sizes else g < int(d not in MAY_BE_EMPTY)
+        for d, g in zip(letters, got)
     ):
+        wanted = ", ".join(str(sizes.get(d, "any")) for d in letters)
         raise ValueError(f"{name} must have shape [{', '.join(letters)}] = [{wanted}], got {got}")
     sizes |= dict(zip(letters, got))
 
@@ -234,7 +235,12 @@ def check_lengths(n_q: int, n_k: int) -> None:
 # -- borders of sequences -------------------------------------------------------------------------
 def read_borders(name: str, borders: Any) -> tuple[int, ...]:
     """The plain integers of cu_seqlens, a tuple, list, range, array or tensor of integers."""
-    if isinstance(borders, str) or not isinstance(borders, Sequence):
+    text = isinstance(borders, str | bytes | bytearray | memoryview)
+    if text or not (isinstance(borders, Sequence) or hasattr(borders, "dtype")):
+        raise TypeError(
+            f"{name} must be a tuple, list, array or tensor of integers, got {kind(borders)}"
+        )
+    if not isinstance(borders, Sequence):
         check_integers(name, borders)
         array = to_numpy(borders)
         if array.ndim != 1:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import msa
+from msa import moved
 from msa.dispatch import BackendName
 from msa.model.cache import LayerCache
 from msa.model.config import ModelConfig
@@ -247,3 +248,6 @@ def attend_densely(
         q, k, v, attn_mask=mask, is_causal=n_q == n_k, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+__getattr__ = moved.names_of(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def folder_of(name: str) -> Path:
             f"contain it: the repository has it in trained/{name}"
         )
     return folder
+
+
+def shipped() -> dict[str, Path]:
+    """The trained models that this installation contains, and their folders; use TRAINED."""
+    warnings.warn("shipped() is replaced by TRAINED", DeprecationWarning, stacklevel=2)
+    return {name: folder for name, folder in TRAINED.items() if folder.exists()}
 
 
 def read_config(folder: Path) -> ModelConfig:

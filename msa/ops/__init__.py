@@ -1,6 +1,7 @@
 """MSA as torch operators, for `torch.compile`, `torch.export` and checkpointing.
 
-    functional.py   the functions to call: layouts, autocast, sequences, then one operator each
+    functional.py   the functions to call, one operator each
+    arguments.py    checks of their arguments, layouts, autocast, borders of sequences
     operators.py    torch.ops.msa.*: schema, shapes without data, gradients
     kernels.py      what an operator does: a backend's own functions, triton for CUDA, else torch
 

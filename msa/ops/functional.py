@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from msa import checks
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.ops import operators
-
-Borders = Sequence[int] | Tensor | None
+from msa.ops.arguments import Borders, Given, check_indices, check_step, enter
 
 
 class Attended(NamedTuple):
@@ -45,8 +45,8 @@ class Attended(NamedTuple):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None, config: MSAConfig = MSAConfig(), align: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Given = None,
+    cu_seqlens_k: Given = None, config: MSAConfig = MSAConfig(), align: bool = False,
 ) -> Attended:  # fmt: skip
     """MSA (R4-R12), differentiable in q, k and v; with align=True its loss in q_idx and k_idx.
 
@@ -57,28 +57,27 @@ def attention(
         align: also give kl (R17).
 
     Raises:
-        TypeError, ValueError: when it runs, naming the argument (R20).
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    q, k, v, q_idx, k_idx = _cast(q, k, v, q_idx, k_idx)
-    lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
-    q, k, v, q_idx, k_idx = (_pack(x, q.dim() - 3) for x in (q, k, v, q_idx, k_idx))
-    fixed = (
-        q_idx.detach(),
-        k_idx.detach(),
-    )  # selection has no gradient: no part in the graph
+    checks.check_type("config", config, MSAConfig)
+    checks.check_flag("align", align)
+    tensors = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx}
+    packed, borders = enter(tensors, cu_seqlens_q, cu_seqlens_k)
+    lead, (q, k, v, q_idx, k_idx) = q.shape[:-2], packed
+    fixed = q_idx.detach(), k_idx.detach()  # the selection has no gradient (R18)
     out, lse, indices = operators.attention(
         q, k, v, *fixed, *borders, config.block_size, config.top_k, config.sink_blocks,
         config.local_blocks, config.softmax_scale, config.index_scale,
     )  # fmt: skip
     kl = None
     if align:
-        tensors = q, k, q_idx, k_idx
-        kl = _loss(tensors, indices, lse.detach(), borders, config, validate=False)
+        of_loss = q, k, q_idx, k_idx
+        kl = _loss(of_loss, indices, lse.detach(), borders, config, validate=False)
     return Attended(out.unflatten(0, lead), lse.unflatten(0, lead), indices, kl)
 
 
 def select_blocks(
-    q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Borders = None, cu_seqlens_k: Borders = None,
+    q_idx: Tensor, k_idx: Tensor, cu_seqlens_q: Given = None, cu_seqlens_k: Given = None,
     config: MSAConfig = MSAConfig(),
 ) -> Tensor:  # fmt: skip
     """The blocks that each query and group would read: int32 [Tq, Hkv, k], packed (R4-R8).
@@ -87,17 +86,17 @@ def select_blocks(
     >>> select_blocks(q_idx, k_idx, config=msa.MSAConfig(block_size=2, top_k=2))[5]
     tensor([[0, 2]], dtype=torch.int32)
     """
-    q_idx, k_idx = _cast(q_idx, k_idx)
-    borders, batched = _borders(q_idx, k_idx, cu_seqlens_q, cu_seqlens_k), q_idx.dim() - 3
+    checks.check_type("config", config, MSAConfig)
+    packed, borders = enter({"q_idx": q_idx, "k_idx": k_idx}, cu_seqlens_q, cu_seqlens_k)
     return operators.select_blocks(
-        _pack(q_idx, batched), _pack(k_idx, batched), *borders, config.block_size, config.top_k,
+        *packed, *borders, config.block_size, config.top_k,
         config.sink_blocks, config.local_blocks, config.index_scale,
     )  # fmt: skip
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens_q: Borders = None,
-    cu_seqlens_k: Borders = None, *, block_size: int = 128, softmax_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, cu_seqlens_q: Given = None,
+    cu_seqlens_k: Given = None, *, block_size: int = 128, softmax_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over blocks of your own choice: out and lse in q's layout (R9-R12).
 
@@ -109,16 +108,16 @@ def sparse_attention(
     >>> sparse_attention(torch.zeros(4, 1, 1), x, x, own, block_size=2)[0].flatten()
     tensor([0.0000, 0.5000, 2.0000, 2.5000])
     """
-    q, k, v = _cast(q, k, v)
-    lead, borders = q.shape[:-2], _borders(q, k, cu_seqlens_q, cu_seqlens_k)
-    q, k, v = (_pack(x, q.dim() - 3) for x in (q, k, v))
-    out, lse = operators.sparse_attention(q, k, v, indices, *borders, block_size, softmax_scale)
+    packed, borders = enter({"q": q, "k": k, "v": v}, cu_seqlens_q, cu_seqlens_k)
+    check_indices(indices, borders, block_size)
+    lead = q.shape[:-2]
+    out, lse = operators.sparse_attention(*packed, indices, *borders, block_size, softmax_scale)
     return out.unflatten(0, lead), lse.unflatten(0, lead)
 
 
 def align_index(
     q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, indices: Tensor | None = None,
-    cu_seqlens_q: Borders = None, cu_seqlens_k: Borders = None, *, lse: Tensor | None = None,
+    cu_seqlens_q: Given = None, cu_seqlens_k: Given = None, *, lse: Tensor | None = None,
     config: MSAConfig = MSAConfig(),
 ) -> Tensor:  # fmt: skip
     """KL(main branch || index branch), a scalar; its gradient reaches q_idx and k_idx (R17).
@@ -130,11 +129,15 @@ def align_index(
     >>> round(align_index(x, x, x, 0 * x[:, 0]).item(), 4)
     0.4744
     """
-    q, k, q_idx, k_idx = _cast(q, k, q_idx, k_idx)
-    borders, batched = _borders(q, k, cu_seqlens_q, cu_seqlens_k), q.dim() - 3
-    packed = tuple(_pack(x, batched) for x in (q, k, q_idx, k_idx))
-    known = None if lse is None else _pack(lse.detach(), batched)
-    return _loss(packed, indices, known, borders, config, validate=True)
+    checks.check_type("config", config, MSAConfig)
+    tensors = {"q": q, "k": k, "q_idx": q_idx, "k_idx": k_idx}
+    if lse is not None:
+        tensors["lse"] = lse
+    packed, borders = enter(tensors, cu_seqlens_q, cu_seqlens_k)
+    if indices is not None:
+        check_indices(indices, borders, config.block_size)
+    known = None if lse is None else packed[4].detach()
+    return _loss(packed[:4], indices, known, borders, config, validate=True)
 
 
 @torch.no_grad()
@@ -153,6 +156,7 @@ def decode(
     >>> decode(zero, zero, cache, msa.MSAConfig(block_size=2, top_k=2))[0].flatten()
     tensor([4.3333, 0.0000])
     """
+    check_step(q, q_idx, cache, config)
     return operators.decode(
         q, q_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages, cache.page_table, cache.lengths,
         config.top_k, config.sink_blocks, config.local_blocks, config.softmax_scale,
@@ -161,8 +165,8 @@ def decode(
 
 
 def _loss(
-    tensors: tuple[Tensor, ...], indices: Tensor | None, lse: Tensor | None,
-    borders: tuple[list[int], ...], config: MSAConfig, validate: bool,
+    tensors: Sequence[Tensor], indices: Tensor | None, lse: Tensor | None,
+    borders: Borders, config: MSAConfig, validate: bool,
 ) -> Tensor:  # fmt: skip
     q, k, q_idx, k_idx = tensors
     with_gradient = torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad)
@@ -170,30 +174,3 @@ def _loss(
         q.detach(), k.detach(), q_idx, k_idx, indices, lse, *borders, config.block_size,
         with_gradient, config.softmax_scale, config.index_scale, validate,
     )[0]  # fmt: skip
-
-
-def _pack(x: Tensor, batched: int) -> Tensor:
-    return x.flatten(0, 1) if batched else x
-
-
-def _borders(q: Tensor, k: Tensor, given_q: Borders, given_k: Borders) -> tuple[list[int], ...]:
-    """The borders that were given, else those of one sequence or of the batch; k may be k_idx."""
-    batched = q.dim() == 4
-    return _read(given_q, q.shape, batched), _read(given_k, k.shape, batched)
-
-
-def _read(given: Borders, shape: torch.Size, batched: bool) -> list[int]:
-    if given is not None:
-        return given.tolist() if isinstance(given, Tensor) else list(given)
-    if not batched:
-        return [0, shape[0]]
-    return [shape[1] * b for b in range(shape[0] + 1)]
-
-
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast tensors to the dtype of autocast, where autocast is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)

@@ -59,7 +59,7 @@ class TrainOptions:
     device: str | None = None
     """cpu or cuda. None: as in the preset."""
     backend: BackendName | None = None
-    """The backend of the MSA layers. None: as in the preset."""
+    """The backend of the MSA layers, one with gradients. None: as in the preset."""
 
 
 def given(options: Any, *names: str) -> dict[str, Any]:
@@ -108,6 +108,8 @@ def _check_options(options: TrainOptions) -> None:
     if options.preset not in PRESETS:
         raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {options.preset!r}")
     check_seed("seed", options.seed)
+    if options.backend == "reference":
+        raise ValueError("backend must be one with gradients, torch or triton, got 'reference'")
     if options.steps is not None:
         check_count("steps", options.steps, 1)
     if options.minutes is not None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from msa import moved
 from msa.conformance.bad_input.kit import Arguments, Kit
 
 
@@ -41,3 +42,6 @@ def attention(
 ) -> BadInput:  # fmt: skip
     """A case that calls msa.attention with some arguments replaced."""
     return BadInput(name, error, says, lambda kit: kit.attention(**changes(kit)))
+
+
+__getattr__ = moved.names_of(__name__)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hypothesis.strategies import SearchStrategy
 
+from msa import moved
 from msa.conformance.backends import Domain, Subject
 from msa.conformance.tolerances import Measure
 
@@ -59,3 +60,6 @@ def holds_for(
 ) -> Callable[[Check], Property]:
     """Turn a function of (subject, case) into a Property."""
     return lambda check: Property(check, cases, needs, seeds, cost)
+
+
+__getattr__ = moved.names_of(__name__)
