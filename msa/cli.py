@@ -104,8 +104,8 @@ def no_such_command(arguments: Sequence[str]) -> str:
 
     >>> no_such_command(["bench"])
     'no such command: bench; behind bench must be prefill, train, decode, integrations or plots'
-    >>> no_such_command(["banch"])
-    'no such command: banch; msa --help lists all commands'
+    >>> no_such_command(["nothing"])
+    'no such command: nothing; msa --help lists all commands'
     """
     first = arguments[0]
     seconds = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
