@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -102,16 +103,16 @@ def no_such_command(arguments: Sequence[str]) -> str:
     """The message about a command that does not exist, or that lacks its second word.
 
     >>> no_such_command(["bench"])
-    'msa bench must be followed by prefill, train, decode, integrations or plots, got nothing'
-    >>> no_such_command(["benhc"])
-    "no such command: 'benhc'; msa --help lists all commands"
+    'no such command: bench; behind bench must be prefill, train, decode, integrations or plots'
+    >>> no_such_command(["nothing"])
+    'no such command: nothing; msa --help lists all commands'
     """
-    first, second = arguments[0], " ".join(arguments[1:2])
+    first = arguments[0]
     seconds = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
     if not seconds:
-        return f"no such command: {first!r}; msa --help lists all commands"
+        return f"no such command: {shlex.quote(first)}; msa --help lists all commands"
     choice = f"{', '.join(seconds[:-1])} or {seconds[-1]}"
-    return f"msa {first} must be followed by {choice}, got {repr(second) if second else 'nothing'}"
+    return f"no such command: {shlex.join(arguments[:2])}; behind {first} must be {choice}"
 
 
 def supplied(name: str, call: Callable[[], int]) -> int:

@@ -266,7 +266,7 @@ def test_a_folder_of_another_run_is_refused(whole):
     for options, message in (
         ({"seed": 1}, "must be of a run with these settings, got another seed"),
         ({"kl": 0.5}, "got another schedule"),
-        ({"backend": "reference"}, "got another backend"),
+        ({"backend": "triton"}, "got another backend"),
         ({"steps": 9}, "steps must be 8, as in the run that is continued, got 9"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -281,6 +281,7 @@ def test_a_folder_of_another_run_is_refused(whole):
         ({"minutes": 1.0, "steps": 2}, r"minutes must be None where steps are given, got 1\.0"),
         ({"warm_up": 1.5}, r"warm_up must be from 0 to 1, got 1\.5"),
         ({"kl": -1.0}, r"kl must be finite and at least 0, got -1\.0"),
+        ({"backend": "reference"}, "backend must be one with gradients, torch or triton"),
         ({"preset": "huge"}, "preset must be tiny or small, got 'huge'"),
     ],
 )
