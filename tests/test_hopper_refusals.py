@@ -41,17 +41,6 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BAD)
-def test_what_hopper_kernels_cannot_take(changes, error, message):
-    """Named, they are refused; left to the rule, the portable kernels do it."""
-    call = replace(GOOD, **changes)
-    with pytest.raises(error) as caught:
-        choose("hopper", call)
-    assert message in str(caught.value)
-    assert str(caught.value).endswith("use kernels='portable'")
-    assert choose("auto", call) == choose("portable", call) == "portable"
-
-
 WALK = WalkCall(
     q_dtype="bfloat16", k_dtype="bfloat16", v_dtype="bfloat16", dim=128, dim_v=128, group=16,
     block_size=128, loop_order="auto", rows=2**20, blocks=128, scale=0.1, device="cuda:0",
@@ -72,9 +61,13 @@ BAD_WALKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), BAD_WALKS)
-def test_what_the_hopper_walk_cannot_take(changes, error, message):
-    call = replace(WALK, **changes)
+@pytest.mark.parametrize(
+    ("good", "changes", "error", "message"),
+    [(GOOD, *bad) for bad in BAD] + [(WALK, *bad) for bad in BAD_WALKS],
+)
+def test_what_hopper_kernels_cannot_take(good, changes, error, message):
+    """Named, they are refused; left to the rule, the portable kernels do it."""
+    call = replace(good, **changes)
     with pytest.raises(error) as caught:
         choose("hopper", call)
     assert message in str(caught.value)

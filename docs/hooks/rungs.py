@@ -75,6 +75,16 @@ def walk() -> str:
     return f"{table(columns, rows)}\n\n{age(WALK)}"
 
 
+def whole() -> str:
+    """Milliseconds of the whole attention over a selection, by loop order and kernels."""
+    ways = ("portable auto", "portable union", "hopper union", "hopper fold", "auto")
+    rows = [
+        (f"{row['n_q'] // 1024}K", f"{row['keep']:g}", *(ms({"ms": row[way]}) for way in ways))
+        for row in read(WALK)["whole"] if row["n_q"] == row["n_k"] and row["n_q"] >= 4096
+    ]  # fmt: skip
+    return table(("tokens", "ρ", *ways), sorted(rows, key=lambda row: int(row[0][:-1])))
+
+
 def probes() -> str:
     """Useful TFLOP/s of the hopper walk with a part left out, at ρ = 0.95."""
     found = read(WALK)

@@ -301,13 +301,9 @@ def select_fused(
 
 
 def select_portable(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    index_dtype: str | None = None,
-    tile: TileConfig | None = None,
-) -> Selection:
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    config: MSAConfig, index_dtype: str | None = None, tile: TileConfig | None = None,
+) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this file, for checked arguments; writes no scores.
 
     Args:

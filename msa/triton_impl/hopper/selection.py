@@ -42,13 +42,9 @@ def as_matrix(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "rows dim"]:
 
 @on_its_device
 def select_on_hopper(
-    q_idx: Float[Array, "Tq Hkv Di"],
-    k_idx: Float[Array, "Tk Di"],
-    sequences: Sequences,
-    config: MSAConfig,
-    index_dtype: str | None = None,
-    score_bytes: int = SCORE_BYTES,
-) -> Selection:
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    config: MSAConfig, index_dtype: str | None = None, score_bytes: int = SCORE_BYTES,
+) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this package, for arguments that `msa.kernel_choice` takes.
 
     Args:
