@@ -72,11 +72,20 @@ def findings(versions: Versions, devices: list[Device]) -> list[Finding]:
     else:
         made.append(attempt("torch on cpu", lambda: attend("torch", "cpu")))
         made.append(attempt("operators (msa.ops)", use_operators))
-        made.append(attempt("triton in its interpreter", lambda: attend("triton", "cpu")))
+        made.append(in_interpreter(versions))
     made += [finding for device in devices[1:] for finding in parts_on(device)]
     if len(devices) == 1:
         made.append(no_gpu(versions))
     return made + [extra(name) for name in EXTRAS]
+
+
+def in_interpreter(versions: Versions) -> Finding:
+    """Kernels on the CPU, which run only where they are asked for."""
+    part = "triton in its interpreter"
+    if versions["triton"] is not None and os.environ.get("TRITON_INTERPRET") != "1":
+        set_it = "to run kernels on the CPU (slowly), set TRITON_INTERPRET=1 before Python starts"
+        return Finding(part, False, "it is switched off", set_it)
+    return attempt(part, lambda: attend("triton", "cpu"))
 
 
 def parts_on(device: Device) -> Iterator[Finding]:
@@ -93,7 +102,7 @@ def parts_on(device: Device) -> Iterator[Finding]:
         (", index in 8 bits", (8, 9),
          lambda: attend("triton", at, "float16", index_dtype="fp8_e4m3")),
         (", pages in 8 bits", (8, 9), lambda: decode_eight_bits(at)),
-        (", hopper kernels", (9, 0), lambda: select_on_hopper(at)),
+        (", hopper selection", (9, 0), lambda: select_on_hopper(at)),
     )  # fmt: skip
     for name, (major, minor), call in trials:
         old = device.is_below(major, minor)

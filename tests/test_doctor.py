@@ -113,7 +113,7 @@ def test_parts_of_a_device(monkeypatch):
         "it needs compute capability 8.9",
     )  # fmt: skip
     assert parts["triton on cuda:0, bfloat16"].advice == doctor_trials.REPORT
-    hopper = parts["triton on cuda:0, hopper kernels"]
+    hopper = parts["triton on cuda:0, hopper selection"]
     assert hopper.advice == "it needs compute capability 9.0"
     early = parts["dependent launch on cuda:0"]
     assert not early.runs and early.reason == "it needs compute capability 9.0, got 8.0"
