@@ -37,7 +37,7 @@ test-newest:
 	$(NEWEST)/$(PIP) --upgrade -c .venv/newest/kept.txt -e '.[$(EXTRAS_test)]'
 	$(NEWEST)/pip list --disable-pip-version-check
 	$(NEWEST)/python -m pytest tests/test_transformers*.py tests/test_model_transformers.py \
-		tests/test_convert*.py tests/test_ops.py tests/test_verify_target.py tests/test_order.py
+		tests/test_convert*.py tests/test_ops*.py tests/test_verify_target.py tests/test_order.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -138,7 +138,7 @@ def test_an_lse_of_64_bits_is_taken_everywhere(backend, rng):
 
 
 def test_a_scale_that_no_sequence_reads_may_be_anything():
-    """Pages that nobody has been given, and entries of the table beyond a sequence's last block."""
+    """Unused pages, and entries of the table beyond the last block of a sequence."""
     bits = torch.ones(4, 16, 1, 8).to(torch.float8_e4m3fn)
     table, lengths = torch.tensor([[0, 3], [2, 3]]), torch.tensor([16, 0])
     q, k_idx = torch.ones(2, 1, 1, 8), torch.ones(4, 16, 8)

@@ -81,8 +81,8 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, whole, ki
 
 
 @pytest.fixture
-def ctrl_c_is_heard():
-    """A shell starts what runs in the background with Ctrl-C ignored; these tests press it."""
+def ctrl_c_interrupts():
+    """A shell starts background processes with SIGINT ignored; these tests send it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -105,7 +105,7 @@ def interrupted(monkeypatch, step, times):
     (4, 2, "msa: stopped at once; the same command continues from the last step that was saved"),
     (7, 1, None),  # the last one: the run is over
 ])  # fmt: skip
-@pytest.mark.usefixtures("ctrl_c_is_heard")
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_stops_where_the_run_can_go_on(step, times, message, tmp_path, whole, capsys):
     words = ["train", "--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:

@@ -4,52 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from operator_calls import (
+    BORDERS,
+    CONFIG,
+    NAMES,
+    OPS,
+    Layer,
+    assert_all_close,
+    decode_args,
+    loss_and_gradients,
+    make,
+    numbers,
+)
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import msa
 import msa.ops
-from msa import selection
 from msa.ops import kernels
 
-CONFIG = msa.MSAConfig(block_size=8, top_k=3)
-BORDERS = (0, 11, 11, 30), (0, 15, 15, 40)  # a chunk, an empty sequence, a chunk
-NAMES = "q", "k", "v", "q_idx", "k_idx"
-OPS = torch.ops.msa
 ON_THE_CPU = ["torch"] if torch.cuda.is_available() else ["torch", "triton"]
 """With a GPU, kernels are not interpreted; test_ops_gpu.py tests triton there."""
-
-
-def make(dtype=torch.float32, n_q=30, n_k=40, lead=(), grad=False):
-    """The tensors q, k, v, q_idx and k_idx."""
-    rng = torch.Generator().manual_seed(1)
-    shapes = (n_q, 4, 16), (n_k, 2, 16), (n_k, 2, 12), (n_q, 2, 8), (n_k, 8)
-    return [
-        torch.randn((*lead, *s), generator=rng, dtype=torch.float64).to(dtype).requires_grad_(grad)
-        for s in shapes
-    ]
 
 
 def permuted(x):
     """The same numbers with another order in memory: [H, T, D] read as [T, H, D]."""
     return x.detach().transpose(0, -2).contiguous().transpose(0, -2).requires_grad_(x.requires_grad)
-
-
-def numbers(config=CONFIG):
-    return config.block_size, config.top_k, config.sink_blocks, config.local_blocks
-
-
-def decode_args():
-    rng = torch.Generator().manual_seed(2)
-
-    def draw(*shape):
-        return torch.randn(shape, generator=rng)
-
-    table = torch.tensor([[4, 2, 0], [1, 0, 0], [3, 5, 0]], dtype=torch.int32)
-    lengths = torch.tensor([20, 0, 13], dtype=torch.int32)
-    pages = draw(6, 8, 2, 16), draw(6, 8, 2, 12), draw(6, 8, 8)
-    return draw(3, 2, 4, 16), draw(3, 2, 2, 8), msa.PagedKV(*pages, table, lengths)
 
 
 # -- correct as operators -------------------------------------------------------------------------
@@ -187,172 +167,7 @@ def test_two_losses_may_go_back_one_after_the_other():
     assert tensors[3].grad.any()
 
 
-# -- bad input (R20) ------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda t: t.__setitem__(2, t[2][:, :1]), r"v must have shape \[Tk, Hkv, Dv\]"),
-        (lambda t: t.__setitem__(4, t[4].double()), "k_idx must have the dtype of q_idx"),
-        (lambda t: t.__setitem__(0, t[0][:, :3]), "q must have a number of heads Hq"),
-    ],
-)
-def test_bad_tensors(break_it, message):
-    tensors = make()
-    break_it(tensors)
-    with pytest.raises((TypeError, ValueError), match=message):
-        msa.ops.attention(*tensors, *BORDERS, config=CONFIG)
-
-
-def layouts():
-    """Tensors of 40 tokens: packed, 2 sequences of 20, and 4 sequences of 10."""
-    return (
-        dict(zip(NAMES, make(lead=lead, n_q=n, n_k=n)))
-        for lead, n in (((), 40), ((2,), 20), ((4,), 10))
-    )
-
-
-PACKED, TWO, FOUR = layouts()
-KINDS = [
-    (TWO | {"v": FOUR["v"], "k_idx": FOUR["k_idx"]}, r"v must have shape \[B, Tk, Hkv, Dv\] = \[2"),
-    (TWO | {"q_idx": FOUR["q_idx"]}, r"q_idx must have shape \[B, Tq, Hkv, Di\] = \[2, 20, 2"),
-    (TWO | {"cu_seqlens_q": [0, 40], "cu_seqlens_k": [0, 40]}, "cu_seqlens_q must be None where t"),
-    (PACKED | {"cu_seqlens_q": [0, 40]}, "cu_seqlens_k must be given along with cu_seqlens_q"),
-    ({n: x[None, None] for n, x in PACKED.items()}, r"q must have shape .* got \[1, 1, 40, 4, 16"),
-    (PACKED | {"cu_seqlens_q": [0.0, 40.0], "cu_seqlens_k": [0, 40]}, r"cu_seqlens_q\[0\] must be"),
-    (
-        PACKED | {"cu_seqlens_q": 5, "cu_seqlens_k": [0, 40]},
-        "cu_seqlens_q must be a tuple, list, a",
-    ),
-    (PACKED | {"cu_seqlens_q": b"\0(", "cu_seqlens_k": [0, 40]}, "integers, got bytes"),
-    (PACKED | {"q": PACKED["q"].numpy()}, "q must be a torch.Tensor, got numpy.ndarray"),
-    (
-        PACKED | {"k": PACKED["k"].to("meta")},
-        "k must hold numbers, got a tensor on the device meta",
-    ),
-    (PACKED | {"config": None}, "config must be a msa.MSAConfig, got NoneType"),
-    (PACKED | {"align": 1}, "align must be True or False, got 1"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), KINDS, ids=[m[:30] for _, m in KINDS])
-def test_the_layout_is_checked_before_tensors_are_packed(arguments, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        msa.ops.attention(**{"config": CONFIG} | arguments)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: msa.ops.select_blocks(torch.zeros(40, 4), PACKED["k_idx"]),
-         r"q_idx must have shape .*, got \[40, 4\]"),
-        (lambda: msa.ops.select_blocks(FOUR["q_idx"], PACKED["k_idx"]),
-         r"k_idx must have shape \[B, Tk, Di\], got \[40, 8\]"),
-        (lambda: msa.ops.align_index(*(TWO[n] for n in ("q", "k", "q_idx", "k_idx")),
-                                     lse=torch.zeros(4, 10, 4)),
-         r"lse must have shape \[B, Tq, Hq\] = \[2, 20, 4\], got \[4, 10, 4\]"),
-        (lambda: msa.ops.sparse_attention(*(PACKED[n] for n in ("q", "k", "v")), None),
-         "indices must be a torch.Tensor, got NoneType"),
-        (lambda: msa.ops.sparse_attention(*(PACKED[n] for n in ("q", "k", "v")),
-                                          torch.zeros(40, 2, 1)),
-         "indices must have dtype int32, got torch.float32"),
-        (lambda: msa.ops.decode(*decode_args()[:2], None), "cache must be a msa.PagedKV, got None"),
-        (lambda: msa.ops.decode(*decode_args(), None), "config must be a msa.MSAConfig, got None"),
-        (lambda: msa.ops.decode(*decode_args(), msa.MSAConfig(block_size=4)),
-         r"cache.k_pages must have shape .* = \[any, 4, any, any\], got \[6, 8, 2, 16\]"),
-        (lambda: msa.ops.decode(decode_args()[0].numpy(), *decode_args()[1:]),
-         "q must be a torch.Tensor, got numpy.ndarray"),
-    ],
-)  # fmt: skip
-def test_the_other_functions_check_before_they_pack(call, message, as_users_run_it):
-    with pytest.raises((TypeError, ValueError), match=message):
-        call()
-
-
-def test_a_compiled_call_checks_its_layout():
-    compiled = torch.compile(msa.ops.attention, backend="eager")
-    for arguments, message in KINDS[:4]:
-        torch.compiler.reset()
-        with pytest.raises(ValueError, match=message):
-            compiled(**arguments, config=CONFIG)
-
-
-def test_inside_transforms():
-    """vmap calls the operator once for each entry. A tangent would be lost, so jvp is refused."""
-    q = torch.stack([PACKED["q"], 2 * PACKED["q"]])
-
-    def out(q):
-        return msa.ops.attention(**PACKED | {"q": q}, config=CONFIG).out
-
-    assert torch.equal(torch.func.vmap(out)(q), torch.stack([out(q[0]), out(q[1])]))
-    with pytest.raises(TypeError, match=r"q must be a tensor outside of torch\.func"):
-        torch.func.jvp(out, (q[0],), (q[1],))
-
-
-def test_what_attention_selects_is_not_read_back(monkeypatch):
-    """Validation of a caller's indices waits for the device; those of msa need no validation."""
-
-    def validate(*_):
-        raise AssertionError("validated")
-
-    monkeypatch.setattr(selection, "check_canonical", validate)
-    counted = lambda ids: True  # noqa: E731 - as on a GPU
-    monkeypatch.setattr(selection, "counts_writes", counted)
-    q, k, v, q_idx, k_idx = make(grad=True)
-    output = msa.ops.attention(q, k, v, q_idx, k_idx, *BORDERS, config=CONFIG, align=True)
-    (output.out.sum() + output.kl).backward()
-    with pytest.raises(AssertionError, match="validated"):
-        msa.ops.align_index(q, k, q_idx, k_idx, output.indices, *BORDERS, config=CONFIG)
-
-
-def test_bad_numbers():
-    q, k, v, q_idx, k_idx = make()
-    with pytest.raises(ValueError, match="cu_seqlens_q must end with Tq = 30, got 29"):
-        msa.ops.attention(q, k, v, q_idx, k_idx, (0, 29), (0, 40), CONFIG)
-    ids = torch.zeros(30, 2, 3, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"selection.indices must be ascending and unique \(R8\)"):
-        msa.ops.sparse_attention(q, k, v, ids, *BORDERS, block_size=8)
-    with pytest.raises(ValueError, match=r"selection.indices must be ascending and unique \(R8\)"):
-        msa.ops.align_index(q, k, q_idx, k_idx, ids, *BORDERS, config=CONFIG)
-    q_idx.requires_grad_()
-    kl, *_ = OPS.align_index(q, k, q_idx, k_idx, None, None, *BORDERS, 8, False)
-    with pytest.raises(ValueError, match="with_gradient must be True where q_idx"):
-        kl.backward()
-
-
 # -- in compiled graphs ---------------------------------------------------------------------------
-class Layer(nn.Module):
-    """A layer of MSA with its projections: the index reads a detached hidden state (R18)."""
-
-    def __init__(self, config=CONFIG):
-        super().__init__()
-        torch.manual_seed(0)
-        self.config = config
-        self.qkv = nn.Linear(32, 64 + 2 * 32, bias=False)
-        self.index = nn.Linear(32, 2 * 8 + 8, bias=False)
-        self.out = nn.Linear(64, 32, bias=False)
-
-    def forward(self, x):
-        """x [B, T, 32] to x of the same shape, and the loss of the index."""
-        q, k, v = self.qkv(x).split((64, 32, 32), -1)
-        q_idx, k_idx = self.index(x.detach()).split((16, 8), -1)
-        q, k, v, q_idx = (t.unflatten(-1, (h, -1)) for t, h in ((q, 4), (k, 2), (v, 2), (q_idx, 2)))
-        output = msa.ops.attention(q, k, v, q_idx, k_idx, config=self.config, align=True)
-        return x + self.out(output.out.flatten(-2)), output.kl
-
-
-def loss_and_gradients(layer, call, x):
-    out, kl = call(x)
-    loss = out.square().mean() + kl
-    layer.zero_grad()
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in layer.parameters())]
-
-
-def assert_all_close(mine, theirs):
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend):
     layer = Layer()

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.library import opcheck
-from torch.utils.checkpoint import checkpoint
-
-import msa
-import msa.ops
-from tests.test_ops import (
+from operator_calls import (
     BORDERS,
     NAMES,
     OPS,
@@ -20,6 +15,11 @@ from tests.test_ops import (
     make,
     numbers,
 )
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import msa
+import msa.ops
 
 pytestmark = pytest.mark.gpu
 CONFIG = msa.MSAConfig(block_size=16, top_k=2)

@@ -94,7 +94,7 @@ def test_tensors_of_inference_mode_are_for_inference_mode(method):
     *(("enter", method) for method in METHODS),
 ])  # fmt: skip
 def test_what_breaks_off_is_not_counted(monkeypatch, eight, method, step):
-    """As where memory runs out: what has been written by then is nobody's."""
+    """A write fails, as where memory runs out: the tokens written before belong to no sequence."""
     pool = two_sequences("torch", eight)
     call, before = calls_on(pool)[method], snapshot(pool)
     whole = getattr(msa.paging.page_arrays, step)

@@ -128,7 +128,7 @@ def test_ids_written_before_the_backward_are_refused(backend, tensors):
         output.out.sum().backward()
 
 
-def test_ids_whose_writes_nobody_counts_are_validated(tensors):
+def test_ids_whose_writes_are_not_counted_are_validated(tensors):
     arrays = {name: x.numpy() for name, x in tensors.items()}
     assert validated(arrays, msa.select(arrays["q_idx"], arrays["k_idx"], config=CONFIG))
     with torch.inference_mode():

@@ -61,7 +61,7 @@ def same(found, wanted):
     st.lists(strides(), min_size=3, max_size=3),
     st.integers(0, 9999),
 )
-def test_a_pool_writes_into_pages_that_lie_anyhow(kind, eight, page_ways, token_ways, seed):
+def test_a_pool_writes_into_pages_of_any_strides(kind, eight, page_ways, token_ways, seed):
     if kind is np.array:
         eight = ()
     cast = {"copy": True} if kind is np.array else {}
@@ -92,7 +92,7 @@ PARTS = ("k_pages", "v_pages", "k_idx_pages", "page_table", "lengths",
     st.sampled_from([torch.int32, torch.int64]),
     st.integers(0, 9999),
 )
-def test_the_kernel_appends_to_a_cache_that_lies_anyhow(eight, ways, token_ways, integers, seed):
+def test_the_kernel_appends_to_a_cache_of_any_strides(eight, ways, token_ways, integers, seed):
     def cache(laid_out):
         pages = empty_pages(lambda x: torch.tensor(x, device=DEVICE), eight)
         pool = msa.PagePool(*pages.values(), batch=BATCH)
@@ -124,7 +124,7 @@ NAMES = ("q", "k", "v", "q_idx", "k_idx")
 
 
 @given(st.lists(strides(), min_size=5, max_size=5), st.integers(0, 9999))
-def test_quality_of_tensors_that_lie_anyhow(ways, seed):
+def test_quality_of_tensors_of_any_strides(ways, seed):
     arrays = drawn(seed, 40, names=NAMES)
     tensors = {n: torch.tensor(way.values(x)) for (n, x), way in zip(arrays.items(), ways)}
     config = msa.MSAConfig(block_size=4, top_k=2)
