@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, union_walk
+from msa.triton_impl.hopper import block_topk, index_scores, partials, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -57,14 +57,26 @@ def compile_topk(places, long):
     )  # fmt: skip
 
 
-def compile_walk(dtype, group, fold):
+def compile_walk(dtype, group, apart):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys = union_walk.describe(k)
     return union_walk.hopper_walk_kernel.warmup(
-        q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, 0.1, 0.125,
-        640, 20, 8192, 128, G=group, HKV=4, HEADS=pad(group, 8),
-        TOP_K=16 if fold else 1, FOLD=fold, grid=(1,), **union_walk.OPTIONS,
+        q, keys, keys, table, table, table, table, q, floats, floats, 0.1, 0.125, 640, 20, 8192,
+        128, G=group, HKV=4, HEADS=pad(group, 8), APART=apart, grid=(1,), **union_walk.OPTIONS,
+    )  # fmt: skip
+
+
+def compile_chunks(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    table, longs, floats = (
+        torch.zeros(64, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.float32)
+    )
+    keys = union_walk.describe(k)
+    return partials.hopper_chunk_kernel.warmup(
+        partials.describe_queries(q, group), keys, keys, partials.describe_rows(q[0], group), table,
+        longs, longs, table, table, table, table, table, floats, floats, 0.1, 640, 20, 8192, G=group,
+        HKV=4, TOP_K=16, grid=(1,), **partials.OPTIONS,
     )  # fmt: skip
 
 
@@ -91,5 +103,5 @@ def facts(kernel):
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
+    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "chunks": compile_chunks}
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -29,7 +29,7 @@ import triton.language as tl
 from jaxtyping import Float
 
 from msa.ir import Array, Partials, Schedule
-from msa.triton_impl.combine import Slots
+from msa.triton_impl.combine import Slots, empty_slots
 from msa.triton_impl.launch import contiguous, is_exact, pad, require_kernels
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tables import block_table, query_table
@@ -51,7 +51,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                  out, tops, totals, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
                  stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
                  DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
-                 HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+                 HKV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """One item; BM = query positions x HEADS rows at a time.
 
@@ -64,14 +64,14 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
         own_keys: [Tq], int32; each query's own key among the packed keys
         first_keys, key_stops: [blocks], int32; a `block_table`
-        out: [Tq, Hq, k, Dv], as q; written in the slots of the edges
-        tops: [Tq, Hq, k], float32; highest score, not scaled, written as out
-        totals: [Tq, Hq, k], float32; sum of exp2(scale * (score - top)), written as out
+        out: [Tq, Hkv, k, G, Dv], as q; written in the slots of the edges
+        tops: [Tq, Hkv, k, G], float32; highest score, not scaled, written as out
+        totals: [Tq, Hkv, k, G], float32; sum of exp2(scale * (score - top)), written as out
         scale: float; softmax scale times log2(e)
         n_blocks: int; blocks of all sequences
         stride_qt, stride_kt, stride_vt: elements from one token of q, k, v to the next
         stride_qh, stride_kh, stride_vh: elements from one head of q, k, v to the next
-        G, HQ: query heads of a group, of all groups
+        G, HKV: query heads of a group, groups
         HEADS: heads of one program
         DIM, DIM_V: D, Dv
         BD, BDV: D, Dv rounded up to powers of two
@@ -102,7 +102,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
             b_own = tl.load(own_keys + b_t, mask=m_e, other=0)
             m_m = m_e & (o_g < G)
             b_q = load_tile(p_h + along(b_t, stride_qt), m_m, o_d, DIM)  # [BM, BD]
-            p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
+            p_o = ((b_t.to(tl.int64) * HKV + i_r) * TOP_K + b_slot) * G + o_g  # [BM]
             if BN == BK:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
                 if masked:
@@ -140,13 +140,9 @@ def fill_slots(
     out has q's dtype; slots that no edge owns are not written.
     """
     index = schedule.reverse_index
-    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
+    (_, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
     group = heads // groups
-    out = torch.empty((n_q, heads, index.top_k, dim_v), dtype=q.dtype, device=q.device)
-    tops, totals = (
-        torch.empty((n_q, heads, index.top_k), dtype=torch.float32, device=q.device)
-        for _ in range(2)
-    )
+    into = empty_slots(q, groups, index.top_k, dim_v, index.counts)
     items = len(schedule.rows)
     if items:
         tile = tile or choose("chunks", q.dtype, max(pad(dim), pad(dim_v)), index.block_size)
@@ -156,13 +152,13 @@ def fill_slots(
         first_keys, key_stops = block_table(sequences, block, q.device)
         chunk_kernel[items, triton.cdiv(group, some)](
             q, k, v, schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
-            own, first_keys, key_stops, out, tops, totals, softmax_scale * LOG2E.value,
-            sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            own, first_keys, key_stops, into.out, into.top, into.total,
+            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
             G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
-            TOP_K=index.top_k, HQ=heads, BK=block, BN=tile.keys, BM=max(tile.rows, some),
+            TOP_K=index.top_k, HKV=groups, BK=block, BN=tile.keys, BM=max(tile.rows, some),
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
-    return Slots(out, tops, totals, index.counts)
+    return into
 
 
 @on_its_device
@@ -178,6 +174,6 @@ def attend_chunks(
     index = contiguous(schedule.reverse_index)
     require_kernels(index.block_size, index.top_k, q=q, k=k, v=v)
     slots = fill_slots(q, k, v, replace(contiguous(schedule), reverse_index=index), softmax_scale)
-    assert slots.total is not None
     lse = softmax_scale * slots.top.double() + slots.total.double().log()
-    return Partials(slots.out, lse, slots.counts)
+    by_head = (x.transpose(2, 3).flatten(1, 2) for x in (slots.out, lse))
+    return Partials(*by_head, slots.counts)

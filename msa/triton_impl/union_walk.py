@@ -106,9 +106,9 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
         ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
         masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
         counts: [tiles, Hkv], int32; blocks of each union
-        parts: [Tq, Hq, k, Dv], as q; outputs of other blocks to fold in, read with FOLD only
-        part_tops: [Tq, Hq, k], float32; their highest scores, not scaled
-        part_totals: [Tq, Hq, k], float32; their sums of exp2(scale * (score - top))
+        parts: [Tq, Hkv, k, G, Dv], as q; outputs of other blocks to fold in, read with FOLD only
+        part_tops: [Tq, Hkv, k, G], float32; their highest scores, not scaled
+        part_totals: [Tq, Hkv, k, G], float32; their sums of exp2(scale * (score - top))
         part_counts: [Tq, Hkv], int32; slots of the parts that are in use
         out: [Tq, Hq, Dv], as q; written
         lse: [Tq, Hq], float32, natural logarithm; written
@@ -167,7 +167,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
         o_s = tl.arange(0, P)
         b_count = tl.load(part_counts + o_t * HKV + i_r, mask=m_m, other=0)
         m_s = o_s[None, :] < b_count[:, None]
-        p_s = o_x[:, None] * TOP_K + o_s[None, :]
+        p_part = (o_t * HKV + i_r) * (TOP_K * G) + o_h - i_r * G  # [BM] the row's first slot
+        p_s = p_part[:, None] + o_s[None, :] * G
         b_tops = tl.load(part_tops + p_s, mask=m_s, other=LOWEST)
         b_totals = tl.load(part_totals + p_s, mask=m_s, other=0.0)
         b_most = tl.maximum(b_top, tl.max(b_tops, 1))
@@ -178,7 +179,7 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
         b_top = b_most
         for i_s in range(0, tl.max(b_count)):
             m_o = i_s < b_count
-            p_x = o_x * TOP_K + i_s
+            p_x = p_part + i_s * G
             b_w = slot_weight(tl.load(part_tops + p_x, mask=m_o, other=LOWEST),
                               tl.load(part_totals + p_x, mask=m_o, other=0.0), b_top,
                               scale)  # fmt: skip
@@ -212,7 +213,7 @@ def walk(
         if fold
         else (into.out, into.lse, into.lse, counts)
     )
-    top_k = slots.top.shape[-1] if fold else 1
+    top_k = slots.top.shape[2] if fold else 1
     tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
     key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else ()
     walk_kernel[len(tiles), groups, triton.cdiv(group, some)](

@@ -24,6 +24,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9; 3.6 to 3.8
+copy_back = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # from 3.8 on
+
+
+@gluon.jit
+def view(x, shape: gl.constexpr, layout: gl.constexpr):
+    """Shared memory under another shape and layout."""
+    if REINTERPRETS:
+        return x.reinterpret(x.dtype, shape, layout)
+    else:
+        return x._reinterpret(x.dtype, shape, layout)
 
 
 @gluon.jit

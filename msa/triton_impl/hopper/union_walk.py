@@ -1,4 +1,4 @@
-"""Attention by a walk along each tile's union of blocks, on Hopper (R9, R10, R16).
+"""Attention by a walk along each tile's union of blocks, on Hopper (R9, R10).
 
     for each tile of neighbouring queries, each group:
         m, l, o = -inf, 0, 0                                     # per query and head
@@ -24,9 +24,9 @@ What the asynchronous form changes:
  6. The scale and the maximum are applied by one multiply-add (`walk_rows.py` says why it is exact).
  7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
     while consumers write this item's rows. Rows of queries are loaded while the last are written.
- 8. Slots of other blocks (R16) are folded in one after another at the end of an item. This spills
-    registers, outside of all loops over blocks. Without slots nothing spills
-    where a group has nine heads or more.
+ 8. Where KV-outer does other blocks, a row's highest score and its sum are written in place of its
+    LSE, and `combine.py` takes this result as one more slot (R16). Adding the slots here would spill
+    registers. So nothing spills where a group has nine heads or more.
  9. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 
@@ -57,7 +57,6 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msa.ir import Output, Sequences
-from msa.triton_impl.combine import Slots
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.hopper.walk_rows import (
     LOWEST,
@@ -100,10 +99,10 @@ def skip(rings, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U,
+def consume(W: gl.constexpr, q, rings, tables, out, lse, totals, scale, scale_up, n_items, U,
             stride_qt, stride_qh, G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,
-            TOP_K: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
-            MMA: gl.constexpr, S_MMA: gl.constexpr):  # fmt: skip
+            APART: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr, MMA: gl.constexpr,
+            S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: its rows of every item; the next block's scores before this block's values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     tiles, ids, masks, _unused = tables
@@ -189,18 +188,13 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
                 acc = warpgroup_mma_wait(0, deps=[acc_next])
                 release(v_empty, last, STAGES)
         following = gl.minimum(item + gl.num_programs(0), n_items - 1)
-        if not FOLD:  # the rows of the next item arrive while this one is written
-            b_q = load_rows(q, tiles, following, a_m, a_d, W, POS, HEADS, G, HKV, stride_qt,
-                            stride_qh)  # fmt: skip
+        b_q = load_rows(q, tiles, following, a_m, a_d, W, POS, HEADS, G, HKV, stride_qt,
+                        stride_qh)  # fmt: skip
         record = tiles + (item // HKV) * 5
         t = gl.load(record) + o_i
         real = (t < gl.load(record + 1)) & (o_h < G)
-        finish(acc, to_rows(top, MMA), to_rows(shift, MMA), to_rows(total, MMA), folded, out, lse,
-               item % HKV, t, o_h, real, o_d, scale, scale_up, G, HKV, DIM, TOP_K,
-               FOLD)  # fmt: skip
-        if FOLD:
-            b_q = load_rows(q, tiles, following, a_m, a_d, W, POS, HEADS, G, HKV, stride_qt,
-                            stride_qh)  # fmt: skip
+        finish(acc, to_rows(top, MMA), to_rows(shift, MMA), to_rows(total, MMA), out, lse, totals,
+               item % HKV, t, o_h, real, o_d, scale, scale_up, G, HKV, DIM, APART)  # fmt: skip
 
 
 @gluon.jit
@@ -225,12 +219,11 @@ def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
 
 
 @gluon.jit
-def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part_tops, part_totals,
-                       part_counts, out, lse, scale, scale_up, n_items, U, stride_qt, stride_qh,
-                       G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,
-                       TOP_K: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr,
-                       BK: gl.constexpr, MMA: gl.constexpr, S_MMA: gl.constexpr,
-                       REGISTERS: gl.constexpr):  # fmt: skip
+def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, out, lse, totals, scale,
+                       scale_up, n_items, U, stride_qt, stride_qh, G: gl.constexpr,
+                       HKV: gl.constexpr, HEADS: gl.constexpr, APART: gl.constexpr,
+                       STAGES: gl.constexpr, BK: gl.constexpr, MMA: gl.constexpr,
+                       S_MMA: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """Items p, p + programs, ... of program p; an item is a tile of queries and a group.
 
     Parameters:
@@ -240,12 +233,9 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
         masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
         counts: [tiles, Hkv], int32; blocks of each union
-        parts: [Tq, Hq, k, 128], as q; outputs of other blocks to fold in, read with FOLD only
-        part_tops: [Tq, Hq, k], float32; their highest scores, not scaled
-        part_totals: [Tq, Hq, k], float32; their sums of exp2(scale * (score - top))
-        part_counts: [Tq, Hkv], int32; slots of the parts that are in use
         out: [Tq, Hq, 128], as q; written
-        lse: [Tq, Hq], float32, natural logarithm; written
+        lse: [Tq, Hq], float32, natural logarithm; written; with APART the highest score, not scaled
+        totals: [Tq, Hq], float32; sum of exp2(scale * (score - highest)), written with APART only
         scale: float; softmax scale times log2(e)
         scale_up: float; scale rounded up to a power of two
         n_items: int; tiles times groups
@@ -254,8 +244,7 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         stride_qh: elements from one head of q to the next
         G, HKV: query heads of a group, groups
         HEADS: G rounded up to a power of two, at least 8
-        TOP_K: k of the parts
-        FOLD: bool; fold in the parts
+        APART: bool; write the highest score and the sum in place of the LSE
         STAGES: tiles of keys in their ring, and of values in theirs
         BK: keys of a block
         MMA: layout of the outputs of a consumer, [64, 128]
@@ -270,12 +259,11 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         make_barriers(STAGES, 1), make_barriers(STAGES, 2),
     )  # fmt: skip
     tables = (tiles, ids, masks, counts)
-    folded = (parts, part_tops, part_totals, part_counts)
     gl.warp_specialize([
-        (consume, (0, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
-                   stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
-                   stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
+        (consume, (0, q, rings, tables, out, lse, totals, scale, scale_up, n_items, U, stride_qt,
+                   stride_qh, G, HKV, HEADS, APART, STAGES, BK, MMA, S_MMA)),
+        (consume, (1, q, rings, tables, out, lse, totals, scale, scale_up, n_items, U, stride_qt,
+                   stride_qh, G, HKV, HEADS, APART, STAGES, BK, MMA, S_MMA)),
         (copy_blocks, (k_desc, v_desc, rings, tables, n_items, U, HKV, STAGES, BK)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
@@ -308,25 +296,25 @@ def walk(
     counts: Int[Tensor, "tiles Hkv"],
     softmax_scale: float,
     into: Output,
-    slots: Slots | None = None,
+    apart: tuple[Tensor, Tensor] | None = None,
 ) -> Output:
-    """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks.
+    """Walk the first `counts` blocks of each tile.
 
-    For arguments that `msa.kernel_choice` takes, in tiles of `tile_size_of` queries.
+    For arguments that `msa.kernel_choice` takes, in tiles of `tile_size_of` queries. With `apart`,
+    each row's highest score, not scaled, and its sum are written to these two tensors [Tq, Hq] in
+    place of `into.lse`. A row without a block then has the sum 0, and NaN in `into.out`.
     """
     heads, groups = q.shape[1], k.shape[1]
     group = heads // groups
     if not len(q):
         return into
     tiles = tile_table(sequences, tile_size_of(group), q.device)
-    scale, items, fold = softmax_scale * LOG2E, len(tiles) * groups, slots is not None
-    unused = into.out, into.lse, into.lse, counts
-    parts = (slots.out, slots.top, slots.total, slots.counts) if fold else unused
+    scale, items = softmax_scale * LOG2E, len(tiles) * groups
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     hopper_walk_kernel[(min(programs, items),)](
-        q, describe(k), describe(v), tiles, block_ids, row_masks, counts, *parts, into.out,
-        into.lse, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items, block_ids.shape[2],
-        *q.stride()[:2], G=group, HKV=groups, HEADS=pad(group, 8),
-        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, **OPTIONS,
+        q, describe(k), describe(v), tiles, block_ids, row_masks, counts, into.out,
+        *(apart or (into.lse, into.lse)), scale, 2.0 ** min(127, math.ceil(math.log2(scale))),
+        items, block_ids.shape[2], *q.stride()[:2], G=group, HKV=groups, HEADS=pad(group, 8),
+        APART=apart is not None, **OPTIONS,
     )  # fmt: skip
     return into

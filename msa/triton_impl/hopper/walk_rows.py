@@ -1,4 +1,4 @@
-"""What a consumer of the union walk does with its rows: load, softmax, fold, write (R9, R10, R16).
+"""What a consumer of the union walk does with its rows: load, softmax, write (R9, R10).
 
 The functions of `union_walk.py` that need no ring. Scores are not scaled when they arrive. The
 softmax takes exp2(s * scale - shift), one multiply-add for each score, where shift is the rounded
@@ -119,44 +119,19 @@ def clear_foreign(v, first, key_stop):
 
 
 @gluon.jit
-def fold(acc, top, total, parts, part_tops, part_totals, part_counts, t, x, i_r, real, d, scale,
-         HKV: gl.constexpr, DIM: gl.constexpr, TOP_K: gl.constexpr):  # fmt: skip
-    """Add the slots of blocks that the walk left out (R16)."""
-    count = gl.load(part_counts + t * HKV + i_r, mask=real, other=0)
-    for i in range(gl.max(count, 0)):
-        m = i < count
-        b_top = gl.load(part_tops + x * TOP_K + i, mask=m, other=LOWEST)
-        b_total = gl.load(part_totals + x * TOP_K + i, mask=m, other=0.0)
-        most = gl.maximum(top, b_top)
-        decay = gl.exp2((top - most) * scale)
-        weight = b_total * gl.exp2((b_top - most) * scale)
-        p_part = parts + (x * TOP_K + i)[:, None] * DIM + d[None, :]
-        part = gl.load(p_part, mask=m[:, None], other=0.0)
-        acc = acc * decay[:, None] + weight[:, None] * part.to(gl.float32)
-        total = total * decay + weight
-        top = most
-    return acc, top, total
-
-
-@gluon.jit
-def finish(acc, top, shift, total, folded, out, lse, i_r, t, h, real, o_d, scale, scale_up,
-           G: gl.constexpr, HKV: gl.constexpr, DIM: gl.constexpr, TOP_K: gl.constexpr,
-           FOLD: gl.constexpr):  # fmt: skip
-    """Divide by the sum, fold in the slots of other blocks, write out and lse."""
-    parts, part_tops, part_totals, part_counts = folded
+def finish(acc, top, shift, total, out, lse, totals, i_r, t, h, real, o_d, scale, scale_up,
+           G: gl.constexpr, HKV: gl.constexpr, DIM: gl.constexpr, APART: gl.constexpr):  # fmt: skip
+    """Divide by the sum; write out and lse, or with APART out, the top in place of lse, the sum."""
     _, _, large = shift_of(top, scale, scale_up)
     rest = gl.fma(top, scale + gl.zeros_like(top), -shift)  # what rounding took off the shift
     right = gl.exp2(gl.where(large, 0.0, -rest))
     total = total * right
     x = t.to(gl.int64) * (HKV * G) + i_r * G + h
-    if FOLD:
-        acc = acc * right[:, None]
-        acc, top, total = fold(acc, top, total, parts, part_tops, part_totals, part_counts,
-                               t.to(gl.int64), x, i_r, real, o_d, scale, HKV, DIM,
-                               TOP_K)  # fmt: skip
-        o = acc * (1.0 / total)[:, None]
-    else:
-        o = acc * (right / total)[:, None]
+    o = acc * (right / total)[:, None]
     p_out = out + x[:, None] * DIM + o_d[None, :]
     gl.store(p_out, o.to(out.dtype.element_ty), mask=real[:, None])
-    gl.store(lse + x, top * (scale * LN2) + gl.log(total), mask=real)
+    if APART:
+        gl.store(lse + x, top, mask=real)
+        gl.store(totals + x, total, mask=real)
+    else:
+        gl.store(lse + x, top * (scale * LN2) + gl.log(total), mask=real)
