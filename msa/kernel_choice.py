@@ -48,6 +48,9 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+CHUNK_GROUPS = (8, 16, 32, 64)
+"""Query heads of a group that the hopper kernel of KV-outer takes: an edge's heads are copied whole
+and fill a consumer's 64 rows."""
 SMALLEST_GROUP = 9
 """With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
 "auto" avoids it."""
@@ -243,8 +246,6 @@ def wrong_selection(call: Call) -> TypeError | ValueError | None:
 
 def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
     """What the hopper kernel cannot take of a walk along unions."""
-    if call.loop_order == "kv_outer":
-        return ValueError(must("loop_order", "be 'auto' or 'union'", "'kv_outer'"))
     for name, dtype in (("q", call.q_dtype), ("k", call.k_dtype), ("v", call.v_dtype)):
         if dtype not in DTYPES:
             return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
@@ -257,6 +258,9 @@ def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
         return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
     if call.group > LARGEST_GROUP:
         return ValueError(must("q", f"have at most {LARGEST_GROUP} heads in a group", call.group))
+    if call.loop_order == "kv_outer" and call.group not in CHUNK_GROUPS:
+        heads = f"have {either(CHUNK_GROUPS)} heads in a group where loop_order is 'kv_outer'"
+        return ValueError(must("q", heads, call.group))
     return None
 
 
@@ -296,9 +300,16 @@ def is_better(call: Call | WalkCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
     if not isinstance(call, WalkCall):
         return True
+    if call.loop_order == "kv_outer":
+        return True
     wanted = call.loop_order == "union" or call.blocks <= LONGEST_WHOLE
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
     return wanted and fits and call.scale <= LARGEST_SCALE
+
+
+def chunks_of(walker: str, call: WalkCall) -> Literal["portable", "hopper"]:
+    """The kernel of KV-outer beside these kernels of the walk; it takes fewer groups."""
+    return "hopper" if walker == "hopper" and call.group in CHUNK_GROUPS else "portable"
 
 
 def order_on_hopper(call: WalkCall) -> str:
@@ -306,7 +317,8 @@ def order_on_hopper(call: WalkCall) -> str:
 
     "auto" is then "union" up to LONGEST_WHOLE blocks: no tile leaves blocks to KV-outer.
     """
-    return "union" if call.blocks <= LONGEST_WHOLE else call.loop_order
+    whole = call.loop_order == "auto" and call.blocks <= LONGEST_WHOLE
+    return "union" if whole else call.loop_order
 
 
 def rule() -> list[tuple[str, str]]:

@@ -37,6 +37,7 @@ super-tile. The sums of several are added in float32 and in order, so the bits s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -48,7 +49,7 @@ from torch import Tensor
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
+from msa.kernel_choice import Kernels, chunks_of, obstacle, order_on_hopper, walk_call_of
 from msa.kernel_choice import choose as choose_kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
@@ -85,35 +86,52 @@ def choose_order(selection: Selection, group: int) -> str:
 def attend_part(
     q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
     selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
+    chunks: str = "portable",
 ) -> None:  # fmt: skip
     """Attend one super-tile in one order; nothing here waits for the device."""
 
     def kv_outer(chosen: Selection) -> Slots:
         schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
+        if chunks == "hopper":
+            # imported here, because older releases of triton have no Gluon
+            from msa.triton_impl.hopper import partials as hopper
+
+            return hopper.fill_slots(q, k, v, schedule, softmax_scale)
         return fill_slots(q, k, v, schedule, softmax_scale)
 
     if order == "kv_outer":
         weigh_slots(kv_outer(selection), softmax_scale, into)
         return
     group = q.shape[1] // k.shape[1]
-    split = limits(selection.top_k) if order == "split" else None
     if walker == "hopper":
-        # imported here, because older releases of triton have no Gluon
-        from msa.triton_impl.hopper import union_walk as hopper
-
-        union = split_tiles(selection, hopper.tile_size_of(group), split)
-        hopper.walk(
-            q, k, v, selection.sequences, union.block_ids, union.row_masks, union.counts,
-            softmax_scale, into, None if union.remote is None else kv_outer(union.remote),
-        )  # fmt: skip
+        walk_on_hopper(q, k, v, selection, softmax_scale, order, into, kv_outer)
         return
     tile_size = positions_of(group)
-    union = split_tiles(selection, tile_size, split)
+    union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into,
         slots=None if union.remote is None else kv_outer(union.remote),
     )  # fmt: skip
+
+
+def walk_on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, order: str, into: Output,
+    kv_outer: Callable[[Selection], Slots],
+) -> None:  # fmt: skip
+    """The hopper walk along unions; with order "split" its result is one more slot."""
+    from msa.triton_impl.hopper import union_walk as hopper  # older releases have no Gluon
+
+    tile_size = hopper.tile_size_of(q.shape[1] // k.shape[1])
+    limit = limits(selection.top_k) if order == "split" else None
+    union = split_tiles(selection, tile_size, limit, tile_size // hopper.CONSUMERS)
+    blocks = union.block_ids, union.row_masks, union.counts
+    if union.remote is None:
+        hopper.walk(q, k, v, selection.sequences, *blocks, scale, into)
+        return
+    walked = torch.empty_like(into.lse), torch.empty_like(into.lse)
+    hopper.walk(q, k, v, selection.sequences, *blocks, scale, into, walked)
+    weigh_slots(kv_outer(union.remote), scale, into, walked)
 
 
 @on_its_device
@@ -198,6 +216,7 @@ def attend_super_tiles(
     (n_q, heads, _), dim_v = q.shape, v.shape[2]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
     walker = choose_kernels(kernels, call)
+    chunks = chunks_of(walker, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
@@ -210,7 +229,8 @@ def attend_super_tiles(
         part = Selection(selection.indices[queries], sequences, selection.block_size)
         order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
         into = Output(out[queries], lse[queries])
-        attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
+        attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker,
+                    chunks)  # fmt: skip
     return out, lse
 
 

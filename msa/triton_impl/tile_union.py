@@ -13,7 +13,9 @@ What the fast form changes:
     with smaller ids.
  2. In the split form only blocks with enough bits have a writer. The others stay in the queries'
     rows of `remote`, and a prefix sum along each row closes the gaps there.
- 3. All pairs of more than PAIRED edges would take too long. There, each block that the tile can see
+ 3. The rule of the split form is applied to parts of a tile, where these are what a kernel computes
+    together: a block can stay in the union for the queries of one part and leave it for the others.
+ 4. All pairs of more than PAIRED edges would take too long. There, each block that the tile can see
     is looked up in each query's row by bisection, for rows ascend: more blocks, but few steps each.
 """
 
@@ -42,7 +44,7 @@ PAIRED = 1024
 @triton.jit
 def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whole, pairs,
                  HKV: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr, BT: tl.constexpr,
-                 CHUNK: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, SPLIT: tl.constexpr, SHARE: tl.constexpr):  # fmt: skip
     """One tile of up to BT queries and one group: E = BT * P edges.
 
     Parameters:
@@ -59,6 +61,7 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
         BT: queries of a tile, rounded up to a power of two
         CHUNK: edges that all edges are compared with at a time
         SPLIT: bool; blocks that few queries share leave a long union
+        SHARE: queries of a part of the tile, each with a rule of its own; read with SPLIT only
     """
     E: tl.constexpr = BT * P
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -80,14 +83,19 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
         b_bit = tl.full([1, CHUNK], 1, tl.int32) << o_j[None, :]
         b_mask += tl.sum(tl.where(b_id[:, None] == b_other[None, :], b_bit, 0), 1)
     b_mask = tl.where(m_e, b_mask, 0)
-    m_writes = m_e & ((b_mask & ((tl.full([E], 1, tl.int32) << o_i) - 1)) == 0)
-    n = tl.sum(m_writes.to(tl.int32))
-    m_near = m_e
+    b_own = tl.full([E], 1, tl.int32) << o_i  # the bit of each edge's query
     if SPLIT:
-        least = tl.where(n <= whole, 1, tl.where(n <= pairs, 2, 3))
-        m_near = m_e & (count_bits(b_mask.to(tl.uint32)) >= least)
-        m_writes = m_writes & m_near
-        n = tl.sum(m_writes.to(tl.int32))
+        b_kept = tl.zeros([E], tl.int32)
+        for i_p in tl.static_range(BT // SHARE):
+            m_part = m_e & (o_i // SHARE == i_p)
+            b_part = b_mask & (((1 << SHARE) - 1) << (i_p * SHARE))
+            n = tl.sum((m_part & ((b_part & (b_own - 1)) == 0)).to(tl.int32))
+            least = tl.where(n <= whole, 1, tl.where(n <= pairs, 2, 3))
+            b_kept += tl.where(count_bits(b_part.to(tl.uint32)) >= least, b_part, 0)
+        b_mask = b_kept
+    m_near = m_e & ((b_mask & b_own) != 0)
+    m_writes = m_near & ((b_mask & (b_own - 1)) == 0)
+    n = tl.sum(m_writes.to(tl.int32))
     tl.store(ids + o_e, tl.where(m_writes, b_id, NO_BLOCK))
     wait_for_threads()
     b_place = tl.zeros([E], tl.int32)
@@ -192,12 +200,14 @@ def union_width(selection: Selection, tile_size: int) -> int:
 
 
 def split_tiles(
-    selection: Selection, tile_size: int, limits: tuple[int, int] | None = None
-) -> SplitUnion:
+    selection: Selection, tile_size: int, limits: tuple[int, int] | None = None,
+    share: int | None = None,
+) -> SplitUnion:  # fmt: skip
     """Unions of each tile's blocks, the long ones without the blocks that few queries share.
 
     limits (whole, pairs): a union of up to `whole` blocks keeps them all, one of up to `pairs`
-    those of two queries or more, a longer one those of three or more. None keeps all.
+    those of two queries or more, a longer one those of three or more. None keeps all. The rule
+    looks at runs of `share` queries of a tile, each for itself; None: at the whole tile.
     Nothing here waits for the device.
     """
     indices, sequences = selection.indices, selection.sequences
@@ -223,7 +233,8 @@ def split_tiles(
         union_kernel[len(tiles), groups](
             indices, tiles, ids, masks, counts, remote, remote_counts, *(limits or (0, 0)),
             HKV=groups, TOP_K=top_k, P=shape[2] // some, BT=some, SPLIT=limits is not None,
-            CHUNK=min(shape[2], 64), num_warps=1 if shape[2] <= 64 else 4,
+            SHARE=pad(share or tile_size, 1), CHUNK=min(shape[2], 64),
+            num_warps=1 if shape[2] <= 64 else 4,
         )  # fmt: skip
     if limits is None:
         return SplitUnion(ids, masks, counts, tile_size, None, None)

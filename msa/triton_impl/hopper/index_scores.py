@@ -77,16 +77,32 @@ KINDS = {
 
 
 @gluon.jit
+def best_products(q, k, BK: gl.constexpr, PARTS: gl.constexpr, MMA: gl.constexpr):
+    """The maximum over the keys of a tile of q @ k^T, of each row."""
+    KEYS: gl.constexpr = BK // PARTS
+    zero = gl.zeros([q.shape[0], KEYS], gl.float32, layout=MMA)
+    if PARTS == 1:
+        acc = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        return gl.max(warpgroup_mma_wait(0, deps=[acc]), 1)
+    else:
+        low = warpgroup_mma(q, k.slice(0, KEYS).permute((1, 0)), zero, use_acc=False,
+                            is_async=True)  # fmt: skip
+        high = warpgroup_mma(q, k.slice(KEYS, KEYS).permute((1, 0)), zero, use_acc=False,
+                             is_async=True)  # fmt: skip
+        best = gl.max(warpgroup_mma_wait(1, deps=[low]), 1)
+        return gl.maximum(best, gl.max(warpgroup_mma_wait(0, deps=[high]), 1))
+
+
+@gluon.jit
 def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
                LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+               PARTS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """Consumer W: rows 128 * W ... 128 * W + 128 of every segment."""
     HALF: gl.constexpr = q_tile.shape[1]
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, WIDTH)
     row = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, EIGHT))
     column = gl.arange(0, PIECE, layout=gl.SliceLayout(0, EIGHT))[None, :]
-    zero = gl.zeros([HALF, BK], gl.float32, layout=MMA)
     first = gl.load(runs + gl.program_id(0))
     stop = gl.load(runs + gl.program_id(0) + 1)
     step = 0
@@ -96,60 +112,59 @@ def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empt
         slab = gl.load(p_item + 3)
         limit = (gl.load(p_item + 4) + row // HKV) // BK - LOCAL + 1 - gl.load(p_item + 5)
         written = slab + gl.load(p_item + 6)
-        eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
         wait_full(q_full, item - first, 1)
         q = q_tile.index(W).load(OPERAND)
-        for i in range(n):
-            wait_full(k_full, step, STAGES)
-            k = k_tiles.index(step % STAGES)
-            acc = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=[acc])
-            release(k_empty, step, STAGES)
-            if i == 0:  # the product has read all of q, so every load of q has ended
-                fence_async_shared()
-                release(q_empty, item - first, 1)
-            best = gl.convert_layout(gl.max(part, 1), gl.SliceLayout(1, EIGHT))
-            best = gl.maximum(best, float("-inf")) * scale + 0.0  # no NaN, no -0
-            best = gl.where(i < limit, best, float("-inf"))
-            block = slab + i
-            eight = gl.where(column == block % PIECE, best[:, None], eight)
-            if (block % PIECE == PIECE - 1) | (i == n - 1):
-                piece = block // PIECE
-                o_x = piece * PIECE + column
-                p_x = scores + piece.to(gl.int64) * (2 * HALF * PIECE) + row[:, None] * PIECE
-                gl.store(p_x + column, eight, mask=(o_x >= slab) & (o_x < written))
-                if LONG:
-                    p_max = maxima + piece.to(gl.int64) * (2 * HALF) + row
-                    gl.store(p_max, gl.max(eight, 1))
-                eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
-            step += 1
+        i = 0
+        while i < n:  # one piece after another
+            piece = (slab + i) // PIECE
+            last = gl.minimum(n, (piece + 1) * PIECE - slab)
+            eight = gl.full([HALF, PIECE], float("-inf"), gl.float32, layout=EIGHT)
+            while i < last:
+                wait_full(k_full, step, STAGES)
+                best = best_products(q, k_tiles.index(step % STAGES), BK, PARTS, MMA)
+                release(k_empty, step, STAGES)
+                if i == 0:  # the product has read all of q, so every load of q has ended
+                    fence_async_shared()
+                    release(q_empty, item - first, 1)
+                best = gl.convert_layout(best, gl.SliceLayout(1, EIGHT))
+                eight = gl.where(column == (slab + i) % PIECE, best[:, None], eight)
+                i += 1
+                step += 1
+            o_x = piece * PIECE + column
+            eight = gl.maximum(eight, float("-inf")) * scale + 0.0  # no NaN, no -0
+            eight = gl.where(o_x - slab < limit[:, None], eight, float("-inf"))
+            p_x = scores + piece.to(gl.int64) * (2 * HALF * PIECE) + row[:, None] * PIECE
+            gl.store(p_x + column, eight, mask=(o_x >= slab) & (o_x < written))
+            if LONG:
+                p_max = maxima + piece.to(gl.int64) * (2 * HALF) + row
+                gl.store(p_max, gl.max(eight, 1))
 
 
 @gluon.jit
 def consumer_0(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
                LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+               PARTS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """The first half of the rows."""
     score_rows(0, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
-               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, PARTS, MMA, EIGHT)  # fmt: skip
 
 
 @gluon.jit
 def consumer_1(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
                LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-               MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+               PARTS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """The second half of the rows."""
     score_rows(1, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
-               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT)  # fmt: skip
+               scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, PARTS, MMA, EIGHT)  # fmt: skip
 
 
 @gluon.jit
 def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
              scores, maxima, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
              LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-             MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
+             PARTS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr):  # fmt: skip
     """Copy the rows of each segment, then its blocks of keys one after another."""
     HALF: gl.constexpr = q_tile.shape[1]
     first = gl.load(runs + gl.program_id(0))
@@ -173,8 +188,8 @@ def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, 
 def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale,
                         HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
                         LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr,
-                        WIDTH: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
-                        REGISTERS: gl.constexpr):  # fmt: skip
+                        WIDTH: gl.constexpr, PARTS: gl.constexpr, MMA: gl.constexpr,
+                        EIGHT: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """The segments runs[p] ... runs[p + 1] of program p.
 
     Parameters:
@@ -192,7 +207,8 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale,
         STAGES: tiles of keys in the ring
         PIECE: blocks of a piece
         WIDTH: numbers of the first operand that lie side by side in 32 bits
-        MMA: layout of a product [128, BK]
+        PARTS: products that the keys of a tile are cut into
+        MMA: layout of a product [128, BK / PARTS]
         EIGHT: layout of the scores of a piece [128, PIECE]
         REGISTERS: of a thread of the second consumer
     """
@@ -204,14 +220,14 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, scale,
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
     gl.warp_specialize([
         (consumer_0, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
-                      EIGHT)),
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, PARTS,
+                      MMA, EIGHT)),
         (consumer_1, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
-                      EIGHT)),
+                      runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, PARTS,
+                      MMA, EIGHT)),
         (producer, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
-                    runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA,
-                    EIGHT)),
+                    runs, scores, maxima, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, PARTS,
+                    MMA, EIGHT)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -222,14 +238,15 @@ def describe(matrix: Float[Tensor, "rows dim"], rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, dim], layout)
 
 
-def options(dtype: torch.dtype, dim: int, block_size: int) -> dict[str, Any]:
+def options(dtype: torch.dtype, dim: int, block_size: int, parts: int = 1) -> dict[str, Any]:
     """The compile-time options of the kernel that depend on the dtype and on the sizes."""
     size = dtype.itemsize
     stages = min(8, (212 * 1024 - ROWS * dim * size) // (block_size * dim * size))
     return {
         "STAGES": stages,
         "WIDTH": 4 // size,
-        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_size, 32 // size]),
+        "PARTS": parts,
+        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_size // parts, 32 // size]),
         "EIGHT": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32 // size]),
         "REGISTERS": 240,
     }
