@@ -75,8 +75,8 @@ def compile_chunks(dtype, group):
     keys = union_walk.describe(k)
     return partials.hopper_chunk_kernel.warmup(
         partials.describe_queries(q, group), keys, keys, partials.describe_rows(q[0], group), table,
-        longs, longs, table, table, table, table, table, floats, floats, 0.1, 640, 20, 8192, G=group,
-        HKV=4, TOP_K=16, grid=(1,), **partials.OPTIONS,
+        longs, longs, table, table, table, table, table, floats, floats, 0.1, 640, 20, 8192,
+        G=group, HKV=4, TOP_K=16, grid=(1,), **partials.OPTIONS,
     )  # fmt: skip
 
 
@@ -103,5 +103,10 @@ def facts(kernel):
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "chunks": compile_chunks}
+    makers = {
+        "scores": compile_scores,
+        "topk": compile_topk,
+        "walk": compile_walk,
+        "chunks": compile_chunks,
+    }
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

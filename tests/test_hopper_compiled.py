@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from msa.kernel_choice import (
     BLOCK_SIZES,
+    CHUNK_GROUPS,
     INDEX_DIMS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
@@ -39,8 +40,10 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
 ]
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
-WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
+WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, apart
 FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
+CHUNKS = [*product(("bfloat16", "float16"), CHUNK_GROUPS)]  # dtype, heads of a group
+FEW_CHUNKS = [("bfloat16", 16), ("float16", 8)]
 
 
 def chosen(few, every):
@@ -100,7 +103,16 @@ def test_walk_kernels_fit():
         assert found["registers"] * found["threads"] <= 65536, options
         assert found["registers"] <= 168, options
         assert found["shared"] <= 227 * 1024, options
-        _, group, fold = options
-        chosen_by_auto = group >= SMALLEST_GROUP and not fold
-        assert found["spilled"] <= (0 if chosen_by_auto else 768), options
+        assert found["spilled"] <= (0 if options[1] >= SMALLEST_GROUP else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_chunk_kernels_fit():
+    kernels = chosen(FEW_CHUNKS, CHUNKS)
+    for options, found in zip(kernels, compiled([("chunks", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 168, options
+        assert found["shared"] <= 227 * 1024, options
+        assert found["spilled"] == 0, options
+        assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 8), options  # S; halves of o

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch import Tensor
 
 from msa.ir import Output, Partials
 from msa.triton_impl.launch import contiguous, pad, require_top_k
@@ -139,11 +138,11 @@ def split_lse(partials: Partials) -> Slots:
     top = partials.lse.float()
     rest = torch.where(top.isfinite(), partials.lse - top, 0.0)
     groups = partials.counts.shape[1]
-    by_group = (
+    out, top, total = (
         x.unflatten(1, (groups, x.shape[1] // groups)).transpose(2, 3).contiguous()
         for x in (partials.out, top, rest.exp().float())
     )
-    return Slots(*by_group, partials.counts)
+    return Slots(out, top, total, partials.counts)
 
 
 @on_its_device

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -153,8 +152,9 @@ def fill_slots(
         chunk_kernel[items, triton.cdiv(group, some)](
             q, k, v, schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
             own, first_keys, key_stops, into.out, into.top, into.total,
-            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
+            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2],
+            *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, DIM=dim, DIM_V=dim_v,
+            BD=pad(dim), BDV=pad(dim_v),
             TOP_K=index.top_k, HKV=groups, BK=block, BN=tile.keys, BM=max(tile.rows, some),
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
@@ -175,5 +175,5 @@ def attend_chunks(
     require_kernels(index.block_size, index.top_k, q=q, k=k, v=v)
     slots = fill_slots(q, k, v, replace(contiguous(schedule), reverse_index=index), softmax_scale)
     lse = softmax_scale * slots.top.double() + slots.total.double().log()
-    by_head = (x.transpose(2, 3).flatten(1, 2) for x in (slots.out, lse))
-    return Partials(*by_head, slots.counts)
+    out, lse = (x.transpose(2, 3).flatten(1, 2) for x in (slots.out, lse))
+    return Partials(out, lse, slots.counts)

@@ -7,13 +7,13 @@
             out[t, group, s, head] = softmax(softmax_scale * S) @ V
             top[t, group, s, head] = max S;  total[...] = sum exp(softmax_scale * (S - top))
 
-What bounds it: for each edge the products of a group of 16 heads are 1.05 MFLOP, which take 1.3 ns at
-the rate of a plain product. The edge reads 4 KiB of q and writes 4 KiB of out, which take 1.9 ns at
-4.3 TB/s. So memory bounds it, and the kernel is made to have enough copies under way:
+What bounds it: for each edge the products of a group of 16 heads are 1.05 MFLOP, which take 1.3 ns
+at the rate of a plain product. The edge reads 4 KiB of q and writes 4 KiB of out, which take 1.9 ns
+at 4.3 TB/s. So memory bounds it, and the kernel is made to have enough copies under way:
  1. A producer warp gathers the queries of the next edges while the products of these edges run. The
     heads of a query lie side by side, so a query of a group is two copies of [heads, 64].
  2. Two consumers of four warps own 64 rows each (4 edges x 16 heads). Each has a ring of queries of
-    its own, so neither waits for the other, and one multiplies while the other one takes exponentials.
+    its own, so neither waits for the other: one multiplies while the other takes exponentials.
  3. Keys and values have two stages: those of the next item arrive while this one is computed.
  4. A consumer writes its rows to shared memory, and the copy engine writes them out: all heads of
     one edge lie side by side (`combine.Slots`), 4 KiB in one run. The rows are overwritten a step
@@ -163,11 +163,11 @@ def consume(W: gl.constexpr, tiles, barriers, edges, own_keys, out_desc, tops, t
             for i in gl.static_range(POS):
                 p_i = start + gl.minimum(e + i, length - 1)
                 x = ((gl.load(query_ids + p_i) * HKV + i_r) * TOP_K + gl.load(slots + p_i)) * G
-                places = places + (gl.where(e + i < length, x, n_rows),)  # n_rows: written nowhere
-            low, high = warpgroup_mma_wait(0, deps=[low, high])
+                places += (gl.where(e + i < length, x, n_rows),)  # n_rows: written nowhere
+            both = warpgroup_mma_wait(0, deps=[low, high])
             tma.store_wait(0)
-            o_tiles.index(W * 2).store((low * less[:, None]).to(k_tiles.dtype))
-            o_tiles.index(W * 2 + 1).store((high * less[:, None]).to(k_tiles.dtype))
+            o_tiles.index(W * 2).store((both[0] * less[:, None]).to(k_tiles.dtype))
+            o_tiles.index(W * 2 + 1).store((both[1] * less[:, None]).to(k_tiles.dtype))
             fence_async_shared()
             for i in gl.static_range(POS):
                 copy_back(out_desc, [places[i], 0], o_parts.index(W * 2 * POS + i))
@@ -192,7 +192,7 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_b
     POS: gl.constexpr = q_tiles.shape[1] // G
     item = gl.program_id(0)
     block, step = 0, 0
-    start, length, i_r, first, key_stop = load_chunk(edges, item, n_items, n_blocks)
+    start, length, i_r, first, _stop = load_chunk(edges, item, n_items, n_blocks)
     while length > 0:
         produce(k_desc, first, k_tiles, k_full, k_empty, block, BLOCKS, i_r * (2 * HALF))
         produce(v_desc, first, v_tiles, v_full, v_empty, block, BLOCKS, i_r * (2 * HALF))
@@ -211,7 +211,7 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_b
             step += 1
         block += 1
         item += gl.num_programs(0)
-        start, length, i_r, first, key_stop = load_chunk(edges, item, n_items, n_blocks)
+        start, length, i_r, first, _stop = load_chunk(edges, item, n_items, n_blocks)
 
 
 @gluon.jit
@@ -309,8 +309,8 @@ def fill_slots(
         matrix = slots.out.view(-1, DIM)
         programs = torch.cuda.get_device_properties(q.device).multi_processor_count
         hopper_chunk_kernel[(min(programs, items),)](
-            describe_queries(q, group), describe(k), describe(v),
-            describe_rows(matrix, group), schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
+            describe_queries(q, group), describe(k), describe(v), describe_rows(matrix, group),
+            schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
             query_table(sequences, block, q.device)[0], *block_table(sequences, block, q.device),
             slots.top, slots.total, softmax_scale * LOG2E, items, sequences.cu_blocks(block)[-1],
             len(matrix), G=group, HKV=groups, TOP_K=index.top_k, **(OPTIONS | changes),

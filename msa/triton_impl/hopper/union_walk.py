@@ -25,8 +25,8 @@ What the asynchronous form changes:
  7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
     while consumers write this item's rows. Rows of queries are loaded while the last are written.
  8. Where KV-outer does other blocks, a row's highest score and its sum are written in place of its
-    LSE, and `combine.py` takes this result as one more slot (R16). Adding the slots here would spill
-    registers. So nothing spills where a group has nine heads or more.
+    LSE, and `combine.py` takes this result as one more slot (R16). Adding the slots here would
+    spill registers. So nothing spills where a group has nine heads or more.
  9. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 
