@@ -90,25 +90,30 @@ OPTIONS = {
 
 @gluon.jit
 def load_chunk(edges, item, n_items, n_blocks):
-    """Of an item: its edges, its group, its block's first key and the end of its sequence."""
-    rows, starts, stops, _queries, _slots, first_keys, key_stops = edges
+    """Of an item: its edges, its group, its block's first key and the end of its sequence.
+
+    With these the own key of its first query; the other ones lie behind.
+    """
+    rows, starts, stops, query_ids, _slots, own_keys, first_keys, key_stops = edges
     i = gl.minimum(item, n_items - 1)
     start, stop = gl.load(starts + i), gl.load(stops + i)
     length = gl.where(item < n_items, (stop - start).to(gl.int32), 0)
     row = gl.load(rows + i)
     block = row % n_blocks
-    return start, length, row // n_blocks, gl.load(first_keys + block), gl.load(key_stops + block)
+    first, key_stop = gl.load(first_keys + block), gl.load(key_stops + block)
+    t = gl.load(query_ids + start, mask=length > 0, other=0)
+    return start, length, row // n_blocks, first, key_stop, gl.load(own_keys + t)
 
 
 @gluon.jit
-def consume(W: gl.constexpr, tiles, barriers, edges, own_keys, out_desc, tops, totals, scale,
-            n_items, n_blocks, n_rows, G: gl.constexpr, HKV: gl.constexpr, TOP_K: gl.constexpr,
+def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, scale, n_items,
+            n_blocks, n_rows, G: gl.constexpr, HKV: gl.constexpr, TOP_K: gl.constexpr,
             STAGES: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr,
             S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: 64 rows of every step."""
     q_tiles, o_tiles, o_parts, k_tiles, v_tiles = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    _rows, _starts, _stops, query_ids, slots, _first_keys, _key_stops = edges
+    _rows, _starts, _stops, query_ids, slots, own_keys, _first_keys, _key_stops = edges
     BK: gl.constexpr = k_tiles.shape[1]
     HALF: gl.constexpr = q_tiles.shape[2]
     ROWS: gl.constexpr = MMA.instr_shape[0] * 4
@@ -121,9 +126,12 @@ def consume(W: gl.constexpr, tiles, barriers, edges, own_keys, out_desc, tops, t
     nothing = gl.zeros([ROWS, HALF], gl.float32, layout=MMA)
     item = gl.program_id(0)
     block, step = 0, 0
-    start, length, i_r, first, key_stop = load_chunk(edges, item, n_items, n_blocks)
-    while length > 0:
-        masked = gl.load(own_keys + gl.load(query_ids + start)) < first + BK - 1
+    following = load_chunk(edges, item, n_items, n_blocks)
+    while following[1] > 0:
+        start, length, i_r, first, key_stop, own_first = following
+        item += gl.num_programs(0)
+        following = load_chunk(edges, item, n_items, n_blocks)
+        masked = own_first < first + BK - 1
         k = k_tiles.index(block % BLOCKS)
         v = v_tiles.index(block % BLOCKS)
         wait_full(k_full, block, BLOCKS)
@@ -176,8 +184,6 @@ def consume(W: gl.constexpr, tiles, barriers, edges, own_keys, out_desc, tops, t
         release(k_empty, block, BLOCKS)
         release(v_empty, block, BLOCKS)
         block += 1
-        item += gl.num_programs(0)
-        start, length, i_r, first, key_stop = load_chunk(edges, item, n_items, n_blocks)
     tma.store_wait(0)
 
 
@@ -187,13 +193,16 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_b
     """The producer: copy the block of every item, then the queries of its edges."""
     q_tiles, _o_tiles, _o_parts, k_tiles, v_tiles = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    _rows, _starts, _stops, query_ids, _slots, _first_keys, _key_stops = edges
+    _rows, _starts, _stops, query_ids, _slots, _own_keys, _first_keys, _key_stops = edges
     HALF: gl.constexpr = q_tiles.shape[2]
     POS: gl.constexpr = q_tiles.shape[1] // G
     item = gl.program_id(0)
     block, step = 0, 0
-    start, length, i_r, first, _stop = load_chunk(edges, item, n_items, n_blocks)
-    while length > 0:
+    following = load_chunk(edges, item, n_items, n_blocks)
+    while following[1] > 0:
+        start, length, i_r, first, _key_stop, _own = following
+        item += gl.num_programs(0)
+        following = load_chunk(edges, item, n_items, n_blocks)
         produce(k_desc, first, k_tiles, k_full, k_empty, block, BLOCKS, i_r * (2 * HALF))
         produce(v_desc, first, v_tiles, v_full, v_empty, block, BLOCKS, i_r * (2 * HALF))
         steps = (length + 2 * POS - 1) // (2 * POS) * 2  # the consumers take turns
@@ -210,8 +219,6 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_b
                 copy_tile(q_desc, [t, i_r * G, HALF], full, q_parts.index(low + POS + i))
             step += 1
         block += 1
-        item += gl.num_programs(0)
-        start, length, i_r, first, _stop = load_chunk(edges, item, n_items, n_blocks)
 
 
 @gluon.jit
@@ -224,9 +231,9 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
     """Items p, p + programs, ... of program p.
 
     Parameters:
-        q_desc: descriptor of [Tq, Hq, 128], 16-bit, in tiles [1, G, 64]
+        q_desc: descriptors of [Tq, Hq, 128], 16-bit, in tiles [1, G, 64]
         k_desc, v_desc: descriptors of [Tk, Hkv * 128], as q, in tiles of a block of one group
-        out_desc: descriptor of [Tq * Hkv * k * G, 128], as q, in tiles [G, 64]; the slots of the
+        out_desc: descriptors of [Tq * Hkv * k * G, 128], as q, in tiles [G, 64]; the slots of the
             edges are written
         rows: [items], int32; the row of the reverse index: group * n_blocks + block
         starts, stops: [items], int64; the item's edges; items without an edge come last
@@ -266,12 +273,12 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
         make_barriers(BLOCKS, 1), make_barriers(BLOCKS, 2),
         make_barriers(BLOCKS, 1), make_barriers(BLOCKS, 2),
     )  # fmt: skip
-    edges = (rows, starts, stops, query_ids, slots, first_keys, key_stops)
+    edges = (rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops)
     gl.warp_specialize([
-        (consume, (0, tiles, barriers, edges, own_keys, out_desc, tops, totals, scale, n_items,
-                   n_blocks, n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
-        (consume, (1, tiles, barriers, edges, own_keys, out_desc, tops, totals, scale, n_items,
-                   n_blocks, n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
+        (consume, (0, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
+                   n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
+        (consume, (1, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
+                   n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
         (gather, (q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_blocks, G,
                   STAGES, BLOCKS)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
@@ -280,8 +287,7 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
 # -- host -----------------------------------------------------------------------------------------
 def describe_queries(q: Float[Tensor, "Tq Hq D"], group: int) -> TensorDescriptor:
     """Queries, to be copied as half the columns of all heads of a group."""
-    fits = can_describe(q, DIM) and q.stride(1) % 8 == 0 and q.stride(1) >= DIM
-    q = q if fits else q.clone(memory_format=torch.contiguous_format)
+    q = q if can_describe(q, DIM) else q.clone(memory_format=torch.contiguous_format)
     return TensorDescriptor(q, list(q.shape), list(q.stride()), [1, group, HALF], DEEP)
 
 
