@@ -301,7 +301,7 @@ def is_better(call: Call | WalkCall) -> bool:
     if not isinstance(call, WalkCall):
         return True
     if call.loop_order == "kv_outer":
-        return True
+        return call.rows >= FEWEST_ROWS
     wanted = call.loop_order == "union" or call.blocks <= LONGEST_WHOLE
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
     return wanted and fits and call.scale <= LARGEST_SCALE

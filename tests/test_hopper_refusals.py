@@ -11,7 +11,16 @@ import torch
 import msa
 from msa import kernel_choice
 from msa.checks import is_interpreted
-from msa.kernel_choice import Call, WalkCall, choose, obstacle, order_on_hopper, usual_call
+from msa.kernel_choice import (
+    CHUNK_GROUPS,
+    Call,
+    WalkCall,
+    choose,
+    chunks_of,
+    obstacle,
+    order_on_hopper,
+    usual_call,
+)
 
 GOOD = Call(
     q_dtype="bfloat16", k_dtype="bfloat16", index_dim=128, groups=4, block_size=128, places=15,
@@ -54,7 +63,8 @@ BAD_WALKS = [
     ({"dim_v": 192}, ValueError, "v must have Dv = 128 for kernels='hopper', got 192: "),
     ({"group": 65}, ValueError, "q must have at most 64 heads in a group for kernels="),
     ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
-    ({"loop_order": "kv_outer"}, ValueError, "loop_order must be 'auto' or 'union' for kernels="),
+    ({"loop_order": "kv_outer", "group": 5}, ValueError,
+     "q must have 8, 16, 32 or 64 heads in a group where loop_order is 'kv_outer' for kernels="),
     *((changes, error, message.replace("q_idx", "q"))
       for changes, error, message in BAD
       if changes.keys() <= {"capability", "device", "interpreted", "triton"}),
@@ -86,6 +96,16 @@ def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
     call = replace(WALK, **changes)
     assert choose("auto", call) == auto
     assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
+
+
+def test_kv_outer_takes_whole_groups():
+    for group in (1, 5, 8, 16, 24, 32, 64):
+        call = replace(WALK, group=group)
+        whole = "hopper" if group in CHUNK_GROUPS else "portable"
+        assert chunks_of("hopper", call) == whole and chunks_of("portable", call) == "portable"
+        assert (obstacle(replace(call, loop_order="kv_outer")) is None) == (whole == "hopper")
+    assert choose("auto", replace(WALK, loop_order="kv_outer")) == "hopper"
+    assert choose("auto", replace(WALK, loop_order="kv_outer", rows=100)) == "portable"
 
 
 def test_every_fact_of_a_walk_counts():
