@@ -112,7 +112,7 @@ class Subject:
 
     @property
     def loop_orders(self) -> tuple[str, ...]:
-        """The loop orders that attend_selection takes; on Hopper kv_outer takes some groups only."""
+        """The loop orders of attend_selection; on Hopper kv_outer takes some groups only."""
         return ("auto", "union") if self.kernels == "hopper" else ("auto", "kv_outer", "union")
 
     def option(self, function: str) -> dict[str, Any]:
