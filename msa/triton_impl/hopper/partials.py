@@ -140,9 +140,6 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
             clear_foreign(v, first, key_stop)
         for i_e in range(0, length, 2 * POS):
             e = i_e + W * POS  # the consumer's first edge
-            p_e = start + gl.minimum(e + o_m // G, length - 1)
-            b_t = gl.load(query_ids + p_e)
-            b_x = ((b_t.to(gl.int64) * HKV + i_r) * TOP_K + gl.load(slots + p_e)) * G + o_m % G
             stage = (step % STAGES) * 2
             q_low = q_tiles.index(W * (2 * STAGES) + stage)
             q_high = q_tiles.index(W * (2 * STAGES) + stage + 1)
@@ -153,6 +150,7 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
             s = warpgroup_mma_wait(0, deps=[s])
             release(q_empty, step * 2 + W, 2 * STAGES)
             if masked:
+                b_t = gl.load(query_ids + start + gl.minimum(e + o_m // G, length - 1))
                 own = gl.load(own_keys + b_t)
                 s = gl.where((first + o_n)[None, :] <= own[:, None], s, float("-inf"))
             top = gl.maximum(gl.max(s, 1), LOWEST)
@@ -163,6 +161,9 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
             high = warpgroup_mma(b_p, v.slice(HALF, HALF, 1), nothing, use_acc=False,
                                  is_async=True)  # fmt: skip
             real = e + o_m // G < length
+            p_e = start + gl.minimum(e + o_m // G, length - 1)
+            b_x = (gl.load(query_ids + p_e).to(gl.int64) * HKV + i_r) * TOP_K
+            b_x = (b_x + gl.load(slots + p_e)) * G + o_m % G
             gl.store(tops + b_x, top, mask=real)
             gl.store(totals + b_x, total, mask=real)
             less = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0 if all scores are -inf
