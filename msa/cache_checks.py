@@ -70,6 +70,15 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
     checks.check_same_place(q=q, q_idx=q_idx, **parts)
 
 
+def check_index_pages(cache: PagedKV) -> None:
+    """Index queries are rounded to 8 bits for index keys that have 8 bits already."""
+    if not checks.is_eight_bits(cache.k_idx_pages):
+        raise ValueError(
+            "index_dtype must be None where cache.k_idx_pages has dtype "
+            f"{cache.k_idx_pages.dtype}, got 'fp8_e4m3': make pages of 8 bits"
+        )
+
+
 def read_query_borders(cu_seqlens_q: Any, batched: bool, sizes: dict[str, int]) -> tuple[int, ...]:
     """Where the queries of each sequence of a cache start and end.
 
@@ -178,7 +187,7 @@ def check_contents(
     )
     for s, length in enumerate(lengths.tolist()):
         n, empty = (sizes["n"], "0 or ") if counts is None else (counts[s], "")
-        if length < 0 or length < n and (length or not empty):
+        if length < 0 or (length < n and (length or not empty)):
             raise ValueError(
                 f"cache.lengths must be {empty}at least the {n} queries, got {length} "
                 f"in sequence {s}"

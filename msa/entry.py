@@ -162,7 +162,7 @@ def enter_prefill(
     q: Array, q_idx: Array, cache: PagedKV, cu_seqlens_q: Any, backend: BackendName,
     config: MSAConfig, options: dict[str, Any],
 ) -> tuple[Entry, list[Any]]:  # fmt: skip
-    """Check a prefill over a cache; give its entry, and the arguments of `prefill_chunk` but config.
+    """Check a prefill over a cache; give its entry and all arguments of `prefill_chunk` but config.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -180,6 +180,8 @@ def enter_prefill(
     cache_checks.check_queries(cache, q, q_idx)
     borders = cache_checks.read_query_borders(cu_seqlens_q, batched, sizes)
     entry = Entry(backend, q, options)
+    if options["index_dtype"] is not None:
+        cache_checks.check_index_pages(cache)
     checks.check_not_captured(q)
     counts = [stop - start for start, stop in zip(borders, borders[1:])]
     lengths = cache_checks.check_contents(cache, sizes, counts)

@@ -25,6 +25,6 @@ from msa.torch_impl.union_walk import attend_union
 __all__ = [
     "align_index", "align_index_forward", "attend", "attend_chunks", "attend_selection",
     "attend_selection_backward", "attend_selection_forward", "attend_union", "combine_partials",
-    "decode_step", "prefill_chunk", "reverse_selection", "schedule_chunks", "score_blocks", "select_blocks",
-    "select_fused", "unite_tiles",
+    "decode_step", "prefill_chunk", "reverse_selection", "schedule_chunks", "score_blocks",
+    "select_blocks", "select_fused", "unite_tiles",
 ]  # fmt: skip

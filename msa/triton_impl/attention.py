@@ -56,7 +56,7 @@ from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
-from msa.triton_impl.paged_keys import Pages
+from msa.triton_impl.paged_keys import Pages, page_matrix
 from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
@@ -110,7 +110,7 @@ def attend_part(
         union = split_tiles(selection, hopper.tile_size_of(group), split)
         hopper.walk(
             q, k, v, selection.sequences, union.block_ids, union.row_masks, union.counts,
-            softmax_scale, into, None if union.remote is None else kv_outer(union.remote),
+            softmax_scale, into, None if union.remote is None else kv_outer(union.remote), pages,
         )  # fmt: skip
         return
     tile_size = positions_of(group)
@@ -203,6 +203,8 @@ def attend_super_tiles(
     """Super-tile by super-tile, each in the order that pays. With `pages`, k and v are pages."""
     (n_q, heads, _), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
+    if pages is not None:
+        call = replace(call, readable=page_matrix(k) is not None and page_matrix(v) is not None)
     walker = choose_kernels(kernels, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)

@@ -59,10 +59,11 @@ from msa.triton_impl.tuning import TileConfig, choose
 def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops,
                  places, table, k_scales, v_scales, stride_kp, stride_vp, stride_ts, stride_tb,
                  stride_ksp, stride_ksh, stride_vsp, stride_vsh, out, tops, totals, scale, n_blocks,
-                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
-                 HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-                 PAGED: tl.constexpr, EIGHT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
+                 HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
+                 BDV: tl.constexpr, TOP_K: tl.constexpr, HQ: tl.constexpr, BK: tl.constexpr,
+                 BN: tl.constexpr, BM: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """One item; BM = query positions x HEADS rows at a time.
 
     Parameters:

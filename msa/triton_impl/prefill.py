@@ -9,16 +9,18 @@ These are the kernels of `attend`, which find each block of keys through the pag
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Selection, Sequences
-from msa.kernel_choice import Kernels
+from msa.kernel_choice import Kernels, call_of, choose, obstacle, walk_call_of
 from msa.triton_impl.attention import LoopOrder, attend_super_tiles
 from msa.triton_impl.launch import require_kernels
-from msa.triton_impl.paged_keys import IndexPages, Pages
+from msa.triton_impl.paged_keys import IndexPages, Pages, page_matrix
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.quantize import to_fp8
 from msa.triton_impl.selection import select_portable
@@ -46,13 +48,13 @@ def prefill_chunk(
     """
     require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
     q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
-    if index_dtype is not None:
-        q_idx, _ = to_fp8(q_idx, q_idx[:0])
-    selection = select_pages(q_idx, cache, sequences, config)
-    pages, scale = (
-        Pages(cache.page_table, cache.k_scales, cache.v_scales),
-        config.softmax_scale_for(q.shape[-1]),
-    )
+    selection = select_pages(q_idx, cache, sequences, config, index_dtype, kernels)
+    pages = Pages(cache.page_table, cache.k_scales, cache.v_scales)
+    scale = config.softmax_scale_for(q.shape[-1])
+    call = walk_call_of(q, cache.k_pages, cache.v_pages, selection, scale, loop_order)
+    readable = all(page_matrix(x) is not None for x in (cache.k_pages, cache.v_pages))
+    if kernels == "hopper" and obstacle(replace(call, readable=readable)) is not None:
+        kernels = "portable"
     out, lse = attend_super_tiles(
         q, cache.k_pages, cache.v_pages, selection, scale, loop_order, kernels, pages
     )
@@ -60,8 +62,20 @@ def prefill_chunk(
 
 
 def select_pages(
-    q_idx: Float[Tensor, "Tq Hkv Di"], cache: PagedKV, sequences: Sequences, config: MSAConfig
-) -> Selection:
+    q_idx: Float[Tensor, "Tq Hkv Di"], cache: PagedKV, sequences: Sequences, config: MSAConfig,
+    index_dtype: str | None = None, kernels: Kernels = "auto",
+) -> Selection:  # fmt: skip
     """The selected blocks, straight from index queries and pages of index keys (R4-R8)."""
-    pages = IndexPages(cache.page_table, cache.k_idx_scales)
-    return select_portable(q_idx, cache.k_idx_pages, sequences, config, pages=pages)
+    keys, pages = cache.k_idx_pages, IndexPages(cache.page_table, cache.k_idx_scales)
+    call = replace(call_of(q_idx, keys, config), readable=page_matrix(keys) is not None)
+    if index_dtype is not None:  # then both are of 8 bits
+        call = replace(call, k_dtype=call.q_dtype)
+    chosen = choose(kernels, call)
+    if index_dtype is not None:
+        q_idx, _ = to_fp8(q_idx, q_idx[:0])
+    if chosen == "hopper":
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper.selection import select_on_hopper
+
+        return select_on_hopper(q_idx, keys, sequences, config, pages=pages)
+    return select_portable(q_idx, keys, sequences, config, pages=pages)

@@ -243,10 +243,11 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
 
 def walk(
     q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
-    v: Float[Tensor, "*where Hkv Dv"], sequences: Sequences, block_size: int, block_ids: Int[Tensor, "tiles Hkv U"],
-    row_masks: Int[Tensor, "tiles Hkv U"], counts: Int[Tensor, "tiles Hkv"], tile_size: int,
-    softmax_scale: float, slots: Slots | None = None, into: Output | None = None,
-    tile: TileConfig | None = None, pages: Pages | None = None,
+    v: Float[Tensor, "*where Hkv Dv"], sequences: Sequences, block_size: int,
+    block_ids: Int[Tensor, "tiles Hkv U"], row_masks: Int[Tensor, "tiles Hkv U"],
+    counts: Int[Tensor, "tiles Hkv"], tile_size: int, softmax_scale: float,
+    slots: Slots | None = None, into: Output | None = None, tile: TileConfig | None = None,
+    pages: Pages | None = None,
 ) -> Output:  # fmt: skip
     """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks.
 
@@ -274,12 +275,13 @@ def walk(
     owners = counts if pages is None else tile_owners(sequences, tile_size, q.device)
     walk_kernel[len(tiles), groups, triton.cdiv(group, some)](
         q, k, v, *(key_tiles or (k, v)), tiles, block_ids, row_masks, counts, owners,
-        *page_arguments(pages, k, v), *parts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.shape[2],
-        *q.stride()[:2], *k.stride()[-3:-1], *v.stride()[-3:-1], G=group, HEADS=some, HKV=groups,
-        DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size, BN=tile.keys,
-        BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold, TMA=key_tiles is not None,
-        PAGED=pages is not None, EIGHT=pages is not None and pages.k_scales is not None,
-        PRECISION=is_exact(q), **tile.launch(),
+        *page_arguments(pages, k, v), *parts, into.out, into.lse, softmax_scale * LOG2E.value,
+        block_ids.shape[2], *q.stride()[:2], *k.stride()[-3:-1], *v.stride()[-3:-1], G=group,
+        HEADS=some, HKV=groups, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size,
+        BN=tile.keys, BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold,
+        TMA=key_tiles is not None, PAGED=pages is not None,
+        EIGHT=pages is not None and pages.k_scales is not None, PRECISION=is_exact(q),
+        **tile.launch(),
     )  # fmt: skip
     return into
 
