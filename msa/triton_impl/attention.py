@@ -85,7 +85,8 @@ def choose_order(selection: Selection, group: int) -> str:
 
 
 def attend_part(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv Dv"],
     selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
     pages: Pages | None = None,
 ) -> None:  # fmt: skip
