@@ -117,8 +117,8 @@ class Subject:
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "sparse_attention", "attend", "select_fused",
-                 "attend_selection")  # fmt: skip
+        takes = ("attention", "select", "sparse_attention", "prefill", "attend", "select_fused",
+                 "attend_selection", "prefill_chunk")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
@@ -228,7 +228,7 @@ def hopper_subjects() -> list[Subject]:
         return []
     if kernel_choice.obstacle(kernel_choice.usual_call()) is not None:
         return []
-    selecting = {"score_blocks", "select_blocks", "select_fused", "attend"}
+    selecting = {"score_blocks", "select_blocks", "select_fused", "attend", "prefill_chunk"}
     domain = Domain(
         dtypes=kernel_choice.DTYPES,
         block_sizes=kernel_choice.BLOCK_SIZES,
@@ -239,7 +239,7 @@ def hopper_subjects() -> list[Subject]:
         largest_top_k=kernel_choice.LARGEST_PLACES + 1,  # one block at least is forced
         cost=6,
     )
-    walking = {"attend_selection", "attend"}
+    walking = {"attend_selection", "attend", "prefill_chunk"}
     walk_domain = replace(
         domain,
         dims=(kernel_choice.WALK_DIM,),

@@ -331,7 +331,7 @@ def select_fused(
 
 
 def select_portable(
-    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, tile: TileConfig | None = None,
     pages: IndexPages | None = None,
 ) -> Selection:  # fmt: skip

@@ -43,7 +43,7 @@ def as_matrix(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "rows dim"]:
 
 @on_its_device
 def select_on_hopper(
-    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, score_bytes: int = SCORE_BYTES,
     pages: IndexPages | None = None,
 ) -> Selection:  # fmt: skip

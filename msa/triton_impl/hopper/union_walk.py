@@ -328,7 +328,8 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
         (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES, BK, PAGED)),
+        (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES, BK,
+                       PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
