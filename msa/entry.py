@@ -130,10 +130,10 @@ def enter(
     return entry
 
 
-def enter_cache(
-    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig
-) -> tuple[Entry, list[Any]]:
-    """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
+def check_shapes(
+    q: Array, q_idx: Array, cache: PagedKV, config: MSAConfig, lead: str
+) -> dict[str, int]:
+    """Queries fit a cache; give the sizes. `lead` names the dims of q before its heads.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -143,11 +143,23 @@ def enter_cache(
     for name, array in (("q", q), ("q_idx", q_idx)):
         checks.check_array(name, array)
     sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D", sizes)
+    checks.check_shape("q", q, f"{lead} Hq D", sizes)
     cache_checks.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
+    checks.check_shape("q_idx", q_idx, f"{lead} Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     cache_checks.check_queries(cache, q, q_idx)
+    return sizes
+
+
+def enter_cache(
+    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig
+) -> tuple[Entry, list[Any]]:
+    """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    sizes = check_shapes(q, q_idx, cache, config, "B n")
     entry = Entry(backend, q)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
@@ -167,17 +179,9 @@ def enter_prefill(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    checks.check_type("cache", cache, PagedKV)
-    checks.check_type("config", config, MSAConfig)
-    for name, array in (("q", q), ("q_idx", q_idx)):
-        checks.check_array(name, array)
+    checks.check_array("q", q)
     batched = checks.check_layout("q", q, "Tq Hq D", None)
-    sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D" if batched else "Tq Hq D", sizes)
-    cache_checks.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di" if batched else "Tq Hkv Di", sizes)
-    checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    cache_checks.check_queries(cache, q, q_idx)
+    sizes = check_shapes(q, q_idx, cache, config, "B n" if batched else "Tq")
     borders = cache_checks.read_query_borders(cu_seqlens_q, batched, sizes)
     entry = Entry(backend, q, options)
     if options["index_dtype"] is not None:

@@ -46,7 +46,7 @@ def prefill_cases(draw: DrawFn, domain: Domain, want: Want = strategies.EXACT_IN
     )
 
 
-def orders(subject: Subject) -> list[dict[str, str]]:
+def orders(subject: Subject) -> list[dict[str, Any]]:
     """The loop orders that a prefill of this subject takes, as keyword arguments."""
     if not subject.domain.has("loop_order"):
         return [{}]
@@ -145,17 +145,20 @@ def r12_prefilling_8_bits_means_numbers_times_factors(
     subject: Subject, given: EightBits
 ) -> Measure:
     """Prefill over pages of 8 bits is attention over number * factor, in each loop order."""
-    (parts, inputs), arrays = given.parts(), {}
+    parts, inputs = given.parts()
+    arrays: dict[str, Any] = {}
     for name, values in parts.items():
         floats = values.dtype.kind == "f"
         array = subject.give(values, "float32" if floats and name in SCALES else inputs.dtype)
         arrays[name] = array.to(subject.dtype("float8_e4m3fn")) if name in given.pages else array
     q, q_idx = (subject.give(x, inputs.dtype) for x in (inputs.main[0], inputs.index[0]))
     borders = inputs.sequences.cu_seqlens_q
-    want, found = select_fused(spec(subject), replace(inputs, dtype="float64")).indices, []
+    want = select_fused(spec(subject), replace(inputs, dtype="float64")).indices
+    found: list[Measure] = []
     kinds: dict[str, Any] = {"config": inputs.config} | subject.public("prefill")
     for order in orders(subject):
-        output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **kinds, **order)
+        options = kinds | order
+        output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **options)
         same("selection", subject.read(selected(output)), want)
         output = Output(subject.read(output.out), subject.read(output.lse))
         found.append(compare_output(subject, inputs, output, dense(inputs, want)))
