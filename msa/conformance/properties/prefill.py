@@ -60,7 +60,7 @@ def prefill(subject: Subject, paged: PagedCase, **options: str) -> Output:
     return subject.run("prefill_chunk", *args, cast=inputs.dtype, **options)
 
 
-@holds_for(prefill_cases, needs=("prefill_chunk",))
+@holds_for(prefill_cases, needs=("prefill_chunk",), cost=2)
 def r2_prefilling_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     """Prefill over shuffled pages, in each loop order, equals attention over packed keys."""
     inputs = paged.case.inputs
@@ -75,7 +75,7 @@ def r2_prefilling_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measur
     return worst(*found)
 
 
-@holds_for(prefill_cases, needs=("prefill_chunk",))
+@holds_for(prefill_cases, needs=("prefill_chunk",), cost=2)
 def r19_prefilling_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
     """Two prefills over the same cache give the same bits."""
     one, two = (prefill(subject, paged) for _ in range(2))
@@ -140,7 +140,7 @@ def eight_bits(draw: DrawFn, domain: Domain) -> EightBits:
     return EightBits(paged, draw(st.sampled_from(kinds)), draw(st.integers(0, 9999)))
 
 
-@holds_for(eight_bits, needs=("api", "prefill_chunk", "eight_bits"))
+@holds_for(eight_bits, needs=("api", "prefill_chunk", "eight_bits"), cost=2)
 def r12_prefilling_8_bits_means_numbers_times_factors(
     subject: Subject, given: EightBits
 ) -> Measure:
@@ -176,7 +176,7 @@ def laid_prefills(draw: DrawFn, domain: Domain) -> LaidPages:
     )
 
 
-@holds_for(laid_prefills, needs=("api", "prefill_chunk", "decode_step"))
+@holds_for(laid_prefills, needs=("api", "prefill_chunk", "decode_step"), cost=2)
 def r21_strides_of_pages_change_no_bit_of_a_prefill(subject: Subject, given: LaidPages) -> Measure:
     """Prefill gives the same bits for strided queries, pages, tables, lengths and scales."""
 
