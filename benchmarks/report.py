@@ -15,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from benchmarks.reading import device
 from msa import files
 
 
@@ -41,10 +42,10 @@ def machine() -> dict[str, Any]:
 
     from msa import kernel_choice
 
-    device = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        "device": device.name,
-        "multiprocessors": device.multi_processor_count,
+        "device": gpu.name,
+        "multiprocessors": gpu.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": kernel_choice.choose("auto", kernel_choice.usual_call()),
@@ -60,8 +61,7 @@ def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
     >>> str(results_path("prefill", {"device": "NVIDIA A100-SXM4-80GB"}))
     'benchmarks/results/prefill_a100.json'
     """
-    word = machine["device"].removeprefix("NVIDIA ").replace("-", " ").split()[0].lower()
-    return Path("benchmarks/results") / f"{benchmark}_{word}.json"
+    return Path("benchmarks/results") / f"{benchmark}_{device(machine).lower()}.json"
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
