@@ -21,7 +21,7 @@ Part = Literal["steps", "quality"]
 class DecodeOptions(report.Options):
     """Check, then time decoding over paged caches of up to four million tokens on this GPU.
 
-    Takes about a minute on an H100.
+    Takes about a minute on a Hopper GPU.
     """
 
     parts: tuple[Part, ...] = get_args(Part)

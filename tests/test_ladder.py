@@ -106,15 +106,16 @@ def told():
         f"128K {select('128K', kernels='portable'):.1f} ms, in 8 bits "
         f"{select('128K', fp8, 'portable'):.2f}; 16K queries of 1M keys {million}",
         f"| {topk('first_version')} |",
-        f"{select('32K', fp8, 'first_version'):.3f} ms, before {select('32K', fp8, 'portable'):.3f}",
+        f"{select('32K', fp8, 'first_version'):.3f} ms, before "
+        f"{select('32K', fp8, 'portable'):.3f}",
         f"{differ[0]} rows of 128K and {differ[1]} rows of 1,649 behind 136K",
         f"{mended[0]} of {mended[1]} runs, before {first[0]} of {first[1]}",
         f"{scores('171 of 55K', True):.3f} in place of {scores('171 of 55K', False):.3f} ms",
         f"| {topk('hopper')} |",
         f"{select('8K', fp8, 'first_version'):.3f} → {select('8K', fp8):.3f} ms",
         f"{quantise[0]:.3f} of these {select('8K', fp8):.3f} ms",
-        f"0.050 ms ({select('8K', fp8):.3f}), at 32K in 0.50 ({select('32K', fp8):.2f}) and for 16K "
-        f"queries of 1M in 15.2 ({select('16K of 1M', fp8):.1f})",
+        f"0.050 ms ({select('8K', fp8):.3f}), at 32K in 0.50 ({select('32K', fp8):.2f}) and for "
+        f"16K queries of 1M in 15.2 ({select('16K of 1M', fp8):.1f})",
         f"{quantise[0]:.3f}, {quantise[1]:.3f} and {quantise[2]:.3f} ms",
         f"{min(shares):.2f} to {max(shares):.2f} of a plain product in 8 bits",
         f"on {SELECTION['checks']['cases']} shapes with ties",
@@ -133,8 +134,8 @@ def told():
         f"{checks['cases']} cases against float64 and the portable walk, {checks['reruns']} "
         f"repetitions with the same bits, {checks['short_shapes']} short ragged shapes",
         f"takes {whole(16384, 0.95, 'auto'):.2f} ms at 16K and ρ = 0.95, where the portable kernels "
-        f"take {whole(16384, 0.95, 'portable auto'):.2f}, and {whole(8192, 0.95, 'auto'):.2f} ms at "
-        f"8K in place of {whole(8192, 0.95, 'portable auto'):.2f}",
+        f"take {whole(16384, 0.95, 'portable auto'):.2f}, and {whole(8192, 0.95, 'auto'):.2f} ms "
+        f"at 8K in place of {whole(8192, 0.95, 'portable auto'):.2f}",
         f"gain {union_gain(32768):.0f} % and {union_gain(65536):.0f} % at ρ = 0.95, and lose "
         f"{-union_gain(32768, 0.0):.0f} % and {-union_gain(65536, 0.0):.0f} % at ρ = 0",
     )

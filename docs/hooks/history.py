@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.figures import decode, integrations, prefill
-from docs.hooks import standing
+from docs.hooks import standing, standing_steps
 from docs.hooks.measured import device, kind_of, older, show
 
 
@@ -42,11 +42,11 @@ def tables_of(name: str) -> list[str]:
             sentences = (standing.million, standing.production, standing.eight_bits)
             return [standing.prefill(name), " ".join(say(name) for say in sentences)]
         case "train":
-            return [standing.training(name), standing.warm_up(name)]
+            return [standing_steps.training(name), standing_steps.warm_up(name)]
         case "decode":
-            return [standing.decoding(name)]
+            return [standing_steps.decoding(name)]
         case "integrations":
-            return [standing.operators(name)]
+            return [standing_steps.operators(name)]
         case _:
             return []
 

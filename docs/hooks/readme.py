@@ -15,7 +15,8 @@ from benchmarks.cases import MILLION
 from benchmarks.reading import at, best_dense, committed, million_dense
 from docs.hooks.curves import table
 from docs.hooks.measured import ROOT, device, read
-from docs.hooks.standing import KEEP, long, sparse
+from docs.hooks.standing import KEEP
+from docs.hooks.standing_steps import long, sparse
 
 Row = dict[str, Any]
 COLUMNS = ("on", "dense attention by", "MSA overtakes it at", "and is faster by")
