@@ -46,7 +46,7 @@ TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MEDIAN = {"ms": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
-STEP = {"step": MICROS, "scores": MICROS}
+STEP = {"step": MICROS, "layer": MICROS, "scores": MICROS}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "prefill": {
         **MACHINE,
@@ -58,6 +58,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         }],
         "topk": [{"rows": int, "blocks": int, "k": int, "torch": TIME, "ours": TIME}],
         "million": {"chunks": [{"prefix": int, "cudnn": TIME}], "whole_keep_0.95": dict},
+        "production": {"cases": [{"n_q": int, "n_k": int, "calls": int, **TIME}],
+                       "weighted_ms": NUMBER},
     },
     "selection": {
         "device": str, "torch": str, "triton": str, "date": str, "commit": str,
@@ -77,7 +79,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "train": {
         **MACHINE,
-        "steps": [{"n": int, "dense": TIME, "sparse": [{"keep": NUMBER, "step": TIME}]}],
+        "steps": [{"n": int, "dense": TIME, "sparse": [{"keep": NUMBER, "step": TIME, "stages": dict,
+                                                     "extra_gib": NUMBER}]}],
         "warm_up": {"n": int, "dense": TIME, "both": TIME},
     },
     "decode": {
