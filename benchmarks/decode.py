@@ -1,6 +1,6 @@
 """`msa bench decode` checks and times a step of generation on a GPU.
 
-The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps quality]
+The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps ...]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.reading import best_dense
 
-Part = Literal["steps", "quality"]
+Part = Literal["ceilings", "steps", "quality"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class DecodeOptions(report.Options):
     """
 
     parts: tuple[Part, ...] = get_args(Part)
-    """What to measure: steps beside dense attention, what 8 bits lose."""
+    """What to measure: the device's own ceilings, steps beside dense attention, what 8 bits
+    lose."""
 
 
 def run(options: DecodeOptions) -> int:

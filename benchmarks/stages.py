@@ -215,7 +215,7 @@ def one_layer(sequences: Sequences, dense: bool = False) -> dict[str, Any]:
     chosen = make_selection(sequences, 0.0, every=32)
     check_select(sequences)
     error = check_attention(x, chosen, "auto")
-    row = timed(layer(x, chosen)) | {"error": error}
+    row: dict[str, Any] = timed(layer(x, chosen)) | {"error": error}
     row["fp8"] = timed(layer(x, chosen, "fp8_e4m3"))
     row["select"] = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG))
     if dense:

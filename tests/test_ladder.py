@@ -134,8 +134,9 @@ def told():
         f"{checks['cases']} cases against float64 and the portable walk, {checks['reruns']} "
         f"repetitions with the same bits, {checks['short_shapes']} short ragged shapes",
         f"takes {whole(16384, 0.95, 'auto'):.2f} ms at 16K and ρ = 0.95, where the portable "
-        f"kernels take {whole(16384, 0.95, 'portable auto'):.2f}, and {whole(8192, 0.95, 'auto'):.2f} ms "
-        f"at 8K in place of {whole(8192, 0.95, 'portable auto'):.2f}",
+        f"kernels take {whole(16384, 0.95, 'portable auto'):.2f}, and "
+        f"{whole(8192, 0.95, 'auto'):.2f} ms at 8K in place of "
+        f"{whole(8192, 0.95, 'portable auto'):.2f}",
         f"gain {union_gain(32768):.0f} % and {union_gain(65536):.0f} % at ρ = 0.95, and lose "
         f"{-union_gain(32768, 0.0):.0f} % and {-union_gain(65536, 0.0):.0f} % at ρ = 0",
     )
