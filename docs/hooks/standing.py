@@ -183,10 +183,10 @@ def topk(name: str = "prefill") -> str:
                     else ".")  # fmt: skip
 
 
-def reverse_index(name: str = "prefill") -> str:
-    """One sentence: the time of the reverse index."""
+def times_of(part: str, name: str = "prefill") -> str:
+    """One sentence: the time of the reverse index or of the schedule, over all ρ."""
     times = [
-        f"{span((1e3 * s['reverse_index']['ms'] for s in row['attention']), lambda x: f'{x:.0f}')}"
+        f"{span((1e3 * s[part]['ms'] for s in row['attention']), lambda x: f'{x:.0f}')}"
         f" µs for {tokens(row['n'])}" for row in prompts(name)
     ]  # fmt: skip
     return f"on an {device(name)}, {', '.join(times)} queries."
