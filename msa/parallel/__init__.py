@@ -1,0 +1,16 @@
+"""One sequence on several GPUs: context parallel attention on torch.distributed.
+
+    shards         which tokens a rank holds: two chunks of each sequence, so that work is equal
+    agreement      all ranks call with the same borders, sizes and options, or all raise
+    gathering      keys of all ranks in order; their gradients, summed over ranks in float32
+    attention      a rank's two chunks, each an ordinary call on a prefix of the keys
+    decoding       a cache whose pages are dealt out to the ranks
+
+Everything is torch's own: process groups, device meshes, collectives. Start the processes with
+torchrun. See docs/howto/parallel.md.
+"""
+
+from msa.parallel.attention import ContextOutput, context_parallel_attention
+from msa.parallel.shards import Shards, shard, unshard
+
+__all__ = ["ContextOutput", "Shards", "context_parallel_attention", "shard", "unshard"]
