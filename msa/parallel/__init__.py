@@ -2,6 +2,7 @@
 
     shards         which tokens a rank holds: two chunks of each sequence, so that work is equal
     agreement      all ranks call with the same borders, sizes and options, or all raise
+    sharding       whole tensors to rows of a rank, and back
     gathering      keys of all ranks in order; their gradients, summed over ranks in float32
     attention      a rank's two chunks, each an ordinary call on a prefix of the keys
     decoding       a cache whose pages are dealt out to the ranks
@@ -11,6 +12,7 @@ torchrun. See docs/howto/parallel.md.
 """
 
 from msa.parallel.attention import ContextOutput, context_parallel_attention
-from msa.parallel.shards import Shards, shard, unshard
+from msa.parallel.sharding import shard, unshard
+from msa.parallel.shards import Shards
 
 __all__ = ["ContextOutput", "Shards", "context_parallel_attention", "shard", "unshard"]

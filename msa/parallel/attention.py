@@ -132,11 +132,11 @@ def context_parallel_attention(
             kl = kl + part * ((rows.stop - rows.start) / shards.total)
     out = torch.cat(outs) if outs else q.new_empty(0, q.shape[1], v.shape[2])
     lse = torch.cat(lses) if lses else q.new_empty(0, q.shape[1], dtype=torch.float32)
-    out = Attached.apply(out, *prefixes["k"], *prefixes["v"])
+    out, lse = (Attached.apply(x, q, *prefixes["k"], *prefixes["v"]) for x in (out, lse))
     found = tuple(selection for selection in selections if selection is not None)
     total = None
     if align:
-        total = SumOverRanks.apply(Attached.apply(kl, *prefixes["k_idx"]), ranks)
+        total = SumOverRanks.apply(Attached.apply(kl, q_idx, *prefixes["k_idx"]), ranks)
     return ContextOutput(out, lse, found, shards, total)
 
 

@@ -96,8 +96,8 @@ class Prefixes(torch.autograd.Function):
 class Attached(torch.autograd.Function):
     """The first argument, such that its backward reaches the others, with gradients of zero.
 
-    A rank without queries has an output that depends on no key. Its backward has to take part in
-    the collectives of `Prefixes` all the same.
+    A rank without queries has an output that depends on nothing. Its backward has to take part in
+    the collectives of `Prefixes` all the same, and its arguments get gradients as on other ranks.
     """
 
     @staticmethod
