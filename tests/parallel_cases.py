@@ -42,9 +42,7 @@ def together(group, case):
     cu, config = case["cu_seqlens"], case["config"]
     places = {"cu_seqlens": cu, "block_size": config.block_size}
     own = [shard(x.detach(), group, **places).requires_grad_() for x in whole]
-    output = context_parallel_attention(
-        *own, group=group, cu_seqlens=cu, config=config, align=True
-    )
+    output = context_parallel_attention(*own, group=group, cu_seqlens=cu, config=config, align=True)
     d_own = shard(d_out, group, **places)
     ((output.out * d_own).sum() + output.lse.sum() + output.kl).backward()
     ids = [selection.indices for selection in output.selections]

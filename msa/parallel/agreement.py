@@ -36,8 +36,9 @@ def agree(
         TypeError, ValueError: this rank's arguments are wrong, or ranks differ.
         RuntimeError: another rank's arguments are wrong.
     """
-    rank, count = rank_and_count(group)
-    facts, refused = {}, None
+    count = rank_and_count(group)[1]
+    facts: dict[str, Any] = {}
+    refused: Exception | None = None
     try:
         for name, tensor in tensors.items():
             checks.check_plain(name, tensor)

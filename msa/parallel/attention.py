@@ -29,9 +29,10 @@ from msa.dispatch import BackendName
 from msa.ir import Selection
 from msa.kernel_choice import Kernels
 from msa.parallel.agreement import agree
-from msa.parallel.gathering import Attached, Gathered, Prefixes, SumOverRanks, start_gather
+from msa.parallel.gathering import Attached, Gathered, Rows, SumOverRanks, start_gather
 from msa.parallel.groups import Group, process_group
-from msa.parallel.shards import HALVES, Shards, device_indices
+from msa.parallel.prefixes import half_rows
+from msa.parallel.shards import Shards, device_indices
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,16 @@ def context_parallel_attention(
         index_dtype=index_dtype, kernels=kernels,
     )  # fmt: skip
     used = list(keys) if align else ["k", "v"]
-    taken = Prefixes.apply(
-        [gathers[name] for name in used], shards, ranks, *(keys[name] for name in used)
+    _, *places = device_indices(shards, rank, q.device)
+    taken = Rows.apply(
+        [gathers[name] for name in used], places, shards, ranks, *(keys[name] for name in used)
     )
     prefixes = {name: taken[2 * i : 2 * i + 2] for i, name in enumerate(used)}
     scale = config.softmax_scale_for(q.shape[-1])
-    outs, lses, kl = [], [], q.new_zeros((), dtype=loss_dtype(q, q_idx))
-    for half, rows in half_rows(shards, rank):
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    kl = q.new_zeros((), dtype=loss_dtype(q, q_idx))
+    for half, rows in enumerate(half_rows(shards, rank)):
         selection = selections[half]
         if selection is None:
             continue
@@ -146,7 +150,7 @@ def select_halves(
     """The selection of each half; None for a half without queries."""
     _, *halves = device_indices(shards, rank, q_idx.device)
     selections: list[Selection | None] = []
-    for half, rows in half_rows(shards, rank):
+    for half, rows in enumerate(half_rows(shards, rank)):
         if rows.start == rows.stop:
             selections.append(None)
             continue
@@ -158,12 +162,6 @@ def select_halves(
             )
         )  # fmt: skip
     return selections
-
-
-def half_rows(shards: Shards, rank: int) -> list[tuple[int, slice]]:
-    """Each half, and where its rows lie among the rank's."""
-    middle = shards.half(rank, 0).total_q
-    return [(0, slice(0, middle)), (1, slice(middle, shards.rows(rank)))]
 
 
 def loss_dtype(q: Tensor, q_idx: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa.autograd import differentiable_once
-from msa.parallel.shards import HALVES, Shards, device_indices
+from msa.parallel.shards import Shards
 
 # torch 2.13 renames both collectives; older releases have the second name only
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,7 +26,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 @dataclass(frozen=True)
 class Gathered:
-    """A gather that was started: the ranks' rows [P * most, ...], each rank's padded to the most."""
+    """A gather that was started: rows of all ranks [P * most, ...], each rank's padded to `most`."""
 
     rows: Tensor
     work: Any
@@ -49,55 +49,52 @@ def start_gather(x: Tensor, shards: Shards, group: dist.ProcessGroup) -> Gathere
     return Gathered(whole, work)
 
 
-class Prefixes(torch.autograd.Function):
-    """The keys that each half reads, of several arguments whose gathers were started.
+class Rows(torch.autograd.Function):
+    """Rows of the whole, in the orders that `places` say, of arguments whose gathers were started.
 
-    Returns, for each argument, the keys of the early half and of the late half.
+    Returns, for each argument, one tensor for each order. An order names no row twice.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, gathers: list[Gathered], shards: Shards, group: dist.ProcessGroup, *own: Tensor
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, gathers: list[Gathered], places: list[Tensor], shards: Shards,
+        group: dist.ProcessGroup, *own: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Wait for the gathers, and put the rows in order."""
-        ctx.shards, ctx.group = shards, group
+        ctx.places, ctx.shards, ctx.group = places, shards, group
         ctx.dtypes, ctx.shapes = [x.dtype for x in own], [gather.rows.shape for gather in gathers]
-        ctx.device = own[0].device
         ctx.set_materialize_grads(False)
-        _, *halves = device_indices(shards, group.rank(), ctx.device)
-        return tuple(gather.take(places) for gather in gathers for places in halves)
+        return tuple(gather.take(order) for gather in gathers for order in places)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Add both halves' gradients, then those of all ranks, in float32 or float64.
+        """Add the gradients of all orders, then those of all ranks, in float32 or float64.
 
         A gradient is rounded to the dtype of its argument once, at the end.
         """
-        shards, rank = ctx.shards, ctx.group.rank()
-        _, *halves = device_indices(shards, rank, ctx.device)
+        shards, places = ctx.shards, ctx.places
         found: list[Tensor | None] = []
         for i, (dtype, shape) in enumerate(zip(ctx.dtypes, ctx.shapes)):
-            if not ctx.needs_input_grad[3 + i]:
+            if not ctx.needs_input_grad[4 + i]:
                 found.append(None)
                 continue
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            whole = torch.zeros(shape, dtype=wide, device=ctx.device)
-            for half, places in zip(HALVES, halves):
-                gradient = gradients[len(HALVES) * i + half]
+            whole = torch.zeros(shape, dtype=wide, device=places[0].device)
+            for order, gradient in zip(places, gradients[len(places) * i :]):
                 if gradient is not None:
-                    whole.index_add_(0, places, gradient.to(wide))
+                    whole.index_add_(0, order, gradient.to(wide))
             own = whole.new_empty(shape[0] // shards.ranks, *shape[1:])
             reduce_scatter(own, whole, group=ctx.group)
-            found.append(own[: shards.rows(rank)].to(dtype))
-        return None, None, None, *found
+            found.append(own[: shards.rows(ctx.group.rank())].to(dtype))
+        return None, None, None, None, *found
 
 
 class Attached(torch.autograd.Function):
     """The first argument, such that its backward reaches the others, with gradients of zero.
 
     A rank without queries has an output that depends on nothing. Its backward has to take part in
-    the collectives of `Prefixes` all the same, and its arguments get gradients as on other ranks.
+    the collectives of `Rows` all the same, and its arguments get gradients as on other ranks.
     """
 
     @staticmethod

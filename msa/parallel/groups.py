@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -54,5 +56,6 @@ def host_group(group: Group) -> dist.ProcessGroup:
     name = group.group_name
     if name not in _host_groups:
         ranks = dist.get_process_group_ranks(group)
-        _host_groups[name] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        made: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _host_groups[name] = made
     return _host_groups[name]

@@ -107,7 +107,7 @@ class Shards:
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
     def prefixes(self, rank: int, half: int) -> Tensor:
-        """The packed positions of the keys of `half`, int64 on the CPU, in the order of the call."""
+        """The packed positions of a half's keys, int64 on the CPU, in the order of the call."""
         pieces = [
             torch.arange(start, start + b)
             for start, (a, b) in zip(self.cu_seqlens, self.spans(rank, half))
