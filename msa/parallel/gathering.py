@@ -26,7 +26,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 @dataclass(frozen=True)
 class Gathered:
-    """A gather that was started: rows of all ranks [P * most, ...], each rank's padded to `most`."""
+    """A gather that was started: rows of all ranks [P * most, ...], where most is the most rows."""
 
     rows: Tensor
     work: Any
