@@ -20,7 +20,7 @@ from msa.parallel.shards import Shards, shards_of
 
 
 def agree(
-    group: Group, tensors: dict[str, Tensor], cu_seqlens: Any, block_size: int,
+    group: Group | None, tensors: dict[str, Tensor], cu_seqlens: Any, block_size: int,
     options: dict[str, Any] | None = None, check: Callable[[], None] = lambda: None,
 ) -> Shards:  # fmt: skip
     """Check the arguments of a collective call on every rank; give the shards of its tokens.

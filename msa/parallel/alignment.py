@@ -19,7 +19,7 @@ from msa.parallel.prefixes import attach, key_prefixes
 def context_parallel_align_index(
     q: Float[Tensor, "rows Hq D"], k: Float[Tensor, "rows Hkv D"],
     q_idx: Float[Tensor, "rows Hkv Di"], k_idx: Float[Tensor, "rows Di"],
-    *, group: Group, cu_seqlens: Any = None, config: MSAConfig = MSAConfig(),
+    *, group: Group | None = None, cu_seqlens: Any = None, config: MSAConfig = MSAConfig(),
     backend: BackendName = "auto",
 ) -> Float[Tensor, ""]:  # fmt: skip
     """KL(main branch || index branch) over all visible tokens: the mean over all ranks' queries.

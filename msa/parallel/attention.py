@@ -50,7 +50,7 @@ class ContextOutput:
 def context_parallel_attention(
     q: Float[Tensor, "rows Hq D"], k: Float[Tensor, "rows Hkv D"], v: Float[Tensor, "rows Hkv Dv"],
     q_idx: Float[Tensor, "rows Hkv Di"], k_idx: Float[Tensor, "rows Di"],
-    *, group: Group, cu_seqlens: Any = None, config: MSAConfig = MSAConfig(),
+    *, group: Group | None = None, cu_seqlens: Any = None, config: MSAConfig = MSAConfig(),
     align: bool = False, backend: BackendName = "auto", loop_order: LoopOrder = "auto",
     index_dtype: IndexDtype | None = None, kernels: Kernels = "auto",
 ) -> ContextOutput:  # fmt: skip
@@ -61,8 +61,9 @@ def context_parallel_attention(
 
     Args:
         q, k, v, q_idx, k_idx: this rank's rows, those that `shard` gives it. Torch tensors.
-        group: a process group, or a mesh of one dimension. With tensor parallelism over KV heads,
-            this is the other dimension of the mesh, and each rank gives its own heads.
+        group: a process group, or a mesh of one dimension; None means all processes. With tensor
+            parallelism over KV heads, this is the other dimension of the mesh, and each rank gives
+            its own heads.
         cu_seqlens: borders of the whole sequences [batch + 1], not of this rank's rows; None means
             one sequence.
         config: the same on every rank. Chunks begin at multiples of its block size.
@@ -85,7 +86,7 @@ def context_parallel_attention(
     >>> x, k_idx = torch.randn(9, 1, 8), torch.randn(9, 8)
     >>> config = msa.MSAConfig(block_size=2, top_k=2)
     >>> output = context_parallel_attention(
-    ...     x, x, x, x, k_idx, group=dist.group.WORLD, config=config)
+    ...     x, x, x, x, k_idx, config=config)
     >>> torch.equal(output.out, msa.attention(x, x, x, x, k_idx, config=config).out)
     True
     >>> dist.destroy_process_group()

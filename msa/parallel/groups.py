@@ -15,12 +15,19 @@ Group = dist.ProcessGroup | DeviceMesh
 _host_groups: dict[str, dist.ProcessGroup] = {}
 
 
-def process_group(group: Group) -> dist.ProcessGroup:
-    """The process group of a mesh of one dimension; a process group is returned as it is.
+def process_group(group: Group | None) -> dist.ProcessGroup:
+    """The process group of a mesh of one dimension, or as it is given; None means all processes.
 
     Raises:
         TypeError, ValueError: no group, a mesh of several dimensions, a rank outside of the group.
     """
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                "group must be a group of processes that were connected, got None and no default "
+                "group: start with torchrun, and call torch.distributed.init_process_group"
+            )
+        group = dist.group.WORLD
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -32,19 +39,18 @@ def process_group(group: Group) -> dist.ProcessGroup:
         if group == dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError("group must contain this rank, got a group of other ranks")
         raise TypeError(
-            f"group must be a torch.distributed.ProcessGroup or a DeviceMesh, got {kind(group)}: "
-            "call torch.distributed.init_process_group, then give torch.distributed.group.WORLD"
+            f"group must be a torch.distributed.ProcessGroup or a DeviceMesh, got {kind(group)}"
         )
     return group
 
 
-def rank_and_count(group: Group) -> tuple[int, int]:
+def rank_and_count(group: Group | None) -> tuple[int, int]:
     """This process's rank in the group, and the number of ranks."""
     group = process_group(group)
     return group.rank(), group.size()
 
 
-def host_group(group: Group) -> dist.ProcessGroup:
+def host_group(group: Group | None) -> dist.ProcessGroup:
     """The same ranks, with messages between CPUs: gloo.
 
     It is made at the first call for a group, and kept. NCCL carries tensors of GPUs only, and a

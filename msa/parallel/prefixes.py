@@ -26,7 +26,7 @@ class Half:
 
 
 def key_prefixes(
-    *tensors: Tensor, group: Group, cu_seqlens: Any = None, block_size: int = 128
+    *tensors: Tensor, group: Group | None = None, cu_seqlens: Any = None, block_size: int = 128
 ) -> tuple[Half, Half]:
     """Gather tensors of all ranks, in order, for an attention of your own.
 

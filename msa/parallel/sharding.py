@@ -15,13 +15,13 @@ from msa.parallel.shards import device_indices, shards_of
 
 
 def shard(
-    x: Tensor, group: Group, *, cu_seqlens: Any = None, block_size: int = 128
+    x: Tensor, group: Group | None = None, *, cu_seqlens: Any = None, block_size: int = 128
 ) -> Tensor:  # fmt: skip
     """This rank's rows of a whole tensor, which every rank has.
 
     Args:
         x: packed tokens [T, ...]: q, k, tokens, positions, targets.
-        group: the ranks among which the tokens are dealt out.
+        group: the ranks among which the tokens are dealt out; None means all processes.
         cu_seqlens: borders of the sequences [batch + 1]; None means one sequence.
         block_size: that of the config of the attention.
 
@@ -40,7 +40,7 @@ def shard(
 
 @torch.no_grad()
 def unshard(
-    x: Tensor, group: Group, *, cu_seqlens: Any = None, block_size: int = 128
+    x: Tensor, group: Group | None = None, *, cu_seqlens: Any = None, block_size: int = 128
 ) -> Tensor:  # fmt: skip
     """The whole tensor, packed in order, from every rank's rows: the inverse of `shard`.
 
