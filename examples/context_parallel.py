@@ -41,6 +41,7 @@ class Layer(nn.Module):
             found = context_parallel_attention(q, k, v, q_idx, k_idx, config=CONFIG, align=True)
         else:
             found = msa.attention(q, k, v, q_idx, k_idx, config=CONFIG, align=True)
+        assert found.kl is not None  # as align is True
         return self.out(found.out.flatten(1)), found.kl
 
 
