@@ -61,6 +61,24 @@ def block_table(
 
 
 @device_table
+def own_key_table(
+    sequences: Sequences, block_size: int, device: torch.device
+) -> Int[Tensor, "2 blocks"]:
+    """For each block of all sequences: its first packed key, and own key less query.
+
+    The second number is the same for all queries of a sequence.
+
+    >>> own_key_table(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[0, 2, 4, 5], [3, 3, 3, 3]]
+    """
+    cu_q, cu_k = (np.array(b, np.int64) for b in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
+    cu_blocks = sequences.cu_blocks(block_size)
+    blocks = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
+    first_key = _spread(cu_k[:-1], cu_blocks) + blocks * block_size
+    return to_device(np.stack([first_key, _spread(cu_k[1:] - cu_q[1:], cu_blocks)]), device)
+
+
+@device_table
 def tile_table(
     sequences: Sequences, tile_size: int, device: torch.device
 ) -> Int[Tensor, "tiles 5"]:

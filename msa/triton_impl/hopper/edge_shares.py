@@ -1,0 +1,66 @@
+"""Equal shares of the edges of a reverse index, one for each program (R13, R14).
+
+    program p has the edges cuts[p] ... cuts[p + 1]             # cuts[p] = edges * p // programs
+    for each row that has edges among them:
+        item row + p = (row, those edges)
+
+A walk along all edges moves to the next row or to the next program at each border of items, so
+row + p is another number for each item, and no prefix sum over items is needed. All programs have
+the same number of edges, whatever the lengths of rows are. A row has several items only if a cut
+lies inside it, so the items are hardly more than the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from msa.ir import ReverseIndex, Selection
+from msa.triton_impl.reverse_index import reverse_edges
+
+
+@dataclass(frozen=True)
+class EdgeShares:
+    """A reverse index that is cut into one share of edges for each program."""
+
+    reverse_index: ReverseIndex
+    cuts: Int[Tensor, " programs_plus_1"]
+    """int64; program p has the edges cuts[p] ... cuts[p + 1]."""
+    first_rows: Int[Tensor, " programs"]
+    """int64; the row of each program's first edge."""
+    item_starts: Int[Tensor, " rows"]
+    """int64; the first item of each row."""
+    item_stops: Int[Tensor, " rows"]
+    """int64; the item behind the last one of each row; the same number if it has none."""
+
+    @property
+    def items(self) -> int:
+        """Room for the items: no item has a greater number."""
+        return len(self.item_starts) + len(self.first_rows)
+
+
+def share_edges(selection: Selection, programs: int) -> EdgeShares:
+    """The reverse index of a selection in equal shares, without waiting for the device.
+
+    >>> from msa.ir import Sequences
+    >>> chosen = torch.tensor([[[0, -1]], [[0, 1]], [[0, 1]]], dtype=torch.int32)
+    >>> shares = share_edges(Selection(chosen, Sequences.one(3, 3), 2), 2)
+    >>> shares.cuts.tolist(), shares.first_rows.tolist()
+    ([0, 2, 5], [0, 0])
+    >>> shares.item_starts.tolist(), shares.item_stops.tolist()
+    ([0, 2], [2, 3])
+    """
+    index = reverse_edges(selection)
+    offsets = index.row_offsets
+    starts, stops = offsets[:-1], offsets[1:]
+    share = torch.arange(programs + 1, device=offsets.device)
+    cuts = offsets[-1] * share // programs
+    first_rows = torch.searchsorted(offsets, cuts[:-1], right=True) - 1
+    row = torch.arange(len(starts), device=offsets.device)
+    item_starts = row + torch.searchsorted(cuts, starts, right=True) - 1
+    item_stops = row + torch.searchsorted(cuts, stops - 1, right=True)
+    item_stops = torch.where(starts < stops, item_stops, item_starts)
+    return EdgeShares(index, cuts, first_rows, item_starts, item_stops)
