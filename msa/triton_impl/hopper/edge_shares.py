@@ -1,13 +1,14 @@
 """Equal shares of the edges of a reverse index, one for each program (R13, R14).
 
-    program p has the edges cuts[p] ... cuts[p + 1]             # cuts[p] = edges * p // programs
+    program p has the edges cuts[p] ... cuts[p + 1]     # cuts[p] = min(p * share, edges)
     for each row that has edges among them:
         item row + p = (row, those edges)
 
 A walk along all edges moves to the next row or to the next program at each border of items, so
-row + p is another number for each item, and no prefix sum over items is needed. All programs have
-the same number of edges, whatever the lengths of rows are. A row has several items only if a cut
-lies inside it, so the items are hardly more than the rows.
+row + p is another number for each item, and no prefix sum over items is needed. The items of a row
+lie side by side, because only the last programs can be without edges. All others have the same
+number of edges, whatever the lengths of rows are. A row has several items only if a cut lies inside
+it, so the items are hardly more than the rows.
 """
 
 from __future__ import annotations
@@ -49,15 +50,15 @@ def share_edges(selection: Selection, programs: int) -> EdgeShares:
     >>> chosen = torch.tensor([[[0, -1]], [[0, 1]], [[0, 1]]], dtype=torch.int32)
     >>> shares = share_edges(Selection(chosen, Sequences.one(3, 3), 2), 2)
     >>> shares.cuts.tolist(), shares.first_rows.tolist()
-    ([0, 2, 5], [0, 0])
+    ([0, 3, 5], [0, 1])
     >>> shares.item_starts.tolist(), shares.item_stops.tolist()
-    ([0, 2], [2, 3])
+    ([0, 2], [1, 3])
     """
     index = reverse_edges(selection)
     offsets = index.row_offsets
     starts, stops = offsets[:-1], offsets[1:]
-    share = torch.arange(programs + 1, device=offsets.device)
-    cuts = offsets[-1] * share // programs
+    share = (offsets[-1] + (programs - 1)) // programs
+    cuts = torch.minimum(share * torch.arange(programs + 1, device=offsets.device), offsets[-1])
     first_rows = torch.searchsorted(offsets, cuts[:-1], right=True) - 1
     row = torch.arange(len(starts), device=offsets.device)
     item_starts = row + torch.searchsorted(cuts, starts, right=True) - 1

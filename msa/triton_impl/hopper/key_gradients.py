@@ -43,22 +43,18 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from msa.triton_impl.hopper.edge_shares import EdgeShares
-from msa.triton_impl.hopper.ring import (
-    copy_tile,
-    in_parts,
-    make_barriers,
-    release,
-    wait_empty,
-    wait_full,
+from msa.triton_impl.hopper.edge_rows import (
+    copy_keys,
+    copy_numbers,
+    copy_rows,
+    load_row,
+    load_share,
 )
+from msa.triton_impl.hopper.edge_shares import EdgeShares
+from msa.triton_impl.hopper.ring import make_barriers, release, wait_full
 from msa.triton_impl.item_sums import sum_parts
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import own_key_table
@@ -74,22 +70,6 @@ OPTIONS = {
     "num_warps": 4,
 }
 """The compile-time options that are always the same."""
-
-
-@gluon.jit
-def load_row(tables, row, edge, last, n_blocks, HKV: gl.constexpr):
-    """Of a row of the reverse index: its stop among this program's edges, its group, its block."""
-    _ids, offsets, _cuts, _first_rows, _firsts, _shifts = tables
-    stop = gl.minimum(gl.load(offsets + row + 1), last)
-    return stop, row // n_blocks, row % n_blocks
-
-
-@gluon.jit
-def load_share(tables):
-    """This program's first edge, its stop, and the row of the first edge."""
-    _ids, _offsets, cuts, first_rows, _firsts, _shifts = tables
-    p = gl.program_id(0)
-    return gl.load(cuts + p), gl.load(cuts + p + 1), gl.load(first_rows + p).to(gl.int32)
 
 
 @gluon.jit
@@ -121,7 +101,7 @@ def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale
     edge, last, row = load_share(tables)
     step, item = 0, 0
     while edge < last:
-        stop, _group, i_b = load_row(tables, row, edge, last, n_blocks, HKV)
+        stop, _group, i_b = load_row(tables, row, last, n_blocks)
         if edge < stop:
             first = gl.load(firsts + i_b)
             shift = gl.load(shifts + i_b)
@@ -155,7 +135,8 @@ def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale
                 b_dp = warpgroup_mma_wait(1, deps=[dp_next])
                 a_ds = gl.convert_layout((b_p * b_dp).to(b_q.dtype), A)
                 dk_next = warpgroup_mma(a_ds, b_q, b_dk, is_async=True)
-                b_dv, b_dk = warpgroup_mma_wait(0, deps=[dv_next, dk_next])
+                b_dv = warpgroup_mma_wait(1, deps=[dv_next])
+                b_dk = warpgroup_mma_wait(0, deps=[dk_next])
                 release(empty, step, STAGES)
                 step += 1
             release(key_empty, item, 1)
@@ -167,98 +148,6 @@ def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale
             gl.store(d_v + place + o_x, b_dv)
             item += 1
             edge = stop
-        row += 1
-
-
-@gluon.jit
-def copy_keys(k_desc, v_desc, keys, tables, n_blocks, HKV: gl.constexpr):
-    """Copy the keys and values of each item's block."""
-    k_tile, v_tile, key_full, key_empty = keys
-    _ids, _offsets, _cuts, _first_rows, firsts, shifts = tables
-    HALF: gl.constexpr = k_tile.shape[1]
-    DIM: gl.constexpr = k_tile.shape[2]
-    edge, last, row = load_share(tables)
-    item = 0
-    while edge < last:
-        stop, group, i_b = load_row(tables, row, edge, last, n_blocks, HKV)
-        if edge < stop:
-            first = gl.load(firsts + i_b)
-            wait_empty(key_empty, item, 1)
-            mbarrier.expect(key_full.index(0), 4 * k_desc.block_type.nbytes)
-            for w in gl.static_range(2):
-                place = [first + w * HALF, group * DIM]
-                copy_tile(k_desc, place, key_full.index(0), k_tile.index(w))
-                copy_tile(v_desc, place, key_full.index(0), v_tile.index(w))
-            item += 1
-            edge = stop
-        row += 1
-
-
-@gluon.jit
-def copy_rows(q_desc, do_desc, rows, empty, tables, n_blocks, n_q, G: gl.constexpr,
-              HKV: gl.constexpr, POS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Gather the rows of q and dO, one query after another, half of their columns at a time."""
-    q_tiles, do_tiles, full = rows
-    ids, _offsets, _cuts, _first_rows, _firsts, _shifts = tables
-    HEADS: gl.constexpr = q_desc.block_type.shape[1]
-    WIDTH: gl.constexpr = q_desc.block_type.shape[2]
-    PARTS: gl.constexpr = [STAGES * 2 * POS, 1, HEADS, WIDTH]
-    LAYOUT: gl.constexpr = q_desc.layout
-    q_parts = in_parts(q_tiles, PARTS, LAYOUT)
-    do_parts = in_parts(do_tiles, PARTS, LAYOUT)
-    edge, last, row = load_share(tables)
-    step = 0
-    while edge < last:
-        stop, group, i_b = load_row(tables, row, edge, last, n_blocks, HKV)
-        n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
-        for i in range(n):
-            s = step % STAGES
-            bar = full.index(s)
-            for j in gl.static_range(POS):
-                x = edge + i * POS + j
-                t = gl.load(ids + gl.minimum(x, stop - 1))
-                t = gl.where(x < stop, t, n_q)
-                if j == 0:
-                    wait_empty(empty, step, STAGES)
-                    mbarrier.expect(bar, 4 * POS * q_desc.block_type.nbytes)
-                for c in gl.static_range(2):
-                    place = [t, group * G, c * WIDTH]
-                    copy_tile(q_desc, place, bar, q_parts.index((s * 2 + c) * POS + j))
-                    copy_tile(do_desc, place, bar, do_parts.index((s * 2 + c) * POS + j))
-            step += 1
-        edge = gl.maximum(edge, stop)
-        row += 1
-
-
-@gluon.jit
-def copy_numbers(lse, delta, numbers, empty, tables, factor, n_blocks, G: gl.constexpr,
-                 HKV: gl.constexpr, POS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Write -lse / softmax_scale, -delta and the query of each row of a tile."""
-    lse_tiles, delta_tiles, t_tiles, full = numbers
-    ids, _offsets, _cuts, _first_rows, _firsts, _shifts = tables
-    ROWS: gl.constexpr = lse_tiles.shape[1]
-    HEADS: gl.constexpr = ROWS // POS
-    L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    o_m = gl.arange(0, ROWS, layout=L)
-    edge, last, row = load_share(tables)
-    step = 0
-    while edge < last:
-        stop, group, i_b = load_row(tables, row, edge, last, n_blocks, HKV)
-        n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
-        for i in range(n):
-            s = step % STAGES
-            x = edge + i * POS + o_m // HEADS
-            t = gl.load(ids + gl.minimum(x, stop - 1))
-            place = t.to(gl.int64) * (HKV * G) + group * G + o_m % HEADS
-            b_lse = gl.load(lse + place, mask=x < stop, other=float("inf"))
-            b_delta = gl.load(delta + place, mask=x < stop, other=0.0)
-            wait_empty(empty, step, STAGES)
-            lse_tiles.index(s).store(b_lse * factor)
-            delta_tiles.index(s).store(-b_delta)
-            t_tiles.index(s).store(t)
-            mbarrier.arrive(full.index(s), count=1)
-            step += 1
-        edge = gl.maximum(edge, stop)
         row += 1
 
 
@@ -330,6 +219,11 @@ def hopper_key_gradients_kernel(q_desc, k_desc, v_desc, do_desc, lse, delta, ids
 
 
 # -- host -----------------------------------------------------------------------------------------
+def programs_of(device: torch.device) -> int:
+    """One program for each multiprocessor: its shared memory has no room for two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def describe_keys(x: Float[Tensor, "Tk Hkv D"]) -> TensorDescriptor:
     """A matrix of one row for each token, to be copied in 64 rows of one group."""
     x = x if can_describe(x, DIM) else x.clone(memory_format=torch.contiguous_format)
@@ -342,7 +236,7 @@ def describe_keys(x: Float[Tensor, "Tk Hkv D"]) -> TensorDescriptor:
 def describe_rows(x: Float[Tensor, "Tq Hq D"], group: int) -> TensorDescriptor:
     """Rows of one query and group, to be copied in 64 columns."""
     step, heads = x.stride(0), x.stride(1)
-    near = DIM <= heads and x.shape[1] * heads <= step < 2**39 and len(x) < 2**31
+    near = heads >= DIM and x.shape[1] * heads <= step < 2**39 and len(x) < 2**31
     if not near or x.data_ptr() % 16 or step % 8 or heads % 8:
         x = x.clone(memory_format=torch.contiguous_format)
     shape = [1, group, 64]
@@ -365,7 +259,7 @@ def key_gradients(
         add_to: add to these tensors instead of making new ones.
     """
     index, groups = shares.reverse_index, k.shape[1]
-    (n_q, heads, _), group = q.shape, q.shape[1] // k.shape[1]
+    n_q, group = len(q), q.shape[1] // k.shape[1]
     table = own_key_table(index.sequences, BLOCK, q.device)
     shape = (shares.items, BLOCK, DIM)
     parts = [torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2)]
