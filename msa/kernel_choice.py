@@ -74,16 +74,9 @@ than "auto" on the portable kernels, for every selection."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """What the choice for a selection depends on."""
+class Place:
+    """Where a call runs; every choice depends on it."""
 
-    q_dtype: str
-    k_dtype: str
-    index_dim: int
-    groups: int
-    block_size: int
-    places: int
-    """top_k less the forced blocks."""
     device: str
     capability: tuple[int, int] | None
     """None where the device is not a CUDA device."""
@@ -94,7 +87,20 @@ class Call:
 
 
 @dataclass(frozen=True)
-class AttentionCall:
+class Call(Place):
+    """What the choice for a selection depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    index_dim: int
+    groups: int
+    block_size: int
+    places: int
+    """top_k less the forced blocks."""
+
+
+@dataclass(frozen=True)
+class AttentionCall(Place):
     """What every choice for an attention over a selection depends on."""
 
     q_dtype: str
@@ -111,10 +117,6 @@ class AttentionCall:
     """Blocks of the longest sequence."""
     scale: float
     """The softmax scale."""
-    device: str
-    capability: tuple[int, int] | None
-    triton: str | None
-    interpreted: bool
 
 
 @dataclass(frozen=True)

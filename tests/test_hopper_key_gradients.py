@@ -15,7 +15,16 @@ import msa
 from msa.conformance import all_properties
 from msa.ir import Sequences
 from msa.triton_impl import attend_selection, attention
-from tests.test_hopper_walk import BF16, CANNOT, CASES, FP16, SCALE, WALK, arguments, packed
+from tests.test_hopper_walk import (
+    BF16,
+    CANNOT,
+    CASES,
+    FP16,
+    SCALE,
+    WALK,
+    arguments,
+    short_ragged,
+)
 from tests.test_sanitized import KEY_CASES
 
 pytest.importorskip("triton", minversion="3.6")
@@ -85,14 +94,8 @@ def test_two_hundred_repetitions_give_the_same_bits(name):
 
 def test_a_hundred_short_ragged_shapes():
     """Without waiting in between: a wrong release would hang or mix up tiles."""
-    random = torch.Generator().manual_seed(0)
     found = []
-    for seed in range(100):
-        n = torch.randint(0, 60, (int(torch.randint(1, 9, (), generator=random)),),
-                          generator=random)  # fmt: skip
-        n[0] += 1  # some sequences have no query, but not all
-        more = torch.randint(0, 2000, n.shape, generator=random)
-        sequences = packed(*zip(n.tolist(), (n + more).tolist(), strict=True))
+    for seed, sequences in enumerate(short_ragged(100)):
         group, dtype = (8, 16, 32)[seed % 3], (BF16, FP16)[seed % 2]
         given = arguments(sequences, 2, group, dtype, 0.6, seed)
         found.append((gradients(*given), given))
@@ -146,7 +149,7 @@ def test_the_replay_of_a_graph():
     given = (d_out, torch.ones_like(output.lse), q, k, v, output.out, output.lse, chosen, SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = attention.attend_selection_backward(*given, "hopper")
+        held = attention.gradients(*given, "hopper")
     for _ in range(20):
         for x in held:
             x.fill_(7)

@@ -162,8 +162,8 @@ def test_the_call_is_read_from_the_arguments(batched):
     lead = (3, 7) if batched else (7,)
     q_idx, k_idx = np.ones((*lead, 5, 64), "f2"), np.ones((*lead, 64), "f4")
     call = kernel_choice.call_of(q_idx, k_idx, msa.MSAConfig(64, 20, 3, 2))
-    assert call == Call("float16", "float32", 64, 5, 64, 15, "the CPU", None, call.triton,
-                        is_interpreted())  # fmt: skip
+    place = "the CPU", None, call.triton, is_interpreted()
+    assert call == Call(*place, "float16", "float32", 64, 5, 64, 15)
     tensor = torch.ones(*lead, 5, 64)
     assert kernel_choice.call_of(tensor, tensor, msa.MSAConfig()).device == "cpu"
 
@@ -185,9 +185,9 @@ def test_a_walk_is_read_from_the_arguments(batched):
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
     call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
+    place = "the CPU", None, call.triton, is_interpreted()
     sizes = 64, 32, 3, 128, 1800, 3, 0.3
-    assert call == WalkCall(*["float16"] * 3, *sizes, "the CPU", None, call.triton,
-                            is_interpreted(), "union")  # fmt: skip
+    assert call == WalkCall(*place, *["float16"] * 3, *sizes, "union")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

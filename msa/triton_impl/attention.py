@@ -177,7 +177,7 @@ class SelectedAttention(torch.autograd.Function):
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse, _ = ctx.saved_tensors
         fixed = ctx.selection, ctx.scale, ctx.kernels
-        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
+        grads = gradients(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None, None
 
 
@@ -230,12 +230,17 @@ def attend_selection_backward(
     d_out: Float[Tensor, "Tq Hq Dv"], d_lse: Float[Tensor, "Tq Hq"],
     q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
     out: Float[Tensor, "Tq Hq Dv"], lse: Float[Tensor, "Tq Hq"],
-    selection: Selection, softmax_scale: float, kernels: Kernels = "auto",
+    selection: Selection, softmax_scale: float,
 ) -> Three:  # fmt: skip
-    """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18).
+    """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
+    return gradients(d_out, d_lse, q, k, v, out, lse, selection, softmax_scale, "auto")
 
-    kernels: as in `attend_selection`.
-    """
+
+def gradients(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    selection: Selection, softmax_scale: float, kernels: Kernels,
+) -> Three:  # fmt: skip
+    """The same by the kernels that are named, super-tile by super-tile."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
     if size >= len(q):

@@ -23,15 +23,19 @@ def load_share(tables):
 
 
 @gluon.jit
-def load_row(tables, row, last, n_blocks):
-    """Of a row of the reverse index: its stop among this program's edges, its group, its block."""
+def load_row(tables, row, edge, last, n_blocks, POS: gl.constexpr):
+    """Of a row: its stop among this program's edges, the tiles up to there, its group, its block.
+
+    A row without edges has no tile, and stops at `edge`.
+    """
     _ids, offsets, _cuts, _first_rows, _firsts, _shifts = tables
     stop = gl.minimum(gl.load(offsets + row + 1), last)
-    return stop, row // n_blocks, row % n_blocks
+    n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
+    return stop, n, row // n_blocks, row % n_blocks
 
 
 @gluon.jit
-def copy_keys(k_desc, v_desc, keys, tables, n_blocks, HKV: gl.constexpr):
+def copy_keys(k_desc, v_desc, keys, tables, n_blocks, POS: gl.constexpr):
     """Copy the keys and values of each item's block."""
     k_tile, v_tile, key_full, key_empty = keys
     _ids, _offsets, _cuts, _first_rows, firsts, _shifts = tables
@@ -40,8 +44,8 @@ def copy_keys(k_desc, v_desc, keys, tables, n_blocks, HKV: gl.constexpr):
     edge, last, row = load_share(tables)
     item = 0
     while edge < last:
-        stop, group, i_b = load_row(tables, row, last, n_blocks)
-        if edge < stop:
+        stop, n, group, i_b = load_row(tables, row, edge, last, n_blocks, POS)
+        if n > 0:
             first = gl.load(firsts + i_b)
             wait_empty(key_empty, item, 1)
             mbarrier.expect(key_full.index(0), 4 * k_desc.block_type.nbytes)
@@ -50,13 +54,13 @@ def copy_keys(k_desc, v_desc, keys, tables, n_blocks, HKV: gl.constexpr):
                 copy_tile(k_desc, place, key_full.index(0), k_tile.index(w))
                 copy_tile(v_desc, place, key_full.index(0), v_tile.index(w))
             item += 1
-            edge = stop
+        edge = stop
         row += 1
 
 
 @gluon.jit
-def copy_rows(q_desc, do_desc, rows, empty, tables, n_blocks, n_q, G: gl.constexpr,
-              HKV: gl.constexpr, POS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def copy_rows(q_desc, do_desc, rows, empty, tables, n_blocks, n_q, POS: gl.constexpr,
+              STAGES: gl.constexpr):  # fmt: skip
     """Gather the rows of q and dO, one query after another, half of their columns at a time."""
     q_tiles, do_tiles, full = rows
     ids, _offsets, _cuts, _first_rows, _firsts, _shifts = tables
@@ -69,24 +73,24 @@ def copy_rows(q_desc, do_desc, rows, empty, tables, n_blocks, n_q, G: gl.constex
     edge, last, row = load_share(tables)
     step = 0
     while edge < last:
-        stop, group, _i_b = load_row(tables, row, last, n_blocks)
-        n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
+        stop, n, group, _i_b = load_row(tables, row, edge, last, n_blocks, POS)
         for i in range(n):
             s = step % STAGES
             bar = full.index(s)
+            queries = ()  # all are loaded before the wait
             for j in gl.static_range(POS):
                 x = edge + i * POS + j
                 t = gl.load(ids + gl.minimum(x, stop - 1))
-                t = gl.where(x < stop, t, n_q)
-                if j == 0:
-                    wait_empty(empty, step, STAGES)
-                    mbarrier.expect(bar, 4 * POS * q_desc.block_type.nbytes)
+                queries = queries + (gl.where(x < stop, t, n_q),)  # noqa: RUF005 no lists in Gluon
+            wait_empty(empty, step, STAGES)
+            mbarrier.expect(bar, 4 * POS * q_desc.block_type.nbytes)
+            for j in gl.static_range(POS):
                 for c in gl.static_range(2):
-                    place = [t, group * G, c * WIDTH]
+                    place = [queries[j], group * HEADS, c * WIDTH]
                     copy_tile(q_desc, place, bar, q_parts.index((s * 2 + c) * POS + j))
                     copy_tile(do_desc, place, bar, do_parts.index((s * 2 + c) * POS + j))
             step += 1
-        edge = gl.maximum(edge, stop)
+        edge = stop
         row += 1
 
 
@@ -103,8 +107,7 @@ def copy_numbers(lse, delta, numbers, empty, tables, factor, n_blocks, G: gl.con
     edge, last, row = load_share(tables)
     step = 0
     while edge < last:
-        stop, group, _i_b = load_row(tables, row, last, n_blocks)
-        n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
+        stop, n, group, _i_b = load_row(tables, row, edge, last, n_blocks, POS)
         for i in range(n):
             s = step % STAGES
             x = edge + i * POS + o_m // HEADS
@@ -118,5 +121,5 @@ def copy_numbers(lse, delta, numbers, empty, tables, factor, n_blocks, G: gl.con
             t_tiles.index(s).store(t)
             mbarrier.arrive(full.index(s), count=1)
             step += 1
-        edge = gl.maximum(edge, stop)
+        edge = stop
         row += 1

@@ -25,17 +25,17 @@ from msa.triton_impl.reverse_index import reverse_edges
 
 @dataclass(frozen=True)
 class EdgeShares:
-    """A reverse index that is cut into one share of edges for each program."""
+    """A reverse index that is cut into one share of edges for each program.
+
+    All tensors are int64. Program p has the edges cuts[p] ... cuts[p + 1]; the first of them is in
+    row first_rows[p]. A row has the items item_starts ... item_stops, none where both are the same.
+    """
 
     reverse_index: ReverseIndex
     cuts: Int[Tensor, " programs_plus_1"]
-    """int64; program p has the edges cuts[p] ... cuts[p + 1]."""
     first_rows: Int[Tensor, " programs"]
-    """int64; the row of each program's first edge."""
     item_starts: Int[Tensor, " rows"]
-    """int64; the first item of each row."""
     item_stops: Int[Tensor, " rows"]
-    """int64; the item behind the last one of each row; the same number if it has none."""
 
     @property
     def items(self) -> int:

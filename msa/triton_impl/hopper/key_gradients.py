@@ -1,11 +1,13 @@
 """Backward of attention, the keys' half: dK, dV of a block over the queries that read it (R18).
 
-    for each item (block of one group, edges start ... stop):              # KV-outer
-        for each edge (query t), for each head of the group:
-            P  = exp(softmax_scale * K q^T - lse)                           # recomputed
-            dV += P dO            dP = V dO^T
-            dS = P (dP - delta)   dK += softmax_scale * dS q    # delta = <dO, out> - dlse
-    dK, dV of a block = the sum of its items, in order
+    for each program, for each row (block, group) of the reverse index in its share:
+        dK, dV = 0, 0                                           # of the block's 128 keys
+        for each four queries t of the row, with their heads:   # 64 rows q, dO
+            P  = exp(softmax_scale * K q^T - lse)               # 0 where token > t
+            dS = P (V dO^T - delta)                             # delta = <dO, out> - dlse
+            dV += P dO
+            dK += dS q
+    dK, dV of a block = the sum over the programs, in order; dK times softmax_scale
 
 What the asynchronous form changes:
  1. Groups of warps run at the same time. One warp copies keys and values, one warp the rows of
@@ -86,7 +88,7 @@ def settle(x):
 
 @gluon.jit
 def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale, n_blocks,
-            HKV: gl.constexpr, POS: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
+            POS: gl.constexpr, STAGES: gl.constexpr, MMA: gl.constexpr,
             S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: keys 64 * W ... 64 * W + 64 of every item."""
     k_tile, v_tile, key_full, key_empty = keys
@@ -101,13 +103,12 @@ def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale
     edge, last, row = load_share(tables)
     step, item = 0, 0
     while edge < last:
-        stop, _group, i_b = load_row(tables, row, last, n_blocks)
-        if edge < stop:
+        stop, n, _group, i_b = load_row(tables, row, edge, last, n_blocks, POS)
+        if n > 0:
             first = gl.load(firsts + i_b)
             shift = gl.load(shifts + i_b)
             b_dk = gl.zeros([HALF, DIM], gl.float32, layout=MMA)
             b_dv = gl.zeros([HALF, DIM], gl.float32, layout=MMA)
-            n = ((stop - edge + (POS - 1)) // POS).to(gl.int32)
             p_id = ids + edge
             t = gl.load(p_id)
             wait_full(key_full, item, 1)
@@ -147,7 +148,7 @@ def consume(W: gl.constexpr, keys, rows, numbers, empty, tables, d_k, d_v, scale
             gl.store(d_k + place + o_x, b_dk)
             gl.store(d_v + place + o_x, b_dv)
             item += 1
-            edge = stop
+        edge = stop
         row += 1
 
 
@@ -207,15 +208,15 @@ def hopper_key_gradients_kernel(q_desc, k_desc, v_desc, do_desc, lse, delta, ids
     )
     tables = (ids, offsets, cuts, first_rows, firsts, shifts)
     gl.warp_specialize([
-        (consume, (0, keys, rows, numbers, empty, tables, d_k, d_v, scale, n_blocks, HKV, POS,
+        (consume, (0, keys, rows, numbers, empty, tables, d_k, d_v, scale, n_blocks, POS,
                    STAGES, MMA, S_MMA)),
-        (consume, (1, keys, rows, numbers, empty, tables, d_k, d_v, scale, n_blocks, HKV, POS,
+        (consume, (1, keys, rows, numbers, empty, tables, d_k, d_v, scale, n_blocks, POS,
                    STAGES, MMA, S_MMA)),
-        (copy_rows, (q_desc, do_desc, rows, empty, tables, n_blocks, n_q, G, HKV, POS, STAGES)),
+        (copy_rows, (q_desc, do_desc, rows, empty, tables, n_blocks, n_q, POS, STAGES)),
         (copy_numbers, (lse, delta, numbers, empty, tables, factor, n_blocks, G, HKV, POS,
                         STAGES)),
-        (copy_keys, (k_desc, v_desc, keys, tables, n_blocks, HKV)),
-    ], [4, 1, 1, 1], [REGISTERS, 24, 24, 24])  # fmt: skip
+        (copy_keys, (k_desc, v_desc, keys, tables, n_blocks, POS)),
+    ], [4, 1, 1, 1], [REGISTERS, 32, 32, 32])  # fmt: skip
 
 
 # -- host -----------------------------------------------------------------------------------------
