@@ -406,8 +406,6 @@ def walk_rule() -> list[tuple[str, str]]:
 
 def key_rule() -> list[tuple[str, str]]:
     """What an attention must have for the hopper kernel of dK and dV: names and wanted values."""
-    return [
-        ("compute capability, triton, dtypes, D, Dv and block_size", "as above"),
-        ("query heads of a group", either(KEY_GROUPS)),
-        ("softmax scale", f"{SMALLEST_SCALE:.1e} to {LARGEST_SCALE:g}"),
-    ]
+    groups, scales = either(KEY_GROUPS), f"{SMALLEST_SCALE:.1e} to {LARGEST_SCALE:g}"
+    same = "compute capability, triton, dtypes, D, Dv and block_size"
+    return [(same, "as above"), ("query heads of a group", groups), ("softmax scale", scales)]

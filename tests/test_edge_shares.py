@@ -68,7 +68,7 @@ def test_every_edge_is_in_one_item(lengths, groups, programs, seed):
     assert all(item < shares.items for item in items)
     edges = [edge for _, edge, stop in items.values() for edge in range(edge, stop)]
     assert edges == list(range(offsets[-1]))
-    bounds = zip(shares.item_starts.tolist(), shares.item_stops.tolist(), strict=True)
+    bounds = zip(*shares.item_bounds.tolist(), strict=True)
     for row, (start, stop) in enumerate(bounds):
         assert list(range(start, stop)) == [i for i in items if items[i][0] == row]
 
@@ -85,7 +85,6 @@ def test_sums_of_shares_are_those_of_chunks(programs):
     schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
     sizes = (schedule.stops - schedule.starts).float()
     outs = [torch.full((sequences.total_k, 2, 4), torch.nan, device=DEVICE) for _ in range(2)]
-    bounds = shares.item_starts, shares.item_stops
-    sum_parts(parts, *bounds, sequences, 16, outs[0], 2.0)
+    sum_parts(parts, *shares.item_bounds, sequences, 16, outs[0], 2.0)
     sum_items(sizes[:, None, None].expand(-1, 16, 4).contiguous(), schedule, outs[1], 2.0)
     assert torch.equal(*outs) and outs[0].sum() > 0

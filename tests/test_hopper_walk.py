@@ -100,7 +100,7 @@ def test_two_hundred_repetitions_give_the_same_bits(name):
 
 
 def short_ragged(count):
-    """Sequences of at most 60 queries behind at most 2,000 keys; some have no query, but not all."""
+    """Sequences of at most 59 queries, behind at most 1,999 keys; not all are without queries."""
     random = torch.Generator().manual_seed(0)
     for _ in range(count):
         n = torch.randint(0, 60, (int(torch.randint(1, 9, (), generator=random)),),

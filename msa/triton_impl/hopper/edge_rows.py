@@ -100,12 +100,12 @@ def copy_numbers(lse, delta, numbers, empty, tables, factor, n_blocks, G: gl.con
     """Write -lse / softmax_scale, -delta and the query of each row of a tile."""
     lse_tiles, delta_tiles, t_tiles, full = numbers
     ids, _offsets, _cuts, _first_rows, _firsts, _shifts = tables
+    step = 0
+    edge, last, row = load_share(tables)
     ROWS: gl.constexpr = lse_tiles.shape[1]
     HEADS: gl.constexpr = ROWS // POS
     L: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     o_m = gl.arange(0, ROWS, layout=L)
-    edge, last, row = load_share(tables)
-    step = 0
     while edge < last:
         stop, n, group, _i_b = load_row(tables, row, edge, last, n_blocks, POS)
         for i in range(n):

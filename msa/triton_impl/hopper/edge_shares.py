@@ -25,22 +25,20 @@ from msa.triton_impl.reverse_index import reverse_edges
 
 @dataclass(frozen=True)
 class EdgeShares:
-    """A reverse index that is cut into one share of edges for each program.
+    """A reverse index that is cut into one share of edges for each program; tensors of int64."""
 
-    All tensors are int64. Program p has the edges cuts[p] ... cuts[p + 1]; the first of them is in
-    row first_rows[p]. A row has the items item_starts ... item_stops, none where both are the same.
-    """
-
-    reverse_index: ReverseIndex
     cuts: Int[Tensor, " programs_plus_1"]
+    """Program p has the edges cuts[p] ... cuts[p + 1]."""
     first_rows: Int[Tensor, " programs"]
-    item_starts: Int[Tensor, " rows"]
-    item_stops: Int[Tensor, " rows"]
+    """The row of each program's first edge."""
+    item_bounds: Int[Tensor, "2 rows"]
+    """The first item of each row, and the item behind its last one."""
+    reverse_index: ReverseIndex
 
     @property
     def items(self) -> int:
         """Room for the items: no item has a greater number."""
-        return len(self.item_starts) + len(self.first_rows)
+        return self.item_bounds.shape[1] + len(self.first_rows)
 
 
 def share_edges(selection: Selection, programs: int) -> EdgeShares:
@@ -51,8 +49,8 @@ def share_edges(selection: Selection, programs: int) -> EdgeShares:
     >>> shares = share_edges(Selection(chosen, Sequences.one(3, 3), 2), 2)
     >>> shares.cuts.tolist(), shares.first_rows.tolist()
     ([0, 3, 5], [0, 1])
-    >>> shares.item_starts.tolist(), shares.item_stops.tolist()
-    ([0, 2], [1, 3])
+    >>> shares.item_bounds.tolist()
+    [[0, 2], [1, 3]]
     """
     index = reverse_edges(selection)
     offsets = index.row_offsets
@@ -64,4 +62,4 @@ def share_edges(selection: Selection, programs: int) -> EdgeShares:
     item_starts = row + torch.searchsorted(cuts, starts, right=True) - 1
     item_stops = row + torch.searchsorted(cuts, stops - 1, right=True)
     item_stops = torch.where(starts < stops, item_stops, item_starts)
-    return EdgeShares(index, cuts, first_rows, item_starts, item_stops)
+    return EdgeShares(cuts, first_rows, torch.stack([item_starts, item_stops]), index)

@@ -57,13 +57,13 @@ from msa.triton_impl.hopper.edge_rows import (
 )
 from msa.triton_impl.hopper.edge_shares import EdgeShares
 from msa.triton_impl.hopper.ring import make_barriers, release, wait_full
+from msa.triton_impl.hopper.union_walk import KINDS, LOG2E
 from msa.triton_impl.item_sums import sum_parts
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import own_key_table
 
-LOG2E = 1.4426950408889634
-KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-ROWS, HALF, DIM, BLOCK = 64, 64, 128, 128  # rows of a tile, keys of a consumer, D and Dv, keys
+ROWS, HALF, DIM, BLOCK = 64, 64, 128, 128
+"""Rows of a tile, keys of a consumer, D and Dv, keys of a block."""
 OPTIONS = {
     "STAGES": 4,
     "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16]),
@@ -276,7 +276,8 @@ def key_gradients(
         d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     else:
         d_k, d_v = add_to
-    bounds = shares.item_starts, shares.item_stops
     for part, out, factor in ((parts[0], d_k, softmax_scale), (parts[1], d_v, 1.0)):
-        sum_parts(part, *bounds, index.sequences, BLOCK, out, factor, add=add_to is not None)
+        sum_parts(
+            part, *shares.item_bounds, index.sequences, BLOCK, out, factor, add=add_to is not None
+        )
     return d_k, d_v
