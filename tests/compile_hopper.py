@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, union_walk
+from msa.triton_impl.hopper import block_topk, index_scores, key_gradients, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -70,6 +70,18 @@ def compile_walk(dtype, group, fold, paged=False):
     )  # fmt: skip
 
 
+def compile_keys(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    rows, keys = key_gradients.describe_rows(q, group), key_gradients.describe_keys(k)
+    floats = torch.zeros(256)
+    table, longs = (torch.zeros(64, dtype=kind) for kind in (torch.int32, torch.int64))
+    return key_gradients.hopper_key_gradients_kernel.warmup(
+        rows, keys, keys, rows, floats, floats, table, longs, longs, longs, table, table, floats,
+        floats, 0.1, -8.0, 64, 640, G=group, HKV=4, POS=key_gradients.ROWS // group, grid=(1,),
+        **key_gradients.OPTIONS,
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -93,5 +105,7 @@ def facts(kernel):
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
+    makers = {
+        "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
+    }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

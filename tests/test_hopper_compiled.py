@@ -18,6 +18,7 @@ from hypothesis import settings
 from msa.kernel_choice import (
     BLOCK_SIZES,
     INDEX_DIMS,
+    KEY_GROUPS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
     SMALLEST_GROUP,
@@ -51,6 +52,8 @@ FEW_WALKS = [
     ("float16", 16, False, False),
     ("bfloat16", 16, False, True),
 ]
+KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a group
+FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
 
 
 def chosen(few, every):
@@ -114,3 +117,15 @@ def test_walk_kernels_fit():
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_key_gradient_kernels_fit():
+    """Of each consumer: four products, in which a wait of the assembler's own would be C7517."""
+    kernels = chosen(FEW_KEYS, KEYS)
+    for options, found in zip(kernels, compiled([("keys", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 168, options
+        assert found["shared"] <= 227 * 1024, options
+        assert found["spilled"] == 0, options
+        assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 4 + 4), options

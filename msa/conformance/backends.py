@@ -245,7 +245,7 @@ def hopper_subjects() -> list[Subject]:
         domain,
         dims=(kernel_choice.WALK_DIM,),
         block_sizes=(kernel_choice.WALK_BLOCK_SIZE,),
-        missing=frozenset(STAGES) - walking | {"backward", "eight_bits"},
+        missing=frozenset(STAGES) - walking | {"eight_bits"},
         options=frozenset({"loop_order", "graphs"}) | cuda_places(),
     )
     module = load_backend("triton")

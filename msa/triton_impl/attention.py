@@ -49,7 +49,14 @@ from torch import Tensor
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
+from msa.kernel_choice import (
+    Kernels,
+    backward_call_of,
+    obstacle,
+    order_on_hopper,
+    runs_on_hopper,
+    walk_call_of,
+)
 from msa.kernel_choice import choose as choose_kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
@@ -136,7 +143,7 @@ def attend_selection(
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
         kernels: which kernel walks along unions: "portable", "hopper", or "auto", which chooses by
-            `msa.kernel_choice`. The gradients have one set of kernels.
+            `msa.kernel_choice`. The gradients of "hopper" run on these kernels where they can.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -167,7 +174,7 @@ class SelectedAttention(torch.autograd.Function):
         """Keep what the backward needs."""
         out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order, kernels)
         ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
-        ctx.selection, ctx.scale = selection, scale
+        ctx.selection, ctx.scale, ctx.kernels = selection, scale, kernels
         return out, lse
 
     @staticmethod
@@ -176,8 +183,8 @@ class SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse, _ = ctx.saved_tensors
-        fixed = ctx.selection, ctx.scale
-        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
+        fixed = ctx.selection, ctx.scale, ctx.kernels
+        grads = gradients(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None, None
 
 
@@ -240,17 +247,26 @@ def attend_selection_backward(
     selection: Selection, softmax_scale: float,
 ) -> Three:  # fmt: skip
     """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
+    return gradients(d_out, d_lse, q, k, v, out, lse, selection, softmax_scale, "auto")
+
+
+def gradients(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    selection: Selection, softmax_scale: float, kernels: Kernels,
+) -> Three:  # fmt: skip
+    """The same by the kernels that are named, super-tile by super-tile."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
     if size >= len(q):
         tensors = q, k, v, out, d_out, lse, d_lse
-        return gradients_of_part(tensors, selection, softmax_scale)
+        return gradients_of_part(tensors, selection, softmax_scale, kernels=kernels)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for queries, keys, sequences in super_tiles(selection.sequences, size):
         part = Selection(selection.indices[queries], sequences, selection.block_size)
         tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
-        gradients_of_part(tensors, part, softmax_scale, (d_q[queries], d_k[keys], d_v[keys]))
+        into = d_q[queries], d_k[keys], d_v[keys]
+        gradients_of_part(tensors, part, softmax_scale, into, kernels)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
@@ -277,13 +293,22 @@ def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> i
 
 
 def gradients_of_part(
-    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None
-) -> Three:
+    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None,
+    kernels: Kernels = "auto",
+) -> Three:  # fmt: skip
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
     union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
     d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "keys")):
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper import key_gradients as hopper
+        from msa.triton_impl.hopper.edge_shares import share_edges
+
+        shares = share_edges(selection, hopper.programs_of(q.device))
+        found = hopper.key_gradients(q, k, v, d_out, lse, delta, shares, scale, add_to)
+        return d_q, *found
     edges = reverse_union(union, selection, tuning.KEY_TILES)
     return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
 
