@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, union_walk
+from msa.triton_impl.hopper import block_topk, index_scores, query_gradients, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -68,6 +68,16 @@ def compile_walk(dtype, group, fold):
     )  # fmt: skip
 
 
+def compile_query_gradients(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys = union_walk.describe(k)
+    return query_gradients.hopper_query_gradients_kernel.warmup(
+        q, keys, keys, q, q, floats, floats, table, table, table, table, q, floats, 0.1, 0.1, 640,
+        20, 8192, 128, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -92,4 +102,5 @@ def facts(kernel):
 if __name__ == "__main__":
     driver.set_active(Hopper())
     makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
+    makers["query_gradients"] = compile_query_gradients
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -90,13 +90,13 @@ OPTIONS = {
 
 
 @gluon.jit
-def skip(rings, step, STAGES: gl.constexpr):
+def skip(rings, step):
     """Release a block that none of the consumer's queries selected."""
-    _, _, k_full, k_empty, v_full, v_empty = rings
-    wait_full(k_full, step, STAGES)
-    release(k_empty, step, STAGES)
-    wait_full(v_full, step, STAGES)
-    release(v_empty, step, STAGES)
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    wait_full(k_full, step, k_tiles.shape[0])
+    release(k_empty, step, k_tiles.shape[0])
+    wait_full(v_full, step, v_tiles.shape[0])
+    release(v_empty, step, v_tiles.shape[0])
 
 
 @gluon.jit
@@ -133,7 +133,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
         j = 0
         while j < n:
             if (bits & mine) == 0:
-                skip(rings, step, STAGES)
+                skip(rings, step)
                 step += 1
                 j += 1
                 bits = bits_next
@@ -179,7 +179,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
                         b_p = gl.convert_layout(p.to(b_q.dtype), A)
                         last = step
                     else:
-                        skip(rings, step, STAGES)
+                        skip(rings, step)
                     step += 1
                     j += 1
                     bits = bits_next
@@ -204,8 +204,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
 
 
 @gluon.jit
-def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
-                STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
+def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr):
     """The producer: copy the blocks of every item's union, the last one first."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     tiles, ids, _unused, counts = tables
@@ -217,10 +216,10 @@ def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
         column = (item % HKV) * k_tiles.shape[2]
         i_b = gl.load(p_id + gl.maximum(n - 1, 0))
         for j in range(n):
-            row = first_key + i_b * BK
+            row = first_key + i_b * k_tiles.shape[1]
             i_b = gl.load(p_id + gl.maximum(n - 2 - j, 0))
-            produce(k_desc, row, k_tiles, k_full, k_empty, step, STAGES, column)
-            produce(v_desc, row, v_tiles, v_full, v_empty, step, STAGES, column)
+            produce(k_desc, row, k_tiles, k_full, k_empty, step, k_tiles.shape[0], column)
+            produce(v_desc, row, v_tiles, v_full, v_empty, step, v_tiles.shape[0], column)
             step += 1
 
 
@@ -276,7 +275,7 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
         (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (copy_blocks, (k_desc, v_desc, rings, tables, n_items, U, HKV, STAGES, BK)),
+        (copy_blocks, (k_desc, v_desc, rings, tables, n_items, U, HKV)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
