@@ -58,11 +58,6 @@ def load_three(q, out, d_out, tiles, item, W: gl.constexpr, POS: gl.constexpr,
 
 
 @gluon.jit
-def gradient_of_scores(p, dp, delta):
-    return p * (dp - gl.expand_dims(delta, 1))
-
-
-@gluon.jit
 def weights(s, less, m_row, scale):
     less = gl.where(m_row, less, float("-inf"))
     return gl.exp2(s * scale + gl.expand_dims(less, 1))
@@ -125,12 +120,13 @@ def consume(W: gl.constexpr, rows, rings, tables, written, scale, softmax_scale,
                                        use_acc=False, is_async=True)  # fmt: skip
                 wait_full(v_full, step, V_STAGES)
                 dp_next = warpgroup_mma(do_tile, v_tiles.index(step % V_STAGES).permute((1, 0)),
-                                        zero, use_acc=False, is_async=True)  # fmt: skip
+                                        zero - gl.expand_dims(delta, 1),
+                                        is_async=True)  # fmt: skip
                 s = warpgroup_mma_wait(1, deps=[s_next])
                 p = weights(s, less, ((bits >> o_i) & 1) != 0, scale)
                 dp = warpgroup_mma_wait(0, deps=[dp_next])
                 release(v_empty, step, V_STAGES)
-                ds = gradient_of_scores(p, dp, delta)
+                ds = p * dp
                 o_n = first + gl.arange(0, BK, layout=gl.SliceLayout(0, MMA))
                 ds = gl.where(o_n[None, :] <= (own + o_i)[:, None], ds, 0.0)
                 b_ds = gl.convert_layout(ds.to(b_q.dtype), A)
@@ -153,11 +149,11 @@ def consume(W: gl.constexpr, rows, rings, tables, written, scale, softmax_scale,
                         acc = warpgroup_mma_wait(0, deps=[acc_next])
                         release(k_empty, last, K_STAGES)
                         dp_next = warpgroup_mma(
-                            do_tile, v_tiles.index(step % V_STAGES).permute((1, 0)), zero,
-                            use_acc=False, is_async=True)  # fmt: skip
+                            do_tile, v_tiles.index(step % V_STAGES).permute((1, 0)),
+                            zero - gl.expand_dims(delta, 1), is_async=True)  # fmt: skip
                         dp = warpgroup_mma_wait(0, deps=[dp_next])
                         release(v_empty, step, V_STAGES)
-                        ds = gradient_of_scores(p, dp, delta)
+                        ds = p * dp
                         b_ds = gl.convert_layout(ds.to(b_q.dtype), A)
                         last = step
                     else:
