@@ -71,10 +71,10 @@ def compile_walk(dtype, group, fold):
 def compile_query_gradients(dtype, group):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
-    keys = union_walk.describe(k)
+    keys, rows = union_walk.describe(k), query_gradients.describe_rows(q, group)
     return query_gradients.hopper_query_gradients_kernel.warmup(
-        q, keys, keys, q, q, floats, floats, table, table, table, table, q, floats, 0.1, 0.1, 640,
-        20, 8192, 128, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
+        rows, keys, keys, rows, q, q, floats, floats, table, table, table, table, q, floats, 0.1,
+        0.1, 640, 20, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
     )  # fmt: skip
 
 
