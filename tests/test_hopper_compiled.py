@@ -41,6 +41,8 @@ TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, max
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
 FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
+QUERIES = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64))]  # dtype, heads
+FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
 
 
 def chosen(few, every):
@@ -104,3 +106,15 @@ def test_walk_kernels_fit():
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_query_gradient_kernels_fit():
+    kernels = chosen(FEW_QUERIES, QUERIES)
+    found = compiled([("query_gradients", *k) for k in kernels])
+    for options, facts in zip(kernels, found, strict=True):
+        assert "C75" not in facts["says"], options  # products one after another
+        assert facts["registers"] * facts["threads"] <= 65536, options
+        assert facts["registers"] <= 168, options
+        assert facts["shared"] <= 227 * 1024, options
+        assert facts["spilled"] <= 512, options  # numbers of an item, outside of the inner loop
+        assert facts["steps"].count("wgmma.mma_async") >= 6 * 8, options

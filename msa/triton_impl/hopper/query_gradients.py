@@ -100,7 +100,8 @@ def probabilities(s, minus_lse, m_row, scale):
 # -- warps ----------------------------------------------------------------------------------------
 @gluon.jit
 def consume(W: gl.constexpr, given, written, rows, rings, tables, scale, softmax_scale, n_items, U,
-            G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
+            G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,
+            MMA: gl.constexpr):  # fmt: skip
     """Consumer W: its rows of every item; the next block's scores before this block's dQ."""
     out, d_out, lse, d_lse = given
     d_q, deltas = written
@@ -273,9 +274,10 @@ def hopper_query_gradients_kernel(q_desc, k_desc, v_desc, do_desc, out, d_out, l
         REGISTERS: of a thread of the second consumer
     """
     DIM: gl.constexpr = k_desc.block_type.shape[1]
+    POS: gl.constexpr = q_desc.block_type.shape[0]
     rows = (
-        gl.allocate_shared_memory(q_desc.dtype, [2] + q_desc.block_type.shape, q_desc.layout),
-        gl.allocate_shared_memory(do_desc.dtype, [2] + q_desc.block_type.shape, do_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [2, POS, HEADS, DIM], q_desc.layout),
+        gl.allocate_shared_memory(do_desc.dtype, [2, POS, HEADS, DIM], do_desc.layout),
         make_barriers(2, 1), make_barriers(2, 1), make_barriers(2, 1), make_barriers(2, 1),
     )  # fmt: skip
     rings = (
