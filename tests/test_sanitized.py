@@ -107,6 +107,7 @@ HOPPER_CASES = {
 }  # fmt: skip
 WALK_CHECKS = {
     "r9_every_loop_order_is_the_definition": {"hopper_walk_kernel", "union_kernel"},
+    "r18_gradients_in_every_dtype": {"hopper_query_gradients_kernel"},
 }
 WALK_BASE = replace(TUNED, dtype="bfloat16", picks=Picks("random", 1))
 WALK_CASES = {
