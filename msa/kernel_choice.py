@@ -370,8 +370,10 @@ def is_better(call: Call | AttentionCall) -> bool:
         return True
     if isinstance(call, BackwardCall) and call.half == "keys":
         return call.scale <= LARGEST_SCALE
-    wanted = getattr(call, "loop_order", "auto") == "union" or call.blocks <= LONGEST_WHOLE
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
+    if isinstance(call, BackwardCall):
+        return fits
+    wanted = getattr(call, "loop_order", "auto") == "union" or call.blocks <= LONGEST_WHOLE
     return wanted and fits and call.scale <= LARGEST_SCALE
 
 

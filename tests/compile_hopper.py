@@ -16,7 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, key_gradients, union_walk
+from msa.triton_impl.hopper import (
+    block_topk,
+    index_scores,
+    key_gradients,
+    query_gradients,
+    union_walk,
+)
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -82,6 +88,16 @@ def compile_keys(dtype, group):
     )  # fmt: skip
 
 
+def compile_query_gradients(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys, rows = union_walk.describe(k), query_gradients.describe_rows(q, group)
+    return query_gradients.hopper_query_gradients_kernel.warmup(
+        rows, keys, keys, rows, q, q, floats, floats, table, table, table, table, q, floats, 0.1,
+        0.1, 640, 20, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -107,5 +123,6 @@ if __name__ == "__main__":
     driver.set_active(Hopper())
     makers = {
         "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
+        "queries": compile_query_gradients,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

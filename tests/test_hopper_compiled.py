@@ -54,6 +54,8 @@ FEW_WALKS = [
 ]
 KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a group
 FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
+QUERIES = [*product(("bfloat16", "float16"), HEADS)]  # dtype, heads
+FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
 
 
 def chosen(few, every):
@@ -129,3 +131,15 @@ def test_key_gradient_kernels_fit():
         assert found["shared"] <= 227 * 1024, options
         assert found["spilled"] == 0, options
         assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 4 + 4), options
+
+
+def test_query_gradient_kernels_fit():
+    kernels = chosen(FEW_QUERIES, QUERIES)
+    found = compiled([("queries", *k) for k in kernels])
+    for options, facts in zip(kernels, found, strict=True):
+        assert "C75" not in facts["says"], options  # products one after another
+        assert facts["registers"] * facts["threads"] <= 65536, options
+        assert facts["registers"] <= 168, options
+        assert facts["shared"] <= 227 * 1024, options
+        assert facts["spilled"] <= 512, options  # numbers of an item, outside of the inner loop
+        assert facts["steps"].count("wgmma.mma_async") >= 6 * 8, options

@@ -123,7 +123,7 @@ WALK_CASES = {
 }  # fmt: skip
 KEY_CHECKS = {
     "r18_gradients_in_every_dtype": {
-        "hopper_key_gradients_kernel", "query_gradients_kernel", "sum_items_kernel",
+        "hopper_key_gradients_kernel", "hopper_query_gradients_kernel", "sum_items_kernel",
     },
 }  # fmt: skip
 KEY_CASES = {

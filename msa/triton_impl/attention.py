@@ -299,16 +299,29 @@ def gradients_of_part(
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
-    union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
-    d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
-    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "keys")):
-        # imported here, because older releases of triton have no Gluon
+    group = q.shape[1] // k.shape[1]
+    queries_on_hopper, keys_on_hopper = (
+        runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, half))
+        for half in ("queries", "keys")
+    )
+    # hopper kernels are imported here, because older releases of triton have no Gluon
+    if queries_on_hopper:
+        from msa.triton_impl.hopper import query_gradients as hopper_queries
+
+        run, positions = hopper_queries.query_gradients, hopper_queries.tile_size_of(group)
+    else:
+        run, positions = query_gradients, positions_of(group)
+    union = split_tiles(selection, positions)
+    d_q, delta = run(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    if keys_on_hopper:
         from msa.triton_impl.hopper import key_gradients as hopper
         from msa.triton_impl.hopper.edge_shares import share_edges
 
         shares = share_edges(selection, hopper.programs_of(q.device))
         found = hopper.key_gradients(q, k, v, d_out, lse, delta, shares, scale, add_to)
         return d_q, *found
+    if queries_on_hopper:
+        union = split_tiles(selection, positions_of(group))
     edges = reverse_union(union, selection, tuning.KEY_TILES)
     return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
 
