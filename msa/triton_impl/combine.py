@@ -9,7 +9,7 @@ What the fast form changes:
     of one query, which lie side by side.
  2. Slots beyond the query's count are not read: they may hold anything.
  3. Where a walk along unions has done the other blocks, its result lies in out already, and is one
-    more slot.
+    more slot. A query without other slots is finished, and nothing of it is read.
  4. A slot has two numbers in place of its LSE: the highest score and the sum beside it.
     `slot_weight` says why.
 """
@@ -71,8 +71,9 @@ def combine_kernel(parts, tops, totals, counts, walk_tops, walk_totals, out, lse
         totals: [Tq, Hkv, k, G], float32; each slot's sum of exp2(scale * (score - top))
         counts: [Tq, Hkv], int32; slots in use
         walk_tops, walk_totals: [Tq, Hq], float32; the same of what lies in out, read with WALKED
-        out: [Tq, Hq, Dv], 16-bit or float32; written, with WALKED read before
-        lse: [Tq, Hq], float32, natural logarithm; written
+        out: [Tq, Hq, Dv], 16-bit or float32; written, with WALKED read before, and written only for
+            queries that have slots
+        lse: [Tq, Hq], float32, natural logarithm; written as out
         scale: float; softmax scale times log2(e)
         HKV, G: groups, query heads of a group
         TOP_K, P: k, and rounded up to a power of two
@@ -87,6 +88,8 @@ def combine_kernel(parts, tops, totals, counts, walk_tops, walk_totals, out, lse
     o_x = i_x * G + o_g  # [BH] row of out
     o_s, o_d = tl.arange(0, P), tl.arange(0, BDV)
     count = tl.load(counts + i_x)
+    if (count == 0) & WALKED:  # the walk has done all blocks
+        return
     m_s = m_g[:, None] & (o_s < count)[None, :]
     p_s = (i_x * TOP_K + o_s)[None, :] * G + o_g[:, None]
     b_tops = tl.load(tops + p_s, mask=m_s, other=LOWEST)
@@ -118,8 +121,8 @@ def weigh_slots(
 ) -> Output:
     """Write the combination of contiguous slots to `into`, whose tensors are contiguous too.
 
-    walked: the top and the total, [Tq, Hq], of the attention to other blocks that `into.out` holds;
-    it is one more slot. None: `into` holds nothing yet.
+    walked: the top and the total, [Tq, Hq], of the attention to other blocks that `into` holds; it
+    is one more slot. None: `into` holds nothing yet.
     """
     n_q, groups, top_k, group, dim_v = slots.out.shape
     some = min(pad(group, 1), 16)

@@ -57,20 +57,22 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msa.ir import Schedule
 from msa.triton_impl.combine import Slots, empty_slots
+from msa.triton_impl.hopper.page_rows import head_place, load_page, page_row
 from msa.triton_impl.hopper.ring import (
     copy_back,
     copy_tile,
+    in_parts,
     make_barriers,
     produce,
     release,
-    view,
     wait_empty,
     wait_full,
 )
-from msa.triton_impl.hopper.union_walk import describe
+from msa.triton_impl.hopper.union_walk import describe, describe_pages
 from msa.triton_impl.hopper.walk_rows import LOWEST, clear_foreign
 from msa.triton_impl.launch import can_describe
-from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.paged_keys import Pages
+from msa.triton_impl.tables import block_places, block_table, query_table
 
 LOG2E = 1.4426950408889634
 ROWS, HALF, DIM = 64, 64, 128  # rows of a consumer, columns of a half, D and Dv
@@ -189,23 +191,36 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
 
 
 @gluon.jit
-def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_blocks,
-           G: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr):  # fmt: skip
+def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_items, n_blocks,
+           G: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr,
+           PAGED: gl.constexpr):  # fmt: skip
     """The producer: copy the block of every item, then the queries of its edges."""
     q_tiles, _o_tiles, _o_parts, k_tiles, v_tiles = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    _rows, _starts, _stops, query_ids, _slots, _own_keys, _first_keys, _key_stops = edges
+    rows, _starts, _stops, query_ids, _slots, _own_keys, _first_keys, _key_stops = edges
     HALF: gl.constexpr = q_tiles.shape[2]
     POS: gl.constexpr = q_tiles.shape[1] // G
+    places, table, stride_ts, stride_tb, step_k, step_v = pages
+    stride_kp, stride_kt, stride_kh = step_k
+    stride_vp, stride_vt, stride_vh = step_v
     item = gl.program_id(0)
     block, step = 0, 0
     following = load_chunk(edges, item, n_items, n_blocks)
     while following[1] > 0:
-        start, length, i_r, first, _key_stop, _own = following
+        start, length, i_r, from_k, _key_stop, _own = following
+        from_v, column_k, column_v = from_k, i_r * (2 * HALF), i_r * (2 * HALF)
+        if PAGED:
+            i_b = gl.load(rows + item) % n_blocks
+            p_table = table + gl.load(places + i_b).to(gl.int64) * stride_ts
+            page = load_page(p_table, gl.load(places + n_blocks + i_b), stride_tb)
+            from_k, column_k = head_place(i_r, stride_kh, stride_kt)
+            from_v, column_v = head_place(i_r, stride_vh, stride_vt)
+            from_k += page_row(page, stride_kp, stride_kt)
+            from_v += page_row(page, stride_vp, stride_vt)
         item += gl.num_programs(0)
         following = load_chunk(edges, item, n_items, n_blocks)
-        produce(k_desc, first, k_tiles, k_full, k_empty, block, BLOCKS, i_r * (2 * HALF))
-        produce(v_desc, first, v_tiles, v_full, v_empty, block, BLOCKS, i_r * (2 * HALF))
+        produce(k_desc, from_k, k_tiles, k_full, k_empty, block, BLOCKS, column_k)
+        produce(v_desc, from_v, v_tiles, v_full, v_empty, block, BLOCKS, column_v)
         steps = (length + 2 * POS - 1) // (2 * POS) * 2  # the consumers take turns
         for i_s in range(0, steps):
             e = i_s * POS
@@ -224,8 +239,10 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_b
 
 @gluon.jit
 def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, query_ids, slots,
-                        own_keys, first_keys, key_stops, tops, totals, scale, n_items, n_blocks,
-                        n_rows, G: gl.constexpr, HKV: gl.constexpr, TOP_K: gl.constexpr,
+                        own_keys, first_keys, key_stops, tops, totals, places, table, scale,
+                        n_items, n_blocks, n_rows, stride_kp, stride_kt, stride_kh, stride_vp,
+                        stride_vt, stride_vh, stride_ts, stride_tb, G: gl.constexpr,
+                        HKV: gl.constexpr, TOP_K: gl.constexpr, PAGED: gl.constexpr,
                         STAGES: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr,
                         S_MMA: gl.constexpr, FLAT: gl.constexpr, DEEP: gl.constexpr,
                         REGISTERS: gl.constexpr):  # fmt: skip
@@ -233,7 +250,8 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
 
     Parameters:
         q_desc: descriptors of [Tq, Hq, 128], 16-bit, in tiles [1, G, 64]
-        k_desc, v_desc: descriptors of [Tk, Hkv * 128], as q, in tiles of a block of one group
+        k_desc, v_desc: descriptors of [Tk, Hkv * 128], as q, in tiles of a block of one group; with
+            PAGED of a `page_matrix`
         out_desc: descriptors of [Tq * Hkv * k * G, 128], as q, in tiles [G, 64]; the slots of the
             edges are written
         rows: [items], int32; the row of the reverse index: group * n_blocks + block
@@ -243,12 +261,18 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
         first_keys, key_stops: [blocks], int32; a `block_table`
         tops: [Tq, Hkv, k, G], float32; highest score, not scaled, written as out
         totals: [Tq, Hkv, k, G], float32; sum of exp2(scale * (score - top)), written as out
+        places: [2, blocks], int32; `block_places`, read with PAGED only
+        table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
         scale: float; softmax scale times log2(e)
         n_items: int; items
         n_blocks: int; blocks of all sequences
         n_rows: int; rows of out_desc
+        stride_kp, stride_kt, stride_kh: elements from one page, token, head of k to the next
+        stride_vp, stride_vt, stride_vh: elements from one page, token, head of v to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
         G, HKV: query heads of a group, groups
         TOP_K: k
+        PAGED: bool; k and v are pages
         STAGES: tiles of 64 rows of q in the ring of a consumer
         BLOCKS: blocks in the rings of keys and values
         MMA: layout of half the outputs of a consumer, [64, 64]
@@ -263,8 +287,8 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
     q_parts = gl.allocate_shared_memory(q_desc.dtype, [4 * STAGES * POS, 1, G, HALF], DEEP)
     o_parts = gl.allocate_shared_memory(q_desc.dtype, [4 * POS, G, HALF], FLAT)
     tiles = (
-        view(q_parts, [4 * STAGES, POS * G, HALF], FLAT),
-        view(o_parts, [4, POS * G, HALF], FLAT),
+        in_parts(q_parts, [4 * STAGES, POS * G, HALF], FLAT),
+        in_parts(o_parts, [4, POS * G, HALF], FLAT),
         o_parts,
         gl.allocate_shared_memory(k_desc.dtype, [BLOCKS, BK, 2 * HALF], k_desc.layout),
         gl.allocate_shared_memory(v_desc.dtype, [BLOCKS, BK, 2 * HALF], v_desc.layout),
@@ -275,13 +299,15 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
         make_barriers(BLOCKS, 1), make_barriers(BLOCKS, 2),
     )  # fmt: skip
     edges = (rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops)
+    pages = (places, table, stride_ts, stride_tb, (stride_kp, stride_kt, stride_kh),
+             (stride_vp, stride_vt, stride_vh))  # fmt: skip
     gl.warp_specialize([
         (consume, (0, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
                    n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
         (consume, (1, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
                    n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
-        (gather, (q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, n_items, n_blocks, G,
-                  STAGES, BLOCKS)),
+        (gather, (q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_items, n_blocks,
+                  G, STAGES, BLOCKS, PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -298,28 +324,35 @@ def describe_rows(matrix: Float[Tensor, "rows D"], group: int) -> TensorDescript
 
 
 def fill_slots(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv D"],
-    schedule: Schedule, softmax_scale: float, **changes: Any,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv D"], schedule: Schedule, softmax_scale: float,
+    pages: Pages | None = None, **changes: Any,
 ) -> Slots:  # fmt: skip
     """`triton_impl.partials.fill_slots` for arguments that `msa.kernel_choice` takes.
 
-    The items without an edge have to come last, as those of `schedule_edges` do. `changes` replace
-    `options`.
+    The items without an edge have to come last, as those of `schedule_edges` do. With `pages`, k
+    and v are pages that have a `page_matrix`. `changes` replace OPTIONS.
     """
     index = schedule.reverse_index
-    heads, groups = q.shape[1], k.shape[1]
+    heads, groups = q.shape[1], k.shape[-2]
     group = heads // groups
     slots = empty_slots(q, groups, index.top_k, DIM, index.counts)
     items = len(schedule.rows)
     if items:
         sequences, block = index.sequences, index.block_size
         matrix = slots.out.view(-1, DIM)
+        places, table, steps = schedule.rows, schedule.rows, [0] * 8  # not read
+        if pages is not None:
+            places, table = block_places(sequences, block, q.device), pages.table
+            steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
+        descriptor = describe if pages is None else describe_pages
         programs = torch.cuda.get_device_properties(q.device).multi_processor_count
         hopper_chunk_kernel[(min(programs, items),)](
-            describe_queries(q, group), describe(k), describe(v), describe_rows(matrix, group),
+            describe_queries(q, group), descriptor(k), descriptor(v), describe_rows(matrix, group),
             schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
             query_table(sequences, block, q.device)[0], *block_table(sequences, block, q.device),
-            slots.top, slots.total, softmax_scale * LOG2E, items, sequences.cu_blocks(block)[-1],
-            len(matrix), G=group, HKV=groups, TOP_K=index.top_k, **(OPTIONS | changes),
+            slots.top, slots.total, places, table, softmax_scale * LOG2E, items,
+            sequences.cu_blocks(block)[-1], len(matrix), *steps, G=group, HKV=groups,
+            TOP_K=index.top_k, PAGED=pages is not None, **(OPTIONS | changes),
         )  # fmt: skip
     return slots

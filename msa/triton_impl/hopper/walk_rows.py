@@ -119,9 +119,9 @@ def clear_foreign(v, first, key_stop):
 
 
 @gluon.jit
-def finish(acc, top, shift, total, out, lse, totals, i_r, t, h, real, o_d, scale, scale_up,
+def finish(acc, top, shift, total, out, lse, tops, totals, i_r, t, h, real, o_d, scale, scale_up,
            G: gl.constexpr, HKV: gl.constexpr, DIM: gl.constexpr, APART: gl.constexpr):  # fmt: skip
-    """Divide by the sum; write out and lse, or with APART out, the top in place of lse, the sum."""
+    """Divide by the sum; write out and lse, and with APART the top and the sum."""
     _, _, large = shift_of(top, scale, scale_up)
     rest = gl.fma(top, scale + gl.zeros_like(top), -shift)  # what rounding took off the shift
     right = gl.exp2(gl.where(large, 0.0, -rest))
@@ -130,8 +130,7 @@ def finish(acc, top, shift, total, out, lse, totals, i_r, t, h, real, o_d, scale
     o = acc * (right / total)[:, None]
     p_out = out + x[:, None] * DIM + o_d[None, :]
     gl.store(p_out, o.to(out.dtype.element_ty), mask=real[:, None])
+    gl.store(lse + x, top * (scale * LN2) + gl.log(total), mask=real)
     if APART:
-        gl.store(lse + x, top, mask=real)
+        gl.store(tops + x, top, mask=real)
         gl.store(totals + x, total, mask=real)
-    else:
-        gl.store(lse + x, top * (scale * LN2) + gl.log(total), mask=real)
