@@ -49,8 +49,8 @@ def attention(
             may select other blocks.
         kernels: triton only. "portable" names the Triton kernels, "hopper" the Gluon kernels for
             GPUs of compute capability 9.x; "auto" chooses (`msa.kernel_choice`). If "hopper" is
-            named, the selection has to run on these kernels, and the walk along unions runs on
-            them where it can. The selection is the same bit for bit where scores are exact, and
+            named, the selection has to run on these kernels, and attention runs on them where it
+            can. The selection is the same bit for bit where scores are exact, and
             otherwise up to rounding of the scores; out and lse are the same up to rounding.
 
     Returns:

@@ -155,7 +155,7 @@ def print_kernels(choice: dict[str, Any]) -> None:
     table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.rule():
         table.add_row(name, wanted)
-    walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
+    walk = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.walk_rule():
         walk.add_row(name, wanted)
     keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -167,8 +167,8 @@ def print_kernels(choice: dict[str, Any]) -> None:
             Group(
                 Text(
                     "The triton backend has two sets of kernels that select blocks, and two that "
-                    "walk along unions: portable ones in Triton, and faster ones in Gluon for "
-                    "Hopper GPUs. Both select the same, and their walks differ by rounding."
+                    "attend: portable ones in Triton, and faster ones in Gluon for Hopper GPUs. "
+                    "Both select the same, and their attention differs by rounding."
                 ),
                 Text(
                     'kernels="auto" selects with the hopper kernels where all of this holds, and '
@@ -178,8 +178,10 @@ def print_kernels(choice: dict[str, Any]) -> None:
                 table,
                 Text(f"here, in bfloat16: {choice['chosen']}{reason}", style="cyan"),
                 Text(
-                    "It walks with the hopper kernel where all of this holds. Every tile then "
-                    'walks its whole union, with loop_order="auto", too:',
+                    "It attends with the hopper kernels where all of this holds. With "
+                    f'loop_order="auto", sequences of up to {kernel_choice.LONGEST_WHOLE} blocks '
+                    "then walk whole unions. In longer ones a tile walks the blocks that two of "
+                    "its queries share, and KV-outer does the others:",
                     style="dim",
                 ),
                 walk,

@@ -4,16 +4,19 @@
     hopper      the Gluon kernels of msa/triton_impl/hopper: GPUs of compute capability 9.x, the
                 shapes below
     auto        for the selection: hopper where these kernels run, else portable
-                for the walk along unions and for the gradients of attention: hopper where it
-                runs and was measured to be faster
+                for attention and its gradients: hopper where it runs and was measured to be faster
 
 The hopper selection is the same bit for bit, and it was faster on every shape that was measured
-(docs/ladder.md). The hopper walk gives the same result up to rounding. It was faster on sequences
-of 16K tokens, whatever their selection, and on 128K where neighbouring queries select alike. So
-"auto" takes it for sequences of up to LONGEST_WHOLE blocks, and there lets every tile walk its
-whole union. For longer sequences it takes the portable walk, unless the caller names
-`loop_order="union"`. Then, where neighbours select nothing alike, the hopper walk may be slower:
-at 128K it takes up to 15 % longer than the portable walk.
+(docs/ladder.md). Attention has two hopper kernels, the walk along unions and KV-outer, which give
+the same result up to rounding. With them `loop_order="auto"` means:
+
+    up to LONGEST_WHOLE blocks    every tile walks its whole union
+    longer                        a tile walks the blocks that two queries of a consumer share, and
+                                  KV-outer does the others (`loop_order.SHARED`)
+
+For longer sequences "auto" takes them only with SPLIT_GROUP heads in a group, the shape that was
+measured. A caller may name `loop_order="union"` at every length. Where neighbours then select
+nothing alike, the hopper walk takes longer than the portable kernels do with "auto".
 
 The gradients have two halves, dQ and dK with dV, and each half has its own choice. A caller who
 names "hopper" for an attention names the walk. The gradients then run on these kernels where they
@@ -61,6 +64,8 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+SPLIT_GROUP = 16
+"""Query heads of a group with which the hopper kernels are faster on sequences of every length."""
 CHUNK_GROUPS = (8, 16, 32, 64)
 """Query heads of a group that the hopper kernel of KV-outer takes: an edge's heads are copied whole
 and fill a consumer's 64 rows."""
@@ -133,7 +138,7 @@ class AttentionCall(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class WalkCall(AttentionCall):
-    """What the choice for a walk along unions depends on."""
+    """What the choice for an attention depends on: for its walk along unions and for KV-outer."""
 
     loop_order: str
 
@@ -355,7 +360,7 @@ def wrong_machine(call: Call | AttentionCall) -> ValueError | None:
 
 
 def choose(kernels: Kernels, call: Call | AttentionCall) -> Literal["portable", "hopper"]:
-    """The kernels for a call: a selection, a walk along unions, or a half of the gradients.
+    """The kernels for a call: a selection, an attention, or a half of the gradients.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -381,12 +386,13 @@ def is_better(call: Call | AttentionCall) -> bool:
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
     if isinstance(call, BackwardCall):
         return fits
-    wanted = getattr(call, "loop_order", "auto") == "union" or call.blocks <= LONGEST_WHOLE
+    short = call.blocks <= LONGEST_WHOLE or call.group == SPLIT_GROUP
+    wanted = short or getattr(call, "loop_order", "auto") == "union"
     return wanted and fits and call.scale <= LARGEST_SCALE
 
 
 def chunks_of(walker: str, call: WalkCall) -> Literal["portable", "hopper"]:
-    """The kernel of KV-outer beside these kernels of the walk; it takes fewer groups."""
+    """The kernel of KV-outer beside this kernel of the walk; the hopper one takes fewer groups."""
     return "hopper" if walker == "hopper" and call.group in CHUNK_GROUPS else "portable"
 
 
@@ -398,7 +404,7 @@ def runs_on_hopper(kernels: Kernels, call: BackwardCall) -> bool:
 
 
 def order_on_hopper(call: WalkCall) -> str:
-    """The loop order of a call whose unions the hopper kernel walks.
+    """The loop order of a call that runs on the hopper kernels.
 
     "auto" is then "union" up to LONGEST_WHOLE blocks: no tile leaves blocks to KV-outer.
     """
@@ -420,7 +426,8 @@ def rule() -> list[tuple[str, str]]:
 
 
 def walk_rule() -> list[tuple[str, str]]:
-    """What an attention must have for the hopper walk: pairs of a name and the wanted values."""
+    """What an attention must have for the hopper kernels: names and wanted values."""
+    long = f"{SPLIT_GROUP} heads in a group or at most {LONGEST_WHOLE} blocks in a sequence"
     return [
         ("compute capability and triton", "as above"),
         ("dtype of q, k and v", either(DTYPES)),
@@ -429,7 +436,7 @@ def walk_rule() -> list[tuple[str, str]]:
         ("query heads of a group", f"{SMALLEST_GROUP} to {LARGEST_GROUP}"),
         ("softmax scale", f"at most {LARGEST_SCALE:g}"),
         ("queries times heads", f"{FEWEST_ROWS} or more"),
-        ("loop_order", f"'union'; or 'auto', at most {LONGEST_WHOLE} blocks in a sequence"),
+        ("loop_order", f"'union'; 'auto', {long}; 'kv_outer', {either(CHUNK_GROUPS)} heads"),
     ]
 
 

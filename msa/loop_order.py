@@ -17,6 +17,11 @@ it leaves those that one query reads to KV-outer, with more also those that two 
 MIN_EDGES = 4.0
 """With fewer readers per block than this, KV-outer is slower: loading a block costs too much."""
 
+SHARED = (0, 2**31 - 1)
+"""The same as `limits` for the hopper walk, of the queries of one consumer: it walks the blocks
+that two of them or more selected, whatever the length of the union. Measured at 32K, 64K and 128K
+tokens, beside three or more and beside limits by length."""
+
 LARGEST_SPLIT = 64
 """With more blocks per query than this, every tile walks its whole union. To split a union, all
 pairs of a tile's edges are compared, and there would be thousands of edges."""

@@ -57,8 +57,8 @@ KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a grou
 FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
 QUERIES = [*product(("bfloat16", "float16"), HEADS)]  # dtype, heads
 FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
-CHUNKS = [*product(("bfloat16", "float16"), CHUNK_GROUPS)]  # dtype, heads of a group
-FEW_CHUNKS = [("bfloat16", 16), ("float16", 8)]
+CHUNKS = [*product(("bfloat16", "float16"), CHUNK_GROUPS, (False, True))]  # dtype, G, pages
+FEW_CHUNKS = [("bfloat16", 16, False), ("bfloat16", 16, True)]
 
 
 def chosen(few, every):
@@ -129,7 +129,7 @@ def test_chunk_kernels_fit():
         assert found["registers"] * found["threads"] <= 65536, options
         assert found["registers"] <= 168, options
         assert found["shared"] <= 227 * 1024, options
-        assert found["spilled"] <= (0 if options[1] == 16 else 16), options  # outside the products
+        assert found["spilled"] <= 16, options  # two numbers that the producer loads for an item
         assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 8), options  # S; halves of o
 
 

@@ -67,7 +67,7 @@ def order(request, monkeypatch):
         return "kv_outer"
     monkeypatch.setattr(kernel_choice, "LONGEST_WHOLE", 0)
     monkeypatch.setattr(attention, "choose_order", lambda selection, group: "split")
-    monkeypatch.setattr(attention, "limits", lambda top_k: ORDERS[request.param])
+    monkeypatch.setattr(attention, "SHARED", ORDERS[request.param])
     return "auto"
 
 

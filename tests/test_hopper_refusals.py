@@ -106,12 +106,13 @@ def test_what_hopper_kernels_cannot_take(good, changes, error, message):
 
 
 @pytest.mark.parametrize(("changes", "auto"), [
-    ({}, "hopper"), ({"blocks": 129}, "portable"), ({"group": 9}, "hopper"),
-    ({"blocks": 129, "loop_order": "union"}, "hopper"), ({"group": 8}, "portable"),
+    ({}, "hopper"), ({"blocks": 8192}, "hopper"), ({"group": 9}, "hopper"),
+    ({"blocks": 129, "group": 32}, "portable"), ({"group": 8}, "portable"),
+    ({"blocks": 129, "group": 32, "loop_order": "union"}, "hopper"),
     ({"rows": 2**15}, "hopper"), ({"rows": 2**15 - 1, "loop_order": "union"}, "portable"),
     ({"scale": 0.5}, "hopper"), ({"scale": 0.51}, "portable"),
 ])  # fmt: skip
-def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
+def test_auto_attends_on_hopper_where_it_is_faster(changes, auto):
     """Named, it is taken wherever it runs."""
     call = replace(WALK, **changes)
     assert choose("auto", call) == auto

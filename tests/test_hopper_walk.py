@@ -69,18 +69,18 @@ def assert_close(got, want):
     torch.testing.assert_close(got.lse, want.lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(params=["walk all", "fold"])
-def folding(request, monkeypatch):
-    """Unions that are walked whole, and unions whose rare blocks are KV-outer and folded in."""
-    if request.param == "fold":
+@pytest.fixture(params=["walk all", "split"])
+def splitting(request, monkeypatch):
+    """Unions that are walked whole, and unions whose rare blocks KV-outer does."""
+    if request.param == "split":
         monkeypatch.setattr(kernel_choice, "LONGEST_WHOLE", 0)
         monkeypatch.setattr(attention, "choose_order", lambda selection, group: "split")
-        monkeypatch.setattr(attention, "limits", lambda top_k: (2, 6))
+        monkeypatch.setattr(attention, "SHARED", (2, 6))
     return request.param
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("folding")
+@pytest.mark.usefixtures("splitting")
 def test_the_result_is_that_of_the_portable_walk(name):
     given = arguments(*CASES[name])
     want = attend_selection(*given, SCALE, "union", "portable")
@@ -88,7 +88,7 @@ def test_the_result_is_that_of_the_portable_walk(name):
 
 
 @pytest.mark.parametrize("name", ["ragged", "ragged, nothing alike", "one token"])
-@pytest.mark.usefixtures("folding")
+@pytest.mark.usefixtures("splitting")
 def test_two_hundred_repetitions_give_the_same_bits(name):
     given = arguments(*CASES[name])
     want = attend_selection(*given, SCALE, kernels="hopper")
@@ -131,7 +131,7 @@ def test_without_queries_or_sequences():
         assert attend_selection(q, k, k, chosen, SCALE, kernels="hopper").out.shape == q.shape
 
 
-@pytest.mark.usefixtures("folding")
+@pytest.mark.usefixtures("splitting")
 def test_what_is_not_finite_stays_in_its_sequence():
     q, k, v, chosen = arguments(*CASES["ragged"])
     clean = attend_selection(q, k, v, chosen, SCALE, kernels="hopper")
@@ -228,13 +228,13 @@ def test_attention_names_it_where_it_can_run():
 @pytest.mark.parametrize("name", [
     "r9_every_loop_order_is_the_definition", "r19_every_loop_order_gives_the_same_bits",
 ])  # fmt: skip
-def test_properties_where_blocks_are_folded_in(name, subject, monkeypatch):
+def test_properties_where_unions_are_split(name, subject, monkeypatch):
     """Two fixed cases of the sanitized tests, with unions that are cut short."""
     from test_sanitized import WALK_CASES
 
     monkeypatch.setattr(kernel_choice, "LONGEST_WHOLE", 0)
     monkeypatch.setattr(attention, "choose_order", lambda selection, group: "split")
-    monkeypatch.setattr(attention, "limits", lambda top_k: (1, 2))
+    monkeypatch.setattr(attention, "SHARED", (1, 2))
     (check,) = (p.check for p in all_properties() if p.name == name)
     for label in ("ragged", "long unions"):
         check(subject, WALK_CASES[label])

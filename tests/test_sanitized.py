@@ -109,6 +109,7 @@ HOPPER_CASES = {
 WALK_CHECKS = {
     "r9_every_loop_order_is_the_definition": {"hopper_walk_kernel", "union_kernel"},
 }
+CHUNK_KERNEL = "hopper_chunk_kernel"  # KV-outer, for CHUNK_GROUPS only
 WALK_BASE = replace(TUNED, dtype="bfloat16", picks=Picks("random", 1))
 WALK_CASES = {
     "one sequence": WALK_BASE,
@@ -117,6 +118,7 @@ WALK_CASES = {
         sequences=msa.Sequences((0, 37, 37, 40, 140), (0, 500, 500, 700, 2000)),
     ),
     "float16 of three heads": replace(WALK_BASE, dtype="float16", group=3),
+    "eight heads": replace(WALK_BASE, dtype="float16", group=8),
     "long unions": replace(
         WALK_BASE, sequences=msa.Sequences.one(60, 3000), picks=Picks("spread", 2)
     ),
@@ -197,7 +199,8 @@ def test_hopper_kernels(subject, name, case, launched):
     nothing_to_choose = case.config.forced_blocks == case.config.top_k
     left_out = {"block_scores_kernel"} if nothing_to_choose else set()
     checks = WALK_CHECKS | KEY_CHECKS if subject in WALK else HOPPER_CHECKS
-    assert checks[name] - left_out <= launched
+    in_chunks = name in WALK_CHECKS and case.group in kernel_choice.CHUNK_GROUPS
+    assert (checks[name] | ({CHUNK_KERNEL} if in_chunks else set())) - left_out <= launched
 
 
 def in_pages(case):
@@ -227,7 +230,9 @@ def test_hopper_prefilling(subject, case, launched):
     PROPERTIES["r2_prefilling_is_the_same_rule"].check(subject, in_pages(case))
     scored = case.config.forced_blocks < case.config.top_k
     wanted = {"block_scores_kernel"} if scored else set()
-    wanted |= {"hopper_walk_kernel"} if subject in WALK else set()
+    if subject in WALK:
+        in_chunks = case.group in kernel_choice.CHUNK_GROUPS
+        wanted |= {"hopper_walk_kernel"} | ({CHUNK_KERNEL} if in_chunks else set())
     assert wanted <= launched
 
 
@@ -294,5 +299,5 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 def test_no_kernel_is_left_out():
     named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
     checks = HOPPER_CHECKS | WALK_CHECKS | KEY_CHECKS
-    named.update(*checks.values() if GLUON else ())
+    named.update(*checks.values() if GLUON else (), {CHUNK_KERNEL} if GLUON else ())
     assert named == set(KERNELS)

@@ -26,7 +26,8 @@ FINDINGS = ROOT / "msa" / "ablations"
 """The folder of the ablations' results, which are part of the package."""
 SHARED = ("tile_verbs", "launch", "tables", "tuning", "bits")
 HOPPER = ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
-          "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows")  # fmt: skip
+          "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows",
+          "hopper/partials")  # fmt: skip
 KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
                 "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),

@@ -111,10 +111,10 @@ class Subject:
         """The arguments by which a public function uses this backend."""
         return {"backend": self.backend} | self.option(function)
 
-    @property
-    def loop_orders(self) -> tuple[str, ...]:
-        """The loop orders of attend_selection; on Hopper kv_outer takes some groups only."""
-        return ("auto", "union") if self.kernels == "hopper" else ("auto", "kv_outer", "union")
+    def loop_orders(self, group: int) -> tuple[str, ...]:
+        """The loop orders that attend_selection takes with so many query heads in a group."""
+        some = self.kernels == "hopper" and group not in kernel_choice.CHUNK_GROUPS
+        return ("auto", "union") if some else ("auto", "kv_outer", "union")
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
@@ -222,7 +222,7 @@ def hopper_subjects() -> list[Subject]:
     """The triton backend with its kernels for Hopper, where a GPU can run them.
 
     "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
-    attends to a selection with them, in the one head size and block size of the walk. The rest is
+    attends to a selection with them, in the one head size and block size that they take. The rest is
     left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):

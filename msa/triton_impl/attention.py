@@ -6,7 +6,7 @@
               needlessly, but each (query, block) pair writes a partial result that is read again
     auto      chooses for each tile. A tile whose union is short walks it. If the union is long, the
               blocks that only one query selected (if it is very long, one or two queries) go
-              KV-outer, and the walk folds in their partials at its end
+              KV-outer, and their partials are added at the end
 
 The lowering that `msa.lower` shows has either the forms of kv_outer (Selection, ReverseIndex,
 Schedule, Partials) or the TileUnion of union. auto, the default, has both at once: its SplitUnion
@@ -17,8 +17,11 @@ The rule of auto compares costs: a walk computes a block for every row of the ti
 for the rows that selected it, but at a lower rate. The size of the tile's union decides
 (msa/loop_order.py), on the device, so the host does not wait. If blocks have too few readers for
 KV-outer (fewer than MIN_EDGES on average), or queries have very many blocks (LARGEST_SPLIT), auto
-means union. It also means union where `msa.kernel_choice` takes the hopper walk and sequences are
-short (LONGEST_WHOLE): there the walk along whole unions was the fastest way for every selection.
+means union.
+
+`msa.kernel_choice` says which kernels run, portable or hopper. Where hopper ones do, auto means
+union for short sequences (LONGEST_WHOLE). In longer ones, a tile walks the blocks that two queries
+of a consumer share (SHARED), and `combine.py` adds what the walk and KV-outer found.
 
 Backward (R18): dQ by a walk over unions, dK and dV KV-outer by tiles of queries.
 
@@ -60,7 +63,7 @@ from msa.kernel_choice import (
     walk_call_of,
 )
 from msa.kernel_choice import choose as choose_kernels
-from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
+from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, SHARED, limits
 from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
@@ -137,7 +140,7 @@ def walk_on_hopper(
     from msa.triton_impl.hopper import union_walk as hopper  # older releases have no Gluon
 
     tile_size = hopper.tile_size_of(q.shape[1] // k.shape[-2])
-    limit = limits(selection.top_k) if order == "split" else None
+    limit = SHARED if order == "split" else None
     union = split_tiles(selection, tile_size, limit, tile_size // hopper.CONSUMERS)
     blocks = union.block_ids, union.row_masks, union.counts
     if union.remote is None:
@@ -160,7 +163,7 @@ def attend_selection(
 
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
-        kernels: which kernel walks along unions: "portable", "hopper", or "auto", which chooses by
+        kernels: which kernels attend: "portable", "hopper", or "auto", which chooses by
             `msa.kernel_choice`. The gradients of "hopper" run on these kernels where they can.
 
     Raises:
@@ -355,8 +358,8 @@ def attend(
     """MSA: the index branch selects, the main branch attends (R4-R12).
 
     align=True adds the alignment loss, which uses the LSE of this call (R17). index_dtype and
-    kernels are those of `select_fused`, and say which kernel walks along unions. If "hopper" is
-    named, the selection has to run on these kernels, and the walk runs on them where it can.
+    kernels are those of `select_fused`, and say which kernels attend. If "hopper" is named, the
+    selection has to run on these kernels, and attention runs on them where it can.
     """
     require_kernels(config.block_size, config.top_k, q=q, k=k, v=v)  # q_idx, k_idx: select_fused
     selection = select_fused(q_idx, k_idx, sequences, config, index_dtype, kernels)

@@ -7,10 +7,11 @@
     Selection of their own, `remote`, to be attended to KV-outer
 
 What the fast form changes:
- 1. All pairs in place of lists: each edge of the tile is compared with all others, a few dozen at a
-    time. A block's mask is the sum of the bits of the edges that have its id. The edge of the first
-    query that selected a block writes it (its writer); the block's place is the number of writers
-    with smaller ids.
+ 1. All pairs in place of lists: each edge of the tile is compared with all others, a few at a time.
+    A thread has some of the edges and compares them with all others itself, so no sum crosses
+    threads. A block's mask is the sum of the bits of the edges that have its id. The edge of the
+    first query that selected a block writes it (its writer); the block's place is the number of
+    writers with smaller ids.
  2. In the split form only blocks with enough bits have a writer. The others stay in the queries'
     rows of `remote`, and a prefix sum along each row closes the gaps there.
  3. The rule of the split form is applied to parts of a tile, where these are what a kernel computes
@@ -80,8 +81,8 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
         o_j = o_f // P
         m_f = (start + o_j < stop) & (o_f % P < TOP_K)
         b_other = tl.load(indices + o_j * (HKV * TOP_K) + o_f % P, mask=m_f, other=-2)
-        b_bit = tl.full([1, CHUNK], 1, tl.int32) << o_j[None, :]
-        b_mask += tl.sum(tl.where(b_id[:, None] == b_other[None, :], b_bit, 0), 1)
+        b_bit = tl.full([CHUNK, 1], 1, tl.int32) << o_j[:, None]
+        b_mask += tl.sum(tl.where(b_other[:, None] == b_id[None, :], b_bit, 0), 0)
     b_mask = tl.where(m_e, b_mask, 0)
     b_own = tl.full([E], 1, tl.int32) << o_i  # the bit of each edge's query
     if SPLIT:
@@ -101,7 +102,7 @@ def union_kernel(indices, tiles, ids, masks, counts, remote, remote_counts, whol
     b_place = tl.zeros([E], tl.int32)
     for first in range(0, E, CHUNK):
         b_other = tl.load(ids + first + tl.arange(0, CHUNK))
-        b_place += tl.sum((b_other[None, :] < b_id[:, None]).to(tl.int32), 1)
+        b_place += tl.sum((b_other[:, None] < b_id[None, :]).to(tl.int32), 0)
     wait_for_threads()
     tl.store(ids + b_place, b_id, mask=m_writes)
     tl.store(masks + b_place, b_mask, mask=m_writes)
@@ -174,6 +175,15 @@ def long_union_kernel(indices, tiles, ids, masks, counts, U, HKV: tl.constexpr,
         tl.store(masks + o_u, tl.zeros([W], tl.int32), mask=o_u < U)
 
 
+def pair_options(edges: int) -> dict[str, int]:
+    """How `union_kernel` compares the edges of a tile: four of them by each thread.
+
+    >>> pair_options(64), pair_options(1024)
+    ({'CHUNK': 32, 'num_warps': 1}, {'CHUNK': 32, 'num_warps': 8})
+    """
+    return {"CHUNK": min(edges, 32), "num_warps": max(1, edges // 128)}
+
+
 @dataclass(frozen=True)
 class SplitUnion:
     """The blocks of each tile that the tile walks, and each query's other blocks.
@@ -233,8 +243,7 @@ def split_tiles(
         union_kernel[len(tiles), groups](
             indices, tiles, ids, masks, counts, remote, remote_counts, *(limits or (0, 0)),
             HKV=groups, TOP_K=top_k, P=shape[2] // some, BT=some, SPLIT=limits is not None,
-            SHARE=pad(share or tile_size, 1), CHUNK=min(shape[2], 64),
-            num_warps=1 if shape[2] <= 64 else 4,
+            SHARE=pad(share or tile_size, 1), **pair_options(shape[2]),
         )  # fmt: skip
     if limits is None:
         return SplitUnion(ids, masks, counts, tile_size, None, None)

@@ -169,7 +169,7 @@ def check_reach(subject: Subject, reach: Reach, got: Output, clean: Output) -> M
 
 def attend_some_way(subject: Subject, case: Case, inputs: Inputs) -> Output:
     """Attend over the case's selection in one of the backend's loop orders, chosen by the case."""
-    ways = subject.loop_orders if subject.domain.has("loop_order") else ("",)
+    ways = subject.loop_orders(case.group) if subject.domain.has("loop_order") else ("",)
     if subject.domain.has("unite_tiles", "attend_union"):
         ways = (*ways, "attend_union")
     way = ways[case.q.seed % len(ways)]

@@ -36,7 +36,7 @@ def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measu
     want = dense(case.inputs, case.selection.indices)
     outputs = [
         attend_selection(subject, case.inputs, case.selection, loop_order=order)
-        for order in subject.loop_orders
+        for order in subject.loop_orders(case.group)
     ]
     return worst(*(compare_output(subject, case.inputs, output, want) for output in outputs))
 
@@ -44,7 +44,7 @@ def r9_every_loop_order_is_the_definition(subject: Subject, case: Case) -> Measu
 @holds_for(strategies.long_unions, needs=("attend_selection", "loop_order"))
 def r19_every_loop_order_gives_the_same_bits(subject: Subject, case: Case) -> Measure:
     """Two calls with one loop order give the same bits."""
-    orders = subject.loop_orders
+    orders = subject.loop_orders(case.group)
     order = orders[case.picks.seed % len(orders) if case.picks else 0]
     one, two = (
         attend_selection(subject, case.inputs, case.selection, loop_order=order) for _ in range(2)

@@ -46,11 +46,11 @@ def prefill_cases(draw: DrawFn, domain: Domain, want: Want = strategies.EXACT_IN
     )
 
 
-def orders(subject: Subject) -> list[dict[str, Any]]:
+def orders(subject: Subject, group: int) -> list[dict[str, Any]]:
     """The loop orders that a prefill of this subject takes, as keyword arguments."""
     if not subject.domain.has("loop_order"):
         return [{}]
-    return [{"loop_order": order} for order in subject.loop_orders]
+    return [{"loop_order": order} for order in subject.loop_orders(group)]
 
 
 def prefill(subject: Subject, paged: PagedCase, **options: str) -> Output:
@@ -66,7 +66,7 @@ def r2_prefilling_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measur
     inputs = paged.case.inputs
     want = select_fused(spec(subject), inputs).indices
     found: list[Measure] = []
-    for order in orders(subject):
+    for order in orders(subject, paged.case.group):
         output = prefill(subject, paged, **order)
         same("selection", selected(output), want)
         assert output.selection is not None
@@ -156,7 +156,7 @@ def r12_prefilling_8_bits_means_numbers_times_factors(
     want = select_fused(spec(subject), replace(inputs, dtype="float64")).indices
     found: list[Measure] = []
     kinds: dict[str, Any] = {"config": inputs.config} | subject.public("prefill")
-    for order in orders(subject):
+    for order in orders(subject, paged.case.group):
         options = kinds | order
         output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **options)
         same("selection", subject.read(selected(output)), want)
