@@ -222,8 +222,8 @@ def hopper_subjects() -> list[Subject]:
     """The triton backend with its kernels for Hopper, where a GPU can run them.
 
     "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
-    attends to a selection with them, in the one head size and block size that they take. The rest is
-    left to the subject "triton".
+    attends to a selection with them, in the one head size and block size that they have. The rest
+    is left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):
         return []

@@ -156,7 +156,7 @@ def r12_prefilling_8_bits_means_numbers_times_factors(
     want = select_fused(spec(subject), replace(inputs, dtype="float64")).indices
     found: list[Measure] = []
     kinds: dict[str, Any] = {"config": inputs.config} | subject.public("prefill")
-    for order in orders(subject, paged.case.group):
+    for order in orders(subject, given.paged.case.group):
         options = kinds | order
         output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **options)
         same("selection", subject.read(selected(output)), want)
