@@ -1,9 +1,10 @@
-"""The rule of `kernels="auto"`: which kernels of the triton backend select, and which walk unions.
+"""The rule of `kernels="auto"`: which kernels of the triton backend select, walk unions, decode.
 
     portable    the Triton kernels beside the spec's files: every shape, any GPU, the interpreter
     hopper      the Gluon kernels of msa/triton_impl/hopper: GPUs of compute capability 9.x, the
                 shapes below
-    auto        for the selection: hopper where these kernels run, else portable
+    auto        for the selection, and for the block scores of a step of decoding: hopper where
+                these kernels run, else portable
                 for the walk along unions: hopper where it runs and was measured to be faster
 
 The hopper selection is the same bit for bit, and it was faster on every shape that was measured
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 from msa.checks import dtype_name, either, is_interpreted, is_torch
 from msa.config import MSAConfig
-from msa.ir import Array, Selection, Sequences
+from msa.ir import Array, PagedKV, Selection, Sequences
 
 Kernels = Literal["auto", "portable", "hopper"]
 
@@ -60,6 +61,12 @@ it, where the portable walk still weighs it right: "auto" avoids it."""
 LONGEST_WHOLE = 128
 """Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
 than "auto" on the portable kernels, for every selection."""
+
+EIGHT_BITS = "float8_e4m3fn"
+"""Pages of index keys may also have this dtype."""
+LARGEST_STEP = 32
+"""New queries of a sequence times groups, in a step of decoding: the columns of a product, four
+times over with pages of 8 bits, have to fit into registers."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,27 @@ class WalkCall:
     interpreted: bool
 
 
+@dataclass(frozen=True)
+class PageCall:
+    """What the choice for the block scores of a step of decoding depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    index_dim: int
+    rows: int
+    """New queries of a sequence times groups."""
+    block_size: int
+    pages_in_rows: bool
+    """Whether the copy engine can read the pages of index keys, see `are_in_rows`."""
+    device: str
+    capability: tuple[int, int] | None
+    triton: str | None
+    interpreted: bool
+
+
+AnyCall = Call | WalkCall | PageCall
+
+
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
     """What the choice depends on, for these arguments of a selection."""
     return Call(
@@ -137,6 +165,42 @@ def walk_call_of(
         blocks=longest(selection.sequences, selection.block_size),
         scale=scale,
         **machine_of(q),
+    )
+
+
+def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
+    """What the choice depends on, for these arguments of a step of decoding."""
+    return PageCall(
+        q_dtype=dtype_name(q_idx),
+        k_dtype=dtype_name(cache.k_idx_pages),
+        index_dim=q_idx.shape[-1],
+        rows=q_idx.shape[1] * q_idx.shape[2],
+        block_size=cache.k_idx_pages.shape[1],
+        pages_in_rows=are_in_rows(cache.k_idx_pages),
+        **machine_of(q_idx),
+    )
+
+
+def are_in_rows(pages: Any) -> bool:
+    """Whether pages [pages, Bk, Di] are rows of memory for the copy engine.
+
+    All tokens lie at one distance, a multiple of 16 bytes, and a page begins a whole number of rows
+    behind the page before it. There may be other rows in between.
+    """
+    if not is_torch(pages) or 0 in pages.shape:
+        return False
+    (count, block, dim), (apart, step, one), size = (
+        pages.shape, pages.stride(), pages.element_size(),
+    )  # fmt: skip
+    one_row = step * size
+    return (
+        one == 1
+        and pages.data_ptr() % 16 == 0
+        and dim <= step
+        and one_row % 16 == 0
+        and one_row < 2**40
+        and (count == 1 or (apart % step == 0 and block <= apart // step))
+        and (count - 1) * apart // step + block < 2**31
     )
 
 
@@ -213,12 +277,17 @@ def must(name: str, wanted: str, got: object, do: str = "use kernels='portable'"
     return f"{name} must {wanted} for kernels='hopper', got {got}: {do}"
 
 
-def obstacle(call: Call | WalkCall) -> TypeError | ValueError | None:
+def obstacle(call: AnyCall) -> TypeError | ValueError | None:
     """Why the hopper kernels cannot take a call: the argument, what is wanted, what came (R20).
 
     None if they can.
     """
-    found = wrong_walk(call) if isinstance(call, WalkCall) else wrong_selection(call)
+    if isinstance(call, WalkCall):
+        found = wrong_walk(call)
+    elif isinstance(call, PageCall):
+        found = wrong_pages(call)
+    else:
+        found = wrong_selection(call)
     return found or wrong_machine(call)
 
 
@@ -260,7 +329,27 @@ def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
     return None
 
 
-def wrong_machine(call: Call | WalkCall) -> ValueError | None:
+def wrong_pages(call: PageCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of a step of decoding."""
+    if call.q_dtype not in DTYPES:
+        return TypeError(must("q_idx", f"have dtype {either(DTYPES)}", call.q_dtype))
+    if call.k_dtype not in (call.q_dtype, EIGHT_BITS):
+        wanted = f"have dtype {call.q_dtype} as q_idx has, or {EIGHT_BITS}"
+        return TypeError(must("cache.k_idx_pages", wanted, call.k_dtype))
+    if call.index_dim not in INDEX_DIMS:
+        return ValueError(must("q_idx", f"have Di = {either(INDEX_DIMS)}", call.index_dim))
+    if call.block_size not in BLOCK_SIZES:
+        return ValueError(must("block_size", f"be {either(BLOCK_SIZES)}", call.block_size))
+    if call.rows > LARGEST_STEP:
+        wanted = f"have at most {LARGEST_STEP} new queries times groups"
+        return ValueError(must("q_idx", wanted, call.rows))
+    if not call.pages_in_rows:
+        wanted = "have tokens at one distance, a multiple of 16 bytes, in all pages"
+        return ValueError(must("cache.k_idx_pages", wanted, "other strides"))
+    return None
+
+
+def wrong_machine(call: AnyCall) -> ValueError | None:
     """What the machine lacks for hopper kernels."""
     if call.capability is None or call.capability[0] != CAPABILITY:
         got, name = call.device, "q" if isinstance(call, WalkCall) else "q_idx"
@@ -276,8 +365,8 @@ def wrong_machine(call: Call | WalkCall) -> ValueError | None:
     return None
 
 
-def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopper"]:
-    """The kernels that select the blocks of a call, or that walk along its unions.
+def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
+    """The kernels that select the blocks of a call, walk along its unions, or score its pages.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -292,7 +381,7 @@ def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopp
     return "hopper"
 
 
-def is_better(call: Call | WalkCall) -> bool:
+def is_better(call: AnyCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
     if not isinstance(call, WalkCall):
         return True
@@ -333,4 +422,17 @@ def walk_rule() -> list[tuple[str, str]]:
         ("softmax scale", f"at most {LARGEST_SCALE:g}"),
         ("queries times heads", f"{FEWEST_ROWS} or more"),
         ("loop_order", f"'union'; or 'auto', at most {LONGEST_WHOLE} blocks in a sequence"),
+    ]
+
+
+def page_rule() -> list[tuple[str, str]]:
+    """What a step of decoding must have for the hopper scores: pairs of a name and the values."""
+    return [
+        ("compute capability and triton", "as above"),
+        ("dtype of q_idx", either(DTYPES)),
+        ("dtype of cache.k_idx_pages", f"that of q_idx or {EIGHT_BITS}"),
+        ("Di", either(INDEX_DIMS)),
+        ("block_size", either(BLOCK_SIZES)),
+        ("new queries times groups", f"at most {LARGEST_STEP}"),
+        ("strides of the pages", "tokens at one distance, a multiple of 16 bytes"),
     ]

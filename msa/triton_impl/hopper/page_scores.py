@@ -1,0 +1,425 @@
+"""Decoding on Hopper, first kernel: the score of each block of a paged cache (R4, R5).
+
+    for each block b of this program's share of the scored blocks of all sequences:
+        K = page_table[b]'s index keys
+        for each new query and group:
+            score[b] = max over tokens of index_scale * K @ q_idx, times the page's scale
+
+What the asynchronous form changes:
+ 1. The time is that of reading index keys, so as many bytes as possible have to be on their way at
+    any time. A producer warp copies one page after another into a ring in shared memory. It never
+    waits for arithmetic as long as a stage of the ring is empty.
+ 2. The grid is PROGRAMS programs for each multiprocessor, whatever the batch and the width of the
+    table. Each program reads the lengths and takes an equal share of all scored blocks, in the
+    order of the sequences. So the load is even for any lengths, and empty columns of the table cost
+    nothing. The number of programs changes no bit of a score.
+ 3. Keys are the tall operand of the product. Queries times groups are its few columns.
+ 4. Keys of 8 bits are multiplied by queries that are sums of three e4m3 tensors (`three_parts` of
+    the portable kernel). The parts are columns of one product, so the keys are read once from
+    shared memory. The sums of the three parts are added in float32.
+ 5. The producer reads the ids of 32 pages by one load, and the consumers their scales likewise.
+ 6. Before a program waits for the kernel in front of it, it asks the L2 cache to fetch its first
+    pages. While the kernel in front is busy with latencies, the memory is not idle. Lengths and
+    table may change until the wait ends. So they are read again behind it, and what was fetched
+    in vain costs time only. The early loads leave no line in the L1 cache, which would be stale.
+
+Who waits for whom (a ring of STAGES pages):
+
+    kernel before   ............... ends
+    all warps       L2: fetch pages |wait| lengths, share
+    producer warp                         | ids | K0 K1 K2 K3 ..wait.. K4 ....
+                                                   |  |               ^ K0 is released
+                                                   v  v               |
+    four warps                            | q     | K0 product, max, store | K1 product, max ..
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from msa.config import MSAConfig
+from msa.ir import PagedKV
+from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
+from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
+from msa.triton_impl.launch import pad
+from msa.triton_impl.tile_verbs import along
+
+KINDS = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
+LANES = gl.constexpr(32)
+"""Page ids that are read by one load."""
+RING_BYTES = 96 * 2**10
+"""The ring of one multiprocessor. It leaves room for a program of the next kernel."""
+FETCHED_BYTES = 192 * 2**10
+"""What a multiprocessor fetches into the L2 cache early: 24 MiB in all, half of that cache."""
+
+
+# -- the share of a program -----------------------------------------------------------------------
+@gluon.jit
+def scored_blocks(length, BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr):
+    """Blocks of a sequence of that length that are not forced (R6); 0 for an empty slot."""
+    return gl.maximum((length + BK - 1) // BK - LOCAL - SINK, 0)
+
+
+@gluon.jit
+def load_blocks(lengths, first, batch, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
+                LOCAL: gl.constexpr, L: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """Scored blocks of the sequences first ... first + C; 0 behind the last one [C]."""
+    o_s = first + gl.arange(0, C, layout=L)
+    length = gl.load(lengths + along(o_s, stride_ls), mask=o_s < batch, other=0,
+                     cache_modifier=".cg")  # fmt: skip
+    return scored_blocks(length.to(gl.int32), BK, SINK, LOCAL)
+
+
+@gluon.jit
+def add(a, b):
+    """The sum, for a prefix sum."""
+    return a + b
+
+
+@gluon.jit
+def find_share(lengths, batch, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
+               LOCAL: gl.constexpr, L: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """The share of this program: its first sequence, the first block there, how many blocks.
+
+    The blocks of all sequences stand one behind the other. Every program takes as many of them.
+    Returns also how many scored blocks the first sequence has.
+    """
+    blocks = load_blocks(lengths, 0, batch, stride_ls, BK, SINK, LOCAL, L, C)
+    total = gl.sum(blocks, 0)
+    for first in range(C, batch, C):
+        total += gl.sum(load_blocks(lengths, first, batch, stride_ls, BK, SINK, LOCAL, L, C), 0)
+    most = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
+    start = gl.program_id(0) * most
+    n = gl.maximum(gl.minimum(total - start, most), 0)
+    sequence, before, base, its_blocks = 0, 0, 0, 0  # `before`: blocks of the sequences before it
+    for first in range(0, batch, C):
+        stops = base + gl.associative_scan(blocks, 0, add)
+        passed = stops <= start
+        its = (stops > start) & (stops - blocks <= start)
+        sequence += gl.sum(passed.to(gl.int32), 0)
+        before += gl.sum(gl.where(passed, blocks, 0), 0)
+        its_blocks += gl.sum(gl.where(its, blocks, 0), 0)
+        base += gl.sum(blocks, 0)
+        blocks = load_blocks(lengths, first + C, batch, stride_ls, BK, SINK, LOCAL, L, C)
+    return sequence, start - before, n, its_blocks
+
+
+@gluon.jit
+def fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
+                BYTES: gl.constexpr, PAGES: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
+                LOCAL: gl.constexpr, L: gl.constexpr, L_C: gl.constexpr, C: gl.constexpr):  # fmt: skip
+    """Ask the L2 cache for the first PAGES pages of the share, as far as one sequence goes."""
+    i_s, i_b, n, blocks = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, C)
+    if n > 0:
+        o_b = gl.arange(0, LANES, layout=L)
+        m_b = o_b < gl.minimum(gl.minimum(n, blocks - i_b), PAGES)
+        p_id = table + along(i_s, stride_ts) + along(SINK + i_b + o_b, stride_tb)
+        page = gl.load(p_id, mask=m_b, other=0, cache_modifier=".cg").to(gl.int64)
+        m_b = m_b & (page >= 0) & (page < n_pages)
+        gl.inline_asm_elementwise(
+            "{.reg .pred p; setp.ne.b32 p, $2, 0;\n"
+            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+            "=r,l,r,r", [k + along(page, stride_kp), m_b.to(gl.int32), BYTES], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+# -- a producer warp and four warps ---------------------------------------------------------------
+@gluon.jit
+def next_blocks(lengths, i_s, there, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
+                LOCAL: gl.constexpr):  # fmt: skip
+    """Scored blocks of one sequence, if it is `there`."""
+    length = gl.load(lengths + along(i_s, stride_ls), mask=there, other=0).to(gl.int32)
+    return scored_blocks(length, BK, SINK, LOCAL)
+
+
+@gluon.jit
+def load_ids(p_id, i_b, n, stride_tb, L: gl.constexpr):
+    """Pages of the blocks i_b ... i_b + LANES; 0 from n on [LANES]."""
+    o_b = i_b + gl.arange(0, LANES, layout=L)
+    return gl.load(p_id + along(o_b, stride_tb), mask=o_b < n, other=0).to(gl.int32)
+
+
+@gluon.jit
+def pick(x, i, L: gl.constexpr):
+    """Entry i of the integers x [LANES]: one instruction adds up the numbers of a warp."""
+    return gl.sum(gl.where(gl.arange(0, LANES, layout=L) == i, x, 0), 0)
+
+
+@gluon.jit
+def producer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores, scale,
+             width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn, stride_qr, stride_ts, stride_tb,
+             stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
+             STAGES: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
+             L_1: gl.constexpr):  # fmt: skip
+    """Copy the pages of the share, one after another."""
+    gdc_wait()
+    step = 0
+    while step < n:
+        stop = gl.minimum(blocks, i_b + n - step)
+        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        ids = load_ids(p_id, i_b, stop, stride_tb, L_1)
+        for first in range(i_b, stop, LANES):
+            next_ids = load_ids(p_id, first + LANES, stop, stride_tb, L_1)
+            for i in range(gl.minimum(stop - first, LANES)):
+                row = pick(ids, i, L_1) * page_rows
+                produce(k_desc, row, k_tiles, full, empty, step, STAGES)
+                step += 1
+            ids = next_ids
+        i_s, i_b = i_s + 1, 0
+        blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
+
+
+@gluon.jit
+def load_queries(q, i_s, q_tile, stride_qb, stride_qn, stride_qr, N: gl.constexpr,
+                 HKV: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):  # fmt: skip
+    """Put the queries of a sequence into q_tile; return what undoes their stretch [rows].
+
+    With PARTS, q_tile has the high, the middle and the low part of every row, then zeros.
+    """
+    ROWS: gl.constexpr = q_tile.shape[0]
+    DIM: gl.constexpr = q_tile.shape[1]
+    EACH: gl.constexpr = ROWS // PARTS
+    o_x = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    o_m = o_x % EACH
+    o_d = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
+    p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
+    m_q = (o_m < N * HKV)[:, None]
+    b_q = gl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
+    if PARTS > 1:
+        b_x = b_q.to(gl.float32)
+        largest = gl.max(finite_size(b_x), 1)
+        stretch = e4m3_stretch(largest.to(gl.int32, bitcast=True))
+        b_x = b_x * power_of_two(stretch)[:, None]
+        high = b_x.to(gl.float8e4nv).to(gl.float32)
+        b_x = b_x - high
+        middle = b_x.to(gl.float8e4nv).to(gl.float32)
+        part = (o_x // EACH)[:, None]
+        b_x = gl.where(part == 0, high, gl.where(part == 1, middle, b_x - middle))
+        b_x = gl.where(part == 3, 0.0, b_x)
+        q_tile.store(b_x.to(gl.float8e4nv))
+        shrink = power_of_two(254 - stretch)
+    else:
+        q_tile.store(b_q)
+        shrink = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, L))
+    fence_async_shared()
+    return shrink
+
+
+@gluon.jit
+def best_of_block(acc, PARTS: gl.constexpr):
+    """The maximum of every column over the keys, the parts added up [EACH]."""
+    BK: gl.constexpr = acc.shape[0]
+    if PARTS > 1:
+        acc = gl.sum(gl.reshape(acc, [BK, PARTS, acc.shape[1] // PARTS]), 1)
+    return gl.max(acc, 0)
+
+
+@gluon.jit
+def consumer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores, scale,
+             width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn, stride_qr, stride_ts, stride_tb,
+             stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
+             STAGES: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
+             L_1: gl.constexpr):  # fmt: skip
+    """Multiply the pages of the share, take the maxima, write the scores."""
+    ROWS: gl.constexpr = q_tile.shape[0]
+    EACH: gl.constexpr = ROWS // PARTS
+    zero = gl.zeros([BK, ROWS], gl.float32, layout=MMA)
+    like = best_of_block(zero, PARTS)
+    L_M: gl.constexpr = like.type.layout
+    o_m = gl.arange(0, EACH, layout=L_M)
+    m_m = o_m < N * HKV
+    step = 0
+    while step < n:
+        stop = gl.minimum(blocks, i_b + n - step)
+        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        p_score = scores + (i_s.to(gl.int64) * (N * HKV) + o_m) * width + SINK
+        shrink = load_queries(q, i_s, q_tile, stride_qb, stride_qn, stride_qr, N, HKV, PARTS,
+                              Q_LAYOUT)  # fmt: skip
+        if PARTS > 1:  # all parts of a row were stretched alike
+            shrink = gl.max(gl.reshape(shrink, [PARTS, EACH]), 0)
+        b_scale = gl.convert_layout(shrink, L_M) * scale
+        factors = gl.full([LANES], 0, gl.int32, layout=L)
+        if EIGHT:
+            ids = load_ids(p_id, i_b, stop, stride_tb, L)
+            factors = gl.load(k_scales + along(ids, stride_sp)).to(gl.int32, bitcast=True)
+        for first in range(i_b, stop, LANES):
+            if EIGHT:
+                ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
+            for i in range(gl.minimum(stop - first, LANES)):
+                wait_full(full, step, STAGES)
+                acc = warpgroup_mma(k_tiles.index(step % STAGES), q_tile.permute((1, 0)), zero,
+                                    use_acc=False, is_async=True)  # fmt: skip
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                release(empty, step, STAGES)
+                best = gl.maximum(best_of_block(acc, PARTS), float("-inf")) * b_scale
+                if EIGHT:
+                    best *= pick(factors, i, L).to(gl.float32, bitcast=True)
+                gl.store(p_score + first + i, best, mask=m_m)
+                step += 1
+            if EIGHT:
+                factors = gl.load(k_scales + along(ids, stride_sp)).to(gl.int32, bitcast=True)
+        i_s, i_b = i_s + 1, 0
+        blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
+
+
+@gluon.jit
+def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals, scale, batch,
+                       n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
+                       stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
+                       HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
+                       LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
+                       ROWS: gl.constexpr, STAGES: gl.constexpr, FETCH: gl.constexpr,
+                       CHUNK: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
+                       Q_SHARED: gl.constexpr):  # fmt: skip
+    """A share of the scored blocks of all sequences, for all new queries and groups.
+
+    Parameters:
+        q: [B, n, Hkv, Di], 16-bit; index queries
+        k: [pages, Bk, Di], as q or e4m3; index keys, for addresses
+        k_desc: descriptor of k as rows of tokens, in tiles of BK rows
+        k_scales: [pages], float32; factors of the pages, read with EIGHT only
+        table: [B, columns], int32 or int64; a sequence's pages in order
+        lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
+        scores: [B, n, Hkv, width], float32; written for blocks that are not forced
+        arrivals: [B, n_arrivals], int32; counters of the next kernel, set to 0
+        scale: float; index scale
+        batch, n_arrivals: int; sequences, counters of a sequence
+        width: int; row length of scores
+        n_pages, page_rows: int; pages, rows of k_desc from one page to the next
+        stride_kp: elements from one page of k to the next
+        stride_qb, stride_qn, stride_qr: elements from one sequence, query, group of q to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_ls: elements from one sequence of lengths to the next
+        stride_sp: elements from one page of k_scales to the next
+        N, HKV: new queries of a sequence, groups
+        BK: keys of a block
+        SINK, LOCAL: forced first and recent blocks
+        EIGHT: bool; pages are of 8 bits
+        PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 with EIGHT, else 1
+        ROWS: columns of a product: queries times groups, padded, times PARTS
+        STAGES: pages in the ring
+        FETCH: pages that are fetched into the L2 cache early
+        CHUNK: lengths that are read by one load
+        Q_DTYPE: dtype of the queries in the product
+        MMA: layout of a product [BK, ROWS]
+        Q_SHARED: layout of the queries in shared memory
+    """
+    DIM: gl.constexpr = k_desc.block_type.shape[1]
+    WARPS: gl.constexpr = gl.num_warps()
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    L_1: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    L_C: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [WARPS], [0])  # each warp has all
+    Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, DIM // 8], [4, 8], [WARPS, 1], [1, 0])
+    if FETCH:
+        BYTES: gl.constexpr = BK * DIM * k_desc.dtype.primitive_bitwidth // 8
+        fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
+                    BYTES, FETCH, BK, SINK, LOCAL, L, L_C, CHUNK)  # fmt: skip
+    k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BK, DIM], k_desc.layout)
+    q_tile = gl.allocate_shared_memory(Q_DTYPE, [ROWS, DIM], Q_SHARED)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
+    gdc_wait()
+    gdc_launch_dependents()
+    o_a = gl.program_id(0) * LANES + gl.arange(0, LANES, layout=L)
+    for first in range(0, batch * n_arrivals, gl.num_programs(0) * LANES):
+        gl.store(arrivals + first + o_a, gl.zeros_like(o_a), mask=first + o_a < batch * n_arrivals)
+    i_s, i_b, n, blocks = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, CHUNK)
+    gl.warp_specialize([
+        (consumer, (k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores,
+                    scale, width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn,
+                    stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N, HKV, BK, SINK, LOCAL, EIGHT,
+                    PARTS, STAGES, MMA, Q_LAYOUT, L, L_1)),
+        (producer, (k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores,
+                    scale, width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn,
+                    stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N, HKV, BK, SINK, LOCAL, EIGHT,
+                    PARTS, STAGES, MMA, Q_LAYOUT, L, L_1)),
+    ], [1], [40])  # fmt: skip
+
+
+# -- host -----------------------------------------------------------------------------------------
+def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block: int,
+            programs: int = 1) -> dict[str, Any]:  # fmt: skip
+    """The compile-time options of the kernel, for `programs` programs of a multiprocessor.
+
+    rows: queries of a sequence times groups.
+    """
+    eight = dtype.itemsize == 1
+    parts, page = 4 if eight else 1, block * dim * dtype.itemsize
+    columns = parts * pad(rows, 8)
+    kind = KINDS[dtype if eight else q_dtype]
+    return {
+        "EIGHT": eight,
+        "PARTS": parts,
+        "ROWS": columns,
+        "STAGES": max(2, RING_BYTES // programs // page),
+        "FETCH": min(LANES.value, FETCHED_BYTES // programs // page),
+        "CHUNK": 128,
+        "Q_DTYPE": kind,
+        "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // dtype.itemsize]),
+        "Q_SHARED": gl.NVMMASharedLayout.get_default_for([columns, dim], kind),
+        "num_warps": 4,
+        "maxnreg": 80,
+    }
+
+
+def describe(pages: Float[Tensor, "pages Bk Di"]) -> tuple[TensorDescriptor, int]:
+    """The pages as rows of tokens for the copy engine, and the rows from one page to the next.
+
+    The engine sees rows of one distance, so a page has to begin a whole number of rows behind the
+    page before it, as `msa.kernel_choice` demands.
+    """
+    (count, block, dim), (stride_p, stride_t, _) = pages.shape, pages.stride()
+    apart = stride_p // stride_t if count > 1 else block
+    layout = gl.NVMMASharedLayout.get_default_for([block, dim], KINDS[pages.dtype])
+    shape = [(count - 1) * apart + block, dim]
+    return TensorDescriptor(pages, shape, [stride_t, 1], [block, dim], layout), apart
+
+
+def score_pages_on_hopper(
+    q_idx: Float[Tensor, "B n Hkv Di"],
+    cache: PagedKV, config: MSAConfig, arrivals: Int[Tensor, "B programs"], programs: int = 1,
+    **changes: Any,
+) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
+    """`score_pages` by the kernel of this file, for arguments that `msa.kernel_choice` takes.
+
+    Args:
+        arrivals: counters of the next kernel, set to 0 here.
+        programs: programs of a multiprocessor; `changes` replace `options`.
+    """
+    (batch, n, groups, dim), pages = q_idx.shape, cache.k_idx_pages
+    block, width = pages.shape[1], pad(cache.page_table.shape[1], 32)
+    scores = torch.empty((batch, n, groups, width), dtype=torch.float32, device=q_idx.device)
+    eight = cache.k_idx_scales is not None
+    scales = cache.k_idx_scales if eight else pages  # not read
+    desc, page_rows = describe(pages)
+    chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
+    if pages.stride(1) != dim:
+        chosen["FETCH"] = 0  # only pages in one piece
+    many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
+    page_scores_kernel[(many * programs,)](
+        q_idx, pages, desc, scales, cache.page_table, cache.lengths, scores, arrivals,
+        config.index_scale_for(dim), batch, arrivals.shape[1], width, len(pages), page_rows,
+        pages.stride(0), *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
+        scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
+        LOCAL=config.local_blocks, launch_pdl=True, **chosen | changes,
+    )  # fmt: skip
+    return scores
