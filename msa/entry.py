@@ -130,8 +130,9 @@ def enter(
 
 
 def enter_cache(
-    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig
-) -> tuple[Entry, list[Any]]:
+    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig,
+    options: dict[str, Any] | None = None,
+) -> tuple[Entry, list[Any]]:  # fmt: skip
     """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
 
     Raises:
@@ -147,12 +148,14 @@ def enter_cache(
     checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     cache_checks.check_queries(cache, q, q_idx)
-    entry = Entry(backend, q)
+    entry = Entry(backend, q, options)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
     else:
         cache_checks.check_contents(cache, sizes)
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    if entry.options.get("kernels") == "hopper":
+        kernel_choice.choose("hopper", kernel_choice.page_call_of(q_idx, cache))
     cache = cache_checks.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
 

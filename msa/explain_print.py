@@ -152,20 +152,21 @@ def print_choice(choice: dict[str, Any]) -> None:
 
 def print_kernels(choice: dict[str, Any]) -> None:
     """Print the rule of kernels="auto", and what it takes on this machine."""
-    table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.rule():
-        table.add_row(name, wanted)
-    walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.walk_rule():
-        walk.add_row(name, wanted)
+    rules = (
+        ("kernels", kernel_choice.rule()),
+        ("walk", kernel_choice.walk_rule()),
+        ("scores of pages", kernel_choice.page_rule()),
+    )
+    table, walk, pages = (rule_table(name, rule) for name, rule in rules)
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
             Group(
                 Text(
-                    "The triton backend has two sets of kernels that select blocks, and two that "
-                    "walk along unions: portable ones in Triton, and faster ones in Gluon for "
-                    "Hopper GPUs. Both select the same, and their walks differ by rounding."
+                    "The triton backend has two sets of kernels that select blocks, that walk "
+                    "along unions, and that score the blocks of a paged cache: portable ones in "
+                    "Triton, and faster ones in Gluon for Hopper GPUs. Both select the same, and "
+                    "their walks and the scores of pages differ by rounding."
                 ),
                 Text(
                     'kernels="auto" selects with the hopper kernels where all of this holds, and '
@@ -180,11 +181,21 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 walk,
+                Text("It decodes with the hopper scores where all of this holds:", style="dim"),
+                pages,
             ),
             title="[bold]Which kernels?[/]",
             title_align="left",
         )
     )
+
+
+def rule_table(name: str, rule: list[tuple[str, str]]) -> Table:
+    """A rule as a table of what is wanted."""
+    table = Table("what", f"wanted by the hopper {name}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for what, wanted in rule:
+        table.add_row(what, wanted)
+    return table
 
 
 def spaced(picture: list[str]) -> str:

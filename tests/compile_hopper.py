@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, union_walk
+from msa.triton_impl.hopper import block_topk, index_scores, page_scores, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -68,6 +68,19 @@ def compile_walk(dtype, group, fold):
     )  # fmt: skip
 
 
+def compile_pages(dtype, q_dtype, dim, block_size, rows):
+    dtype, q_dtype = getattr(torch, dtype), getattr(torch, q_dtype)
+    q, pages = torch.zeros(2, 1, rows, dim).to(q_dtype), torch.zeros(4, block_size, dim).to(dtype)
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys, page_rows = page_scores.describe(pages)
+    return page_scores.page_scores_kernel.warmup(
+        q, pages, keys, floats, table, table, floats, table, 0.1, 2, 4, 64, 4, page_rows,
+        pages.stride(0), *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
+        LOCAL=1, launch_pdl=True, grid=(1,),
+        **page_scores.options(dtype, q_dtype, rows, dim, block_size),
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -91,5 +104,8 @@ def facts(kernel):
 
 if __name__ == "__main__":
     driver.set_active(Hopper())
-    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
+    makers = {
+        "scores": compile_scores, "topk": compile_topk, "walk": compile_walk,
+        "pages": compile_pages,
+    }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -9,6 +9,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import numpy as np
 from triton.language import constexpr
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 
@@ -44,7 +45,7 @@ class Pointer:
         return self.offset.shape
 
 
-def load(p, mask=None, other=None):
+def load(p, mask=None, other=None, cache_modifier=None):
     if p.offset.ndim == 0:
         return value(p.array[int(p.offset)])
     mask = np.broadcast_to(True if mask is None else mask, p.offset.shape)
@@ -103,8 +104,9 @@ def functions(module: ModuleType, program_id=(0, 0), num_programs=(1, 1)) -> dic
     """The names of a module, with the functions of its kernels as functions on NumPy."""
     names = dict(vars(module))
     names["gl"] = language(program_id, num_programs)
+    names["tl"] = SimpleNamespace(cast=lambda x, dtype: np.asarray(x).astype(dtype), int64=np.int64)
     for key, member in vars(module).items():
-        if isinstance(member, JITFunction):
+        if isinstance(member, JITFunction | InterpretedFunction):
             plain = member.fn
             names[key] = FunctionType(plain.__code__, names, key, plain.__defaults__)
         elif isinstance(member, constexpr):

@@ -20,6 +20,7 @@ from msa.kernel_choice import (
     INDEX_DIMS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
+    LARGEST_STEP,
     SMALLEST_GROUP,
 )
 
@@ -41,6 +42,20 @@ TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, max
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
 FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
+
+PAGES = [  # dtypes of pages and queries, Di, block size, queries times groups
+    *product(
+        (("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float16"), ("bfloat16", "bfloat16")),
+        INDEX_DIMS, BLOCK_SIZES, (1, 4, 12, LARGEST_STEP),
+    ),
+]  # fmt: skip
+PAGES = [(*dtypes, *sizes) for dtypes, *sizes in PAGES]
+FEW_PAGES = [
+    ("float8_e4m3fn", "bfloat16", 128, 128, 4), ("float8_e4m3fn", "float16", 64, 64, 12),
+    ("bfloat16", "bfloat16", 128, 128, 4), ("float8_e4m3fn", "bfloat16", 128, 128, LARGEST_STEP),
+]  # fmt: skip
+SHARED_WITH_ATTENTION = 227 - 74
+"""KiB of shared memory that a program of `page_attention` leaves."""
 
 
 def chosen(few, every):
@@ -104,3 +119,18 @@ def test_walk_kernels_fit():
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_scores_of_pages_fit():
+    """The usual ones beside a program of the next kernel, which is set up at the same time."""
+    kernels = chosen(FEW_PAGES, PAGES)
+    for options, found in zip(kernels, compiled([("pages", *k) for k in kernels]), strict=True):
+        assert found["spilled"] == 0, options
+        assert "C75" not in found["says"], options
+        eight, rows = options[0] == "float8_e4m3fn", options[-1]
+        assert found["registers"] <= (64 if rows <= 8 or not eight else 128), options
+        assert found["threads"] == 256, options
+        assert found["shared"] <= SHARED_WITH_ATTENTION * 1024, options
+        *_, dim, block_size, _ = options
+        products = block_size // 64 * dim * (1 if eight else 2) // 32
+        assert found["steps"].count("wgmma.mma_async") == products, options

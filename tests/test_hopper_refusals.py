@@ -11,7 +11,15 @@ import torch
 import msa
 from msa import kernel_choice
 from msa.checks import is_interpreted
-from msa.kernel_choice import Call, WalkCall, choose, obstacle, order_on_hopper, usual_call
+from msa.kernel_choice import (
+    Call,
+    PageCall,
+    WalkCall,
+    choose,
+    obstacle,
+    order_on_hopper,
+    usual_call,
+)
 
 GOOD = Call(
     q_dtype="bfloat16", k_dtype="bfloat16", index_dim=128, groups=4, block_size=128, places=15,
@@ -61,9 +69,27 @@ BAD_WALKS = [
 ]  # fmt: skip
 
 
+PAGES = PageCall(
+    q_dtype="bfloat16", k_dtype="float8_e4m3fn", index_dim=128, rows=4, block_size=128,
+    pages_in_rows=True, device="cuda:0", capability=(9, 0), triton="3.6.0", interpreted=False,
+)  # fmt: skip
+BAD_PAGES = [
+    ({"q_dtype": "float32"}, TypeError, "q_idx must have dtype float16 or bfloat16 for kernels="),
+    ({"k_dtype": "float16"}, TypeError, "cache.k_idx_pages must have dtype bfloat16 as q_idx has, "
+     "or float8_e4m3fn for kernels='hopper', got float16: "),
+    ({"index_dim": 96}, ValueError, "q_idx must have Di = 64 or 128 for kernels='hopper', got 96"),
+    ({"block_size": 32}, ValueError, "block_size must be 64 or 128 for kernels='hopper', got 32"),
+    ({"rows": 33}, ValueError, "q_idx must have at most 32 new queries times groups for kernels="),
+    ({"pages_in_rows": False}, ValueError, "cache.k_idx_pages must have tokens at one distance, "),
+    *(bad for bad in BAD if bad[0].keys() <= {"capability", "device", "interpreted", "triton"}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("good", "changes", "error", "message"),
-    [(GOOD, *bad) for bad in BAD] + [(WALK, *bad) for bad in BAD_WALKS],
+    [(GOOD, *bad) for bad in BAD]
+    + [(WALK, *bad) for bad in BAD_WALKS]
+    + [(PAGES, *bad) for bad in BAD_PAGES],
 )
 def test_what_hopper_kernels_cannot_take(good, changes, error, message):
     """Named, they are refused; left to the rule, the portable kernels do it."""
@@ -98,8 +124,43 @@ def test_short_sequences_are_walked_whole():
     assert order_on_hopper(replace(WALK, blocks=129)) == "auto"
 
 
-def test_every_fact_can_refuse():
-    assert {name for changes, *_ in BAD for name in changes} == {f.name for f in fields(Call)}
+@pytest.mark.parametrize(("call", "bad"), [(Call, BAD), (PageCall, BAD_PAGES)])
+def test_every_fact_can_refuse(call, bad):
+    assert {name for changes, *_ in bad for name in changes} == {f.name for f in fields(call)}
+
+
+def test_what_the_scores_of_pages_take():
+    for changes in ({}, {"k_dtype": "bfloat16"}, {"q_dtype": "float16"}, {"index_dim": 64},
+                    {"rows": 32}, {"block_size": 64}):  # fmt: skip
+        call = replace(PAGES, **changes)
+        assert choose("auto", call) == choose("hopper", call) == "hopper"
+        assert choose("portable", call) == "portable"
+
+
+@pytest.mark.parametrize(("pages", "in_rows"), [
+    (torch.ones(5, 16, 64), True),
+    (torch.ones(5, 20, 80)[:, :16, :64], True),
+    (torch.ones(1, 16, 64).as_strided((1, 16, 64), (7, 64, 1)), True),
+    (torch.ones(5, 16, 66)[..., :64], False),  # rows begin at multiples of 8 bytes
+    (torch.ones(5, 16, 64)[..., 1:], False),
+    (torch.ones(5, 64, 16).mT, False),
+    (torch.ones(1, 16, 64).expand(5, 16, 64), False),
+    (torch.ones(5, 1, 64).expand(5, 16, 64), False),
+    (torch.ones(400).as_strided((2, 2, 64), (96, 64, 1)), False),  # pages overlap
+    (torch.ones(0, 16, 64), False),
+    (np.ones((5, 16, 64)), False),
+])  # fmt: skip
+def test_pages_that_the_copy_engine_can_read(pages, in_rows):
+    assert kernel_choice.are_in_rows(pages) == in_rows
+
+
+def test_a_step_of_decoding_is_read_from_the_arguments():
+    pages = torch.ones(3, 64, 128, dtype=torch.float16)
+    table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cache = msa.PagedKV(pages[:, :, None], pages[:, :, None], pages, table, lengths)
+    call = kernel_choice.page_call_of(torch.ones(2, 3, 5, 128), cache)
+    assert call == PageCall("float32", "float16", 128, 15, 64, True, "cpu", None, call.triton,
+                            is_interpreted())  # fmt: skip
 
 
 def test_what_they_take():
@@ -130,6 +191,8 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+    told = dict(kernel_choice.page_rule())
+    assert told["new queries times groups"] == "at most 32" and len(told) == 7
 
 
 @pytest.mark.parametrize("batched", [False, True])

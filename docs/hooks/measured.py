@@ -33,7 +33,7 @@ KERNELS = {
                   "hopper/ring", "quantize"),
     "walk": ("hopper/union_walk", "hopper/walk_rows", "hopper/ring"),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
-               *SHARED),
+               "hopper/page_scores", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results measures."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",

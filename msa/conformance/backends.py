@@ -117,8 +117,8 @@ class Subject:
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "sparse_attention", "attend", "select_fused",
-                 "attend_selection")  # fmt: skip
+        takes = ("attention", "select", "sparse_attention", "decode", "attend", "select_fused",
+                 "attend_selection", "decode_step")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
@@ -221,8 +221,9 @@ def hopper_subjects() -> list[Subject]:
     """The triton backend with its kernels for Hopper, where a GPU can run them.
 
     "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
-    attends to a selection with them, in the one head size and block size of the walk. The rest is
-    left to the subject "triton".
+    attends to a selection with them, in the one head size and block size of the walk.
+    "triton-hopper-pages" decodes, and its blocks are scored by them unless a step has many queries
+    and groups. The rest is left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):
         return []
@@ -247,10 +248,20 @@ def hopper_subjects() -> list[Subject]:
         missing=frozenset(STAGES) - walking | {"backward", "eight_bits"},
         options=frozenset({"loop_order", "graphs"}) | cuda_places(),
     )
+    page_domain = replace(
+        domain,
+        missing=frozenset(STAGES) - {"decode_step"} | {"backward", "eight_bits", "api"},
+        options=frozenset(),
+        largest_top_k=KERNEL_TOP_K,
+    )
     module = load_backend("triton")
     return [
-        Subject(name, module, "torch", part, "cuda", kernels="hopper")
-        for name, part in (("triton-hopper", domain), ("triton-hopper-walk", walk_domain))
+        Subject(name, module, "torch", part, "cuda", kernels=kernels)
+        for name, part, kernels in (
+            ("triton-hopper", domain, "hopper"),
+            ("triton-hopper-walk", walk_domain, "hopper"),
+            ("triton-hopper-pages", page_domain, "auto"),
+        )
     ]
 
 

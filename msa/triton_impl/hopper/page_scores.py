@@ -53,6 +53,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
+from msa.triton_impl.hopper.page_shares import LANES, fetch_early, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
 from msa.triton_impl.tile_verbs import along
@@ -62,94 +63,13 @@ KINDS = {
     torch.float16: gl.float16,
     torch.float8_e4m3fn: gl.float8e4nv,
 }
-LANES = gl.constexpr(32)
-"""Page ids that are read by one load."""
 RING_BYTES = 96 * 2**10
 """The ring of one multiprocessor. It leaves room for a program of the next kernel."""
 FETCHED_BYTES = 192 * 2**10
 """What a multiprocessor fetches into the L2 cache early: 24 MiB in all, half of that cache."""
 
 
-# -- the share of a program -----------------------------------------------------------------------
-@gluon.jit
-def scored_blocks(length, BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr):
-    """Blocks of a sequence of that length that are not forced (R6); 0 for an empty slot."""
-    return gl.maximum((length + BK - 1) // BK - LOCAL - SINK, 0)
-
-
-@gluon.jit
-def load_blocks(lengths, first, batch, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
-                LOCAL: gl.constexpr, L: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """Scored blocks of the sequences first ... first + C; 0 behind the last one [C]."""
-    o_s = first + gl.arange(0, C, layout=L)
-    length = gl.load(lengths + along(o_s, stride_ls), mask=o_s < batch, other=0,
-                     cache_modifier=".cg")  # fmt: skip
-    return scored_blocks(length.to(gl.int32), BK, SINK, LOCAL)
-
-
-@gluon.jit
-def add(a, b):
-    """The sum, for a prefix sum."""
-    return a + b
-
-
-@gluon.jit
-def find_share(lengths, batch, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
-               LOCAL: gl.constexpr, L: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """The share of this program: its first sequence, the first block there, how many blocks.
-
-    The blocks of all sequences stand one behind the other. Every program takes as many of them.
-    Returns also how many scored blocks the first sequence has.
-    """
-    blocks = load_blocks(lengths, 0, batch, stride_ls, BK, SINK, LOCAL, L, C)
-    total = gl.sum(blocks, 0)
-    for first in range(C, batch, C):
-        total += gl.sum(load_blocks(lengths, first, batch, stride_ls, BK, SINK, LOCAL, L, C), 0)
-    most = (total + gl.num_programs(0) - 1) // gl.num_programs(0)
-    start = gl.program_id(0) * most
-    n = gl.maximum(gl.minimum(total - start, most), 0)
-    sequence, before, base, its_blocks = 0, 0, 0, 0  # `before`: blocks of the sequences before it
-    for first in range(0, batch, C):
-        stops = base + gl.associative_scan(blocks, 0, add)
-        passed = stops <= start
-        its = (stops > start) & (stops - blocks <= start)
-        sequence += gl.sum(passed.to(gl.int32), 0)
-        before += gl.sum(gl.where(passed, blocks, 0), 0)
-        its_blocks += gl.sum(gl.where(its, blocks, 0), 0)
-        base += gl.sum(blocks, 0)
-        blocks = load_blocks(lengths, first + C, batch, stride_ls, BK, SINK, LOCAL, L, C)
-    return sequence, start - before, n, its_blocks
-
-
-@gluon.jit
-def fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
-                BYTES: gl.constexpr, PAGES: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-                LOCAL: gl.constexpr, L: gl.constexpr, L_C: gl.constexpr, C: gl.constexpr):  # fmt: skip
-    """Ask the L2 cache for the first PAGES pages of the share, as far as one sequence goes."""
-    i_s, i_b, n, blocks = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, C)
-    if n > 0:
-        o_b = gl.arange(0, LANES, layout=L)
-        m_b = o_b < gl.minimum(gl.minimum(n, blocks - i_b), PAGES)
-        p_id = table + along(i_s, stride_ts) + along(SINK + i_b + o_b, stride_tb)
-        page = gl.load(p_id, mask=m_b, other=0, cache_modifier=".cg").to(gl.int64)
-        m_b = m_b & (page >= 0) & (page < n_pages)
-        gl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.b32 p, $2, 0;\n"
-            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-            "=r,l,r,r", [k + along(page, stride_kp), m_b.to(gl.int32), BYTES], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-
-
 # -- a producer warp and four warps ---------------------------------------------------------------
-@gluon.jit
-def next_blocks(lengths, i_s, there, stride_ls, BK: gl.constexpr, SINK: gl.constexpr,
-                LOCAL: gl.constexpr):  # fmt: skip
-    """Scored blocks of one sequence, if it is `there`."""
-    length = gl.load(lengths + along(i_s, stride_ls), mask=there, other=0).to(gl.int32)
-    return scored_blocks(length, BK, SINK, LOCAL)
-
-
 @gluon.jit
 def load_ids(p_id, i_b, n, stride_tb, L: gl.constexpr):
     """Pages of the blocks i_b ... i_b + LANES; 0 from n on [LANES]."""
@@ -164,13 +84,16 @@ def pick(x, i, L: gl.constexpr):
 
 
 @gluon.jit
-def producer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores, scale,
-             width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn, stride_qr, stride_ts, stride_tb,
-             stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+def producer(k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width, page_rows,
+             share, q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
              SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-             STAGES: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
+             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
              L_1: gl.constexpr):  # fmt: skip
     """Copy the pages of the share, one after another."""
+    k_tiles, full, empty = ring
+    i_s, i_b, n, blocks = share
+    stride_ts, stride_tb, stride_ls, _stride_sp = strides
+    STAGES: gl.constexpr = k_tiles.shape[0]
     gdc_wait()
     step = 0
     while step < n:
@@ -189,8 +112,8 @@ def producer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, 
 
 
 @gluon.jit
-def load_queries(q, i_s, q_tile, stride_qb, stride_qn, stride_qr, N: gl.constexpr,
-                 HKV: gl.constexpr, PARTS: gl.constexpr, L: gl.constexpr):  # fmt: skip
+def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PARTS: gl.constexpr,
+                 L: gl.constexpr):  # fmt: skip
     """Put the queries of a sequence into q_tile; return what undoes their stretch [rows].
 
     With PARTS, q_tile has the high, the middle and the low part of every row, then zeros.
@@ -201,6 +124,7 @@ def load_queries(q, i_s, q_tile, stride_qb, stride_qn, stride_qr, N: gl.constexp
     o_x = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     o_m = o_x % EACH
     o_d = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
+    stride_qb, stride_qn, stride_qr = strides
     p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
     m_q = (o_m < N * HKV)[:, None]
     b_q = gl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
@@ -234,13 +158,16 @@ def best_of_block(acc, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def consumer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores, scale,
-             width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn, stride_qr, stride_ts, stride_tb,
-             stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+def consumer(k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width, page_rows,
+             share, q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
              SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-             STAGES: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
+             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
              L_1: gl.constexpr):  # fmt: skip
     """Multiply the pages of the share, take the maxima, write the scores."""
+    k_tiles, full, empty = ring
+    i_s, i_b, n, blocks = share
+    stride_ts, stride_tb, stride_ls, stride_sp = strides
+    STAGES: gl.constexpr = k_tiles.shape[0]
     ROWS: gl.constexpr = q_tile.shape[0]
     EACH: gl.constexpr = ROWS // PARTS
     zero = gl.zeros([BK, ROWS], gl.float32, layout=MMA)
@@ -253,8 +180,7 @@ def consumer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, 
         stop = gl.minimum(blocks, i_b + n - step)
         p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
         p_score = scores + (i_s.to(gl.int64) * (N * HKV) + o_m) * width + SINK
-        shrink = load_queries(q, i_s, q_tile, stride_qb, stride_qn, stride_qr, N, HKV, PARTS,
-                              Q_LAYOUT)  # fmt: skip
+        shrink = load_queries(q, i_s, q_tile, q_strides, N, HKV, PARTS, Q_LAYOUT)
         if PARTS > 1:  # all parts of a row were stretched alike
             shrink = gl.max(gl.reshape(shrink, [PARTS, EACH]), 0)
         b_scale = gl.convert_layout(shrink, L_M) * scale
@@ -282,7 +208,7 @@ def consumer(k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, 
         blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
 def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals, scale, batch,
                        n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
                        stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
@@ -314,8 +240,8 @@ def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals,
         N, HKV: new queries of a sequence, groups
         BK: keys of a block
         SINK, LOCAL: forced first and recent blocks
-        EIGHT: bool; pages are of 8 bits
-        PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 with EIGHT, else 1
+        EIGHT: bool; pages have scales
+        PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
         ROWS: columns of a product: queries times groups, padded, times PARTS
         STAGES: pages in the ring
         FETCH: pages that are fetched into the L2 cache early
@@ -342,16 +268,17 @@ def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals,
     o_a = gl.program_id(0) * LANES + gl.arange(0, LANES, layout=L)
     for first in range(0, batch * n_arrivals, gl.num_programs(0) * LANES):
         gl.store(arrivals + first + o_a, gl.zeros_like(o_a), mask=first + o_a < batch * n_arrivals)
-    i_s, i_b, n, blocks = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, CHUNK)
+    share = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, CHUNK)
+    ring = (k_tiles, full, empty)
+    q_strides = (stride_qb, stride_qn, stride_qr)
+    strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
-        (consumer, (k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores,
-                    scale, width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn,
-                    stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N, HKV, BK, SINK, LOCAL, EIGHT,
-                    PARTS, STAGES, MMA, Q_LAYOUT, L, L_1)),
-        (producer, (k_desc, k_tiles, q_tile, full, empty, q, k_scales, table, lengths, scores,
-                    scale, width, page_rows, i_s, i_b, n, blocks, stride_qb, stride_qn,
-                    stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N, HKV, BK, SINK, LOCAL, EIGHT,
-                    PARTS, STAGES, MMA, Q_LAYOUT, L, L_1)),
+        (consumer, (k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width,
+                    page_rows, share, q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS,
+                    MMA, Q_LAYOUT, L, L_1)),
+        (producer, (k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width,
+                    page_rows, share, q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS,
+                    MMA, Q_LAYOUT, L, L_1)),
     ], [1], [40])  # fmt: skip
 
 
@@ -367,7 +294,7 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
     columns = parts * pad(rows, 8)
     kind = KINDS[dtype if eight else q_dtype]
     return {
-        "EIGHT": eight,
+        "EIGHT": eight,  # e4m3 pages have scales
         "PARTS": parts,
         "ROWS": columns,
         "STAGES": max(2, RING_BYTES // programs // page),
@@ -377,7 +304,7 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
         "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // dtype.itemsize]),
         "Q_SHARED": gl.NVMMASharedLayout.get_default_for([columns, dim], kind),
         "num_warps": 4,
-        "maxnreg": 80,
+        "maxnreg": 64 if columns <= 32 else 128,  # 64: beside a program of the next kernel
     }
 
 
@@ -412,6 +339,7 @@ def score_pages_on_hopper(
     scales = cache.k_idx_scales if eight else pages  # not read
     desc, page_rows = describe(pages)
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
+    chosen["EIGHT"] = eight
     if pages.stride(1) != dim:
         chosen["FETCH"] = 0  # only pages in one piece
     many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
