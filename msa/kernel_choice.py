@@ -427,12 +427,8 @@ def walk_rule() -> list[tuple[str, str]]:
 
 def page_rule() -> list[tuple[str, str]]:
     """What a step of decoding must have for the hopper scores: pairs of a name and the values."""
-    return [
-        ("compute capability and triton", "as above"),
-        ("dtype of q_idx", either(DTYPES)),
-        ("dtype of cache.k_idx_pages", f"that of q_idx or {EIGHT_BITS}"),
-        ("Di", either(INDEX_DIMS)),
-        ("block_size", either(BLOCK_SIZES)),
-        ("new queries times groups", f"at most {LARGEST_STEP}"),
-        ("strides of the pages", "tokens at one distance, a multiple of 16 bytes"),
-    ]
+    sizes = ("compute capability, triton, Di, block_size", "as for a selection")
+    kinds = ("dtype of cache.k_idx_pages", f"that of q_idx or {EIGHT_BITS}")
+    rows = ("new queries times groups", f"at most {LARGEST_STEP}")
+    strides = ("strides of the pages", "tokens at one distance, a multiple of 16 bytes")
+    return [sizes, ("dtype of q_idx", either(DTYPES)), kinds, rows, strides]

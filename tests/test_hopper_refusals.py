@@ -192,7 +192,7 @@ def test_the_rule_names_its_own_numbers():
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
     told = dict(kernel_choice.page_rule())
-    assert told["new queries times groups"] == "at most 32" and len(told) == 7
+    assert told["new queries times groups"] == "at most 32" and len(told) == 5
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -84,26 +84,23 @@ def pick(x, i, L: gl.constexpr):
 
 
 @gluon.jit
-def producer(k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width, page_rows,
-             share, q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
-             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
-             L_1: gl.constexpr):  # fmt: skip
+def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb, stride_ls,
+             BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+             L: gl.constexpr):  # fmt: skip
     """Copy the pages of the share, one after another."""
-    k_tiles, full, empty = ring
     i_s, i_b, n, blocks = share
-    stride_ts, stride_tb, stride_ls, _stride_sp = strides
+    k_tiles, full, empty = ring
     STAGES: gl.constexpr = k_tiles.shape[0]
     gdc_wait()
     step = 0
     while step < n:
         stop = gl.minimum(blocks, i_b + n - step)
         p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
-        ids = load_ids(p_id, i_b, stop, stride_tb, L_1)
+        ids = load_ids(p_id, i_b, stop, stride_tb, L)
         for first in range(i_b, stop, LANES):
-            next_ids = load_ids(p_id, first + LANES, stop, stride_tb, L_1)
+            next_ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
             for i in range(gl.minimum(stop - first, LANES)):
-                row = pick(ids, i, L_1) * page_rows
+                row = pick(ids, i, L) * page_rows
                 produce(k_desc, row, k_tiles, full, empty, step, STAGES)
                 step += 1
             ids = next_ids
@@ -158,15 +155,14 @@ def best_of_block(acc, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def consumer(k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width, page_rows,
-             share, q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
-             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr,
-             L_1: gl.constexpr):  # fmt: skip
+def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width, q_strides,
+             strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
+             LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr, MMA: gl.constexpr,
+             Q_LAYOUT: gl.constexpr, L: gl.constexpr):  # fmt: skip
     """Multiply the pages of the share, take the maxima, write the scores."""
     k_tiles, full, empty = ring
-    i_s, i_b, n, blocks = share
     stride_ts, stride_tb, stride_ls, stride_sp = strides
+    i_s, i_b, n, blocks = share
     STAGES: gl.constexpr = k_tiles.shape[0]
     ROWS: gl.constexpr = q_tile.shape[0]
     EACH: gl.constexpr = ROWS // PARTS
@@ -209,7 +205,7 @@ def consumer(k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, w
 
 
 @gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
-def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals, scale, batch,
+def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals, scale, batch,
                        n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
                        stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
                        HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
@@ -223,9 +219,9 @@ def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals,
         q: [B, n, Hkv, Di], 16-bit; index queries
         k: [pages, Bk, Di], as q or e4m3; index keys, for addresses
         k_desc: descriptor of k as rows of tokens, in tiles of BK rows
-        k_scales: [pages], float32; factors of the pages, read with EIGHT only
         table: [B, columns], int32 or int64; a sequence's pages in order
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
+        k_scales: [pages], float32; factors of the pages, read with EIGHT only
         scores: [B, n, Hkv, width], float32; written for blocks that are not forced
         arrivals: [B, n_arrivals], int32; counters of the next kernel, set to 0
         scale: float; index scale
@@ -273,12 +269,10 @@ def page_scores_kernel(q, k, k_desc, k_scales, table, lengths, scores, arrivals,
     q_strides = (stride_qb, stride_qn, stride_qr)
     strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
-        (consumer, (k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width,
-                    page_rows, share, q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS,
-                    MMA, Q_LAYOUT, L, L_1)),
-        (producer, (k_desc, ring, q_tile, q, k_scales, table, lengths, scores, scale, width,
-                    page_rows, share, q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS,
-                    MMA, Q_LAYOUT, L, L_1)),
+        (consumer, (ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width,
+                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, MMA, Q_LAYOUT, L)),
+        (producer, (k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb,
+                    stride_ls, BK, SINK, LOCAL, L_1)),
     ], [1], [40])  # fmt: skip
 
 
@@ -344,7 +338,7 @@ def score_pages_on_hopper(
         chosen["FETCH"] = 0  # only pages in one piece
     many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
     page_scores_kernel[(many * programs,)](
-        q_idx, pages, desc, scales, cache.page_table, cache.lengths, scores, arrivals,
+        q_idx, pages, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
         config.index_scale_for(dim), batch, arrivals.shape[1], width, len(pages), page_rows,
         pages.stride(0), *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
