@@ -120,10 +120,11 @@ class PageCall:
 
     q_dtype: str
     k_dtype: str
+    """The dtype of the pages of index keys."""
     index_dim: int
+    block_size: int
     rows: int
     """New queries of a sequence times groups."""
-    block_size: int
     pages_in_rows: bool
     """Whether the copy engine can read the pages of index keys, see `are_in_rows`."""
     device: str

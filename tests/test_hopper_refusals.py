@@ -159,7 +159,7 @@ def test_a_step_of_decoding_is_read_from_the_arguments():
     table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     cache = msa.PagedKV(pages[:, :, None], pages[:, :, None], pages, table, lengths)
     call = kernel_choice.page_call_of(torch.ones(2, 3, 5, 128), cache)
-    assert call == PageCall("float32", "float16", 128, 15, 64, True, "cpu", None, call.triton,
+    assert call == PageCall("float32", "float16", 128, 64, 15, True, "cpu", None, call.triton,
                             is_interpreted())  # fmt: skip
 
 
