@@ -114,28 +114,6 @@ class WalkCall:
     interpreted: bool
 
 
-@dataclass(frozen=True)
-class PageCall:
-    """What the choice for the block scores of a step of decoding depends on."""
-
-    q_dtype: str
-    k_dtype: str
-    """The dtype of the pages of index keys."""
-    index_dim: int
-    block_size: int
-    rows: int
-    """New queries of a sequence times groups."""
-    pages_in_rows: bool
-    """Whether the copy engine can read the pages of index keys, see `are_in_rows`."""
-    device: str
-    capability: tuple[int, int] | None
-    triton: str | None
-    interpreted: bool
-
-
-AnyCall = Call | WalkCall | PageCall
-
-
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
     """What the choice depends on, for these arguments of a selection."""
     return Call(
@@ -167,6 +145,28 @@ def walk_call_of(
         scale=scale,
         **machine_of(q),
     )
+
+
+@dataclass(frozen=True)
+class PageCall:
+    """What the choice for the block scores of a step of decoding depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    """The dtype of the pages of index keys."""
+    index_dim: int
+    block_size: int
+    rows: int
+    """New queries of a sequence times groups."""
+    pages_in_rows: bool
+    """Whether the copy engine can read the pages of index keys, see `are_in_rows`."""
+    device: str
+    capability: tuple[int, int] | None
+    triton: str | None
+    interpreted: bool
+
+
+AnyCall = Call | WalkCall | PageCall
 
 
 def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
