@@ -74,8 +74,8 @@ def compile_pages(dtype, q_dtype, dim, block_size, rows):
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys, page_rows = page_scores.describe(pages)
     return page_scores.page_scores_kernel.warmup(
-        q, pages, keys, table, table, floats, floats, table, 0.1, 2, 4, 64, 4, page_rows,
-        pages.stride(0), *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
+        q, keys, table, table, floats, floats, table, 0.1, 2, 4, 64, page_rows,
+        *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
         LOCAL=1, launch_pdl=True, grid=(1,),
         **page_scores.options(dtype, q_dtype, rows, dim, block_size),
     )  # fmt: skip
@@ -96,6 +96,7 @@ def facts(kernel):
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", says))),
         "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
         "shared": kernel.metadata.shared,
+        "constants": re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), \1;", ptx),  # twice the same
         "steps": re.findall(
             r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
         ),

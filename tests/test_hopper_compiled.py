@@ -131,6 +131,7 @@ def test_scores_of_pages_fit():
         assert found["registers"] <= (64 if rows <= 8 or not eight else 128), options
         assert found["threads"] == 256, options
         assert found["shared"] <= SHARED_WITH_ATTENTION * 1024, options
+        assert not found["constants"], options  # see `load_queries`
         *_, dim, block_size, _ = options
         products = block_size // 64 * dim * (1 if eight else 2) // 32
         assert found["steps"].count("wgmma.mma_async") == products, options

@@ -18,15 +18,12 @@ What the asynchronous form changes:
     the portable kernel). The parts are columns of one product, so the keys are read once from
     shared memory. The sums of the three parts are added in float32.
  5. The producer reads the ids of 32 pages by one load, and the consumers their scales likewise.
- 6. Before a program waits for the kernel in front of it, it asks the L2 cache to fetch its first
-    pages. While the kernel in front is busy with latencies, the memory is not idle. Lengths and
-    table may change until the wait ends. So they are read again behind it, and what was fetched
-    in vain costs time only. The early loads leave no line in the L1 cache, which would be stale.
+ 6. The barriers of the ring are set up while the kernel in front still runs.
 
 Who waits for whom (a ring of STAGES pages):
 
     kernel before   ............... ends
-    all warps       L2: fetch pages |wait| lengths, share
+    all warps            barriers   |wait| lengths, share
     producer warp                         | ids | K0 K1 K2 K3 ..wait.. K4 ....
                                                    |  |               ^ K0 is released
                                                    v  v               |
@@ -53,7 +50,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
-from msa.triton_impl.hopper.page_shares import LANES, fetch_early, find_share, next_blocks
+from msa.triton_impl.hopper.page_shares import LANES, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
 from msa.triton_impl.tile_verbs import along
@@ -65,8 +62,6 @@ KINDS = {
 }
 RING_BYTES = 96 * 2**10
 """The ring of one multiprocessor. It leaves room for a program of the next kernel."""
-FETCHED_BYTES = 192 * 2**10
-"""What a multiprocessor fetches into the L2 cache early: 24 MiB in all, half of that cache."""
 
 
 # -- a producer warp and four warps ---------------------------------------------------------------
@@ -113,7 +108,9 @@ def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PA
                  L: gl.constexpr):  # fmt: skip
     """Put the queries of a sequence into q_tile; return what undoes their stretch [rows].
 
-    With PARTS, q_tile has the high, the middle and the low part of every row, then zeros.
+    With PARTS, q_tile has the high, the middle and the low part of every row, then zeros. The zeros
+    are written as bits. ptxas of CUDA 12.8 makes a wrong program of a constant that is converted to
+    e4m3 and used twice: one of the two uses reads a register that was never written.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     DIM: gl.constexpr = q_tile.shape[1]
@@ -135,8 +132,9 @@ def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PA
         middle = b_x.to(gl.float8e4nv).to(gl.float32)
         part = (o_x // EACH)[:, None]
         b_x = gl.where(part == 0, high, gl.where(part == 1, middle, b_x - middle))
-        b_x = gl.where(part == 3, 0.0, b_x)
-        q_tile.store(b_x.to(gl.float8e4nv))
+        b_bits = b_x.to(gl.float8e4nv).to(gl.int8, bitcast=True)
+        b_bits = gl.where(part == 3, 0, b_bits)  # not as float32, see above
+        q_tile.store(b_bits.to(gl.float8e4nv, bitcast=True))
         shrink = power_of_two(254 - stretch)
     else:
         q_tile.store(b_q)
@@ -204,21 +202,20 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
         blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
 
 
-@gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
-def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals, scale, batch,
-                       n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
-                       stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
-                       HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-                       LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-                       ROWS: gl.constexpr, STAGES: gl.constexpr, FETCH: gl.constexpr,
-                       CHUNK: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
-                       Q_SHARED: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["batch", "n_arrivals"])  # so they compile nothing anew
+def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, scale, batch,
+                       n_arrivals, width, page_rows, stride_qb, stride_qn, stride_qr, stride_ts,
+                       stride_tb, stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr,
+                       BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+                       EIGHT: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr,
+                       STAGES: gl.constexpr, CHUNK: gl.constexpr, Q_DTYPE: gl.constexpr,
+                       MMA: gl.constexpr, Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
     Parameters:
         q: [B, n, Hkv, Di], 16-bit; index queries
-        k: [pages, Bk, Di], as q or e4m3; index keys, for addresses
-        k_desc: descriptor of k as rows of tokens, in tiles of BK rows
+        k_desc: descriptor of the index keys [pages, Bk, Di], as q or e4m3, as rows of tokens, in
+            tiles of BK rows
         table: [B, columns], int32 or int64; a sequence's pages in order
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
         k_scales: [pages], float32; factors of the pages, read with EIGHT only
@@ -227,8 +224,7 @@ def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals,
         scale: float; index scale
         batch, n_arrivals: int; sequences, counters of a sequence
         width: int; row length of scores
-        n_pages, page_rows: int; pages, rows of k_desc from one page to the next
-        stride_kp: elements from one page of k to the next
+        page_rows: int; rows of k_desc from one page to the next
         stride_qb, stride_qn, stride_qr: elements from one sequence, query, group of q to the next
         stride_ts, stride_tb: elements from one sequence, block of table to the next
         stride_ls: elements from one sequence of lengths to the next
@@ -240,7 +236,6 @@ def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals,
         PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
         ROWS: columns of a product: queries times groups, padded, times PARTS
         STAGES: pages in the ring
-        FETCH: pages that are fetched into the L2 cache early
         CHUNK: lengths that are read by one load
         Q_DTYPE: dtype of the queries in the product
         MMA: layout of a product [BK, ROWS]
@@ -252,10 +247,6 @@ def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals,
     L_1: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     L_C: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [WARPS], [0])  # each warp has all
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, DIM // 8], [4, 8], [WARPS, 1], [1, 0])
-    if FETCH:
-        BYTES: gl.constexpr = BK * DIM * k_desc.dtype.primitive_bitwidth // 8
-        fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
-                    BYTES, FETCH, BK, SINK, LOCAL, L, L_C, CHUNK)  # fmt: skip
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BK, DIM], k_desc.layout)
     q_tile = gl.allocate_shared_memory(Q_DTYPE, [ROWS, DIM], Q_SHARED)
     full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
@@ -292,7 +283,6 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
         "PARTS": parts,
         "ROWS": columns,
         "STAGES": max(2, RING_BYTES // programs // page),
-        "FETCH": min(LANES.value, FETCHED_BYTES // programs // page),
         "CHUNK": 128,
         "Q_DTYPE": kind,
         "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // dtype.itemsize]),
@@ -334,13 +324,11 @@ def score_pages_on_hopper(
     desc, page_rows = describe(pages)
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
     chosen["EIGHT"] = eight
-    if pages.stride(1) != dim:
-        chosen["FETCH"] = 0  # only pages in one piece
     many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
     page_scores_kernel[(many * programs,)](
-        q_idx, pages, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
-        config.index_scale_for(dim), batch, arrivals.shape[1], width, len(pages), page_rows,
-        pages.stride(0), *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
+        q_idx, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
+        config.index_scale_for(dim), batch, arrivals.shape[1], width, page_rows,
+        *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
         LOCAL=config.local_blocks, launch_pdl=True, **chosen | changes,
     )  # fmt: skip
