@@ -10,6 +10,8 @@ CUDA graph; `decode_step` reads the lengths only to assign the selection to the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +22,7 @@ from msa.ir import Output, PagedKV, Selection
 from msa.triton_impl.launch import require_kernels
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
+from msa.triton_impl.paged_keys import page_matrix
 from msa.triton_impl.places import on_its_device
 
 
@@ -41,7 +44,10 @@ def decode_step(
     require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
     q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
     n, arrivals = q.shape[1], counters(q, q_idx.shape[2])
-    if kernel_choice.choose(kernels, kernel_choice.page_call_of(q_idx, cache)) == "hopper":
+    some = len(cache.k_idx_pages) > 0  # without pages nothing is scored
+    readable = not some or page_matrix(cache.k_idx_pages) is not None
+    call = replace(kernel_choice.page_call_of(q_idx, cache), readable=readable)
+    if kernel_choice.choose(kernels, call) == "hopper" and some:
         from msa.triton_impl.hopper.page_scores import score_pages_on_hopper
 
         scores = score_pages_on_hopper(q_idx, cache, config, arrivals)

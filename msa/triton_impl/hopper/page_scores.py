@@ -53,6 +53,7 @@ from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
 from msa.triton_impl.hopper.page_shares import LANES, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
+from msa.triton_impl.paged_keys import matrix_sizes
 from msa.triton_impl.tile_verbs import along
 
 KINDS = {
@@ -293,16 +294,13 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
 
 
 def describe(pages: Float[Tensor, "pages Bk Di"]) -> tuple[TensorDescriptor, int]:
-    """The pages as rows of tokens for the copy engine, and the rows from one page to the next.
-
-    The engine sees rows of one distance, so a page has to begin a whole number of rows behind the
-    page before it, as `msa.kernel_choice` demands.
-    """
-    (count, block, dim), (stride_p, stride_t, _) = pages.shape, pages.stride()
-    apart = stride_p // stride_t if count > 1 else block
+    """The pages as a `page_matrix` for the copy engine, and the rows from one page to the next."""
+    _, block, dim = pages.shape
+    step_p, step_t, _ = pages.stride()
+    sizes = matrix_sizes(pages)
+    assert sizes is not None  # else `msa.kernel_choice` refuses them
     layout = gl.NVMMASharedLayout.get_default_for([block, dim], KINDS[pages.dtype])
-    shape = [(count - 1) * apart + block, dim]
-    return TensorDescriptor(pages, shape, [stride_t, 1], [block, dim], layout), apart
+    return TensorDescriptor(pages, list(sizes), [step_t, 1], [block, dim], layout), step_p // step_t
 
 
 def score_pages_on_hopper(
