@@ -123,6 +123,7 @@ def test_scores_are_those_of_the_definition(name, options, strided):
 @pytest.mark.parametrize("name", ["8 bits, ragged", "16 bits", "many sequences"])
 @pytest.mark.parametrize("changes", [
     {"programs": 2}, {"STAGES": 2}, {"CHUNK": 32}, {"programs": 2, "maxnreg": 96},
+    {"PAIRS": False},
 ])  # fmt: skip
 def test_no_launch_parameter_changes_a_bit(name, changes):
     q, cache = make(*CASES[name])

@@ -18,7 +18,9 @@ What the asynchronous form changes:
     the portable kernel). The parts are columns of one product, so the keys are read once from
     shared memory. The sums of the three parts are added in float32.
  5. The producer reads the ids of 32 pages by one load, and the consumers their scales likewise.
- 6. The barriers of the ring are set up while the kernel in front still runs.
+ 6. A maximum over the keys of a page is formed by all four warps, which wait for one another at
+    each step of it. So the maxima of two pages are formed at a time, where registers allow it.
+ 7. The barriers of the ring are set up while the kernel in front still runs.
 
 Who waits for whom (a ring of STAGES pages):
 
@@ -27,7 +29,7 @@ Who waits for whom (a ring of STAGES pages):
     producer warp                         | ids | K0 K1 K2 K3 ..wait.. K4 ....
                                                    |  |               ^ K0 is released
                                                    v  v               |
-    four warps                            | q     | K0 product, max, store | K1 product, max ..
+    four warps                            | q       | K0 K1 products, max, store | K2 K3 products ..
 """
 
 from __future__ import annotations
@@ -147,18 +149,41 @@ def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PA
 @gluon.jit
 def best_of_block(acc, PARTS: gl.constexpr):
     """The maximum of every column over the keys, the parts added up [EACH]."""
-    BK: gl.constexpr = acc.shape[0]
+    return gl.max(sum_of_parts(acc, PARTS), 0)
+
+
+@gluon.jit
+def sum_of_parts(acc, PARTS: gl.constexpr):
+    """The parts of every column added up [BK, EACH]."""
     if PARTS > 1:
+        BK: gl.constexpr = acc.shape[0]
         acc = gl.sum(gl.reshape(acc, [BK, PARTS, acc.shape[1] // PARTS]), 1)
-    return gl.max(acc, 0)
+    return acc
+
+
+@gluon.jit
+def best_of_pair(first, second, PARTS: gl.constexpr):
+    """`best_of_block` of two pages [EACH, 2]: as many steps as for one."""
+    return gl.max(gl.join(sum_of_parts(first, PARTS), sum_of_parts(second, PARTS)), 0)
+
+
+@gluon.jit
+def multiply(k_tiles, step, q_tile, zero):
+    """Start the product of the page of this step, which has arrived, with the queries."""
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    return warpgroup_mma(k_tiles.index(step % STAGES), q_tile.permute((1, 0)), zero,
+                         use_acc=False, is_async=True)  # fmt: skip
 
 
 @gluon.jit
 def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width, q_strides,
              strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-             LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr, MMA: gl.constexpr,
-             Q_LAYOUT: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    """Multiply the pages of the share, take the maxima, write the scores."""
+             LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
+             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr):  # fmt: skip
+    """Multiply the pages of the share, take the maxima, write the scores.
+
+    With PAIRS two pages at a time. The last page of an odd number is multiplied twice.
+    """
     k_tiles, full, empty = ring
     stride_ts, stride_tb, stride_ls, stride_sp = strides
     i_s, i_b, n, blocks = share
@@ -166,8 +191,13 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
     ROWS: gl.constexpr = q_tile.shape[0]
     EACH: gl.constexpr = ROWS // PARTS
     zero = gl.zeros([BK, ROWS], gl.float32, layout=MMA)
-    like = best_of_block(zero, PARTS)
-    L_M: gl.constexpr = like.type.layout
+    if PAIRS:
+        like = best_of_pair(zero, zero, PARTS)
+        L_M: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+        o_i = gl.arange(0, 2, layout=gl.SliceLayout(0, like.type.layout))
+    else:
+        like = best_of_block(zero, PARTS)
+        L_M: gl.constexpr = like.type.layout
     o_m = gl.arange(0, EACH, layout=L_M)
     m_m = o_m < N * HKV
     step = 0
@@ -186,17 +216,37 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
         for first in range(i_b, stop, LANES):
             if EIGHT:
                 ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
-            for i in range(gl.minimum(stop - first, LANES)):
-                wait_full(full, step, STAGES)
-                acc = warpgroup_mma(k_tiles.index(step % STAGES), q_tile.permute((1, 0)), zero,
-                                    use_acc=False, is_async=True)  # fmt: skip
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                release(empty, step, STAGES)
-                best = gl.maximum(best_of_block(acc, PARTS), float("-inf")) * b_scale
-                if EIGHT:
-                    best *= pick(factors, i, L).to(gl.float32, bitcast=True)
-                gl.store(p_score + first + i, best, mask=m_m)
-                step += 1
+            count = gl.minimum(stop - first, LANES)
+            if PAIRS:
+                for i in range(0, count, 2):
+                    two = (i + 1 < count).to(gl.int32)
+                    wait_full(full, step, STAGES)
+                    wait_full(full, step + two, STAGES)
+                    acc = multiply(k_tiles, step, q_tile, zero)
+                    acc_2 = multiply(k_tiles, step + two, q_tile, zero)
+                    acc, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_2])
+                    release(empty, step, STAGES)
+                    if two > 0:
+                        release(empty, step + 1, STAGES)
+                    best = gl.maximum(best_of_pair(acc, acc_2, PARTS), float("-inf"))
+                    best *= b_scale[:, None]
+                    if EIGHT:
+                        factor = gl.where(o_i == 0, pick(factors, i, L), pick(factors, i + two, L))
+                        best *= factor.to(gl.float32, bitcast=True)[None, :]
+                    gl.store(p_score[:, None] + (first + i + o_i)[None, :], best,
+                             mask=m_m[:, None] & (o_i <= two)[None, :])  # fmt: skip
+                    step += 1 + two
+            else:
+                for i in range(count):
+                    wait_full(full, step, STAGES)
+                    acc = multiply(k_tiles, step, q_tile, zero)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    release(empty, step, STAGES)
+                    best = gl.maximum(best_of_block(acc, PARTS), float("-inf")) * b_scale
+                    if EIGHT:
+                        best *= pick(factors, i, L).to(gl.float32, bitcast=True)
+                    gl.store(p_score + first + i, best, mask=m_m)
+                    step += 1
             if EIGHT:
                 factors = gl.load(k_scales + along(ids, stride_sp)).to(gl.int32, bitcast=True)
         i_s, i_b = i_s + 1, 0
@@ -208,9 +258,10 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
                        n_arrivals, width, page_rows, stride_qb, stride_qn, stride_qr, stride_ts,
                        stride_tb, stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr,
                        BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
-                       EIGHT: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr,
-                       STAGES: gl.constexpr, CHUNK: gl.constexpr, Q_DTYPE: gl.constexpr,
-                       MMA: gl.constexpr, Q_SHARED: gl.constexpr):  # fmt: skip
+                       EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
+                       ROWS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
+                       Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
+                       Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
     Parameters:
@@ -235,6 +286,7 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
         SINK, LOCAL: forced first and recent blocks
         EIGHT: bool; pages have scales
         PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
+        PAIRS: bool; the maxima of two pages are taken at a time
         ROWS: columns of a product: queries times groups, padded, times PARTS
         STAGES: pages in the ring
         CHUNK: lengths that are read by one load
@@ -262,7 +314,8 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
     strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
         (consumer, (ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width,
-                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, MMA, Q_LAYOUT, L)),
+                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, PAIRS, MMA,
+                    Q_LAYOUT, L)),
         (producer, (k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb,
                     stride_ls, BK, SINK, LOCAL, L_1)),
     ], [1], [40])  # fmt: skip
@@ -282,6 +335,7 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
     return {
         "EIGHT": eight,  # e4m3 pages have scales
         "PARTS": parts,
+        "PAIRS": eight and columns <= 32,  # more do not fit into registers
         "ROWS": columns,
         "STAGES": max(2, RING_BYTES // programs // page),
         "CHUNK": 128,
@@ -289,7 +343,8 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
         "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // dtype.itemsize]),
         "Q_SHARED": gl.NVMMASharedLayout.get_default_for([columns, dim], kind),
         "num_warps": 4,
-        "maxnreg": 64 if columns <= 32 else 128,  # 64: beside a program of the next kernel
+        # the usual ones leave room for a program of the next kernel
+        "maxnreg": 128 if columns > 32 else 80 if eight else 64,
     }
 
 
