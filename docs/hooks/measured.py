@@ -34,7 +34,7 @@ KERNELS = {
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
               "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
-               "hopper/page_scores", "hopper/page_shares", "hopper/ring", *SHARED),
+               "hopper/page_scores", "hopper/page_queries", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results measures."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",

@@ -42,7 +42,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -51,7 +50,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from msa.config import MSAConfig
 from msa.ir import PagedKV
-from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
+from msa.triton_impl.hopper.page_queries import load_queries
 from msa.triton_impl.hopper.page_shares import LANES, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
@@ -104,46 +103,6 @@ def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_t
             ids = next_ids
         i_s, i_b = i_s + 1, 0
         blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
-
-
-@gluon.jit
-def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PARTS: gl.constexpr,
-                 L: gl.constexpr):  # fmt: skip
-    """Put the queries of a sequence into q_tile; return what undoes their stretch [rows].
-
-    With PARTS, q_tile has the high, the middle and the low part of every row, then zeros. The zeros
-    are written as bits. ptxas of CUDA 12.8 makes a wrong program of a constant that is converted to
-    e4m3 and used twice: one of the two uses reads a register that was never written.
-    """
-    ROWS: gl.constexpr = q_tile.shape[0]
-    DIM: gl.constexpr = q_tile.shape[1]
-    EACH: gl.constexpr = ROWS // PARTS
-    o_x = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
-    o_m = o_x % EACH
-    o_d = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
-    stride_qb, stride_qn, stride_qr = strides
-    p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
-    m_q = (o_m < N * HKV)[:, None]
-    b_q = gl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    if PARTS > 1:
-        b_x = b_q.to(gl.float32)
-        largest = gl.max(finite_size(b_x), 1)
-        stretch = e4m3_stretch(largest.to(gl.int32, bitcast=True))
-        b_x = b_x * power_of_two(stretch)[:, None]
-        high = b_x.to(gl.float8e4nv).to(gl.float32)
-        b_x = b_x - high
-        middle = b_x.to(gl.float8e4nv).to(gl.float32)
-        part = (o_x // EACH)[:, None]
-        b_x = gl.where(part == 0, high, gl.where(part == 1, middle, b_x - middle))
-        b_bits = b_x.to(gl.float8e4nv).to(gl.int8, bitcast=True)
-        b_bits = gl.where(part == 3, 0, b_bits)  # not as float32, see above
-        q_tile.store(b_bits.to(gl.float8e4nv, bitcast=True))
-        shrink = power_of_two(254 - stretch)
-    else:
-        q_tile.store(b_q)
-        shrink = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, L))
-    fence_async_shared()
-    return shrink
 
 
 @gluon.jit
@@ -224,7 +183,8 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
                     wait_full(full, step + two, STAGES)
                     acc = multiply(k_tiles, step, q_tile, zero)
                     acc_2 = multiply(k_tiles, step + two, q_tile, zero)
-                    acc, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_2])
+                    done = warpgroup_mma_wait(0, deps=[acc, acc_2])
+                    acc, acc_2 = done[0], done[1]
                     release(empty, step, STAGES)
                     if two > 0:
                         release(empty, step + 1, STAGES)
