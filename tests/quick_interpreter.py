@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from quick_operators import quick_members
+
 READ_IN = ("3.7.1",)
 POINTER = np.dtype(np.uint64)
 
@@ -44,7 +46,7 @@ def replace_functions_once() -> None:
         for owner in owners
     }
 
-    semantic, replacements = interpreter.interpreter_semantic, {}
+    semantic, replacements = interpreter.interpreter_semantic, quick_members()
 
     def replacement_of(member):
         if member not in replacements:
@@ -64,19 +66,45 @@ def replace_functions_once() -> None:
                 scope.set_attr(owner, name, replacement_of(member))
 
     replace_all, PlainScope = interpreter._patch_lang, interpreter._LangPatchScope
-    languages, done = {id(tl), id(tl.core)}, set()
+    languages, uses, done = {id(tl), id(tl.core)}, {}, set()
+    changes = {}  # the first launch with these modules lists them; later ones repeat the list
 
     class Scope(PlainScope):
         def restore(self):
+            for owner, name, original, _ in self.repeated:
+                if original is interpreter._MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
             super().restore()
             done.clear()
 
+        repeated = ()
+
     def replace_what_is_left(fn):
-        used = languages.intersection(map(id, fn.__globals__.values()))
+        if fn not in uses:
+            uses[fn] = frozenset(languages.intersection(map(id, fn.__globals__.values())))
+        used = uses[fn]
         if used and used <= done:
             return PlainScope()  # with nothing to put back
+        is_first = not done
         done.update(used)
-        return replace_all(fn)
+        if is_first and used in changes:
+            scope = Scope()
+            scope.repeated = changes[used]
+            for owner, name, _, new in scope.repeated[::-1]:
+                setattr(owner, name, new)
+            return scope
+        scope = replace_all(fn)
+        if is_first and used:
+            made = {}
+            for owner, name, original in scope._changes:
+                made.setdefault((owner, name), original)
+            changes[used] = [
+                (owner, name, original, vars(owner)[name])
+                for (owner, name), original in made.items()
+            ]
+        return scope
 
     interpreter._patch_builtin = replace_builtins
     interpreter._LangPatchScope = Scope
@@ -175,6 +203,13 @@ def keep_operands() -> None:
         return number
 
     Semantic.binary_op_type_checking_impl = check_quickly
+
+    to_tensor = Semantic.to_tensor
+
+    def as_it_is(self, x, check_type=True):
+        return x if type(x) is tl.tensor else to_tensor(self, x, check_type)
+
+    Semantic.to_tensor = as_it_is
 
     def init_handle(self, data, dtype, attr=None):
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
