@@ -169,7 +169,11 @@ def test_two_losses_may_go_back_one_after_the_other():
 
 # -- in compiled graphs ---------------------------------------------------------------------------
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_whole(backend):
+def test_compiled_whole(backend, monkeypatch):
+    # No vectors: to find those that the compiler knows, inductor compiles programs for longer than
+    # all that this test is about. The number keeps its cache apart from that of other calls.
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.valid_vec_isa_list", list)
+    monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
     layer = Layer()
     x = torch.randn(2, 24, 32)
     torch.compiler.reset()
