@@ -16,9 +16,8 @@ import inspect
 import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
-
 from quick_operators import quick_members
+from triton.runtime import interpreter
 
 READ_IN = ("3.7.1",)
 POINTER = np.dtype(np.uint64)

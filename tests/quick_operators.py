@@ -1,14 +1,14 @@
 """Operators of Triton's interpreter as one call of NumPy each.
 
-The interpreter decides at every operator again which dtype the result has, which operand to convert
-and how to broadcast. All of this follows from the types of the operands alone. So the first time that
-an operator sees two types, it goes the interpreter's way and keeps what came out: a plan. From then
-on it follows the plan. A plan is kept only if it gives the same bits, in the same layout, as the
-interpreter gave that first time; else the operator goes the interpreter's way each time.
+At every operator the interpreter decides again which dtype the result has, which operand to convert
+and how to broadcast. All of this follows from the types of the operands alone. So the first time
+that an operator sees two types, it goes the interpreter's way and keeps what came out: a plan. From
+then on it follows the plan. A plan is kept only if it gives the same bits, in the same layout, as
+the interpreter gave that first time; else the operator goes the interpreter's way each time.
 
-Sums depend on the layout of an array in memory, so results must have the layout that the interpreter
-gives them. NumPy broadcasts blocks as the interpreter does. Only a single number beside a block can
-end in another layout, if the block is transposed: then there is no plan.
+Sums depend on the layout of an array in memory, so results must have the layout that they have in
+the interpreter. NumPy broadcasts blocks as the interpreter does. Only a single number beside a block
+can end in another layout, if the block is transposed: then no plan is followed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def quick_operator(slow: Callable[..., Any], name: str, ufunc: Any) -> Callable[
 
 
 def plan_of(name: str, ufunc: Any, left: Any, right: Any, result: Any) -> Any:
-    """How to compute `result` from the arrays of two operands of these types; None if it differs."""
+    """How to compute `result` from the arrays of two operands; None if other bits come out."""
     if left.dtype.is_ptr():
         compute, of = pointer_sum(name, left, right), None
     else:
@@ -198,7 +198,9 @@ def quick_cast(slow: Callable[..., Any]) -> Callable[..., Any]:
             if result is self:
                 plans[key] = ()
             else:
-                plans[key] = (interpreter._get_np_dtype(dtype), fields_of(result)) if plain else None
+                plans[key] = (
+                    (interpreter._get_np_dtype(dtype), fields_of(result)) if plain else None
+                )
             return result
         if plan is None:
             return slow(self, dtype)
