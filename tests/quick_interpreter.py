@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter three times as fast: it keeps what it would compute again.
+"""Makes Triton's interpreter several times as fast: it keeps what it would compute again.
 
 It runs the same operations on the same numbers, with less work around them. Without this file, the
 interpreter searches all of `triton.language` for functions to replace at every launch, and at every
@@ -16,7 +16,6 @@ import inspect
 import numpy as np
 import triton
 import triton.language as tl
-from quick_operators import quick_members
 from triton.runtime import interpreter
 
 READ_IN = ("3.7.1",)
@@ -45,7 +44,11 @@ def replace_functions_once() -> None:
         for owner in owners
     }
 
-    semantic, replacements = interpreter.interpreter_semantic, quick_members()
+    from quick_functions import quick_functions  # these read names of this release, too
+    from quick_operators import quick_operators
+
+    semantic = interpreter.interpreter_semantic
+    replacements = quick_operators() | quick_functions()
 
     def replacement_of(member):
         if member not in replacements:
@@ -138,7 +141,7 @@ def keep_shapes() -> None:
         if key not in broadcasts:
             pair = broadcast(self, lhs, rhs)
             broadcasts[key] = [
-                None if new is old else (new.type, new.handle.data.shape)
+                None if new is old else (new.type, new.handle.data.shape, old.type.is_block())
                 for old, new in zip((lhs, rhs), pair)
             ]
             return pair
@@ -147,8 +150,10 @@ def keep_shapes() -> None:
             for tensor, new in zip((lhs, rhs), broadcasts[key])
         ]
 
-    def spread(handle, type, shape):
-        data = np.broadcast_to(handle.data, shape)
+    def spread(handle, type, shape, is_block):
+        # a single number becomes an array in C order, which decides the order of results
+        data = handle.data
+        data = np.broadcast_to(data, shape) if is_block else np.full(shape, data, data.dtype)
         return tl.tensor(interpreter.TensorHandle(data, handle.dtype.scalar), type)
 
     tl.block_type.__init__ = init_block

@@ -114,7 +114,7 @@ def sequences(draw: DrawFn, block_size: int, want: Want) -> Sequences:
     """Sequences of different lengths: some are 0, some end at the border of a block (R1-R3)."""
     batch = draw(number(*want.batch))
     lengths = lengths_of(block_size, max(1, max(want.tokens, 3 * block_size) // max(1, batch)))
-    shape = draw(among(want.shapes))
+    shape: Shape = draw(among(want.shapes))
     cu_q, cu_k = [0], [0]
     for _ in range(batch):
         n_k = draw(lengths)
