@@ -60,3 +60,35 @@ def constant(array: Any) -> Any:
     array = array.copy()
     array.flags.writeable = False
     return array
+
+
+def number_of(thing: Any) -> Any:
+    """The number in a constexpr; anything else as it is."""
+    return thing.value if type(thing) is tl.core.constexpr else thing
+
+
+def planned(
+    slow: Callable[..., Any], key_of: Callable[..., Any], plan_of: Callable[..., Any],
+    follow: Callable[..., Any],
+) -> Callable[..., Any]:  # fmt: skip
+    """A function that follows a plan for each key.
+
+    Args:
+        slow: the interpreter's way; all functions take its arguments.
+        key_of: what decides the plan; None where there cannot be one.
+        plan_of: makes a plan from the result of the first call and its arguments, or gives None.
+        follow: the result by a plan and the arguments, or UNKNOWN.
+    """
+    plans: dict[Any, Any] = {}
+
+    def call(*args, **options):
+        key = key_of(*args, **options)
+        plan = plans.get(key, UNKNOWN) if key is not None else None
+        if plan is UNKNOWN:
+            result = slow(*args, **options)
+            plans[key] = plan_of(result, *args, **options)
+            return result
+        result = UNKNOWN if plan is None else follow(plan, *args, **options)
+        return slow(*args, **options) if result is UNKNOWN else result
+
+    return call
