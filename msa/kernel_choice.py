@@ -48,6 +48,8 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+LOSS_GROUPS = (8, 16, 32, 64)
+"""Query heads of a group in the hopper kernel of the alignment loss, which reads 64 rows at a time."""
 SMALLEST_GROUP = 9
 """With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
 "auto" avoids it."""
@@ -107,6 +109,25 @@ class WalkCall:
     interpreted: bool
 
 
+@dataclass(frozen=True)
+class LossCall:
+    """What the choice for an alignment loss depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    q_idx_dtype: str
+    k_idx_dtype: str
+    dim: int
+    index_dim: int
+    group: int
+    """Query heads of a group."""
+    block_size: int
+    device: str
+    capability: tuple[int, int] | None
+    triton: str | None
+    interpreted: bool
+
+
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
     """What the choice depends on, for these arguments of a selection."""
     return Call(
@@ -136,6 +157,21 @@ def walk_call_of(
         rows=selection.sequences.total_q * q.shape[-2],
         blocks=longest(selection.sequences, selection.block_size),
         scale=scale,
+        **machine_of(q),
+    )
+
+
+def loss_call_of(q: Array, k: Array, q_idx: Array, k_idx: Array, block_size: int) -> LossCall:
+    """What the choice depends on, for these arguments of an alignment loss."""
+    return LossCall(
+        q_dtype=dtype_name(q),
+        k_dtype=dtype_name(k),
+        q_idx_dtype=dtype_name(q_idx),
+        k_idx_dtype=dtype_name(k_idx),
+        dim=q.shape[-1],
+        index_dim=q_idx.shape[-1],
+        group=q.shape[-2] // k.shape[-2],
+        block_size=block_size,
         **machine_of(q),
     )
 
@@ -213,12 +249,15 @@ def must(name: str, wanted: str, got: object, do: str = "use kernels='portable'"
     return f"{name} must {wanted} for kernels='hopper', got {got}: {do}"
 
 
-def obstacle(call: Call | WalkCall) -> TypeError | ValueError | None:
+def obstacle(call: Call | WalkCall | LossCall) -> TypeError | ValueError | None:
     """Why the hopper kernels cannot take a call: the argument, what is wanted, what came (R20).
 
     None if they can.
     """
-    found = wrong_walk(call) if isinstance(call, WalkCall) else wrong_selection(call)
+    if isinstance(call, LossCall):
+        found = wrong_loss(call)
+    else:
+        found = wrong_walk(call) if isinstance(call, WalkCall) else wrong_selection(call)
     return found or wrong_machine(call)
 
 
@@ -260,10 +299,29 @@ def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
     return None
 
 
-def wrong_machine(call: Call | WalkCall) -> ValueError | None:
+def wrong_loss(call: LossCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of an alignment loss."""
+    dtypes = {"q": call.q_dtype, "k": call.k_dtype}
+    dtypes |= {"q_idx": call.q_idx_dtype, "k_idx": call.k_idx_dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
+        if dtype != call.q_dtype:
+            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
+    for name, symbol, size in (("q", "D", call.dim), ("q_idx", "Di", call.index_dim)):
+        if size != WALK_DIM:
+            return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if call.block_size != WALK_BLOCK_SIZE:
+        return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
+    if call.group not in LOSS_GROUPS:
+        return ValueError(must("q", f"have {either(LOSS_GROUPS)} heads in a group", call.group))
+    return None
+
+
+def wrong_machine(call: Call | WalkCall | LossCall) -> ValueError | None:
     """What the machine lacks for hopper kernels."""
     if call.capability is None or call.capability[0] != CAPABILITY:
-        got, name = call.device, "q" if isinstance(call, WalkCall) else "q_idx"
+        got, name = call.device, "q" if isinstance(call, WalkCall | LossCall) else "q_idx"
         if call.capability is not None:
             got += " of {}.{}".format(*call.capability)
         return ValueError(must(name, f"be on a GPU of compute capability {CAPABILITY}.x", got))
@@ -276,7 +334,7 @@ def wrong_machine(call: Call | WalkCall) -> ValueError | None:
     return None
 
 
-def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopper"]:
+def choose(kernels: Kernels, call: Call | WalkCall | LossCall) -> Literal["portable", "hopper"]:
     """The kernels that select the blocks of a call, or that walk along its unions.
 
     Raises:
@@ -292,7 +350,7 @@ def choose(kernels: Kernels, call: Call | WalkCall) -> Literal["portable", "hopp
     return "hopper"
 
 
-def is_better(call: Call | WalkCall) -> bool:
+def is_better(call: Call | WalkCall | LossCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
     if not isinstance(call, WalkCall):
         return True
