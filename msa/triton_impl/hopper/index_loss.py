@@ -20,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from msa.ir import Schedule
 from msa.triton_impl.hopper.ring import (
     copy_tile,
+    in_parts,
     make_barriers,
     produce,
     release,
@@ -38,9 +39,9 @@ BLOCK, DIM, BATCH, ROWS = 128, 128, 16, 64  # keys of a block, D, edges of a bat
 
 @gluon.jit
 def fast_log2(x):
-    """Base-2 logarithm by one instruction; 0 becomes -inf."""
+    """Base-2 logarithm by one instruction, of normal numbers."""
     return gl.inline_asm_elementwise(
-        "lg2.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
     )
 
 
@@ -54,19 +55,21 @@ def load_asking(q_idx, query_ids, start, length, o_e, o_d, i_r, stride_qt, strid
 
 
 @gluon.jit
-def compare(running, p_tile, own, first, b_top, b_log, b_gap, index_scale, W: gl.constexpr,
-            G: gl.constexpr, MMA: gl.constexpr, LN2: gl.constexpr):  # fmt: skip
-    """The loss of half of the block's keys [64], added up, and the gradient of their scores."""
+def compare(s, p_tile, own, first, b_top, b_log, b_gap, scale, W: gl.constexpr, G: gl.constexpr,
+            MMA: gl.constexpr):  # fmt: skip
+    """The loss of half of the block's keys [64], added up, and the gradient of their scores.
+
+    The minimum of a NaN and 0 is 0. So a score that equals an infinite top is 0 below it. All
+    logarithms are to the base 2. b_log is already.
+    """
     KEYS: gl.constexpr = p_tile.shape[0] // 2
     o_n = first + W * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, MMA))
     seen = o_n[:, None] <= own[None, :]
-    s = gl.where(seen & (running == running), running, float("-inf"))
-    student = gl.where(s == b_top[None, :], 0.0, (s - b_top[None, :]) * index_scale)
-    student -= b_log[None, :]
-    p = p_tile.slice(W * KEYS, KEYS, dim=0).load(MMA) * (1.0 / G)
-    gap = p * (fast_log2(p) * LN2 - student)
-    b_gap += gl.sum(gl.where(seen & (p != 0.0), gap, 0.0), 1)  # NaN is not 0
-    return b_gap, gl.where(seen, gl.exp2(student * (1.0 / LN2)) - p, 0.0)
+    below = gl.minimum(gl.maximum(s, float("-inf")) - b_top[None, :], 0.0)  # NaN is -inf (R4)
+    student = gl.where(seen, below, float("-inf")) * scale - b_log[None, :]
+    p = gl.where(seen, p_tile.slice(W * KEYS, KEYS, dim=0).load(MMA) * (1.0 / G), 0.0)
+    gap = p * (fast_log2(gl.maximum(p, 2.0**-126)) - student)
+    return b_gap + gl.sum(gl.where(p != 0.0, gap, 0.0), 1), gl.exp2(student) - p  # NaN is not 0
 
 
 @gluon.jit
@@ -126,17 +129,17 @@ def learn(tiles, asking, barriers, numbers, work, edges, keys, outputs, q_idx, i
                 own = gl.load(own_keys + t, mask=real, other=-1)
                 x = t.to(gl.int64) * HKV + i_r
                 b_top = gl.load(top + x, mask=real, other=0.0)
-                b_log = gl.load(log_total + x, mask=real, other=0.0)
+                b_log = gl.load(log_total + x, mask=real, other=0.0) * LOG2E
                 rows = load_asking(q_idx, query_ids, start + i + BATCH, length - i - BATCH, a_e,
                                    a_d, i_r, stride_qt, stride_qh)  # fmt: skip
                 s_0, s_1 = warpgroup_mma_wait(0, deps=[running_0, running_1])
                 wait_full(p_full, batch, 2)
                 p_tile = p_tiles.index(batch % 2)
                 b_gap, ds_0 = compare(s_0, p_tile, own, first, b_top, b_log, b_gap, index_scale, 0,
-                                      G, MMA, LN2)  # fmt: skip
+                                      G, MMA)  # fmt: skip
                 ds_0 = ds_0.to(q_tile.dtype)
                 b_gap, ds_1 = compare(s_1, p_tile, own, first, b_top, b_log, b_gap, index_scale, 1,
-                                      G, MMA, LN2)  # fmt: skip
+                                      G, MMA)  # fmt: skip
                 ds_1 = ds_1.to(q_tile.dtype)
                 release(p_empty, batch, 2)
                 batch += 1
@@ -156,7 +159,7 @@ def learn(tiles, asking, barriers, numbers, work, edges, keys, outputs, q_idx, i
                     p_dq = d_q + ((t.to(gl.int64) * HKV + i_r) * TOP_K + slot) * DI
                     gl.store(p_dq[None, :] + o_d[:, None], b_dq, mask=real[None, :])
             release(k_idx_empty, seen, 1)
-            gl.store(losses + item, gl.sum(b_gap, 0))
+            gl.store(losses + item, gl.sum(b_gap, 0) * LN2)
             if GRADIENT:
                 o_k = gl.arange(0, HALF, layout=gl.SliceLayout(1, DK_MMA))
                 o_f = gl.arange(0, DI, layout=gl.SliceLayout(0, DK_MMA))
@@ -184,7 +187,9 @@ def copy_edges(q_desc, k_desc, k_idx_desc, tiles, barriers, work, query_ids, fir
     """The producer: of every item its block of keys, and the rows of each edge's query."""
     k_tile, k_idx_tile, q_tiles, _p_tiles, _row_tiles = tiles
     k_full, k_empty, q_full, q_empty, k_idx_full, k_idx_empty, _full, _empty = barriers
-    EDGES: gl.constexpr = q_tiles.shape[0] // (2 * STAGES)
+    EDGES: gl.constexpr = q_tiles.shape[1] // G
+    PARTS: gl.constexpr = [EDGES, G, q_tiles.shape[2]]
+    LAYOUT: gl.constexpr = q_desc.layout
     HALF: gl.constexpr = q_tiles.shape[2]
     step, seen = 0, 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
@@ -201,11 +206,13 @@ def copy_edges(q_desc, k_desc, k_idx_desc, tiles, barriers, work, query_ids, fir
                                         EDGES)  # fmt: skip
                 wait_empty(q_empty, step, STAGES)
                 full = q_full.index(step % STAGES)
-                p_tile = (step % STAGES) * (2 * EDGES)
+                half = 2 * (step % STAGES)
+                low = in_parts(q_tiles.index(half), PARTS, LAYOUT)
+                high = in_parts(q_tiles.index(half + 1), PARTS, LAYOUT)
                 mbarrier.expect(full, 2 * EDGES * q_desc.block_type.nbytes)
                 for e in gl.static_range(EDGES):
-                    copy_tile(q_desc, [places[e], 0], full, q_tiles.index(p_tile + e))
-                    copy_tile(q_desc, [places[e], HALF], full, q_tiles.index(p_tile + EDGES + e))
+                    copy_tile(q_desc, [places[e], 0], full, low.index(e))
+                    copy_tile(q_desc, [places[e], HALF], full, high.index(e))
                 places = following
                 step += 1
                 if x == BATCH - EDGES:  # the student reads these keys after the first batch
@@ -229,15 +236,15 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
     BK: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]
     DI: gl.constexpr = k_idx_desc.block_type.shape[1]
-    EDGES: gl.constexpr = MMA.instr_shape[1] // G
+    ROWS: gl.constexpr = MMA.instr_shape[1]
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     tiles = (
         gl.allocate_shared_memory(k_desc.dtype, [BK, DIM], k_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [BK, DI], k_idx_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [STAGES * 2 * EDGES, G, DIM // 2], q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, ROWS, DIM // 2], q_desc.layout),
         gl.allocate_shared_memory(gl.float32, [2, BK, BATCH], PLAIN),
-        gl.allocate_shared_memory(gl.float32, [4, BATCH * G], FLAT),
+        gl.allocate_shared_memory(gl.float32, [4 if TOP else 2, BATCH * G], FLAT),
     )  # fmt: skip
     asking = (
         gl.allocate_shared_memory(k_desc.dtype, [BATCH, DI], LINE),
@@ -272,12 +279,22 @@ OPTIONS = {
     "LINE": gl.NVMMASharedLayout.get_default_for([BATCH, DIM], gl.bfloat16),
     "NARROW": gl.NVMMASharedLayout.get_default_for([BLOCK, BATCH], gl.bfloat16),
     "LN2": math.log(2),
-    "STAGES": 8,
     "TEACHER": 128,
     "STUDENT": 232,
     "num_warps": 4,
 }
 """The compile-time options that are always the same."""
+
+
+def stages_of(group: int, with_top: bool) -> int:
+    """Chunks of 64 rows that fit into shared memory beside everything else.
+
+    >>> stages_of(16, False), stages_of(16, True), stages_of(64, True)
+    (8, 8, 7)
+    """
+    others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 2 * (DIM + BLOCK) * BATCH
+    others += (2 + 2 * with_top) * 4 * BATCH * group
+    return min(8, (226 * 1024 - others) // (2 * ROWS * DIM))
 
 
 def describe(matrix: Float[Tensor, "rows columns"], rows: int, columns: int) -> TensorDescriptor:
@@ -326,9 +343,10 @@ def index_loss(
             sums[1], *student, schedule.rows, schedule.starts, schedule.stops, index.query_ids,
             index.slots, query_table(sequences, block, device)[0],
             *block_table(sequences, block, device), losses, *parts,
-            softmax_scale * LOG2E.value, index_scale, items, sequences.cu_blocks(block)[-1],
-            n_q * heads, *q_idx.stride()[:2], G=group, HKV=groups, TOP=top is not None,
-            TOP_K=index.top_k, GRADIENT=gradients is not None, **OPTIONS,
+            softmax_scale * LOG2E.value, index_scale * LOG2E.value, items,
+            sequences.cu_blocks(block)[-1], n_q * heads, *q_idx.stride()[:2], G=group, HKV=groups, TOP=top is not None,
+            TOP_K=index.top_k, GRADIENT=gradients is not None,
+            STAGES=stages_of(group, top is not None), **OPTIONS,
         )  # fmt: skip
     if gradients:
         sum_slots(parts[0], index.counts, gradients[0], index_scale)

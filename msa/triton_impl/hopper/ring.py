@@ -24,6 +24,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9; 3.6 to 3.8
+CALLED_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.9
+
+
+@gluon.jit
+def in_parts(tiles, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as tiles of another shape and layout."""
+    if CALLED_REINTERPRET:
+        return tiles.reinterpret(tiles.dtype, shape, layout)
+    else:
+        return tiles._reinterpret(tiles.dtype, shape, layout)
 
 
 @gluon.jit

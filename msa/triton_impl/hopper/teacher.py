@@ -45,20 +45,12 @@ def load_heads(numbers, query_ids, start, length, x, i_r, G: gl.constexpr, HKV: 
 
 
 @gluon.jit
-def multiply(k_low, k_high, q_tiles, q_full, step, G: gl.constexpr, STAGES: gl.constexpr,
-             MMA: gl.constexpr):  # fmt: skip
-    """Start the product of the keys with the rows of one chunk, half of the dims after the other.
-
-    The copies of each query's heads lie behind one another and are read as one tile of 64 rows.
-    """
+def multiply(k_low, k_high, q_tiles, q_full, step, STAGES: gl.constexpr, MMA: gl.constexpr):
+    """Start the product of the keys with the rows of one chunk, half of the dims after the other."""
     ROWS: gl.constexpr = MMA.instr_shape[1]
-    EDGES: gl.constexpr = ROWS // G
-    HALF: gl.constexpr = q_tiles.shape[2]
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     wait_full(q_full, step, STAGES)
-    p_tile = (step % STAGES) * (2 * EDGES)
-    low = q_tiles.index(p_tile)._reinterpret(q_tiles.dtype, [ROWS, HALF], LAYOUT)
-    high = q_tiles.index(p_tile + EDGES)._reinterpret(q_tiles.dtype, [ROWS, HALF], LAYOUT)
+    half = 2 * (step % STAGES)
+    low, high = q_tiles.index(half), q_tiles.index(half + 1)
     zero = gl.zeros([k_low.shape[0], ROWS], gl.float32, layout=MMA)
     acc = warpgroup_mma(k_low, low.permute((1, 0)), zero, use_acc=False, is_async=True)
     return warpgroup_mma(k_high, high.permute((1, 0)), acc, is_async=True)
@@ -92,16 +84,16 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
             k_low = keys.slice(0, HALF, dim=1).load(A)
             k_high = keys.slice(HALF, HALF, dim=1).load(A)
             for i in range(0, length, BATCH):
-                row_tiles.index(2 * W).store(log * LOG2E)
+                row_tiles.index(W).store(log * LOG2E)
                 if TOP:
-                    row_tiles.index(2 * W + 1).store(most)
+                    row_tiles.index(2 + W).store(most)
                 more = start + i + BATCH
                 log = load_heads(log_total, query_ids, more, length - i - BATCH, x, i_r, G, HKV)
                 if TOP:
                     most = load_heads(top, query_ids, more, length - i - BATCH, x, i_r, G, HKV)
                 p_tile = p_tiles.index(batch % 2).slice(W * KEYS, KEYS, dim=0)
                 for c in gl.static_range(BATCH // EDGES):
-                    running = multiply(k_low, k_high, q_tiles, q_full, step, G, STAGES, MMA)
+                    running = multiply(k_low, k_high, q_tiles, q_full, step, STAGES, MMA)
                     s = warpgroup_mma_wait(0, deps=[running])
                     release(q_empty, step, STAGES)
                     step += 1
@@ -110,9 +102,9 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
                             fence_async_shared()
                             release(k_empty, seen, 1)
                         wait_empty(p_empty, batch, 2)
-                    less = row_tiles.index(2 * W).slice(c * ROWS, ROWS).load(COLUMN)
+                    less = row_tiles.index(W).slice(c * ROWS, ROWS).load(COLUMN)
                     if TOP:
-                        s -= row_tiles.index(2 * W + 1).slice(c * ROWS, ROWS).load(COLUMN)[None, :]
+                        s -= row_tiles.index(2 + W).slice(c * ROWS, ROWS).load(COLUMN)[None, :]
                     p = gl.exp2(s * scale - less[None, :])
                     p = gl.sum(gl.reshape(p, [KEYS, EDGES, G]), 2)
                     p_tile.slice(c * EDGES, EDGES, dim=1).store(p)
