@@ -49,7 +49,7 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
 LOSS_GROUPS = (8, 16, 32, 64)
-"""Query heads of a group in the hopper kernel of the alignment loss, which reads 64 rows at a time."""
+"""Query heads of a group in the hopper kernel of the alignment loss: it reads 64 rows at a time."""
 SMALLEST_GROUP = 9
 """With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
 "auto" avoids it."""

@@ -74,7 +74,7 @@ class Shared:
         return Shared(self.flat, offset, self.shape[1:], self.strides[1:])
 
     def slice(self, start, length, dim=0):
-        assert 0 <= start and start + length <= self.shape[dim]
+        assert start >= 0 and start + length <= self.shape[dim]
         shape = [length if i == dim else n for i, n in enumerate(self.shape)]
         return Shared(self.flat, self.offset + start * self.strides[dim], shape, self.strides)
 
@@ -136,8 +136,9 @@ def specialize(parts, warps, registers):
 
     def run(function, args):
         try:
-            function(*args)
-        except BaseException as error:  # noqa: BLE001 - raised again below
+            with np.errstate(all="ignore"):
+                function(*args)
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
@@ -194,5 +195,4 @@ def launch(modules, name, grid, *args, **options):
     for i in range(grid):
         names = names_of(modules, (i,), (grid,), **others)
         given = [Pointer(x.reshape(-1)) if isinstance(x, np.ndarray) else x for x in args]
-        with np.errstate(all="ignore"):
-            names[name](*given, **options)
+        names[name](*given, **options)

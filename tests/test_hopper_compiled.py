@@ -20,6 +20,7 @@ from msa.kernel_choice import (
     INDEX_DIMS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
+    LOSS_GROUPS,
     SMALLEST_GROUP,
 )
 
@@ -41,6 +42,9 @@ TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, max
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
 FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
+
+LOSSES = [*product(("bfloat16", "float16"), LOSS_GROUPS, (False, True), (False, True))]
+FEW_LOSSES = [("bfloat16", 16, False, True), ("bfloat16", 16, False, False)]  # heads, top, gradient
 
 
 def chosen(few, every):
@@ -104,3 +108,20 @@ def test_walk_kernels_fit():
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_loss_kernels_fit():
+    kernels = chosen(FEW_LOSSES, LOSSES)
+    for options, found in zip(kernels, compiled([("loss", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 128, options  # 16 warps; setmaxnreg then moves registers
+        assert found["shared"] <= 227 * 1024, options
+        *_, with_gradient = options
+        assert found["spilled"] <= (896 if with_gradient else 64), options  # tables' addresses
+        assert found["steps"].count("wgmma.mma_async") >= 40, options
+        loads = [i for i, step in enumerate(found["steps"]) if step == "ldmatrix"]
+        assert loads
+        for i in loads:  # keys are given back after a product has read them
+            steps = [s for s in found["steps"][i:] if s in ("wgmma.mma_async", "mbarrier.arrive")]
+            assert steps[0] == "wgmma.mma_async"

@@ -1,4 +1,51 @@
-"""TODO docstring"""
+"""The alignment loss on Hopper: teacher, student, loss and gradients in one kernel (eq. 9-10, R17).
+
+    for each work item (block of one group, edges start ... stop):          # KV-outer
+        for each batch of 16 edges (query t, slot s):
+            P           = mean over the group's heads of exp(softmax_scale * K q^T - lse)
+            log P_idx   = index_scale * (k_idx q_idx^T - top) - log_total   # the student
+            loss       += P (log P - log P_idx), 0 where P = 0
+            dS          = P_idx - P
+            d_k_idx    += dS q_idx;  d_q_idx[t, group, s] = dS^T k_idx
+    then sums over items and over slots, in order
+
+What the asynchronous form changes:
+ 1. The teacher's probabilities never leave the multiprocessor. The portable kernels write them to
+    memory and read them again: 16 KiB for each query and group. One portable kernel for both was
+    slower than two, because each of its steps waits for the one before. Here the steps belong to
+    groups of warps that run at the same time.
+ 2. Two teachers of four warps own 64 keys each. A student of four warps owns the index branch: its
+    scores, the loss, the gradients. A producer warp copies. While the student works on one batch,
+    the teachers multiply the next.
+ 3. An edge is one query, and the copy engine gathers its rows: 16 heads lie side by side, so two
+    copies fetch them. No tile of neighbouring queries is needed, so no row is computed in vain,
+    whether neighbours select alike or not.
+ 4. Keys are the first operand of the teacher's product and stay in registers. Rows of queries are
+    the only operand that is read from shared memory. The heads of a query lie along a thread's
+    registers, so their sum costs few exchanges.
+ 5. A batch has 16 edges, the least that a product over edges can have (d_k_idx).
+ 6. Edges behind the last one are copied from behind the last query. The copy engine writes zeros
+    for them and reads nothing.
+ 7. The loss is one number for each item, and the slots of an edge hold nothing but d_q_idx.
+ 8. The student needs about 240 registers with gradients, and the address of each of its tables is
+    spilled to local memory. This costs some 40 loads for each batch.
+ 9. The index queries of a batch have two tiles, used in turns. A warp that has waited for its own
+    part of a product does not know whether the other warps' parts have ended, and these read the
+    tile, too. When it writes the same tile again, a barrier of the next batch lies between.
+
+Who waits for whom (Q: ring of chunks of 64 rows, P: ring of two batches of probabilities):
+
+    producer    K  Q0 Q1 Q2 Q3 k_idx Q4 ..wait.. Q5 ...
+                |  |                  ^ both teachers have read the chunk
+                v  v                  |
+    teacher 0   K Q0 | exp, sum | K Q1 | exp, sum | ... -> P0       | K Q4 | exp, sum ...
+    teacher 1   K Q0 ...| exp, sum | K Q1 | exp, sum .. -> P0       | ...
+                                                            |       ^ P2 takes the place of P0
+                                                            v       | when the student has read it
+    student     k_idx q_idx^T for batch 0 ...... waits .... loss, dS | d_k_idx, d_q_idx | batch 1
+
+The teachers wait only for the ring and, two batches later, for the student.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +56,7 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msa.ir import Schedule
@@ -22,151 +64,16 @@ from msa.triton_impl.hopper.ring import (
     copy_tile,
     in_parts,
     make_barriers,
-    produce,
-    release,
     wait_empty,
-    wait_full,
 )
+from msa.triton_impl.hopper.student import learn
 from msa.triton_impl.hopper.teacher import LOG2E, load_work, teach
-from msa.triton_impl.hopper.walk_rows import clear_foreign
 from msa.triton_impl.item_sums import sum_items, sum_slots
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import block_table, query_table
 
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK, DIM, BATCH, ROWS = 128, 128, 16, 64  # keys of a block, D, edges of a batch, rows of a chunk
-
-
-@gluon.jit
-def fast_log2(x):
-    """Base-2 logarithm by one instruction, of normal numbers."""
-    return gl.inline_asm_elementwise(
-        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def load_asking(q_idx, query_ids, start, length, o_e, o_d, i_r, stride_qt, stride_qh):
-    """Index queries of the edges o_e of an item, [16, Di]; zeros behind its last edge."""
-    there = o_e < length
-    t = gl.load(query_ids + start + o_e, mask=there, other=0).to(gl.int64)
-    p = q_idx + t * stride_qt + i_r.to(gl.int64) * stride_qh
-    return gl.load(p[:, None] + o_d[None, :], mask=there[:, None], other=0.0)
-
-
-@gluon.jit
-def compare(s, p_tile, own, first, b_top, b_log, b_gap, scale, W: gl.constexpr, G: gl.constexpr,
-            MMA: gl.constexpr):  # fmt: skip
-    """The loss of half of the block's keys [64], added up, and the gradient of their scores.
-
-    The minimum of a NaN and 0 is 0. So a score that equals an infinite top is 0 below it. All
-    logarithms are to the base 2. b_log is already.
-    """
-    KEYS: gl.constexpr = p_tile.shape[0] // 2
-    o_n = first + W * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, MMA))
-    seen = o_n[:, None] <= own[None, :]
-    below = gl.minimum(gl.maximum(s, float("-inf")) - b_top[None, :], 0.0)  # NaN is -inf (R4)
-    student = gl.where(seen, below, float("-inf")) * scale - b_log[None, :]
-    p = gl.where(seen, p_tile.slice(W * KEYS, KEYS, dim=0).load(MMA) * (1.0 / G), 0.0)
-    gap = p * (fast_log2(gl.maximum(p, 2.0**-126)) - student)
-    return b_gap + gl.sum(gl.where(p != 0.0, gap, 0.0), 1), gl.exp2(student) - p  # NaN is not 0
-
-
-@gluon.jit
-def start_scores(k_idx_tile, q_tile, W: gl.constexpr, MMA: gl.constexpr):
-    """Start the product of half of the block's index keys with a batch of index queries."""
-    KEYS: gl.constexpr = MMA.instr_shape[0] * 4
-    BATCH: gl.constexpr = q_tile.shape[0]
-    zero = gl.zeros([KEYS, BATCH], gl.float32, layout=MMA)
-    return warpgroup_mma(k_idx_tile.slice(W * KEYS, KEYS, dim=0), q_tile.permute((1, 0)), zero,
-                         use_acc=False, is_async=True)  # fmt: skip
-
-
-@gluon.jit
-def learn(tiles, asking, barriers, numbers, work, edges, keys, outputs, q_idx, index_scale,
-          n_items, n_blocks, stride_qt, stride_qh, G: gl.constexpr, HKV: gl.constexpr,
-          TOP_K: gl.constexpr, GRADIENT: gl.constexpr, MMA: gl.constexpr, DK_MMA: gl.constexpr,
-          LN2: gl.constexpr):  # fmt: skip
-    """The student: its probabilities, the loss, and what goes into both gradients."""
-    _k_tile, k_idx_tile, _q_tiles, p_tiles, _row_tiles = tiles
-    q_tile, ds_tile = asking
-    _0, _1, _2, _3, k_idx_full, k_idx_empty, p_full, p_empty = barriers
-    top, log_total = numbers
-    query_ids, slots, own_keys = edges
-    first_keys, key_stops = keys
-    losses, d_q, d_k = outputs
-    BK: gl.constexpr = k_idx_tile.shape[0]
-    DI: gl.constexpr = k_idx_tile.shape[1]
-    BATCH: gl.constexpr = q_tile.shape[0]
-    HALF: gl.constexpr = BK // 2
-    COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)
-    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    A: gl.constexpr = gl.DotOperandLayout(0, DK_MMA, 2)
-    a_e = gl.arange(0, BATCH, layout=gl.SliceLayout(1, LINES))
-    a_d = gl.arange(0, DI, layout=gl.SliceLayout(0, LINES))
-    o_e = gl.arange(0, BATCH, layout=COLUMN)
-    batch, seen = 0, 0
-    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        start, length, i_b, i_r = load_work(work, item, n_blocks)
-        if length > 0:
-            first = gl.load(first_keys + i_b)
-            key_stop = gl.load(key_stops + i_b)
-            rows = load_asking(q_idx, query_ids, start, length, a_e, a_d, i_r, stride_qt,
-                               stride_qh)  # fmt: skip
-            wait_full(k_idx_full, seen, 1)
-            if first + BK > key_stop:
-                clear_foreign(k_idx_tile, first, key_stop)
-            b_gap = gl.zeros([HALF], gl.float32, layout=gl.SliceLayout(1, MMA))
-            dk_0 = gl.zeros([HALF, DI], gl.float32, layout=DK_MMA)
-            dk_1 = gl.zeros([HALF, DI], gl.float32, layout=DK_MMA)
-            for i in range(0, length, BATCH):
-                q_tile.store(rows)
-                fence_async_shared()
-                running_0 = start_scores(k_idx_tile, q_tile, 0, MMA)
-                running_1 = start_scores(k_idx_tile, q_tile, 1, MMA)
-                real = o_e < length - i
-                t = gl.load(query_ids + start + i + o_e, mask=real, other=0)
-                own = gl.load(own_keys + t, mask=real, other=-1)
-                x = t.to(gl.int64) * HKV + i_r
-                b_top = gl.load(top + x, mask=real, other=0.0)
-                b_log = gl.load(log_total + x, mask=real, other=0.0) * LOG2E
-                rows = load_asking(q_idx, query_ids, start + i + BATCH, length - i - BATCH, a_e,
-                                   a_d, i_r, stride_qt, stride_qh)  # fmt: skip
-                s_0, s_1 = warpgroup_mma_wait(0, deps=[running_0, running_1])
-                wait_full(p_full, batch, 2)
-                p_tile = p_tiles.index(batch % 2)
-                b_gap, ds_0 = compare(s_0, p_tile, own, first, b_top, b_log, b_gap, index_scale, 0,
-                                      G, MMA)  # fmt: skip
-                ds_0 = ds_0.to(q_tile.dtype)
-                b_gap, ds_1 = compare(s_1, p_tile, own, first, b_top, b_log, b_gap, index_scale, 1,
-                                      G, MMA)  # fmt: skip
-                ds_1 = ds_1.to(q_tile.dtype)
-                release(p_empty, batch, 2)
-                batch += 1
-                if GRADIENT:
-                    ds_tile.slice(0, HALF, dim=0).store(ds_0)
-                    ds_tile.slice(HALF, HALF, dim=0).store(ds_1)
-                    fence_async_shared()
-                    dk_0 = warpgroup_mma(gl.convert_layout(ds_0, A), q_tile, dk_0, is_async=True)
-                    dk_1 = warpgroup_mma(gl.convert_layout(ds_1, A), q_tile, dk_1, is_async=True)
-                    dq = warpgroup_mma(k_idx_tile.permute((1, 0)), ds_tile,
-                                       gl.zeros([DI, BATCH], gl.float32, layout=MMA),
-                                       use_acc=False, is_async=True)  # fmt: skip
-                    dk_0, dk_1, b_dq = warpgroup_mma_wait(0, deps=[dk_0, dk_1, dq])
-                    t = gl.load(query_ids + start + i + o_e, mask=real, other=0)
-                    slot = gl.load(slots + start + i + o_e, mask=real, other=0)
-                    o_d = gl.arange(0, DI, layout=gl.SliceLayout(1, MMA))
-                    p_dq = d_q + ((t.to(gl.int64) * HKV + i_r) * TOP_K + slot) * DI
-                    gl.store(p_dq[None, :] + o_d[:, None], b_dq, mask=real[None, :])
-            release(k_idx_empty, seen, 1)
-            gl.store(losses + item, gl.sum(b_gap, 0) * LN2)
-            if GRADIENT:
-                o_k = gl.arange(0, HALF, layout=gl.SliceLayout(1, DK_MMA))
-                o_f = gl.arange(0, DI, layout=gl.SliceLayout(0, DK_MMA))
-                p_dk = d_k + (item.to(gl.int64) * BK + o_k)[:, None] * DI + o_f[None, :]
-                gl.store(p_dk, dk_0)
-                gl.store(p_dk + HALF * DI, dk_1)
-            seen += 1
 
 
 @gluon.jit
@@ -230,9 +137,43 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
                        TOP_K: gl.constexpr, GRADIENT: gl.constexpr, BATCH: gl.constexpr,
                        STAGES: gl.constexpr, MMA: gl.constexpr, I_MMA: gl.constexpr,
                        DK_MMA: gl.constexpr, LINE: gl.constexpr, NARROW: gl.constexpr,
-                       LN2: gl.constexpr,
-                       TEACHER: gl.constexpr, STUDENT: gl.constexpr):  # fmt: skip
-    """Items p, p + programs, ... of program p."""
+                       LN2: gl.constexpr, TEACHER: gl.constexpr, STUDENT: gl.constexpr,
+                       PRODUCER: gl.constexpr):  # fmt: skip
+    """Items p, p + programs, ... of program p.
+
+    Parameters:
+        q_desc: descriptors of [Tq * Hq, 128], 16-bit, in tiles of G rows and half of the columns
+        k_desc: descriptors of [Tk, Hkv * 128], as q, in blocks of one group
+        k_idx_desc: descriptors of [Tk, Di], as q, in blocks
+        q_idx: [Tq, Hkv, Di], as q
+        top: [Tq, Hq], float32; highest scores of the main branch, not scaled, read with TOP only
+        log_total: [Tq, Hq], float32, natural logarithm; see `softmax_sums`; without TOP the LSE
+        top_idx, log_total_idx: [Tq, Hkv], float32; the same of the index branch
+        rows: [items], int32; the row of the reverse index: group * n_blocks + block
+        starts, stops: [items], int64; the item's edges
+        query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
+        own_keys: [Tq], int32; each query's own key among the packed keys
+        first_keys, key_stops: [blocks], int32; a `block_table`
+        losses: [items], float32; written for items that have edges
+        d_q: [Tq, Hkv, k, Di], float32; not yet times the scale, written with GRADIENT only
+        d_k: [items, Bk, Di], float32; not yet times the scale, written with GRADIENT only
+        scale, index_scale: float; softmax and index scale times log2(e)
+        n_items, n_blocks: int; items, blocks of all sequences
+        nowhere: int; a row behind the last one of q_desc
+        stride_qt, stride_qh: elements from one token of q_idx to the next, from one group
+        G, HKV: query heads of a group, groups
+        TOP: bool; take off the highest score before the scale is multiplied on
+        TOP_K: k
+        GRADIENT: bool; write d_q and d_k
+        BATCH: edges of a batch
+        STAGES: chunks in the ring
+        MMA: layout of the teacher's product [64, 64]
+        I_MMA: layout of the student's products [64, BATCH]
+        DK_MMA: layout of d_k_idx [64, Di]
+        LINE, NARROW: layouts of the index queries [BATCH, Di] and of dS [Bk, BATCH]
+        LN2: logarithm of 2
+        TEACHER, STUDENT, PRODUCER: registers of a thread of the second teacher, of the others
+    """
     BK: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]
     DI: gl.constexpr = k_idx_desc.block_type.shape[1]
@@ -247,7 +188,7 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
         gl.allocate_shared_memory(gl.float32, [4 if TOP else 2, BATCH * G], FLAT),
     )  # fmt: skip
     asking = (
-        gl.allocate_shared_memory(k_desc.dtype, [BATCH, DI], LINE),
+        gl.allocate_shared_memory(k_desc.dtype, [2, BATCH, DI], LINE),
         gl.allocate_shared_memory(k_desc.dtype, [BK, BATCH], NARROW),
     )
     barriers = (
@@ -267,7 +208,7 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
                  I_MMA, DK_MMA, LN2)),
         (copy_edges, (q_desc, k_desc, k_idx_desc, tiles, barriers, work, query_ids, first_keys,
                       n_items, n_blocks, nowhere, G, HKV, BATCH, STAGES)),
-    ], [4, 4, 1], [TEACHER, STUDENT, 24])  # fmt: skip
+    ], [4, 4, 1], [TEACHER, STUDENT, PRODUCER])  # fmt: skip
 
 
 # -- host -----------------------------------------------------------------------------------------
@@ -279,8 +220,9 @@ OPTIONS = {
     "LINE": gl.NVMMASharedLayout.get_default_for([BATCH, DIM], gl.bfloat16),
     "NARROW": gl.NVMMASharedLayout.get_default_for([BLOCK, BATCH], gl.bfloat16),
     "LN2": math.log(2),
-    "TEACHER": 128,
-    "STUDENT": 232,
+    "TEACHER": 120,
+    "STUDENT": 240,
+    "PRODUCER": 32,
     "num_warps": 4,
 }
 """The compile-time options that are always the same."""
@@ -292,7 +234,7 @@ def stages_of(group: int, with_top: bool) -> int:
     >>> stages_of(16, False), stages_of(16, True), stages_of(64, True)
     (8, 8, 7)
     """
-    others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 2 * (DIM + BLOCK) * BATCH
+    others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 2 * (2 * DIM + BLOCK) * BATCH
     others += (2 + 2 * with_top) * 4 * BATCH * group
     return min(8, (226 * 1024 - others) // (2 * ROWS * DIM))
 
@@ -338,14 +280,15 @@ def index_loss(
         group = heads // groups
         programs = torch.cuda.get_device_properties(device).multi_processor_count
         hopper_loss_kernel[(min(programs, items),)](
-            describe(as_matrix(q, True), group, DIM // 2), describe(as_matrix(k, False), block, DIM),
-            describe(as_matrix(k_idx, False), block, dim), q_idx, sums[1] if top is None else top,
-            sums[1], *student, schedule.rows, schedule.starts, schedule.stops, index.query_ids,
-            index.slots, query_table(sequences, block, device)[0],
-            *block_table(sequences, block, device), losses, *parts,
-            softmax_scale * LOG2E.value, index_scale * LOG2E.value, items,
-            sequences.cu_blocks(block)[-1], n_q * heads, *q_idx.stride()[:2], G=group, HKV=groups, TOP=top is not None,
-            TOP_K=index.top_k, GRADIENT=gradients is not None,
+            describe(as_matrix(q, True), group, DIM // 2),
+            describe(as_matrix(k, False), block, DIM),
+            describe(as_matrix(k_idx, False), block, dim),
+            q_idx, sums[1] if top is None else top, sums[1], *student, schedule.rows,
+            schedule.starts, schedule.stops, index.query_ids, index.slots,
+            query_table(sequences, block, device)[0], *block_table(sequences, block, device),
+            losses, *parts, softmax_scale * LOG2E.value, index_scale * LOG2E.value, items,
+            sequences.cu_blocks(block)[-1], n_q * heads, *q_idx.stride()[:2], G=group, HKV=groups,
+            TOP=top is not None, TOP_K=index.top_k, GRADIENT=gradients is not None,
             STAGES=stages_of(group, top is not None), **OPTIONS,
         )  # fmt: skip
     if gradients:

@@ -46,7 +46,7 @@ def load_heads(numbers, query_ids, start, length, x, i_r, G: gl.constexpr, HKV: 
 
 @gluon.jit
 def multiply(k_low, k_high, q_tiles, q_full, step, STAGES: gl.constexpr, MMA: gl.constexpr):
-    """Start the product of the keys with the rows of one chunk, half of the dims after the other."""
+    """Start the product of the keys with the rows of one chunk, one half of the dims at a time."""
     ROWS: gl.constexpr = MMA.instr_shape[1]
     wait_full(q_full, step, STAGES)
     half = 2 * (step % STAGES)
@@ -74,7 +74,7 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
     x = gl.arange(0, BATCH * G, layout=WIDE)
     step, batch, seen = 0, 0, 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        start, length, i_b, i_r = load_work(work, item, n_blocks)
+        start, length, _, i_r = load_work(work, item, n_blocks)
         if length > 0:
             log = load_heads(log_total, query_ids, start, length, x, i_r, G, HKV)
             if TOP:
