@@ -1,9 +1,9 @@
-"""The tables of the ladder that show the hopper kernels, from their measured results."""
+"""The tables of the ladder that show the hopper kernels, from the runs in which they were made."""
 
 from __future__ import annotations
 
 from docs.hooks.curves import table
-from docs.hooks.measured import age, read
+from docs.hooks.measured import read, record
 
 RESULTS = "selection_hopper_h200"
 WALK = "walk_hopper_h200"
@@ -23,7 +23,7 @@ def selection() -> str:
         for row in found["select"]
     ]  # fmt: skip
     columns = ("queries of keys", "index", "portable", "first version", "hopper", "gain")
-    return f"{table(columns, rows)}\n\n{age(RESULTS)}"
+    return f"{table(columns, rows)}\n\n{record(RESULTS)}"
 
 
 def scores() -> str:
@@ -72,7 +72,7 @@ def walk() -> str:
     ]  # fmt: skip
     columns = ("tokens", "ρ", *VERSIONS.values(), "hopper, raw", "auto of portable kernels, ms",
                "unions and hopper walk, ms")  # fmt: skip
-    return f"{table(columns, rows)}\n\n{age(WALK)}"
+    return f"{table(columns, rows)}\n\n{record(WALK)}"
 
 
 def whole() -> str:
