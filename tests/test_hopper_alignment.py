@@ -22,7 +22,7 @@ pytest.importorskip("triton", minversion="3.6")
 
 from async_gluon import Descriptor, launch, value
 
-from msa.triton_impl.hopper import index_loss, ring, student, teacher, walk_rows
+from msa.triton_impl.hopper import index_loss, loss_rows, ring, student, teacher, walk_rows
 
 CANNOT = kernel_choice.obstacle(kernel_choice.usual_call())
 CONFIG = msa.MSAConfig()
@@ -95,7 +95,7 @@ class OnNumpy:
     """The kernel of a module, run by `async_gluon`."""
 
     def __init__(self, module):
-        self.modules = walk_rows, ring, teacher, student, SimpleNamespace(**vars(module))
+        self.modules = walk_rows, ring, teacher, student, loss_rows, SimpleNamespace(**vars(module))
 
     def __getitem__(self, grid):
         def run(*args, num_warps, **options):

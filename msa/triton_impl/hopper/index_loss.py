@@ -56,77 +56,21 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msa.ir import Schedule
+from msa.triton_impl.hopper.loss_rows import copy_edges, load_edges
 from msa.triton_impl.hopper.ring import (
-    copy_tile,
-    in_parts,
     make_barriers,
-    wait_empty,
 )
 from msa.triton_impl.hopper.student import learn
-from msa.triton_impl.hopper.teacher import LOG2E, load_work, teach
+from msa.triton_impl.hopper.teacher import LOG2E, teach
 from msa.triton_impl.item_sums import sum_items, sum_slots
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import block_table, query_table
 
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK, DIM, BATCH, ROWS = 128, 128, 16, 64  # keys of a block, D, edges of a batch, rows of a chunk
-
-
-@gluon.jit
-def load_places(query_ids, start, length, x, i_r, nowhere, G: gl.constexpr, HKV: gl.constexpr,
-                EDGES: gl.constexpr):  # fmt: skip
-    """Row `x ... x + EDGES` of an item: where the rows of its queries start, as a tuple."""
-    places = ()
-    for e in gl.static_range(EDGES):
-        t = gl.load(query_ids + start + gl.minimum(x + e, length - 1))
-        places += (gl.where(x + e < length, (t * HKV + i_r) * G, nowhere),)
-    return places
-
-
-@gluon.jit
-def copy_edges(q_desc, k_desc, k_idx_desc, tiles, barriers, work, query_ids, first_keys, n_items,
-               n_blocks, nowhere, G: gl.constexpr, HKV: gl.constexpr, BATCH: gl.constexpr,
-               STAGES: gl.constexpr):  # fmt: skip
-    """The producer: of every item its block of keys, and the rows of each edge's query."""
-    k_tile, k_idx_tile, q_tiles, _p_tiles, _row_tiles = tiles
-    k_full, k_empty, q_full, q_empty, k_idx_full, k_idx_empty, _full, _empty = barriers
-    EDGES: gl.constexpr = q_tiles.shape[1] // G
-    PARTS: gl.constexpr = [EDGES, G, q_tiles.shape[2]]
-    LAYOUT: gl.constexpr = q_desc.layout
-    HALF: gl.constexpr = q_tiles.shape[2]
-    step, seen = 0, 0
-    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        start, length, i_b, i_r = load_work(work, item, n_blocks)
-        if length > 0:
-            places = load_places(query_ids, start, length, 0, i_r, nowhere, G, HKV, EDGES)
-            first = gl.load(first_keys + i_b)
-            wait_empty(k_empty, seen, 1)
-            mbarrier.expect(k_full.index(0), k_desc.block_type.nbytes)
-            copy_tile(k_desc, [first, i_r * (2 * HALF)], k_full.index(0), k_tile)
-            stop = (length + BATCH - 1) // BATCH * BATCH
-            for x in range(0, stop, EDGES):
-                following = load_places(query_ids, start, length, x + EDGES, i_r, nowhere, G, HKV,
-                                        EDGES)  # fmt: skip
-                wait_empty(q_empty, step, STAGES)
-                full = q_full.index(step % STAGES)
-                half = 2 * (step % STAGES)
-                low = in_parts(q_tiles.index(half), PARTS, LAYOUT)
-                high = in_parts(q_tiles.index(half + 1), PARTS, LAYOUT)
-                mbarrier.expect(full, 2 * EDGES * q_desc.block_type.nbytes)
-                for e in gl.static_range(EDGES):
-                    copy_tile(q_desc, [places[e], 0], full, low.index(e))
-                    copy_tile(q_desc, [places[e], HALF], full, high.index(e))
-                places = following
-                step += 1
-                if x == BATCH - EDGES:  # the student reads these keys after the first batch
-                    wait_empty(k_idx_empty, seen, 1)
-                    mbarrier.expect(k_idx_full.index(0), k_idx_desc.block_type.nbytes)
-                    copy_tile(k_idx_desc, [first, 0], k_idx_full.index(0), k_idx_tile)
-            seen += 1
 
 
 @gluon.jit
@@ -154,7 +98,7 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
         query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
         own_keys: [Tq], int32; each query's own key among the packed keys
         first_keys, key_stops: [blocks], int32; a `block_table`
-        losses: [items], float32; written for items that have edges
+        losses: [items, 2], float32; halves of the keys, written for items that have edges
         d_q: [Tq, Hkv, k, Di], float32; not yet times the scale, written with GRADIENT only
         d_k: [items, Bk, Di], float32; not yet times the scale, written with GRADIENT only
         scale, index_scale: float; softmax and index scale times log2(e)
@@ -176,39 +120,53 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
     """
     BK: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]
-    DI: gl.constexpr = k_idx_desc.block_type.shape[1]
+    DI: gl.constexpr = 2 * k_idx_desc.block_type.shape[1]
     ROWS: gl.constexpr = MMA.instr_shape[1]
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tiles = (
-        gl.allocate_shared_memory(k_desc.dtype, [BK, DIM], k_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [BK, DI], k_idx_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, ROWS, DIM // 2], q_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [2, BK, BATCH], PLAIN),
-        gl.allocate_shared_memory(gl.float32, [4 if TOP else 2, BATCH * G], FLAT),
-    )  # fmt: skip
-    asking = (
+    k_tile = gl.allocate_shared_memory(k_desc.dtype, [BK, DIM], k_desc.layout)
+    k_idx_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BK, DI // 2], k_idx_desc.layout)
+    rows_tiles = gl.allocate_shared_memory(k_desc.dtype, [2 * STAGES, ROWS, DIM // 2],
+                                           q_desc.layout)  # fmt: skip
+    p_tiles = gl.allocate_shared_memory(gl.float32, [2, BK, BATCH], PLAIN)
+    sums_tiles = gl.allocate_shared_memory(gl.float32, [4 if TOP else 2, BATCH * G], FLAT)
+    asked = (
         gl.allocate_shared_memory(k_desc.dtype, [2, BATCH, DI], LINE),
-        gl.allocate_shared_memory(k_desc.dtype, [BK, BATCH], NARROW),
+        gl.allocate_shared_memory(gl.float32, [4, BATCH], FLAT),
+        gl.allocate_shared_memory(gl.int32, [2, BATCH], FLAT),
+        gl.allocate_shared_memory(gl.int64, [2, BATCH], FLAT),
     )
-    barriers = (
-        make_barriers(1, 1), make_barriers(1, 2), make_barriers(STAGES, 1),
-        make_barriers(STAGES, 2), make_barriers(1, 1), make_barriers(1, 1), make_barriers(2, 2),
-        make_barriers(2, 1),
-    )  # fmt: skip
+    ds_tiles = gl.allocate_shared_memory(k_desc.dtype, [2, BK, BATCH], NARROW)
+    k_full, k_empty = make_barriers(1, 1), make_barriers(1, 2)
+    q_full, q_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
+    k_idx_full, k_idx_empty = make_barriers(1, 1), make_barriers(1, 2)
+    asked_full, asked_empty = make_barriers(2, 1), make_barriers(2, 2)
+    p_full = (make_barriers(2, 1), make_barriers(2, 1))
+    p_empty = (make_barriers(2, 1), make_barriers(2, 1))
+    ds_full = make_barriers(2, 2)
     work = (rows, starts, stops)
+    teacher_tiles = (k_tile, rows_tiles, p_tiles, sums_tiles)
+    teacher_barriers = (k_full, k_empty, q_full, q_empty, p_full, p_empty)
+    student_tiles = (k_idx_tiles, asked[0], asked[1], asked[2], asked[3], p_tiles, ds_tiles)
+    student_barriers = (k_idx_full, k_idx_empty, asked_full, asked_empty, p_full, p_empty, ds_full)
     gl.warp_specialize([
-        (teach, (0, tiles, barriers, (top, log_total), work, query_ids, n_items, n_blocks, scale, G,
-                 HKV, TOP, BATCH, STAGES, MMA)),
-        (teach, (1, tiles, barriers, (top, log_total), work, query_ids, n_items, n_blocks, scale, G,
-                 HKV, TOP, BATCH, STAGES, MMA)),
-        (learn, (tiles, asking, barriers, (top_idx, log_total_idx), work,
-                 (query_ids, slots, own_keys), (first_keys, key_stops), (losses, d_q, d_k), q_idx,
-                 index_scale, n_items, n_blocks, stride_qt, stride_qh, G, HKV, TOP_K, GRADIENT,
-                 I_MMA, DK_MMA, LN2)),
-        (copy_edges, (q_desc, k_desc, k_idx_desc, tiles, barriers, work, query_ids, first_keys,
-                      n_items, n_blocks, nowhere, G, HKV, BATCH, STAGES)),
-    ], [4, 4, 1], [TEACHER, STUDENT, PRODUCER])  # fmt: skip
+        (teach, (0, teacher_tiles, teacher_barriers, (top, log_total), work, query_ids, n_items,
+                 n_blocks, scale, G, HKV, TOP, BATCH, STAGES, MMA)),
+        (teach, (1, teacher_tiles, teacher_barriers, (top, log_total), work, query_ids, n_items,
+                 n_blocks, scale, G, HKV, TOP, BATCH, STAGES, MMA)),
+        (learn, (0, student_tiles, student_barriers, work, (first_keys, key_stops),
+                 (losses, d_q, d_k), index_scale, n_items, n_blocks, G, GRADIENT, I_MMA, DK_MMA,
+                 LN2)),
+        (learn, (1, student_tiles, student_barriers, work, (first_keys, key_stops),
+                 (losses, d_q, d_k), index_scale, n_items, n_blocks, G, GRADIENT, I_MMA, DK_MMA,
+                 LN2)),
+        (load_edges, (asked, (asked_full, asked_empty), (top_idx, log_total_idx), work,
+                      (query_ids, slots, own_keys), q_idx, n_items, n_blocks, stride_qt, stride_qh,
+                      HKV, TOP_K, 2)),
+        (copy_edges, (q_desc, k_desc, k_idx_desc, (k_tile, k_idx_tiles, rows_tiles),
+                      (k_full, k_empty, q_full, q_empty, k_idx_full, k_idx_empty), work, query_ids,
+                      first_keys, n_items, n_blocks, nowhere, G, HKV, BATCH, STAGES)),
+    ], [4, 4, 4, 2, 1], [TEACHER, STUDENT, STUDENT, PRODUCER, PRODUCER])  # fmt: skip
 
 
 # -- host -----------------------------------------------------------------------------------------
@@ -220,9 +178,9 @@ OPTIONS = {
     "LINE": gl.NVMMASharedLayout.get_default_for([BATCH, DIM], gl.bfloat16),
     "NARROW": gl.NVMMASharedLayout.get_default_for([BLOCK, BATCH], gl.bfloat16),
     "LN2": math.log(2),
-    "TEACHER": 120,
-    "STUDENT": 240,
-    "PRODUCER": 32,
+    "TEACHER": 104,
+    "STUDENT": 112,
+    "PRODUCER": 48,
     "num_warps": 4,
 }
 """The compile-time options that are always the same."""
@@ -234,7 +192,7 @@ def stages_of(group: int, with_top: bool) -> int:
     >>> stages_of(16, False), stages_of(16, True), stages_of(64, True)
     (8, 8, 7)
     """
-    others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 2 * (2 * DIM + BLOCK) * BATCH
+    others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 4 * (DIM + BLOCK) * BATCH + 1024
     others += (2 + 2 * with_top) * 4 * BATCH * group
     return min(8, (226 * 1024 - others) // (2 * ROWS * DIM))
 
@@ -271,7 +229,7 @@ def index_loss(
     index, device, top = schedule.reverse_index, q.device, sums[0]
     sequences, block = index.sequences, index.block_size
     (n_q, heads, _), (_, groups, dim), items = q.shape, q_idx.shape, len(schedule.rows)
-    losses = torch.zeros(items, dtype=torch.float32, device=device)
+    losses = torch.zeros(items, 2, dtype=torch.float32, device=device)
     parts = [losses, losses]
     if gradients:
         shapes = ((n_q, groups, index.top_k, 1, dim), (items, block, dim))
@@ -282,7 +240,7 @@ def index_loss(
         hopper_loss_kernel[(min(programs, items),)](
             describe(as_matrix(q, True), group, DIM // 2),
             describe(as_matrix(k, False), block, DIM),
-            describe(as_matrix(k_idx, False), block, dim),
+            describe(as_matrix(k_idx, False), block, dim // 2),
             q_idx, sums[1] if top is None else top, sums[1], *student, schedule.rows,
             schedule.starts, schedule.stops, index.query_ids, index.slots,
             query_table(sequences, block, device)[0], *block_table(sequences, block, device),

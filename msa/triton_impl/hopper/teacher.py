@@ -37,11 +37,16 @@ def load_work(work, item, n_blocks):
 
 
 @gluon.jit
-def load_heads(numbers, query_ids, start, length, x, i_r, G: gl.constexpr, HKV: gl.constexpr):
-    """Numbers [Tq, Hq] of the edges and heads x of an item; 0 behind its last edge."""
-    there = x // G < length
-    t = gl.load(query_ids + start + x // G, mask=there, other=0).to(gl.int64)
-    return gl.load(numbers + t * (HKV * G) + i_r * G + x % G, mask=there, other=0.0)
+def load_ids(query_ids, start, length, x, G: gl.constexpr):
+    """The queries of rows x of an item's edges, G rows an edge; -1 behind its last edge."""
+    return gl.load(query_ids + start + x // G, mask=x // G < length, other=-1)
+
+
+@gluon.jit
+def load_heads(numbers, t, x, i_r, G: gl.constexpr, HKV: gl.constexpr):
+    """Numbers [Tq, Hq] of the queries t, head x % G of a group each; 0 where there is none."""
+    p = numbers + t.to(gl.int64) * (HKV * G) + i_r * G + x % G
+    return gl.load(p, mask=t >= 0, other=0.0)
 
 
 @gluon.jit
@@ -61,8 +66,8 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
           G: gl.constexpr, HKV: gl.constexpr, TOP: gl.constexpr, BATCH: gl.constexpr,
           STAGES: gl.constexpr, MMA: gl.constexpr):  # fmt: skip
     """Teacher W: keys 64 * W ... 64 * W + 64 of every item's block."""
-    k_tile, _k_idx, q_tiles, p_tiles, row_tiles = tiles
-    k_full, k_empty, q_full, q_empty, _ready, _read, p_full, p_empty = barriers
+    k_tile, q_tiles, p_tiles, row_tiles = tiles
+    k_full, k_empty, q_full, q_empty, p_full, p_empty = barriers
     top, log_total = numbers
     KEYS: gl.constexpr = MMA.instr_shape[0] * 4
     ROWS: gl.constexpr = MMA.instr_shape[1]
@@ -76,9 +81,11 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
         start, length, _, i_r = load_work(work, item, n_blocks)
         if length > 0:
-            log = load_heads(log_total, query_ids, start, length, x, i_r, G, HKV)
+            t = load_ids(query_ids, start, length, x, G)
+            log = load_heads(log_total, t, x, i_r, G, HKV)
             if TOP:
-                most = load_heads(top, query_ids, start, length, x, i_r, G, HKV)
+                most = load_heads(top, t, x, i_r, G, HKV)
+            t = load_ids(query_ids, start + BATCH, length - BATCH, x, G)
             wait_full(k_full, seen, 1)
             keys = k_tile.slice(W * KEYS, KEYS, dim=0)
             k_low = keys.slice(0, HALF, dim=1).load(A)
@@ -87,10 +94,11 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
                 row_tiles.index(W).store(log * LOG2E)
                 if TOP:
                     row_tiles.index(2 + W).store(most)
-                more = start + i + BATCH
-                log = load_heads(log_total, query_ids, more, length - i - BATCH, x, i_r, G, HKV)
+                log = load_heads(log_total, t, x, i_r, G, HKV)
                 if TOP:
-                    most = load_heads(top, query_ids, more, length - i - BATCH, x, i_r, G, HKV)
+                    most = load_heads(top, t, x, i_r, G, HKV)
+                after = i + 2 * BATCH
+                t = load_ids(query_ids, start + after, length - after, x, G)
                 p_tile = p_tiles.index(batch % 2).slice(W * KEYS, KEYS, dim=0)
                 for c in gl.static_range(BATCH // EDGES):
                     running = multiply(k_low, k_high, q_tiles, q_full, step, STAGES, MMA)
@@ -101,13 +109,13 @@ def teach(W: gl.constexpr, tiles, barriers, numbers, work, query_ids, n_items, n
                         if i == 0:  # the products have read all keys, so every load has ended
                             fence_async_shared()
                             release(k_empty, seen, 1)
-                        wait_empty(p_empty, batch, 2)
+                        wait_empty(p_empty[W], batch, 2)
                     less = row_tiles.index(W).slice(c * ROWS, ROWS).load(COLUMN)
                     if TOP:
                         s -= row_tiles.index(2 + W).slice(c * ROWS, ROWS).load(COLUMN)[None, :]
                     p = gl.exp2(s * scale - less[None, :])
                     p = gl.sum(gl.reshape(p, [KEYS, EDGES, G]), 2)
                     p_tile.slice(c * EDGES, EDGES, dim=1).store(p)
-                release(p_full, batch, 2)
+                release(p_full[W], batch, 2)
                 batch += 1
             seen += 1
