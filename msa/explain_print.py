@@ -161,6 +161,9 @@ def print_kernels(choice: dict[str, Any]) -> None:
     keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.key_rule():
         keys.add_row(name, wanted)
+    loss = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in kernel_choice.loss_rule():
+        loss.add_row(name, wanted)
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
@@ -189,6 +192,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 keys,
+                Text(
+                    "In training, it computes the alignment loss and its gradients with a hopper "
+                    "kernel where all of this holds:",
+                    style="dim",
+                ),
+                loss,
             ),
             title="[bold]Which kernels?[/]",
             title_align="left",

@@ -481,3 +481,14 @@ def key_rule() -> list[tuple[str, str]]:
     groups, scales = either(KEY_GROUPS), f"{SMALLEST_SCALE:.1e} to {LARGEST_SCALE:g}"
     same = "compute capability, triton, dtypes, D, Dv and block_size"
     return [(same, "as above"), ("query heads of a group", groups), ("softmax scale", scales)]
+
+
+def loss_rule() -> list[tuple[str, str]]:
+    """What an alignment loss must have for the hopper kernel: names and wanted values."""
+    return [
+        ("compute capability and triton", "as above"),
+        ("dtype of q, k, q_idx and k_idx", f"one of {either(DTYPES)} for all"),
+        ("D and Di", str(WALK_DIM)),
+        ("block_size", str(WALK_BLOCK_SIZE)),
+        ("query heads of a group", either(LOSS_GROUPS)),
+    ]

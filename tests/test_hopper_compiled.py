@@ -130,11 +130,10 @@ def test_loss_kernels_fit():
     for options, found in zip(kernels, compiled([("loss", *k) for k in kernels]), strict=True):
         assert "C75" not in found["says"], options  # products one after another
         assert found["registers"] * found["threads"] <= 65536, options
-        assert found["registers"] <= 128, options  # 16 warps; setmaxnreg then moves registers
+        assert found["registers"] <= 96, options  # 20 warps; setmaxnreg then moves registers
         assert found["shared"] <= 227 * 1024, options
-        *_, with_gradient = options
-        assert found["spilled"] <= (896 if with_gradient else 64), options  # tables' addresses
-        assert found["steps"].count("wgmma.mma_async") >= 40, options
+        assert found["spilled"] <= 384, options  # numbers of an item, outside of the inner loops
+        assert found["steps"].count("wgmma.mma_async") >= 64 + 16, options
         loads = [i for i, step in enumerate(found["steps"]) if step == "ldmatrix"]
         assert loads
         for i in loads:  # keys are given back after a product has read them

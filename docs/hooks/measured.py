@@ -31,7 +31,8 @@ KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
                 "quantize", "tile_union", "reverse_index", "schedule", *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
-              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED, *HOPPER),
+              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/index_loss",
+              "hopper/teacher", "hopper/student", "hopper/loss_rows", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
@@ -76,6 +77,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "walk": [{"n": int, "keep": NUMBER, "hopper": TIME, "portable": TIME,
                   "portable_auto": TIME, "union_of_8": TIME}],
         "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
+    },
+    "loss": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str,
+        "checks": {"cases": int, "reruns": int, "different_numbers": int},
+        "loss": [{"n": int, "keep": NUMBER, "portable": TIME, "hopper": TIME}],
+        "stages": [{"n": int, "queries": int, "schedule": TIME, "student_sums": TIME,
+                    "kernel_with_sums": TIME, "loss_alone": TIME, "sum_slots": TIME,
+                    "sum_items": TIME}],
     },
     "train": {
         **MACHINE,

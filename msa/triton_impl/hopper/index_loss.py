@@ -14,9 +14,9 @@ What the asynchronous form changes:
     memory and read them again: 16 KiB for each query and group. One portable kernel for both was
     slower than two, because each of its steps waits for the one before. Here the steps belong to
     groups of warps that run at the same time.
- 2. Two teachers of four warps own 64 keys each. A student of four warps owns the index branch: its
-    scores, the loss, the gradients. A producer warp copies. While the student works on one batch,
-    the teachers multiply the next.
+ 2. Two teachers of four warps own 64 keys each. Two students of four warps own the index branch:
+    its scores, the loss, the gradients. A producer warp copies, two loader warps load. While the
+    students work on one batch, the teachers multiply the next.
  3. An edge is one query, and the copy engine gathers its rows: 16 heads lie side by side, so two
     copies fetch them. No tile of neighbouring queries is needed, so no row is computed in vain,
     whether neighbours select alike or not.
@@ -26,12 +26,16 @@ What the asynchronous form changes:
  5. A batch has 16 edges, the least that a product over edges can have (d_k_idx).
  6. Edges behind the last one are copied from behind the last query. The copy engine writes zeros
     for them and reads nothing.
- 7. The loss is one number for each item, and the slots of an edge hold nothing but d_q_idx.
- 8. The student needs about 240 registers with gradients, and the address of each of its tables is
-    spilled to local memory. This costs some 40 loads for each batch.
- 9. The index queries of a batch have two tiles, used in turns. A warp that has waited for its own
-    part of a product does not know whether the other warps' parts have ended, and these read the
-    tile, too. When it writes the same tile again, a barrier of the next batch lies between.
+ 7. The loss is two numbers for each item, and the slots of an edge hold nothing but d_q_idx.
+ 8. Each student has the loss, dS and d_k_idx of 64 keys. d_q_idx is a sum over all keys, so each
+    student computes it for half of the dims, from the dS of both. One student for all keys had
+    twice the registers, spilled, and was slower than the teachers.
+ 9. Nobody waits for an address that lies in memory. The loader brings index queries, numbers of the
+    softmax and places of gradients to the students. The teachers load the queries' numbers two
+    batches ahead, and the producer two chunks ahead.
+10. Tiles that a student reads or writes exist twice. A warp that has waited for its own part of a
+    product does not know whether the other warps' parts have ended, and these read the tile, too.
+    Before the same tile is written again, a barrier of the batch between has been passed.
 
 Who waits for whom (Q: ring of chunks of 64 rows, P: ring of two batches of probabilities):
 
@@ -42,9 +46,14 @@ Who waits for whom (Q: ring of chunks of 64 rows, P: ring of two batches of prob
     teacher 1   K Q0 ...| exp, sum | K Q1 | exp, sum .. -> P0       | ...
                                                             |       ^ P2 takes the place of P0
                                                             v       | when the student has read it
-    student     k_idx q_idx^T for batch 0 ...... waits .... loss, dS | d_k_idx, d_q_idx | batch 1
+    student 0   k_idx q_idx^T for batch 0 ...... waits .... loss, dS | d_k_idx, d_q_idx | batch 1
+    student 1   k_idx q_idx^T for batch 0 ...... waits .... loss, dS | d_k_idx, d_q_idx | batch 1
+                      ^                                         each waits for the other's dS
+                      |
+    loader      q_idx 0, q_idx 1, ..wait..: both students have used batch 0 .. q_idx 2 ...
 
-The teachers wait only for the ring and, two batches later, for the student.
+The teachers wait only for the ring and, two batches later, for their students: teacher W leaves P
+of its keys to student W.
 """
 
 from __future__ import annotations
@@ -88,7 +97,7 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
     Parameters:
         q_desc: descriptors of [Tq * Hq, 128], 16-bit, in tiles of G rows and half of the columns
         k_desc: descriptors of [Tk, Hkv * 128], as q, in blocks of one group
-        k_idx_desc: descriptors of [Tk, Di], as q, in blocks
+        k_idx_desc: descriptors of [Tk, Di], as q, in blocks and half of the columns
         q_idx: [Tq, Hkv, Di], as q
         top: [Tq, Hq], float32; highest scores of the main branch, not scaled, read with TOP only
         log_total: [Tq, Hq], float32, natural logarithm; see `softmax_sums`; without TOP the LSE
@@ -116,7 +125,8 @@ def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_id
         DK_MMA: layout of d_k_idx [64, Di]
         LINE, NARROW: layouts of the index queries [BATCH, Di] and of dS [Bk, BATCH]
         LN2: logarithm of 2
-        TEACHER, STUDENT, PRODUCER: registers of a thread of the second teacher, of the others
+        TEACHER, STUDENT, PRODUCER: registers of a thread of the second teacher, of a student, of
+            the producer and the loader
     """
     BK: gl.constexpr = k_desc.block_type.shape[0]
     DIM: gl.constexpr = k_desc.block_type.shape[1]

@@ -1,4 +1,4 @@
-"""The student of the index branch on Hopper: a group of warps of `index_loss.py` (R17).
+"""The students of the index branch on Hopper: groups of warps of `index_loss.py` (R17).
 
     for each work item (block of one group, edges start ... stop):          # KV-outer
         for each batch of 16 edges (query t, slot s):
@@ -7,7 +7,8 @@
             loss      += P (log P - log P_idx);  dS = P_idx - P
             d_k_idx   += dS q_idx;  d_q_idx[t, group, s] = dS^T k_idx
 
-The block's keys are two halves of 64, so that the registers of one half are free for the other.
+Each of two students owns 64 of the block's 128 keys. For d_q_idx, which is a sum over all keys, each
+waits for the dS of the other and computes 64 dims.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def learn(W: gl.constexpr, tiles, barriers, work, keys, outputs, index_scale, n_
     A: gl.constexpr = gl.DotOperandLayout(0, DK_MMA, 2)
     batch, seen = 0, 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        start, length, i_b, i_r = load_work(work, item, n_blocks)
+        start, length, i_b, _i_r = load_work(work, item, n_blocks)
         if length > 0:
             first = gl.load(first_keys + i_b)
             key_stop = gl.load(key_stops + i_b)

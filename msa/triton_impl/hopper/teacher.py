@@ -9,7 +9,7 @@
 
 Keys are the first operand and stay in registers for a whole item; the rows of queries are read from
 the ring. A query's heads lie side by side along the rows, so their sum costs two shuffles for each
-edge. Which tokens an edge sees, and the mean, are left to the student, which has less to do.
+edge. Which tokens an edge sees, and the mean, are left to the students, which have less to do.
 """
 
 from __future__ import annotations
