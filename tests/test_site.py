@@ -100,6 +100,7 @@ def test_results_of_a_wrong_form_are_refused():
         *COMMITTED,
         "selection_hopper_h200",
         "walk_hopper_h200",
+        "gradients_hopper_h200",
         "loss_hopper_h200",
         *measured.older(),
     ):

@@ -1,4 +1,4 @@
-"""What the groups of warps of `index_loss.py` read: copied, or loaded, one batch of edges at a time.
+"""What the groups of warps of `index_loss.py` read: copied, or loaded, a batch of edges at a time.
 
     producer    one warp: of every item its block of keys, and the rows of each edge's query by the
                 copy engine, in chunks of 64 rows

@@ -7,8 +7,8 @@
             loss      += P (log P - log P_idx);  dS = P_idx - P
             d_k_idx   += dS q_idx;  d_q_idx[t, group, s] = dS^T k_idx
 
-Each of two students owns 64 of the block's 128 keys. For d_q_idx, which is a sum over all keys, each
-waits for the dS of the other and computes 64 dims.
+Each of two students owns 64 of the block's 128 keys. For d_q_idx, which is a sum over all keys,
+each waits for the dS of the other and computes 64 dims.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def learn(W: gl.constexpr, tiles, barriers, work, keys, outputs, index_scale, n_
     A: gl.constexpr = gl.DotOperandLayout(0, DK_MMA, 2)
     batch, seen = 0, 0
     for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        start, length, i_b, _i_r = load_work(work, item, n_blocks)
+        _start, length, i_b, _i_r = load_work(work, item, n_blocks)
         if length > 0:
             first = gl.load(first_keys + i_b)
             key_stop = gl.load(key_stops + i_b)
