@@ -150,20 +150,20 @@ def print_choice(choice: dict[str, Any]) -> None:
     )
 
 
+def wanted_by(kernels: str, rule: list[tuple[str, str]]) -> Table:
+    """A rule of `msa.kernel_choice` as a table."""
+    table = Table("what", f"wanted by {kernels}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in rule:
+        table.add_row(name, wanted)
+    return table
+
+
 def print_kernels(choice: dict[str, Any]) -> None:
     """Print the rule of kernels="auto", and what it takes on this machine."""
-    table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.rule():
-        table.add_row(name, wanted)
-    walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.walk_rule():
-        walk.add_row(name, wanted)
-    keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.key_rule():
-        keys.add_row(name, wanted)
-    loss = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.loss_rule():
-        loss.add_row(name, wanted)
+    table = wanted_by("the hopper kernels", kernel_choice.rule())
+    walk = wanted_by("the hopper walk", kernel_choice.walk_rule())
+    keys = wanted_by("the hopper kernel", kernel_choice.key_rule())
+    loss = wanted_by("the hopper kernel", kernel_choice.loss_rule())
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
