@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import pytest
 import torch
+from hopper_cases import RAGGED, SCALE, arguments, packed
 
-import msa
-from benchmarks.cases import make_selection
 from msa import kernel_choice
 from msa.ir import Sequences
 from msa.torch_impl import attend_selection as attend_in_torch
@@ -24,15 +21,8 @@ from msa.triton_impl.hopper import partials as hopper
 CANNOT = kernel_choice.obstacle(kernel_choice.usual_call())
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT))]
 BF16, FP16 = torch.bfloat16, torch.float16
-SCALE = 128**-0.5
 
 
-def packed(*lengths):
-    """Sequences from pairs of queries and keys."""
-    return Sequences(*((0, *accumulate(n)) for n in zip(*lengths, strict=True)))
-
-
-RAGGED = packed((54, 1042), (0, 300), (233, 3120), (1, 1), (700, 700), (12, 129), (3, 2999))
 CASES = {  # sequences, groups, heads of a group, dtype, chance to keep a neighbour's block
     "one sequence": (Sequences.one(512, 512), 4, 16, BF16, 0.8),
     "one token": (Sequences.one(1, 1), 1, 16, BF16, 0.0),
@@ -44,20 +34,6 @@ CASES = {  # sequences, groups, heads of a group, dtype, chance to keep a neighb
     "long rows": (Sequences.one(300, 40_000), 4, 16, BF16, 0.5),
 }
 ORDERS = {"kv_outer": None, "pairs stay": (0, 10**6), "three stay": (0, 0), "by length": (2, 6)}
-
-
-def arguments(sequences, groups, group, dtype, keep, seed=0):
-    """q, k, v and a selection."""
-    random = torch.Generator("cuda").manual_seed(seed)
-    q, k, v = (
-        torch.randn(n, heads, 128, generator=random, device="cuda").to(dtype)
-        for n, heads in (
-            (sequences.total_q, groups * group), (sequences.total_k, groups),
-            (sequences.total_k, groups),
-        )
-    )  # fmt: skip
-    config = msa.MSAConfig()
-    return q, k, v, make_selection(sequences, keep, config=config, groups=groups, seed=seed)
 
 
 @pytest.fixture(params=ORDERS)

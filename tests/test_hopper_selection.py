@@ -96,6 +96,20 @@ def test_the_selection_is_that_of_the_portable_kernels(name, spoiled):
     want.validate()
 
 
+@pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("name", CASES)
+def test_scores_below_zero(name, some):
+    """Where all scores of a block are negative, or zeros of both signs beside them, or beside NaN."""
+    q_idx, k_idx, *rest = arguments(name)
+    rows = slice(None, None, 5 if some else 1)
+    q_idx[rows] = q_idx[rows].abs()
+    k_idx.copy_(-k_idx.abs() - 1)
+    k_idx[1000:1500:3] = torch.nan
+    k_idx[2000:2300] = -0.0
+    want = select_fused(q_idx, k_idx, *rest, kernels="portable")
+    assert_same(select_fused(q_idx, k_idx, *rest, kernels="hopper"), want)
+
+
 @pytest.mark.parametrize("long", [0, 10**9], ids=["maxima", "direct"])
 @pytest.mark.parametrize("name", ["ragged", "2,344 blocks", "64 places"])
 def test_both_ways_through_the_rows(name, long, monkeypatch):

@@ -5,14 +5,13 @@ The properties of the subject "triton-hopper-walk" compare it with the definitio
 
 from __future__ import annotations
 
-from itertools import accumulate
 from unittest import mock
 
 import pytest
 import torch
+from hopper_cases import RAGGED, SCALE, arguments, packed
 
 import msa
-from benchmarks.cases import make_selection
 from msa import kernel_choice
 from msa.conformance import all_properties, subjects
 from msa.ir import Sequences
@@ -25,16 +24,9 @@ from msa.triton_impl.hopper import union_walk
 CANNOT = kernel_choice.obstacle(kernel_choice.usual_call())
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CANNOT is not None, reason=str(CANNOT))]
 BF16, FP16 = torch.bfloat16, torch.float16
-SCALE = 128**-0.5
 WALK = [s for s in subjects() if s.name == "triton-hopper-walk"]
 
 
-def packed(*lengths):
-    """Sequences from pairs of queries and keys."""
-    return Sequences(*((0, *accumulate(n)) for n in zip(*lengths, strict=True)))
-
-
-RAGGED = packed((54, 1042), (0, 300), (233, 3120), (1, 1), (700, 700), (12, 129), (3, 2999))
 CASES = {  # sequences, groups, heads of a group, dtype, chance to keep a neighbour's block
     "one sequence": (Sequences.one(512, 512), 4, 16, BF16, 0.8),
     "one token": (Sequences.one(1, 1), 1, 16, BF16, 0.0),
@@ -46,20 +38,6 @@ CASES = {  # sequences, groups, heads of a group, dtype, chance to keep a neighb
     "64 heads": (Sequences.one(300, 900), 1, 64, BF16, 0.8),
     "long rows": (Sequences.one(300, 40_000), 4, 16, BF16, 0.5),
 }  # fmt: skip
-
-
-def arguments(sequences, groups, group, dtype, keep, seed=0):
-    """q, k, v and a selection."""
-    random = torch.Generator("cuda").manual_seed(seed)
-    q, k, v = (
-        torch.randn(n, heads, 128, generator=random, device="cuda").to(dtype)
-        for n, heads in (
-            (sequences.total_q, groups * group), (sequences.total_k, groups),
-            (sequences.total_k, groups),
-        )
-    )  # fmt: skip
-    config = msa.MSAConfig()
-    return q, k, v, make_selection(sequences, keep, config=config, groups=groups, seed=seed)
 
 
 def assert_close(got, want):
@@ -194,13 +172,15 @@ def test_a_graph_and_two_streams():
 
 
 def test_where_auto_takes_it():
-    """Full sequences of up to 128 blocks, every length with loop_order="union"; not short calls."""
+    """Every length with 16 heads in a group or loop_order="union", up to 128 blocks with others."""
     usual = arguments(Sequences.one(1024, 16_384), 4, 16, BF16, 0.8)
     longer = arguments(Sequences.one(1024, 16_385), 4, 16, BF16, 0.8)
     few = arguments(Sequences.one(256, 16_384), 4, 16, BF16, 0.8)
+    wide, wider = (arguments(Sequences.one(1024, n), 2, 32, BF16, 0.8) for n in (16_384, 16_385))
     with mock.patch.object(union_walk, "walk", wraps=union_walk.walk) as walk:
         for given, options, calls in (
-            (usual, {}, 1), (usual, {"loop_order": "union"}, 1), (longer, {}, 0), (few, {}, 0),
+            (usual, {}, 1), (usual, {"loop_order": "union"}, 1), (longer, {}, 1), (few, {}, 0),
+            (wide, {}, 1), (wider, {}, 0), (wider, {"loop_order": "union"}, 1),
             (usual, {"kernels": "portable"}, 0), (usual, {"loop_order": "kv_outer"}, 0),
             (longer, {"loop_order": "union"}, 1), (longer, {"kernels": "hopper"}, 1),
             (few, {"kernels": "hopper"}, 1),

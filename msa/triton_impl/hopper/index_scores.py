@@ -32,6 +32,11 @@ What the asynchronous form changes:
  9. In a paged cache the producer finds each block through the page table (`page_rows.py`). A page's
     factor multiplies its maximum, and is loaded while the block before it is multiplied.
 10. NaN is written as -inf (R4) and -0 as 0, so that the top-k compares plain numbers.
+11. With 8 bits the maxima take longer than the products. There the bits of the scores are compared
+    as signed integers, because the maximum of three integers is one instruction. This is the
+    maximum of a row, unless all its scores are negative or one is NaN: a larger negative number has
+    a smaller integer, and NaN has the largest. If a row of the consumer is so, it takes the maxima
+    of the same products as numbers.
 
 Who waits for whom (K: ring of STAGES tiles of keys, Q: ring of one stage of 256 rows):
 
