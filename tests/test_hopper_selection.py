@@ -99,7 +99,7 @@ def test_the_selection_is_that_of_the_portable_kernels(name, spoiled):
 @pytest.mark.parametrize("some", [False, True], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("name", CASES)
 def test_scores_below_zero(name, some):
-    """Where all scores of a block are negative, or zeros of both signs beside them, or beside NaN."""
+    """All scores of a block are negative; in others, zeros of both signs or NaN lie beside them."""
     q_idx, k_idx, *rest = arguments(name)
     rows = slice(None, None, 5 if some else 1)
     q_idx[rows] = q_idx[rows].abs()
