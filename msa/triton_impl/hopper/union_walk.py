@@ -264,7 +264,7 @@ def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr):
             step += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_items", "U"])  # so other sizes compile nothing anew
 def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part_tops, part_totals,
                        part_counts, out, lse, owners, table, scale, scale_up, n_items, U, stride_qt,
                        stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
