@@ -158,6 +158,9 @@ def print_kernels(choice: dict[str, Any]) -> None:
     walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.walk_rule():
         walk.add_row(name, wanted)
+    wide = Table("what", "wanted to be widened", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in kernel_choice.wide_rule():
+        wide.add_row(name, wanted)
     keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.key_rule():
         keys.add_row(name, wanted)
@@ -183,6 +186,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 walk,
+                Text(
+                    "A prefill over a cache of 8 bits writes keys and values once in 16 bits where "
+                    "all of this holds. Elsewhere its kernels convert them for each tile:",
+                    style="dim",
+                ),
+                wide,
                 Text(
                     "In training, it forms the gradients of keys and values with a hopper kernel "
                     "where all of this holds:",

@@ -234,5 +234,5 @@ def widen_pages(
     table = wide_table(visible, block_size, device)
     return (
         wide_k.transpose(1, 2), wide_v.transpose(1, 2),
-        Pages(table, factors[..., 0], factors[..., 1]),
+        Pages(table, factors[..., 0], factors[..., 1], mild=dtype == torch.bfloat16),
     )  # fmt: skip
