@@ -168,8 +168,10 @@ def test_the_call_is_read_from_the_arguments(batched):
     lead = (3, 7) if batched else (7,)
     q_idx, k_idx = np.ones((*lead, 5, 64), "f2"), np.ones((*lead, 64), "f4")
     call = kernel_choice.call_of(q_idx, k_idx, msa.MSAConfig(64, 20, 3, 2))
-    place = "the CPU", None, call.triton, is_interpreted()
-    assert call == Call(*place, "float16", "float32", 64, 5, 64, 15)
+    assert call == Call(
+        q_dtype="float16", k_dtype="float32", index_dim=64, groups=5, block_size=64, places=15,
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
     tensor = torch.ones(*lead, 5, 64)
     assert kernel_choice.call_of(tensor, tensor, msa.MSAConfig()).device == "cpu"
 
@@ -193,9 +195,11 @@ def test_a_walk_is_read_from_the_arguments(batched):
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
     call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
-    place = "the CPU", None, call.triton, is_interpreted()
-    sizes = 64, 32, 3, 128, 1800, 3, 0.3
-    assert call == WalkCall(*place, *["float16"] * 3, *sizes, "union")
+    assert call == WalkCall(
+        q_dtype="float16", k_dtype="float16", v_dtype="float16", dim=64, dim_v=32, group=3,
+        block_size=128, rows=1800, blocks=3, scale=0.3, loop_order="union",
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

@@ -26,12 +26,13 @@ FINDINGS = ROOT / "msa" / "ablations"
 """The folder of the ablations' results, which are part of the package."""
 SHARED = ("tile_verbs", "launch", "tables", "tuning", "bits")
 HOPPER = ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
-          "hopper/ring", "hopper/union_walk", "hopper/walk_rows")  # fmt: skip
+          "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows")  # fmt: skip
 KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
-                "quantize", "tile_union", "reverse_index", "schedule", *SHARED, *HOPPER),
+                "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
-              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED, *HOPPER),
+              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
+              "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
@@ -44,6 +45,7 @@ NUMBER = (int, float)
 SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MEDIAN = {"ms": NUMBER}
+RATE = {"ms": NUMBER, "tflops": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
 STEP = {"step": MICROS, "layer": MICROS, "scores": MICROS}
@@ -76,6 +78,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "walk": [{"n": int, "keep": NUMBER, "hopper": TIME, "portable": TIME,
                   "portable_auto": TIME, "union_of_8": TIME}],
         "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
+    },
+    "gradients": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str, "checks": dict,
+        "keys": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE}],
+        "queries": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE,
+                     "union_of_4": MEDIAN, "union_of_8": MEDIAN}],
     },
     "train": {
         **MACHINE,
