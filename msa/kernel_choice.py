@@ -414,7 +414,9 @@ def order_on_hopper(call: WalkCall) -> str:
     return "union" if call.blocks <= LONGEST_WHOLE else call.loop_order
 
 
-def widens(q: Array, k_pages: Array, v_pages: Array, sequences: Sequences, kernels: Kernels) -> bool:
+def widens(
+    q: Array, k_pages: Array, v_pages: Array, sequences: Sequences, kernels: Kernels
+) -> bool:
     """Whether a prefill widens the keys and values of its pages from 8 to 16 bits.
 
     Sequences without queries have no keys here. A caller who names "hopper" has them widened for

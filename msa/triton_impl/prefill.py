@@ -52,16 +52,28 @@ def prefill_chunk(
     require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
     q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
     selection = select_pages(q_idx, cache, sequences, config, index_dtype, kernels)
-    k, v, scale = cache.k_pages, cache.v_pages, config.softmax_scale_for(q.shape[-1])
+    scale = config.softmax_scale_for(q.shape[-1])
+    out, lse = attend_pages(q, cache, selection, scale, loop_order, kernels)
+    return Output(out, lse, selection)
+
+
+def attend_pages(
+    q: Float[Tensor, "Tq Hq D"], cache: PagedKV, selection: Selection, scale: float,
+    loop_order: LoopOrder = "auto", kernels: Kernels = "auto",
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
+    """Out and lse of attention over selected blocks of a cache, which is widened where that pays.
+
+    The walk runs on the kernels that are named where it can.
+    """
+    k, v, sequences = cache.k_pages, cache.v_pages, with_queries(selection.sequences)
     pages = Pages(cache.page_table, cache.k_scales, cache.v_scales)
     selection = replace(selection, indices=selection.indices.contiguous())
-    if widens(q, k, v, with_queries(sequences), kernels):
+    if widens(q, k, v, sequences, kernels):
         k, v, pages = widen_pages(k, v, pages, selection, q.dtype)
     call = paged_call(walk_call_of(q, k, v, selection, scale, loop_order), k, v, pages)
     if kernels == "hopper" and obstacle(call) is not None:
         kernels = "portable"
-    out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order, kernels, pages)
-    return Output(out, lse, selection)
+    return attend_super_tiles(q, k, v, selection, scale, loop_order, kernels, pages)
 
 
 def select_pages(

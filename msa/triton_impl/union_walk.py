@@ -76,9 +76,9 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def attend_step(b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v, page, first,
-                i_n, key_stop, b_own, m_row, scale, p_k_scale, p_v_scale, stride_kp, stride_kt,
-                stride_vp, stride_vt, stride_ksp, stride_vsp, DIM: tl.constexpr,
+def attend_step(b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
+                first, i_n, key_stop, b_own, m_row, scale, p_k_scale, p_v_scale, stride_kp,
+                stride_kt, stride_vp, stride_vt, stride_ksp, stride_vsp, DIM: tl.constexpr,
                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
                 EDGE: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
                 UNITS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -206,7 +206,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
             b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
             first_key + i_b * BK, (i % STEPS) * BN, key_stop, b_own, selects(b_bits, o_i), scale,
             p_k_scale, p_v_scale, stride_kp, stride_kt, stride_vp, stride_vt, stride_ksp,
-            stride_vsp, DIM, DIM_V, BD, BDV, BN, False, TMA, PAGED, SCALED, UNITS, PRECISION)  # fmt: skip
+            stride_vsp, DIM, DIM_V, BD, BDV, BN, False, TMA, PAGED, SCALED, UNITS,
+            PRECISION)  # fmt: skip
         last = i % STEPS == STEPS - 1
         if PAGED:
             page = tl.where(last, next_page, page)

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from msa.ir import Selection, Sequences
@@ -109,12 +109,12 @@ def widen_page(x, y, stride_t, tokens, power, DIM: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def widen_kernel(k, v, k_scales, v_scales, places, keys, table, marks, wide_k, wide_v, factors,
-                 n_blocks, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh, stride_ksp,
-                 stride_ksh, stride_vsp, stride_vsh, stride_ts, stride_tb, HKV: tl.constexpr,
-                 DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                 BK: tl.constexpr, BN: tl.constexpr, VECTOR: tl.constexpr, SPLIT: tl.constexpr,
-                 MARKED: tl.constexpr):  # fmt: skip
-    """Block program_id(0) and group program_id(1).
+                 n_blocks, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+                 stride_ksp, stride_ksh, stride_vsp, stride_vsh, stride_ts, stride_tb,
+                 HKV: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
+                 BDV: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, VECTOR: tl.constexpr,
+                 SPLIT: tl.constexpr, MARKED: tl.constexpr):  # fmt: skip
+    """One block and group; the groups of a block follow one another, as in a page.
 
     Parameters:
         k: [pages, Bk, Hkv, D], e4m3
@@ -141,10 +141,11 @@ def widen_kernel(k, v, k_scales, v_scales, places, keys, table, marks, wide_k, w
         SPLIT: bool; multiply by a power of two
         MARKED: bool; only blocks with a mark
     """
-    i_b, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i_x = tl.program_id(0).to(tl.int64)
+    i_b, i_r = i_x // HKV, i_x % HKV
     wanted = True
     if MARKED:
-        wanted = tl.load(marks + i_b * HKV + i_r) != 0
+        wanted = tl.load(marks + i_x) != 0
     if wanted:
         i_s, i_n = tl.load(places + i_b), tl.load(places + n_blocks + i_b)
         page = tl.load(table + along(i_s, stride_ts) + along(i_n, stride_tb)).to(tl.int64)
@@ -152,7 +153,6 @@ def widen_kernel(k, v, k_scales, v_scales, places, keys, table, marks, wide_k, w
         power_k, rest_k = split_factor(tl.load(p_k + along(i_r, stride_ksh)), SPLIT)
         power_v, rest_v = split_factor(tl.load(p_v + along(i_r, stride_vsh)), SPLIT)
         tokens = tl.load(keys + n_blocks + i_b) - tl.load(keys + i_b)
-        i_x = i_b * HKV + i_r
         tl.store(factors + 2 * i_x, rest_k)
         tl.store(factors + 2 * i_x + 1, rest_v)
         widen_page(k + along(page, stride_kp) + along(i_r, stride_kh), wide_k + i_x * BK * DIM,
@@ -192,7 +192,7 @@ def wide_table(
 
 def marked_blocks(
     selection: Selection, sequences: Sequences, blocks: int
-) -> Int[Tensor, "blocks Hkv"]:
+) -> UInt8[Tensor, "blocks Hkv"]:
     """1 for each block of each group that a query selected; the blocks of `with_queries`."""
     ids = selection.indices
     marks = torch.zeros((blocks, ids.shape[1]), dtype=torch.uint8, device=ids.device)
@@ -223,9 +223,10 @@ def widen_pages(
     factors = torch.empty((blocks, groups, 2), dtype=torch.float32, device=device)
     marked = marks(selection)
     chosen = marked_blocks(selection, visible, blocks) if marked else factors  # else not read
-    widen_kernel[blocks, groups](
+    widen_kernel[blocks * groups,](
         k, v, pages.k_scales, pages.v_scales, block_places(visible, block_size, device),
-        block_table(visible, block_size, device), pages.table, chosen, wide_k, wide_v, factors, blocks, *k.stride()[:3], *v.stride()[:3],
+        block_table(visible, block_size, device), pages.table, chosen, wide_k, wide_v, factors,
+        blocks, *k.stride()[:3], *v.stride()[:3],
         *pages.k_scales.stride(), *pages.v_scales.stride(), *pages.table.stride(), HKV=groups,
         DIM=k.shape[-1], DIM_V=v.shape[-1], BD=pad(k.shape[-1]), BDV=pad(v.shape[-1]),
         BK=block_size, BN=min(TOKENS, pad(block_size)), VECTOR=VECTOR,

@@ -168,7 +168,7 @@ def consume(W: gl.constexpr, q, rings, tables, wide, folded, out, lse, scale, sc
                     unit = next_unit
                 acc = acc * along_rows(decay, MMA)
                 b_p = gl.convert_layout(p.to(b_q.dtype), A)
-                if not SCALED:  # pages that were widened have zeros there
+                if not SCALED:  # noqa: SIM102 known to the compiler; widened pages have zeros there
                     if first + BK > key_stop:
                         wait_full(v_full, step, STAGES)
                         clear_foreign(v_tiles.index(step % STAGES), first, key_stop)
@@ -415,9 +415,10 @@ def walk(
         steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
         factors = into.lse if pages.k_scales is None else pages.k_scales
     descriptor = describe if pages is None else describe_pages
+    scale_up = 2.0 ** min(127, math.ceil(math.log2(scale)))
     hopper_walk_kernel[(min(programs, items),)](
         q, descriptor(k), descriptor(v), tiles, block_ids, row_masks, counts, *parts, into.out,
-        into.lse, owners, table, factors, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items,
+        into.lse, owners, table, factors, scale, scale_up, items,
         block_ids.shape[2], *q.stride()[:2], *steps, G=group, HKV=groups, HEADS=pad(group, 8),
         TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, PAGED=pages is not None,
         SCALED=pages is not None and pages.k_scales is not None, **OPTIONS,
