@@ -123,6 +123,6 @@ def prefill_tokens(
     borders = None if cu_seqlens_q is None else tuple(cu_seqlens_q)
     output = prefill(
         q, q_idx, cache, cu_seqlens_q=borders, config=config, backend=backend_of(q),
-        index_dtype=index_dtype,
+        index_dtype=cast(Literal["fp8_e4m3"] | None, index_dtype),  # which `prefill` checks
     )  # fmt: skip
     return output.out.contiguous(), output.lse.contiguous()
