@@ -67,18 +67,18 @@ def compile_topk(places, long):
     )  # fmt: skip
 
 
-def compile_walk(dtype, group, apart, paged=False):
+def compile_walk(dtype, group, apart, paged=False, scaled=False):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys = union_walk.describe(k)
     return union_walk.hopper_walk_kernel.warmup(
-        q, keys, keys, table, table, table, table, q, floats, floats, floats, table, table, 0.1,
-        0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4, HEADS=pad(group, 8),
-        APART=apart, PAGED=paged, grid=(1,), **union_walk.OPTIONS,
+        q, keys, keys, table, table, table, table, q, floats, floats, floats, table, table, floats,
+        0.1, 0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4, HEADS=pad(group, 8),
+        APART=apart, PAGED=paged, SCALED=scaled, grid=(1,), **union_walk.OPTIONS,
     )  # fmt: skip
 
 
-def compile_chunks(dtype, group, paged=False):
+def compile_chunks(dtype, group, paged=False, scaled=False):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, longs, floats = (
         torch.zeros(64, dtype=dtype) for dtype in (torch.int32, torch.int64, torch.float32)
@@ -86,9 +86,9 @@ def compile_chunks(dtype, group, paged=False):
     keys = union_walk.describe(k)
     return partials.hopper_chunk_kernel.warmup(
         partials.describe_queries(q, group), keys, keys, partials.describe_rows(q[0], group), table,
-        longs, longs, table, table, table, table, table, floats, floats, table, table, 0.1, 640, 20,
-        8192, *[129 * paged] * 8, G=group, HKV=4, TOP_K=16, PAGED=paged, grid=(1,),
-        **partials.OPTIONS,
+        longs, longs, table, table, table, table, table, floats, floats, table, table, floats, 0.1,
+        640, 20, 8192, *[129 * paged] * 8, G=group, HKV=4, TOP_K=16, PAGED=paged, SCALED=scaled,
+        grid=(1,), **partials.OPTIONS,
     )  # fmt: skip
 
 

@@ -48,19 +48,26 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 HEADS = (1, 5, 8, 16, 64)
-WALKS = [*product(("bfloat16", "float16"), HEADS, *[(False, True)] * 2)]  # dtype, G, apart, pages
+WALKS = [  # dtype, heads of a group, apart, pages, factors of pages
+    *product(("bfloat16", "float16"), HEADS, *[(False, True)] * 2),
+    *product(("bfloat16",), HEADS, (False, True), (True,), (True,)),
+]
 FEW_WALKS = [
     ("bfloat16", 16, False, False),
     ("bfloat16", 16, True, False),
     ("float16", 16, False, False),
     ("bfloat16", 16, False, True),
+    ("bfloat16", 16, False, True, True),
 ]
 KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a group
 FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
 QUERIES = [*product(("bfloat16", "float16"), HEADS)]  # dtype, heads
 FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
-CHUNKS = [*product(("bfloat16", "float16"), CHUNK_GROUPS, (False, True))]  # dtype, G, pages
-FEW_CHUNKS = [("bfloat16", 16, False), ("bfloat16", 16, True)]
+CHUNKS = [  # dtype, heads of a group, pages, factors of pages
+    *product(("bfloat16", "float16"), CHUNK_GROUPS, (False, True)),
+    *product(("bfloat16",), CHUNK_GROUPS, (True,), (True,)),
+]
+FEW_CHUNKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("bfloat16", 16, True, True)]
 
 PAGES = [  # dtypes of pages and queries, Di, block size, queries times groups
     *product(

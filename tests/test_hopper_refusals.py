@@ -72,6 +72,8 @@ BAD_WALKS = [
     ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
     ({"loop_order": "kv_outer", "group": 5}, ValueError,
      "q must have 8, 16, 32 or 64 heads in a group where loop_order is 'kv_outer' for kernels="),
+    ({"scaled": True} | {f"{x}_dtype": "float16" for x in "qkv"}, TypeError,
+     "q must have dtype bfloat16 where pages have 8 bits for kernels='hopper', got float16: "),
     *((changes, error, message.replace("q_idx", "q"))
       for changes, error, message in BAD
       if changes.keys() <= {"capability", "device", "interpreted", "triton"}),
@@ -235,6 +237,8 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+    told = dict(kernel_choice.wide_rule())
+    assert told["dtype of q"] == "float16 or bfloat16" and len(told) == 4
     told = dict(kernel_choice.page_rule())
     assert told["new queries times groups"] == "at most 32" and len(told) == 4
     told = dict(kernel_choice.key_rule())

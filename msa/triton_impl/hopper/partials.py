@@ -24,7 +24,9 @@ at 4.3 TB/s. So memory bounds it, and the kernel is made to have enough copies u
     Items that hold no edge come last, so the first one ends the program.
  7. The last step of an item may have too few edges. The producer repeats the last one, and
     nothing of the repetition is written.
- 8. A partial last block is followed by another sequence's values. They are overwritten with zeros
+ 8. Pages that were widened from 8 bits (`wide_pages.py`) have factors. That of the keys is part of
+    the scale of an item, and that of the values part of the division by the sum.
+ 9. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 
 Who waits for whom (K, V: rings of two blocks; Q0, Q1: rings of two times 64 rows):
@@ -108,9 +110,28 @@ def load_chunk(edges, item, n_items, n_blocks):
 
 
 @gluon.jit
-def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, scale, n_items,
+def load_page_of(edges, pages, item, n_blocks):
+    """The page of an item's block."""
+    places, table, stride_ts, stride_tb, _step_k, _step_v, _factors = pages
+    i_b = gl.load(edges[0] + item) % n_blocks
+    p_table = table + gl.load(places + i_b).to(gl.int64) * stride_ts
+    return load_page(p_table, gl.load(places + n_blocks + i_b), stride_tb)
+
+
+@gluon.jit
+def load_factors(edges, pages, item, i_r, n_blocks, HKV: gl.constexpr, SCALED: gl.constexpr):
+    """The factors of the keys and of the values of an item's block; 1 without SCALED."""
+    if SCALED:
+        p_factor = pages[6] + (load_page_of(edges, pages, item, n_blocks) * HKV + i_r) * 2
+        return gl.load(p_factor), gl.load(p_factor + 1)
+    else:
+        return 1.0, 1.0
+
+
+@gluon.jit
+def consume(W: gl.constexpr, tiles, barriers, edges, pages, out_desc, tops, totals, scale, n_items,
             n_blocks, n_rows, G: gl.constexpr, HKV: gl.constexpr, TOP_K: gl.constexpr,
-            STAGES: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr,
+            STAGES: gl.constexpr, BLOCKS: gl.constexpr, SCALED: gl.constexpr, MMA: gl.constexpr,
             S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: 64 rows of every step."""
     q_tiles, o_tiles, o_parts, k_tiles, v_tiles = tiles
@@ -131,6 +152,10 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
     following = load_chunk(edges, item, n_items, n_blocks)
     while following[1] > 0:
         start, length, i_r, first, key_stop, own_first = following
+        by_k, by_v = load_factors(edges, pages, item, i_r, n_blocks, HKV, SCALED)
+        factor = scale
+        if SCALED:
+            factor = scale * by_k
         item += gl.num_programs(0)
         following = load_chunk(edges, item, n_items, n_blocks)
         masked = own_first < first + BK - 1
@@ -156,8 +181,10 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
                 own = gl.load(own_keys + b_t)
                 s = gl.where((first + o_n)[None, :] <= own[:, None], s, float("-inf"))
             top = gl.maximum(gl.max(s, 1), LOWEST)
-            p = gl.exp2((s - top[:, None]) * scale)
+            p = gl.exp2((s - top[:, None]) * factor)
             total = gl.sum(p, 1)
+            if SCALED:
+                top = gl.maximum(top * by_k, LOWEST)
             b_p = gl.convert_layout(p.to(k_tiles.dtype), A)
             low = warpgroup_mma(b_p, v.slice(0, HALF, 1), nothing, use_acc=False, is_async=True)
             high = warpgroup_mma(b_p, v.slice(HALF, HALF, 1), nothing, use_acc=False,
@@ -168,7 +195,7 @@ def consume(W: gl.constexpr, tiles, barriers, edges, out_desc, tops, totals, sca
             b_x = (b_x + gl.load(slots + p_e)) * G + o_m % G
             gl.store(tops + b_x, top, mask=real)
             gl.store(totals + b_x, total, mask=real)
-            less = 1.0 / gl.where(total == 0.0, 1.0, total)  # 0 if all scores are -inf
+            less = by_v / gl.where(total == 0.0, 1.0, total)  # 0 if all scores are -inf
             less = gl.convert_layout(less, gl.SliceLayout(1, MMA), assert_trivial=True)
             places = ()
             for i in gl.static_range(POS):
@@ -197,10 +224,10 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_ite
     """The producer: copy the block of every item, then the queries of its edges."""
     q_tiles, _o_tiles, _o_parts, k_tiles, v_tiles = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    rows, _starts, _stops, query_ids, _slots, _own_keys, _first_keys, _key_stops = edges
+    _rows, _starts, _stops, query_ids, _slots, _own_keys, _first_keys, _key_stops = edges
     HALF: gl.constexpr = q_tiles.shape[2]
     POS: gl.constexpr = q_tiles.shape[1] // G
-    places, table, stride_ts, stride_tb, step_k, step_v = pages
+    _places, _table, _stride_ts, _stride_tb, step_k, step_v, _factors = pages
     stride_kp, stride_kt, stride_kh = step_k
     stride_vp, stride_vt, stride_vh = step_v
     item = gl.program_id(0)
@@ -210,9 +237,7 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_ite
         start, length, i_r, from_k, _key_stop, _own = following
         from_v, column_k, column_v = from_k, i_r * (2 * HALF), i_r * (2 * HALF)
         if PAGED:
-            i_b = gl.load(rows + item) % n_blocks
-            p_table = table + gl.load(places + i_b).to(gl.int64) * stride_ts
-            page = load_page(p_table, gl.load(places + n_blocks + i_b), stride_tb)
+            page = load_page_of(edges, pages, item, n_blocks)
             from_k, column_k = head_place(i_r, stride_kh, stride_kt)
             from_v, column_v = head_place(i_r, stride_vh, stride_vt)
             from_k += page_row(page, stride_kp, stride_kt)
@@ -237,15 +262,15 @@ def gather(q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_ite
         block += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_items", "n_blocks", "n_rows"])  # other sizes compile nothing anew
 def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, query_ids, slots,
-                        own_keys, first_keys, key_stops, tops, totals, places, table, scale,
-                        n_items, n_blocks, n_rows, stride_kp, stride_kt, stride_kh, stride_vp,
-                        stride_vt, stride_vh, stride_ts, stride_tb, G: gl.constexpr,
+                        own_keys, first_keys, key_stops, tops, totals, places, table, factors,
+                        scale, n_items, n_blocks, n_rows, stride_kp, stride_kt, stride_kh,
+                        stride_vp, stride_vt, stride_vh, stride_ts, stride_tb, G: gl.constexpr,
                         HKV: gl.constexpr, TOP_K: gl.constexpr, PAGED: gl.constexpr,
-                        STAGES: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr,
-                        S_MMA: gl.constexpr, FLAT: gl.constexpr, DEEP: gl.constexpr,
-                        REGISTERS: gl.constexpr):  # fmt: skip
+                        SCALED: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr,
+                        MMA: gl.constexpr, S_MMA: gl.constexpr, FLAT: gl.constexpr,
+                        DEEP: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """Items p, p + programs, ... of program p.
 
     Parameters:
@@ -263,6 +288,7 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
         totals: [Tq, Hkv, k, G], float32; sum of exp2(scale * (score - top)), written as out
         places: [2, blocks], int32; `block_places`, read with PAGED only
         table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
+        factors: [pages, Hkv, 2], float32; of keys and of values, read with SCALED only
         scale: float; softmax scale times log2(e)
         n_items: int; items
         n_blocks: int; blocks of all sequences
@@ -273,6 +299,7 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
         G, HKV: query heads of a group, groups
         TOP_K: k
         PAGED: bool; k and v are pages
+        SCALED: bool; the pages have factors
         STAGES: tiles of 64 rows of q in the ring of a consumer
         BLOCKS: blocks in the rings of keys and values
         MMA: layout of half the outputs of a consumer, [64, 64]
@@ -300,12 +327,12 @@ def hopper_chunk_kernel(q_desc, k_desc, v_desc, out_desc, rows, starts, stops, q
     )  # fmt: skip
     edges = (rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops)
     pages = (places, table, stride_ts, stride_tb, (stride_kp, stride_kt, stride_kh),
-             (stride_vp, stride_vt, stride_vh))  # fmt: skip
+             (stride_vp, stride_vt, stride_vh), factors)  # fmt: skip
     gl.warp_specialize([
-        (consume, (0, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
-                   n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
-        (consume, (1, tiles, barriers, edges, out_desc, tops, totals, scale, n_items, n_blocks,
-                   n_rows, G, HKV, TOP_K, STAGES, BLOCKS, MMA, S_MMA)),
+        (consume, (0, tiles, barriers, edges, pages, out_desc, tops, totals, scale, n_items,
+                   n_blocks, n_rows, G, HKV, TOP_K, STAGES, BLOCKS, SCALED, MMA, S_MMA)),
+        (consume, (1, tiles, barriers, edges, pages, out_desc, tops, totals, scale, n_items,
+                   n_blocks, n_rows, G, HKV, TOP_K, STAGES, BLOCKS, SCALED, MMA, S_MMA)),
         (gather, (q_desc, k_desc, v_desc, q_parts, tiles, barriers, edges, pages, n_items, n_blocks,
                   G, STAGES, BLOCKS, PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
@@ -331,7 +358,8 @@ def fill_slots(
     """`triton_impl.partials.fill_slots` for arguments that `msa.kernel_choice` takes.
 
     The items without an edge have to come last, as those of `schedule_edges` do. With `pages`, k
-    and v are pages that have a `page_matrix`. `changes` replace OPTIONS.
+    and v are pages that have a `page_matrix`; if these have factors, `widen_pages` made them.
+    `changes` replace OPTIONS.
     """
     index = schedule.reverse_index
     heads, groups = q.shape[1], k.shape[-2]
@@ -341,18 +369,20 @@ def fill_slots(
     if items:
         sequences, block = index.sequences, index.block_size
         matrix = slots.out.view(-1, DIM)
-        places, table, steps = schedule.rows, schedule.rows, [0] * 8  # not read
+        places, table, factors, steps = schedule.rows, schedule.rows, slots.top, [0] * 8  # not read
         if pages is not None:
             places, table = block_places(sequences, block, q.device), pages.table
             steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
+            factors = slots.top if pages.k_scales is None else pages.k_scales
         descriptor = describe if pages is None else describe_pages
         programs = torch.cuda.get_device_properties(q.device).multi_processor_count
         hopper_chunk_kernel[(min(programs, items),)](
             describe_queries(q, group), descriptor(k), descriptor(v), describe_rows(matrix, group),
             schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
             query_table(sequences, block, q.device)[0], *block_table(sequences, block, q.device),
-            slots.top, slots.total, places, table, softmax_scale * LOG2E, items,
+            slots.top, slots.total, places, table, factors, softmax_scale * LOG2E, items,
             sequences.cu_blocks(block)[-1], len(matrix), *steps, G=group, HKV=groups,
-            TOP_K=index.top_k, PAGED=pages is not None, **(OPTIONS | changes),
+            TOP_K=index.top_k, PAGED=pages is not None,
+            SCALED=pages is not None and pages.k_scales is not None, **(OPTIONS | changes),
         )  # fmt: skip
     return slots
