@@ -50,6 +50,7 @@ lint: install
 SITE := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 docs: install
 	$(SITE) build --strict
+	$(BIN)/python -m docs.hooks.notebooks
 	$(BIN)/python -m docs.hooks.links
 
 docs-serve: install

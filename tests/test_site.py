@@ -17,6 +17,7 @@ from docs.hooks import (
     claims,
     curves,
     diagrams,
+    heads,
     links,
     little,
     measured,
@@ -46,6 +47,12 @@ def test_a_chapter_has_all_its_parts(path):
     ]
     assert order == sorted(order)
     assert "figure" in text or "measured.show" in text
+    assert f"exercises.section({int(path.stem[:2])})" in text
+    assert f'notebooks.links("{path.stem}")' in text
+    head = " ".join(text[text.index('<p class="head"') : order[1]].partition("</p>")[0].split())
+    for part in ("**You will be able to**", "**Needs**", "**Time**"):
+        assert part in head
+    assert f"**Time** {heads.minutes(text)} minutes." in head
     assert "sources.links(" in text[order[-1] :]
     questions = re.split(r"^\?\?\? question ", text, flags=re.M)[1:]
     assert len(questions) >= 3
@@ -83,7 +90,9 @@ def test_every_page_is_in_the_navigation_once():
 
 def test_there_are_forty_exercises_and_ten_bugs():
     exercises = re.findall(r"^\?\?\? question", "\n".join(p.read_text() for p in PAGES), re.M)
-    bugs = re.findall(r"^### ", (DOCS / "chapters" / "13-testing.md").read_text(), re.M)
+    bugs = re.findall(
+        r"^(?:### |\?\?\? bug)", (DOCS / "chapters" / "15-testing.md").read_text(), re.M
+    )
     assert len(exercises) >= 40 and len(bugs) >= 10
 
 
@@ -169,12 +178,24 @@ def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
         far, _, prose, gradient = claims.table().splitlines()[2:6]
         assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
-        assert prose.endswith("| base: 2.00 (2.00–2.00) | yes: equal |")
+        assert prose.endswith("| base: 2.00 (2.00–2.00) | cannot tell |")
         assert gradient.endswith("| gradient: not run | base: 2.00 (2.00–2.00) | not known |")
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.85)})
-        assert "| no: equal |" in claims.table().splitlines()[2]
+        assert "| cannot tell |" in claims.table().splitlines()[2]
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2,)})
         assert "| not known |" in claims.table().splitlines()[2]
+
+
+def test_a_claim_that_does_not_hold_fails_the_build():
+    claims.hold("one is less than two", 1 < 2)
+    with pytest.raises(claims.NotSo, match="two is less than one"):
+        claims.hold("two is less than one", 2 < 1)
+
+
+def test_the_dense_twin_stands_beside_msa():
+    lines = claims.twins().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["512", "1,024"]
+    assert all(line.count("%)") == 3 for line in lines[2:])
 
 
 def test_two_figures_of_one_page_keep_their_pictures_apart():
