@@ -84,7 +84,7 @@ def test_msa_is_ahead_from_8k_tokens_on():
 
 
 def test_selection_is_most_of_a_million_tokens():
-    """Chapter 13: how much of a million tokens goes into selection."""
+    """Chapters 10 and 13: most of a million tokens goes into selection."""
     million = PREFILL["million"]
     select = over_million(million, lambda chunk: chunk["select"]["bf16"]["ms"])
     assert 0.5 < select / million["whole_keep_0.95"]["bf16"]["ms"] < 1

@@ -122,12 +122,30 @@ def test_results_of_a_wrong_form_are_refused():
     ],
 )
 def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
-    moments = iter((measured_at, changed_at))
-    with mock.patch("docs.hooks.measured.last_change", lambda *paths: next(moments)):
-        assert ("changed since" in measured.age("prefill")) == old
+    for differs in (True, False):
+        moments = iter((measured_at, changed_at))
+        with (
+            mock.patch("docs.hooks.measured.last_change", lambda *p, m=moments: next(m)),
+            mock.patch("docs.hooks.measured.code_differs", lambda name, d=differs: d),
+        ):
+            assert ("changed since" in measured.age("prefill")) == (old and differs)
+    with mock.patch("docs.hooks.measured.last_change", lambda *paths: measured_at):
         assert "changed since" not in measured.age(measured.older()[0])
     with mock.patch("docs.hooks.measured.last_change", lambda *paths: ""):
         assert "age is not known" in measured.age("prefill")
+
+
+def test_code_differs_only_if_a_machine_reads_it_otherwise(tmp_path):
+    files = {
+        "a": "def f(x):\n    return x\n",
+        "b": 'def f(x):\n    """Say it."""\n    return x  # it\n',
+    }
+    assert measured.meaning(files["a"]) == measured.meaning(files["b"])
+    assert measured.meaning(files["a"]) != measured.meaning("def f(x):\n    return -x\n")
+    with mock.patch("docs.hooks.measured.read_at", lambda commit, path: path.read_text()):
+        assert not measured.code_differs("prefill")
+    with mock.patch("docs.hooks.measured.read_at", lambda commit, path: ""):
+        assert measured.code_differs("prefill")
 
 
 def test_the_files_that_results_speak_of_exist():

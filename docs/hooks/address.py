@@ -31,7 +31,7 @@ def install() -> str:
         f"```console\ngit clone {clone()} msa-stack && cd msa-stack\n"
         "make install                 # .venv with everything; takes a few minutes\n"
         f"source .venv/bin/activate\n```\n\n{hint}You need Python 3.10 or newer (3.11 for transformers) and "
-        "`make`; a GPU is not needed. [Other ways to install](install.md)."
+        "`make`; a GPU is not needed."
     )
 
 
