@@ -93,12 +93,14 @@ def measure(
     options: Any,
     stages: str,
     show: Callable[[dict[str, Any]], None],
+    write_to: bool = True,
 ) -> tuple[int, Path]:
     """Run a benchmark's parts by name, write the results after each, then show them.
 
     Args:
         options: with `out`, where to write (None: `results_path`), and `parts`, their names.
         stages: the module that has the parts by name in PARTS; imported only where a GPU is.
+        write_to: whether this process writes and prints; of several processes, the first one does.
 
     Returns:
         the exit code and the path of the results. The code is 0, or 2 without a GPU, or 1 if the
@@ -111,16 +113,19 @@ def measure(
     parts = importlib.import_module(stages).PARTS
     found = machine()
     out = options.out or results_path(benchmark, found)
-    files.check_target("out", out)
+    if write_to:
+        files.check_target("out", out)
     try:
         for name in options.parts:
             found[name] = parts[name]()
-            write(out, found)
+            if write_to:
+                write(out, found)
     except Wrong as error:
         print(f"msa bench {benchmark}: not timed, for it is wrong: {error}", file=sys.stderr)
         return 1, out
-    show(found)
-    print(f"Results: {out}")
+    if write_to:
+        show(found)
+        print(f"Results: {out}")
     return 0, out
 
 

@@ -11,6 +11,7 @@ from docs.hooks.measured import ROOT
 
 TEXT = " ".join((ROOT / "docs" / "ladder.md").read_text().split())
 SELECTION = json.loads((RESULTS / "selection_hopper_h200.json").read_text())
+GRADIENTS = json.loads((RESULTS / "gradients_hopper_h200.json").read_text())
 WALK = json.loads((RESULTS / "walk_hopper_h200.json").read_text())
 
 
@@ -146,3 +147,23 @@ def told():
 @pytest.mark.parametrize("words", list(told()))
 def test_a_number_of_a_rung_is_that_of_its_run(words):
     assert words in TEXT
+
+
+def test_gradients_did_what_the_ladder_says():
+    """dK and dV reach the predicted rate at every length and ρ, three stages gain 1 to 2 %."""
+    rates = [row["hopper"]["tflops"] for row in GRADIENTS["keys"]]
+    assert min(rates) > 600 and max(rates) - min(rates) < 60
+    gains = [
+        100 * (1 - row["three_stages"]["ms"] / row["hopper"]["ms"])
+        for row in GRADIENTS["keys"] if "three_stages" in row
+    ]  # fmt: skip
+    assert gains and 0.5 < min(gains) <= max(gains) < 4.5
+    queries = {(row["n"], row["keep"]): row for row in GRADIENTS["queries"]}
+    assert queries[131072, 0.95]["hopper"]["tflops"] < 560
+    for row in queries.values():
+        for name in ("one_wait", "stages_2_3", "stages_2_2"):
+            assert name not in row or row[name]["ms"] > row["hopper"]["ms"]
+    far = queries[131072, 0.0]
+    assert far["mean_union_of_8"] / far["mean_union_of_4"] > 1.75
+    assert 0.9 < far["portable"]["ms"] / far["hopper"]["ms"] < 1
+    assert all(not run["different"] for run in GRADIENTS["checks"]["repeated_runs"])

@@ -105,7 +105,13 @@ def test_examples_in_the_hooks(name):
 
 
 def test_results_of_a_wrong_form_are_refused():
-    for name in (*COMMITTED, "selection_hopper_h200", "walk_hopper_h200", *measured.older()):
+    for name in (
+        *COMMITTED,
+        "selection_hopper_h200",
+        "walk_hopper_h200",
+        "gradients_hopper_h200",
+        *measured.older(),
+    ):
         found, schema = measured.read(name), measured.SCHEMAS[measured.kind_of(name)]
         for part in schema:
             rest = {key: value for key, value in found.items() if key != part}

@@ -27,12 +27,13 @@ FINDINGS = ROOT / "msa" / "ablations"
 """The folder of the ablations' results, which are part of the package."""
 SHARED = ("tile_verbs", "launch", "tables", "tuning", "bits")
 HOPPER = ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
-          "hopper/ring", "hopper/union_walk", "hopper/walk_rows")  # fmt: skip
+          "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows")  # fmt: skip
 KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
-                "quantize", "tile_union", "reverse_index", "schedule", *SHARED, *HOPPER),
+                "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
-              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED, *HOPPER),
+              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
+              "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                *SHARED),
 }  # fmt: skip
