@@ -7,7 +7,7 @@ from typing import Any
 from docs.hooks.claims import hold
 from docs.hooks.curves import table
 from docs.hooks.measured import read, record
-from docs.hooks.rungs import RESULTS, WALK
+from docs.hooks.rungs import GRADIENTS, RESULTS, WALK
 
 CHANGES = {
     "portable": ("the portable walk, in Triton", "two programs on a multiprocessor take turns"),
@@ -60,6 +60,23 @@ def scan() -> str:
         )
     columns = ("kernel", "128K, ms", "useful TFLOP/s", "share", "what changed")
     return f"{table(columns, lines)}\n\n{record(RESULTS)}"
+
+
+def gradients() -> str:
+    """The gradients at 32K tokens and ρ = 0.95: useful TFLOP/s of both kinds of kernels."""
+    found = read(GRADIENTS)
+    top = ceiling()
+    hold("gradients and their ceiling come from one kind of GPU",
+         found["device"] == read(RESULTS)["device"])  # fmt: skip
+    lines = []
+    for part, words in (("keys", "dK and dV"), ("queries", "dQ")):
+        (row,) = (r for r in found[part] if (r["n"], r["keep"]) == (32768, 0.95))
+        for version, name in (("portable", "in Triton"), ("hopper", "**in Gluon**")):
+            rate = row[version]["tflops"]
+            lines.append((f"{words}, {name}", f"{row[version]['ms']:.3g}", f"{rate:.0f}",
+                          f"{rate / top:.0%}"))  # fmt: skip
+    columns = ("kernel", "32K, ms", "useful TFLOP/s", "share")
+    return f"{table(columns, lines)}\n\n{record(GRADIENTS)}"
 
 
 def without() -> dict[str, float]:
