@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from exercises.run import Check, Wrong, close
@@ -46,26 +48,41 @@ def dense_kernel(my: Any) -> None:
     close("rising scores (TODO 3)", rising, wanted, 1e-3)
 
 
+@triton.jit
+def steps_kernel(scores, chosen, lse, weights, N: tl.constexpr, ROWS: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """The softmax of N blocks of scores [N, ROWS, BLOCK], by the reader's `step`."""
+    o_r, o_n = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    for j in range(N):
+        p_s = (j * ROWS + o_r[:, None]) * BLOCK + o_n[None, :]
+        b_chosen = tl.load(chosen + j * ROWS + o_r) != 0
+        top, total, b_p, _decay = step(tl.load(scores + p_s), top, total, b_chosen)
+        tl.store(weights + j * ROWS + o_r, tl.sum(b_p, 1))
+    tl.store(lse + o_r, top + tl.log(total))
+
+
 def row_mask(my: Any) -> None:
-    """Chapter 9: a foreign block with large scores."""
-    q, k, v = inputs(32, 4, 16)
-    ids = torch.tensor([[0, 0], [0, 0], [0, 0], [0, 0], *[[0, 1]] * 4], dtype=torch.int32)
-    masks = torch.tensor([[15, 0]] * 4 + [[5, 15]] * 4)
-    counts = torch.tensor([1] * 4 + [2] * 4, dtype=torch.int32)
-    selected = torch.ones(32, 2, dtype=torch.bool)
-    selected[16:, 0] = torch.arange(16, 32) % 2 == 0  # even queries read block 0 as well
-    mask = selected.repeat_interleave(16, 1).tril()
-    mask[:16, 16:] = False
-    for words, factor in (("random scores", 1.0), ("a foreign block with scores near 3000", 1e3)):
-        loud = k.clone()
-        loud[:16] *= factor
-        got = my.attend(q, loud, v, ids, masks, counts, 16, 4)
-        wanted = attention(q, loud, v, mask)
-        wrong = ~((got - wanted).abs().amax((1, 2)) < 1e-3)
+    """Chapter 9: a block with large scores that only some of the rows selected."""
+    globals()["step"] = my.softmax_step  # the kernel looks it up when it runs
+    torch.manual_seed(0)
+    chosen = torch.tensor([[1] * 16, [1, 0] * 8, [1] * 16], dtype=torch.int32)
+    for words, loud in (("random scores", 0.0), ("scores of 300 in the second block", 300.0)):
+        scores = torch.randn(3, 16, 16)
+        scores[1] += loud
+        lse, weights = torch.full((16,), torch.nan), torch.full((3, 16), torch.nan)
+        steps_kernel[(1,)](scores, chosen, lse, weights, N=3, ROWS=16, BLOCK=16)
+        unseen = scores.masked_fill(chosen[:, :, None] == 0, -torch.inf)
+        wanted = unseen.transpose(0, 1).reshape(16, -1).logsumexp(1)
+        wrong = ~((lse - wanted).abs() < 1e-3)
         if wrong.any():
-            query = int(wrong.nonzero()[0])
-            raise Wrong(f"{words}: query {query} differs, and it selected blocks "
-                        f"{selected[query].nonzero().flatten().tolist()}")  # fmt: skip
+            row = int(wrong.nonzero()[0])
+            selected = [int(b) for b in chosen[:, row].nonzero()]
+            raise Wrong(f"{words}: row {row} selected blocks {selected}; the logarithm of its sum "
+                        f"must be {wanted[row]:.3f}, got {lse[row]:.3f}")  # fmt: skip
+        if weights[chosen == 0].any():
+            raise Wrong(f"{words}: a row has weights in a block that it did not select")
 
 
 CHECKS: dict[int, Check] = {8: dense_kernel, 9: row_mask}
