@@ -8,6 +8,7 @@ SEED := $(shell date +%s)
 	docs-zensical package \
 	sanitize install bench bench-crossing clean
 .NOTPARALLEL:  # there is one .venv
+unexport PYTHONDONTWRITEBYTECODE  # images of containers set it; then each process compiles again
 
 demo: .venv/demo.installed
 	$(BIN)/msa demo --backend torch --html demo.html
@@ -48,7 +49,7 @@ lint: install
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
-SITE := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m docs.hooks.build
 docs: install
 	$(SITE) build --strict
 	$(BIN)/python -m docs.hooks.notebooks
