@@ -58,6 +58,23 @@ def test_an_error_in_a_readers_code_names_its_line(tmp_path):
     assert "NameError" in wrong and "mine.py, line 2: return k[undefined]" in wrong
 
 
+def test_the_dense_kernel_is_completed_in_three_steps(tmp_path):
+    """After each step the message names the next one."""
+    path = tmp_path / "mine.py"
+    code = run.starters()[8].read_text()
+    causal = '        b_s = tl.where(token[None, :] <= query[:, None], b_s, -float("inf"))\n'
+    steps = (
+        ("        # TODO 1", f"{causal}        # done 1", "(TODO 2)"),
+        ("tl.exp(b_s)", "tl.exp(b_s - tl.maximum(top, tl.max(b_s, 1))[:, None])", "(TODO 3)"),
+    )
+    assert "(TODO 1)" in run.fault(8, run.starters()[8])
+    for old, new, said in steps:
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+        path.write_text(code)
+        assert said in run.fault(8, path)
+
+
 def test_the_ring_finds_a_race_and_a_deadlock(tmp_path):
     text = run.solution(12).read_text()
     early = text.replace(
