@@ -177,7 +177,7 @@ def tile_figure() -> str:
 
 def threshold_figure() -> str:
     """A threshold that rises as candidates fill a buffer, over random scores; the buffer below."""
-    rng, drawing = np.random.default_rng(5), Drawing(660, 282)
+    rng, drawing = np.random.default_rng(5), Drawing(660, 298)
     scores, places, room = rng.standard_normal(210), 6, 18
     bar, held, last = -9.0, [], 0
     for b, score in enumerate(scores):
@@ -186,16 +186,16 @@ def threshold_figure() -> str:
             held.append(float(score))
         drawing.rect(x, y, 4, 4, "d-own" if score > bar else "d-quiet", r=2)
         full = 60 * len(held) / room
-        drawing.rect(x, 262 - full, 2.6, full, "d-own", r=0)
+        drawing.rect(x, 278 - full, 2.6, full, "d-own", r=0)
         if len(held) == room or b == len(scores) - 1:
             level = 100 - max(bar, -2.9) * 30
             drawing.line((4 + last * 3.1, level), (x, level), style="d-rule")
             held = sorted(held)[-places:]
             bar, last = held[0], b
-    drawing.line((4, 202), (656, 202), style="d-dashed")
-    drawing.text(656, 196, f"room for {room}", "d-muted", 11, "end")
-    drawing.text(4, 196, "candidates in the buffer", "d-ink", 11)
-    drawing.text(4, 278, "blocks, in the order in which they are scored", "d-muted", 11)
+    drawing.line((4, 218), (656, 218), style="d-dashed")
+    drawing.text(656, 212, f"room for {room}", "d-muted", 11, "end")
+    drawing.text(4, 212, "candidates in the buffer", "d-ink", 11)
+    drawing.text(4, 294, "blocks, in the order in which they are scored", "d-muted", 11)
     drawing.text(656, 14, "threshold", "d-ink", 11, "end")
     return drawing.figure(
         "Above: orange scores are above the threshold and enter the buffer; grey ones are dropped at once. "

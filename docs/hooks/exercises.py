@@ -20,18 +20,19 @@ def section(chapter: int) -> str:
     wrong, left = run.fault(chapter, path), run.fault(chapter, solved)
     if left:
         raise ValueError(f"the solution must pass, got {left}")
-    task, code = parts(path)
-    title, _, rest = task.partition("\n")
+    words, code = parts(path)
+    title, _, rest = words.partition("\n")
     name = f"exercises/{path.name}"
-    words = re.sub(r"^Chapter \d+: ", "", title)
+    title = re.sub(r"^Chapter \d+: ", "", title).rstrip(".")
+    task = f"{rest.strip()}\n\n" if rest.strip() else ""
     body = (
-        (f"{rest.strip()}\n\n" if rest.strip() else "")
-        + f"This is `{name}`:\n\n{fenced(code)}\n\n`msa exercise {chapter}` says:\n\n{fenced(wrong, 'text')}"
+        f"{task}Edit `{name}` in your checkout:\n\n{fenced(code)}\n\n"
+        f"Run `msa exercise {chapter}` after each change. Now it says:\n\n{fenced(wrong, 'text')}"
     )
     answer = textwrap.indent(fenced(parts(solved)[1]), "    ")
     folded = f'??? success "A solution"\n{answer}'
     inner = textwrap.indent(f"{body}\n\n{folded}", "    ")
-    return f'??? example "Do it: {words[0].lower()}{words[1:].rstrip(".")}"\n{inner}\n'
+    return f'??? example "Do it: {title[0].lower()}{title[1:]}"\n{inner}\n'
 
 
 def parts(path: Path) -> tuple[str, str]:
