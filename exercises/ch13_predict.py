@@ -2,7 +2,7 @@
 
 Given the measured milliseconds of a 32K prompt, predict those of a 128K prompt. `msa exercise 13`
 compares with the committed run of `msa bench prefill`. A prediction counts if it is off by at most
-a quarter.
+a third.
 """
 
 
