@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.hooks import notebooks
+from docs.hooks import address, notebooks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -78,6 +78,34 @@ def test_a_notebook_has_the_cells_of_its_chapter(path):
         compile(source, path.stem, "exec")
     prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
     assert not re.search(r"^```python exec|^\?\?\?|markdown>", prose, re.M)
+
+
+def test_links_lead_to_notebooks_and_pages():
+    for path in CHAPTERS:
+        for cell in notebooks.make(path)["cells"]:
+            if cell["cell_type"] == "markdown":
+                assert not re.search(r"\]\((?!http)[^)]*\.md", cell["source"]), path.stem
+
+
+def test_the_address_of_the_repository_is_a_line_of_configuration(tmp_path, monkeypatch):
+    places = {"clone": "https://host.example/us/msa-stack.git", "colab": "https://colab.example/nb"}
+    path, text = tmp_path / "mkdocs.yml", (ROOT / "mkdocs.yml").read_text()
+    monkeypatch.setattr(address, "CONFIGURATION", path)
+
+    def configure(**values):
+        changed = text
+        for name, value in values.items():
+            changed, found = re.subn(rf'(?m)^  {name}: "[^"]*"', f'  {name}: "{value}"', changed)
+            assert found == 1
+        path.write_text(changed)
+
+    configure(clone="", colab="")
+    assert "Colab" not in notebooks.links("02-gqa") and "ADDRESS" in address.install()
+    configure(**places)
+    assert 'href="https://colab.example/nb/02-gqa.ipynb"' in notebooks.links("02-gqa")
+    assert f"git clone {places['clone']} msa-stack" in address.install()
+    (first, *_) = [c for c in notebooks.make(CHAPTERS[1])["cells"] if c["cell_type"] == "code"]
+    assert places["clone"] in first["source"]
 
 
 def test_notebooks_follow_the_format_and_run(tmp_path):

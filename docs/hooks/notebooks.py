@@ -31,7 +31,10 @@ from pathlib import Path
 
 root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "msa" / "api.py").exists()), None)
 if root is None:  # such as on Colab
-    subprocess.run(["git", "clone", "--quiet", "{clone}", "msa-stack"], check=True)
+    address = "{clone}"
+    if "/" not in address:
+        raise SystemExit("Open this notebook in a checkout, or write its address into this cell.")
+    subprocess.run(["git", "clone", "--quiet", address, "msa-stack"], check=True)
     root = Path("msa-stack").resolve()
     install = [sys.executable, "-m", "pip", "install", "--quiet", "-e", f"{{root}}[all]"]
     subprocess.run(install, check=True)
@@ -64,12 +67,19 @@ def make(path: Path) -> dict[str, Any]:
 
 
 def words(text: str) -> str:
-    """Prose of a page for a notebook: no attributes, questions as headings, links to the site's pages.
+    """Prose of a page for a notebook: no attributes, questions in bold.
 
+    A link to a chapter leads to its notebook, any other link to a page of the site, beside whose
+    pages the folder of notebooks lies.
+
+    >>> words("[a](02-gqa.md#x), [b](../model.md#y)")
+    '[a](02-gqa.ipynb), [b](../model.html#y)'
     >>> words('??? question "Why?"\\n    Because.')
     '**Why?**\\n\\nBecause.'
     """
     text = re.sub(r'<p class="(\w+)" markdown>(.*?)</p>', r"*\2*", text, flags=re.S)
+    text = re.sub(r"\]\((\d\d-[\w-]+)\.md[^)]*\)", r"](\1.ipynb)", text)
+    text = re.sub(r"\]\((\.\./[^)#]+)\.md(#[^)]*)?\)", r"](\1.html\2)", text)
     text = re.sub(r'^\?\?\? \w+ "(.*)"$', r"**\1**\n", text, flags=re.M)
     text = re.sub(r"^ {4}(?=\S)", "", text, flags=re.M)
     text = text.replace("\\(", "$").replace("\\)", "$").replace("\\[", "$$").replace("\\]", "$$")
