@@ -62,6 +62,45 @@ def scan() -> str:
     return f"{table(columns, lines)}\n\n{record(RESULTS)}"
 
 
+PREDICTED = (("128K", 0.95), ("16K of 1M", 0.95), ("171 of 55K", 0.95))
+"""Of the score kernel: shapes, and the predicted share of a plain product, for all shapes one."""
+TOPK = ((65536, 8192, 0.9), (131072, 1024, 0.30), (524288, 4096, 4.0))
+"""Of the first top-k: rows, scores of each, and the predicted milliseconds."""
+
+
+def predictions() -> str:
+    """What was predicted before the first version of the selection ran, and what was measured."""
+    found = read(RESULTS)
+    shares = {
+        r["shape"]: r["share"] for r in found["scores"] if r["index"] == "bf16" and r["maxima"]
+    }
+    lines = [
+        (f"scores of {shape}, share of a plain product", f"{guess:.2f}", f"{shares[shape]:.2f}",
+         verdict(shares[shape] / guess))
+        for shape, guess in PREDICTED
+    ]  # fmt: skip
+    times = {
+        (r["rows"], r["blocks"]): r["first_version"]["ms"] for r in found["topk"] if "first_version" in r
+    }  # fmt: skip
+    lines += [
+        (f"top-k of {rows:,} × {blocks:,} scores, ms", f"{guess:g}", f"{times[rows, blocks]:.2f}",
+         verdict(guess / times[rows, blocks]))
+        for rows, blocks, guess in TOPK
+    ]  # fmt: skip
+    return table(("", "predicted", "measured", "looked back"), lines)
+
+
+def verdict(ratio: float) -> str:
+    """How much better or worse than predicted.
+
+    >>> verdict(1.02), verdict(0.5), verdict(1.4)
+    ('right', '50% of what was hoped for', '40% better')
+    """
+    if abs(ratio - 1) <= 0.1:
+        return "right"
+    return f"{ratio - 1:.0%} better" if ratio > 1 else f"{ratio:.0%} of what was hoped for"
+
+
 def gradients() -> str:
     """The gradients at 32K tokens and ρ = 0.95: useful TFLOP/s of both kinds of kernels."""
     found = read(GRADIENTS)
