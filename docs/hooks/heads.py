@@ -1,8 +1,12 @@
-"""How long a chapter takes: from its words, its code and its exercises, never typed by guess."""
+"""How long a chapter takes: from its words, its code and its exercises, never typed by guess.
+
+`python -m docs.hooks.heads` writes the minutes into the heads of all chapters.
+"""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 LISTINGS = r"^( *)```.*?^\1```"
 WORDS, LINES, EXERCISE = 180, 12, 8
@@ -21,3 +25,17 @@ def minutes(page: str) -> int:
     code = sum(text.count("\n") - 1 for text in shown)
     words = len(re.sub(LISTINGS, "", page, flags=re.S | re.M).split())
     return max(5, 5 * round((words / WORDS + code / LINES + EXERCISE) / 5))
+
+
+def renewed(page: str) -> str:
+    """A page whose head says how long it takes now.
+
+    >>> renewed("Takes **Time** 90 minutes.")
+    'Takes **Time** 10 minutes.'
+    """
+    return re.sub(r"(\*\*Time\*\*\s+)\d+(\s+minutes)", rf"\g<1>{minutes(page)}\2", page)
+
+
+if __name__ == "__main__":
+    for path in sorted((Path(__file__).parents[1] / "chapters").glob("*.md")):
+        path.write_text(renewed(path.read_text()))
