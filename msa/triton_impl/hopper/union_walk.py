@@ -24,9 +24,9 @@ What the asynchronous form changes:
  6. The scale and the maximum are applied by one multiply-add (`walk_rows.py` says why it is exact).
  7. The grid is one program for each multiprocessor, and the producer copies the next item's blocks
     while consumers write this item's rows. Rows of queries are loaded while the last are written.
- 8. Where KV-outer does other blocks, a row's highest score and its sum are written in place of its
-    LSE, and `combine.py` takes this result as one more slot (R16). Adding the slots here would
-    spill registers. So nothing spills where a group has nine heads or more.
+ 8. Where KV-outer does other blocks, a row's highest score and its sum are written beside its LSE,
+    and `combine.py` takes this result as one more slot (R16). Adding the slots here would spill
+    registers. So nothing spills where a group has nine heads or more.
  9. In a paged cache the producer finds each block through the page table (`page_rows.py`); for the
     consumers nothing changes.
 10. A partial last block is followed by another sequence's values. They are overwritten with zeros
