@@ -67,6 +67,7 @@ from msa.triton_impl.hopper.ring import (
     wait_empty,
     wait_full,
 )
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 KINDS = {
     torch.bfloat16: gl.bfloat16,
@@ -256,5 +257,5 @@ def score_segments(
     block_scores_kernel[(len(runs) - 1,)](
         describe(q_idx, ROWS // 2), describe(k_idx, block_size), segments, runs, scores,
         scores if maxima is None else maxima, scale, HKV=groups, BK=block_size, LOCAL=local_blocks,
-        LONG=maxima is not None, PIECE=PIECE, num_warps=4, **chosen,
+        LONG=maxima is not None, PIECE=PIECE, num_warps=4, **chosen, **EVERY_LAUNCH,
     )  # fmt: skip

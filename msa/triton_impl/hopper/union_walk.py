@@ -56,6 +56,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa.checks import chips
 from msa.ir import Output, Sequences
 from msa.triton_impl.combine import Slots
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
@@ -74,6 +75,7 @@ from msa.triton_impl.hopper.walk_rows import (
 )
 from msa.triton_impl.launch import can_describe, pad
 from msa.triton_impl.tables import tile_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 LOG2E = 1.4426950408889634
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -322,11 +324,10 @@ def walk(
     scale, items, fold = softmax_scale * LOG2E, len(tiles) * groups, slots is not None
     unused = into.out, into.lse, into.lse, counts
     parts = (slots.out, slots.top, slots.total, slots.counts) if fold else unused
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    hopper_walk_kernel[(min(programs, items),)](
+    hopper_walk_kernel[(min(chips.current().multiprocessors, items),)](
         q, describe(k), describe(v), tiles, block_ids, row_masks, counts, *parts, into.out,
         into.lse, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items, block_ids.shape[2],
         *q.stride()[:2], G=group, HKV=groups, HEADS=pad(group, 8),
-        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, **OPTIONS,
+        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, **OPTIONS, **EVERY_LAUNCH,
     )  # fmt: skip
     return into
