@@ -105,6 +105,16 @@ def check_written(cache: PagedKV) -> None:
     check_apart(**{f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS})
 
 
+def check_chip(cache: PagedKV) -> None:
+    """The GPU has numbers of 8 bits if the pages do."""
+    for name in PAGE_DIMS:
+        pages = getattr(cache, name)
+        if checks.is_eight_bits(pages) and pages.is_cuda:
+            checks.check_eight_bits(
+                f"cache.{name}", "of 16 or 32 bits", "float8_e4m3fn", pages.device
+            )
+
+
 def check_own_memory(name: str, array: Any) -> None:
     """Each number of the array has its own place in memory, unlike in expanded arrays."""
     strides = array.stride() if checks.is_torch(array) else array.strides

@@ -153,6 +153,8 @@ def enter_cache(
     else:
         cache_checks.check_contents(cache, sizes)
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    if entry.name == "triton":
+        cache_checks.check_chip(cache)
     cache = cache_checks.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
 
@@ -169,5 +171,6 @@ def enter_append(cache: PagedKV, tokens: dict[str, Array]) -> Entry:
     cache_checks.check_tokens(cache, True, sizes["B"], tokens)
     entry = Entry("triton", cache.k_pages)
     entry.check_kernels(sizes["Bk"], 1, tokens)
+    cache_checks.check_chip(cache)
     cache_checks.check_written(cache)
     return entry

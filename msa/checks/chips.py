@@ -7,6 +7,7 @@ Sizes that differ within a family are read from the device (`chip_of`).
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -178,6 +179,15 @@ def current() -> Chip:
     if not torch.cuda.is_initialized():
         return MEASURED
     return chip_of(torch.cuda.current_device())
+
+
+def usual() -> Chip | None:
+    """The current GPU, or None without a GPU or without torch."""
+    try:
+        torch: Any = importlib.import_module("torch")
+    except Exception:  # a broken installation raises OSError, RuntimeError and others
+        return None
+    return chip_of(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def check_eight_bits(name: str, wanted: str, got: str, device: Any) -> None:

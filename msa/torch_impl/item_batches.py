@@ -17,9 +17,10 @@ from torch import Tensor
 from msa.ir import Schedule
 from msa.torch_impl.tiles import block_positions, query_positions
 
-CPU_BATCH = 2**20
-"""Logits of one batch, 4 MiB (measured). Smaller batches fit a faster cache, but every product
-starts the threads again, and on a busy machine each start takes time."""
+CPU_BATCH = 2**18
+"""Logits of one batch, 1 MiB (measured): they stay in the cache of a core from the product to the
+softmax, and the allocator gives the same memory to the next batch. Larger batches come from fresh
+memory each time. Smaller ones start the threads more often."""
 GPU_BATCH = 2**25
 
 
@@ -42,6 +43,11 @@ class ItemBatch:
     """Tokens not in the edge's future; None if no edge reads its query's own block (R3)."""
     top_k: int
     all_lanes: int
+
+    def edge_places(self) -> Int[Tensor, " W_C"]:
+        """The row of each edge in a buffer [lanes, k, ...]; copies get the row after."""
+        places = self.lanes * self.top_k + self.slots
+        return torch.where(self.real, places, self.all_lanes * self.top_k).flatten()
 
     def places(self, group: int) -> Int[Tensor, " W_C_G"]:
         """The row of each edge and head in a buffer [lanes, group, k]; copies get the row after."""

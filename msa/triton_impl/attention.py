@@ -46,6 +46,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.autograd import differentiable_once
+from msa.checks import chips
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
@@ -96,7 +97,8 @@ def attend_part(
         weigh_slots(kv_outer(selection), softmax_scale, into)
         return
     group = q.shape[1] // k.shape[1]
-    split = limits(selection.top_k) if order == "split" else None
+    rate = chips.current().family.operations_per_byte
+    split = limits(selection.top_k, rate) if order == "split" else None
     if walker == "hopper":
         # imported here, because older releases of triton have no Gluon
         from msa.triton_impl.hopper import union_walk as hopper
