@@ -5,7 +5,7 @@ PIP := pip install --quiet --disable-pip-version-check
 SEED := $(shell date +%s)
 
 .PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look package \
-	sanitize install bench bench-crossing clean
+	sanitize install bench bench-crossing compile-all compile-newest compile-oldest clean
 .NOTPARALLEL:  # there is one .venv
 
 demo: .venv/demo.installed
@@ -75,6 +75,22 @@ sanitize: install
 	$(SANITIZED)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		--target-processes all $(SANITIZED)
+
+# Without a GPU: every kernel and tile for every family of GPUs, into benchmarks/results/compiled.json
+# (half an hour). FAMILIES="8.0 gfx942" compiles these alone.
+FAMILIES ?=
+COMPILED := -m benchmarks.compiled $(if $(FAMILIES),--families $(FAMILIES))
+compile-all: .venv/test.installed
+	$(BIN)/python $(COMPILED)
+
+# The same with the newest release of Triton; with the oldest that has Gluon, the hopper kernels.
+.venv/triton-%:
+	$(BIN)/$(PIP) --target $@ --no-deps --upgrade triton$(if $(filter newest,$*),,==$*)
+compile-newest: .venv/test.installed .venv/triton-newest
+	PYTHONPATH=.venv/triton-newest $(BIN)/python $(COMPILED)
+	PYTHONPATH=.venv/triton-newest $(BIN)/python -m pytest -n0 tests/test_hopper_compiled.py
+compile-oldest: .venv/test.installed .venv/triton-3.6.0
+	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m pytest -n0 tests/test_hopper_compiled.py
 
 # Each kind of environment is a list of extras, installed into .venv beside the others.
 EXTRAS_demo := demo,model

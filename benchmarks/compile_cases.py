@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.compile_shapes import SHAPES as NAMED
 from msa import triton_impl as impl
 from msa.config import MSAConfig
 from msa.ir import PagedKV, Selection, Sequences
@@ -31,12 +32,7 @@ class Shape:
     dim: int
 
 
-SHAPES = {
-    "bfloat16, D = 128": Shape(torch.bfloat16, 128),
-    "bfloat16, D = 64": Shape(torch.bfloat16, 64),
-    "float32, D = 96": Shape(torch.float32, 96),
-}
-"""The measured tiles of both head sizes, and a shape that takes the defaults."""
+SHAPES = {name: Shape(getattr(torch, dtype), dim) for name, (dtype, dim) in NAMED.items()}
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def facts(kernel: Any, family: chips.Family) -> dict[str, Any]:
         return found | {"registers": said["vgpr_count"], "spilled": 4 * said["vgpr_spill_count"]}
     ptx = kernel.asm["ptx"]
     found["threads"] = int(re.search(r"\.reqntid (\d+)", ptx)[1])
-    said = assembled(ptx, family)
+    said = assembled(ptx)
     found["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
     found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
     if "C75" in said:
@@ -131,7 +131,7 @@ def facts(kernel: Any, family: chips.Family) -> dict[str, Any]:
     return found
 
 
-def assembled(ptx: str, family: chips.Family) -> str:
+def assembled(ptx: str) -> str:
     """What the assembler says about PTX."""
     target = re.search(r"\.target (sm_\w+)", ptx)[1]
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -158,7 +158,7 @@ def in_child(compile_it: Any) -> dict[str, Any]:
         signal.alarm(LONGEST)
         try:
             found = compile_it()
-        except BaseException as error:  # noqa: BLE001 (any error of the compiler is a result)
+        except BaseException as error:
             found = {"error": f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"}
         os.write(write, json.dumps(found).encode())
         os._exit(0)
@@ -172,8 +172,8 @@ def in_child(compile_it: Any) -> dict[str, Any]:
 class Compiler:
     """Takes the place of `JITFunction.run`: compiles each variant of a kernel once."""
 
-    def __init__(self, family: chips.Family, portion: tuple[int, int]) -> None:
-        self.family, self.portion = family, portion
+    def __init__(self, family: chips.Family, portion: tuple[int, int], hopper: bool) -> None:
+        self.family, self.portion, self.hopper = family, portion, hopper
         self.run, self.seen, self.shape, self.case = JITFunction.run, set(), "", ""
 
     def __call__(self, kernel: Any, *values: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -185,7 +185,8 @@ class Compiler:
             return
         self.seen.add(key)
         mine, portions = self.portion
-        if len(self.seen) % portions != mine:
+        is_hopper = "hopper" in kernel.fn.__module__
+        if is_hopper != self.hopper or (not is_hopper and len(self.seen) % portions != mine):
             return
         start = time.time()
         made = in_child(lambda: facts(
@@ -204,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=chips.FAMILIES)
     parser.add_argument("--shapes", nargs="*")
+    parser.add_argument("--cases", nargs="*")
     parser.add_argument("--portion", default="0/1")
     parser.add_argument("--hopper", action="store_true")
     options = parser.parse_args()
@@ -212,11 +214,12 @@ def main() -> None:
 
     pretend(family, options.hopper)
     mine, portions = map(int, options.portion.split("/"))
-    compiler = Compiler(family, (mine, portions))
+    compiler = Compiler(family, (mine, portions), options.hopper)
     JITFunction.run = lambda self, *args, **more: compiler(self, *args, **more)
     for shape in options.shapes or SHAPES:
         for case in CASES:
             skipped = case.eight and (not family.e4m3 or SHAPES[shape].dtype == torch.float32)
+            skipped |= case.name not in (options.cases or [case.name])
             if skipped or (case.once and shape != next(iter(SHAPES))):
                 continue
             compiler.shape, compiler.case = shape, case.name

@@ -6,35 +6,18 @@ A program of its own, because the tests' process runs Triton's interpreter where
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from benchmarks.compile_target import Driver, assembled
+from msa.checks.chips import FAMILIES
 from msa.triton_impl.hopper import block_topk, index_scores, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
-
-
-class Hopper:
-    """A driver that names a target and has no device."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def map_python_to_cpp_type(self, name):
-        return "void"
 
 
 def compile_scores(dtype, dim, block_size, groups, long):
@@ -71,12 +54,7 @@ def compile_walk(dtype, group, fold):
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    found = subprocess.run(
-        [assembler, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
-        input=ptx, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    says = found.stdout + found.stderr
+    says = assembled(ptx)
     return {
         "says": says,
         "registers": int(re.search(r"Used (\d+) registers", says)[1]),
@@ -90,6 +68,7 @@ def facts(kernel):
 
 
 if __name__ == "__main__":
-    driver.set_active(Hopper())
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as every launch states it
+    driver.set_active(Driver(FAMILIES["9.0"]))
     makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from msa.ir import Output, Partials
 
-
 SUMS = 2**17
 """Numbers of one sum of slots on a CPU, which then stays in the cache."""
 
