@@ -4,6 +4,6 @@ from __future__ import annotations
 
 MAIN = "bfloat16, D = 128"
 SHAPES = {MAIN: ("bfloat16", 128), "bfloat16, D = 64": ("bfloat16", 64),
-          "float32, D = 96": ("float32", 96)}  # fmt: skip
-"""Data type and head size: the measured tiles of both head sizes, and a shape that takes the
+          "bfloat16, D = 32": ("bfloat16", 32)}  # fmt: skip
+"""Data type and head size: the measured tiles of both head sizes, and a head size that takes the
 defaults."""

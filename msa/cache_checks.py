@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from msa import checks
+from msa import checks, chips
 from msa.paged_kv import (
     CACHE_DIMS,
     PAGE_DIMS,
@@ -110,7 +110,7 @@ def check_chip(cache: PagedKV) -> None:
     for name in PAGE_DIMS:
         pages = getattr(cache, name)
         if checks.is_eight_bits(pages) and pages.is_cuda:
-            checks.check_eight_bits(
+            chips.check_eight_bits(
                 f"cache.{name}", "of 16 or 32 bits", "float8_e4m3fn", pages.device
             )
 

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msa
-from msa import files
-from msa.checks import chips
+from msa import chips, files
 from msa.doctor_trials import Device, Finding, Versions, findings
 
 LIBRARIES = ("numpy", "torch", "triton", "transformers", "hypothesis")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import msa
-from msa.checks import chips
+from msa import chips
 
 EXTRAS = {
     "verify": ("hypothesis",),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from msa import cache_checks, checks, kernel_choice
+from msa import cache_checks, checks, chips, kernel_choice
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection, Sequences
@@ -37,6 +37,8 @@ class Entry:
         self.name = resolve(backend, model)
         self.module = load_backend(self.name)
         checks.check_options(self.name, model, **options or {})
+        if options and options.get("index_dtype"):
+            chips.check_eight_bits("index_dtype", "None", "'fp8_e4m3'", model.device)
         self.options = (options or {}) if self.name == "triton" else {}
         self.carrier = Carrier(self.name, model)
         self.layout: Layout | None = None

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from msa import api, kernel_choice, loop_order, moved, reference
-from msa.checks import chips
+from msa import api, chips, kernel_choice, loop_order, moved, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, ReverseIndex, Schedule, TileUnion

@@ -14,7 +14,7 @@ import torch
 from triton.runtime.driver import driver
 
 from benchmarks.compile_target import Driver, assembled
-from msa.checks.chips import FAMILIES
+from msa.chips import FAMILIES
 from msa.triton_impl.hopper import block_topk, index_scores, union_walk
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad

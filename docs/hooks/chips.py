@@ -12,7 +12,7 @@ from benchmarks.compiled import wrong
 from docs.hooks import measured
 from docs.hooks.curves import table
 from msa import loop_order
-from msa.checks.chips import FAMILIES, MEASURED, missing
+from msa.chips import FAMILIES, MEASURED, missing
 
 COMPILED = measured.RESULTS / "compiled.json"
 CONTRIBUTED = measured.RESULTS / "contributed"
@@ -98,7 +98,7 @@ def families() -> str:
 
 def without() -> str:
     """What happens without each feature."""
-    from msa.checks.chips import MISSING
+    from msa.chips import MISSING
 
     return table(["without", "what happens"], [list(words) for words in MISSING.values()])
 

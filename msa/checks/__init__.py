@@ -4,7 +4,6 @@
     arrays.py     single arrays of NumPy and torch, and several arrays together
     layouts.py    the layout of a call, from shapes only
     backends.py   the choice of a backend, and what each backend takes
-    chips.py      what a GPU has and lacks, by family
 
 A message names the argument, says what was wanted and what came. All checks of a call run before
 any work is done. The check of a form, a configuration or a page pool stands beside it; nothing here
@@ -54,7 +53,6 @@ from msa.checks.backends import (
     is_captured,
     is_interpreted,
 )
-from msa.checks.chips import check_eight_bits
 from msa.checks.layouts import check_absent, check_given, check_shapes
 from msa.checks.values import (
     LARGEST_BLOCK_SIZE,
@@ -107,7 +105,6 @@ __all__ = [
     "check_block_size",
     "check_capturable",
     "check_count",
-    "check_eight_bits",
     "check_flag",
     "check_given",
     "check_heads",

@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from msa.checks.arrays import FLOAT_DTYPES, dtype_name, is_torch
-from msa.checks.chips import check_eight_bits
 from msa.checks.values import either, kind
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -39,7 +38,7 @@ def check_backend(name: Any, available: tuple[str, ...]) -> None:
 def check_options(backend: str, array: Any, **options: Any) -> None:
     """Each option has one of its values; values other than the default need triton.
 
-    8 bits need a GPU that has them.
+    8 bits need a GPU.
     """
     for name, value in options.items():
         known, reason = OPTIONS[name]
@@ -50,10 +49,8 @@ def check_options(backend: str, array: Any, **options: Any) -> None:
                 f"{name} must be {known[0]!r} for backend={backend!r}, which {reason}, "
                 f"got {value!r}"
             )
-    if options.get("index_dtype"):
-        if not (is_torch(array) and array.is_cuda):
-            raise ValueError("index_dtype must be None off a CUDA device, got 'fp8_e4m3'")
-        check_eight_bits("index_dtype", "None", "'fp8_e4m3'", array.device)
+    if options.get("index_dtype") and not (is_torch(array) and array.is_cuda):
+        raise ValueError("index_dtype must be None off a CUDA device, got 'fp8_e4m3'")
 
 
 def check_triton_device(array: Any, interpreted: bool) -> None:

@@ -45,8 +45,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa import chips
 from msa.autograd import differentiable_once
-from msa.checks import chips
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of

@@ -21,7 +21,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa.checks import check_scored_blocks, chips
+from msa import chips
+from msa.checks import check_scored_blocks
 from msa.config import MSAConfig
 from msa.ir import BlockScores, Selection
 from msa.triton_impl.bits import count_bits

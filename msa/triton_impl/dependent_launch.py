@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from msa.checks import chips
+from msa import chips
 
 
 @triton.jit

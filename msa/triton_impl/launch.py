@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from msa.checks import check_kernels, check_top_k, check_triton_device, chips
+from msa import chips
+from msa.checks import check_kernels, check_top_k, check_triton_device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 

@@ -37,7 +37,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa.checks import chips
+from msa import chips
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.kernel_choice import Kernels, call_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from msa.checks import chips
+from msa import chips
 
 EVERY_LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 """What every launch of a kernel states. A product and the sum behind it may become one instruction,

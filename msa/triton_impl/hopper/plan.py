@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from msa.checks import chips
+from msa import chips
 from msa.config import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table

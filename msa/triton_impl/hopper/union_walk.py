@@ -56,7 +56,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from msa.checks import chips
+from msa import chips
 from msa.ir import Output, Sequences
 from msa.triton_impl.combine import Slots
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
