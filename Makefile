@@ -98,9 +98,12 @@ EXTRAS_test := torch,triton,verify,demo,model,transformers,dev
 EXTRAS_all := all
 install: .venv/all.installed
 
+# Results and figures go to benchmarks/run; python -m docs.hooks.adopt benchmarks/run commits them.
 bench: install
-	$(BIN)/msa bench prefill --plots docs
+	$(BIN)/msa bench prefill --plots benchmarks/run
 	$(BIN)/msa bench train
+	$(BIN)/msa bench decode
+	$(BIN)/msa bench integrations
 
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing

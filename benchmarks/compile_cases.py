@@ -124,6 +124,15 @@ def decode(
     )  # fmt: skip
 
 
+def prefill(eight: bool) -> Callable[[Shape], object]:
+    """A chunk of a prompt over pages."""
+    chunk = Sequences((0, TOKENS), (0, 5000))
+    return lambda x: impl.prefill_chunk(
+        full(x, TOKENS, HEADS, x.dim), full(x, TOKENS, GROUPS, x.dim), cache(x, 1, eight, eight),
+        chunk, CONFIG, index_dtype="fp8_e4m3" if eight else None,
+    )  # fmt: skip
+
+
 def append(eight: bool) -> Callable[[Shape], object]:
     """Write one new token of each sequence into its pages."""
     return lambda x: impl.append_tokens(
@@ -145,6 +154,8 @@ CASES = (
     Case("decode, 4 new tokens", decode(4, 4), once=True),
     Case("decode, index in 8 bits", decode(1, 1, False, True), eight=True, once=True),
     Case("decode, all in 8 bits", decode(1, 1, True, True), eight=True, once=True),
+    Case("prefill", prefill(False)),
+    Case("prefill, 8 bits", prefill(True), eight=True, once=True),
     Case("append", append(False), once=True),
     Case("append, 8 bits", append(True), eight=True, once=True),
 )

@@ -79,6 +79,7 @@ def pretend(family: chips.Family, hopper: bool) -> None:
     pdl = {"PDL": True, "launch_pdl": True} if family.dependent_launch else {"PDL": False}
     others = {
         "can_describe": lambda tensor, dim: describable(tensor, dim) and family.descriptors,
+        "page_matrix": lambda pages: rows_of(pages) if family.descriptors else None,
         "dependent_launch": lambda device: pdl,
         "can_overlap": lambda device: family.dependent_launch,
         "check_triton_device": lambda *_: None,
@@ -107,6 +108,11 @@ def describable(tensor: torch.Tensor, dim: int) -> bool:
     return dim & (dim - 1) == 0 and step % 16 == 0 and (
         tensor.dim() == 2 or tensor.stride(1) == dim
     )  # fmt: skip
+
+
+def rows_of(pages: torch.Tensor) -> torch.Tensor:
+    """`paged_keys.page_matrix` without that question, for contiguous pages."""
+    return pages.reshape(-1, pages.stride(1))
 
 
 # -- one compilation ------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ commands:
   bench train         check and time a training step: forward, backward and alignment loss
   bench decode        check and time a step of generation over a paged cache
   bench integrations  time torch operators, and Hugging Face's MiniMax-M3 on four attentions
+  bench parallel      time one layer on several GPUs, started by torchrun
   bench plots         draw the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command, `msa --version` the version.
@@ -57,6 +58,7 @@ COMMANDS = {
     "bench train": ("benchmarks.train", "TrainOptions", "all"),
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
     "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
+    "bench parallel": ("benchmarks.parallel", "ParallelOptions", "all"),
     "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
     "doctor": ("msa.doctor", "DoctorOptions", "torch"),
 }
@@ -102,8 +104,8 @@ def run(arguments: list[str]) -> int:
 def no_such_command(arguments: Sequence[str]) -> str:
     """The message about a command that does not exist, or that lacks its second word.
 
-    >>> no_such_command(["bench"])
-    'no such command: bench; behind bench must be prefill, train, decode, integrations or plots'
+    >>> no_such_command(["bench"])[24:]
+    'behind bench must be prefill, train, decode, integrations, parallel or plots'
     >>> no_such_command(["nothing"])
     'no such command: nothing; msa --help lists all commands'
     """

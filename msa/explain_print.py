@@ -162,6 +162,9 @@ def print_kernels(choice: dict[str, Any]) -> None:
     walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, wanted in kernel_choice.walk_rule():
         walk.add_row(name, wanted)
+    keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in kernel_choice.key_rule():
+        keys.add_row(name, wanted)
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
@@ -184,6 +187,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 walk,
+                Text(
+                    "In training, it forms the gradients of keys and values with a hopper kernel "
+                    "where all of this holds:",
+                    style="dim",
+                ),
+                keys,
             ),
             title="[bold]Which kernels?[/]",
             title_align="left",

@@ -15,19 +15,26 @@ from triton.runtime.driver import driver
 
 from benchmarks.compile_target import Driver, assembled
 from msa.chips import FAMILIES
-from msa.triton_impl.hopper import block_topk, index_scores, union_walk
+from msa.triton_impl.hopper import (
+    block_topk,
+    index_scores,
+    key_gradients,
+    query_gradients,
+    union_walk,
+)
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
 
-def compile_scores(dtype, dim, block_size, groups, long):
+def compile_scores(dtype, dim, block_size, groups, long, paged=False, scaled=False):
     dtype = getattr(torch, dtype)
     queries, keys = (torch.zeros(4096, dim).to(dtype) for _ in range(2))
     table, scores = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     return index_scores.block_scores_kernel.warmup(
         index_scores.describe(queries, ROWS // 2), index_scores.describe(keys, block_size), table,
-        table, scores, scores, 0.1, HKV=groups, BK=block_size, LOCAL=1, LONG=long, PIECE=PIECE,
-        num_warps=4, grid=(1,), **index_scores.options(dtype, dim, block_size),
+        table, scores, scores, table, scores, 0.1, *[48 * paged] * 5, HKV=groups, BK=block_size,
+        LOCAL=1, LONG=long, PIECE=PIECE, PAGED=paged, SCALED=scaled, num_warps=4, grid=(1,),
+        **index_scores.options(dtype, dim, block_size),
     )  # fmt: skip
 
 
@@ -40,14 +47,37 @@ def compile_topk(places, long):
     )  # fmt: skip
 
 
-def compile_walk(dtype, group, fold):
+def compile_walk(dtype, group, fold, paged=False):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys = union_walk.describe(k)
     return union_walk.hopper_walk_kernel.warmup(
-        q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, 0.1, 0.125,
-        640, 20, 8192, 128, G=group, HKV=4, HEADS=pad(group, 8),
-        TOP_K=16 if fold else 1, FOLD=fold, grid=(1,), **union_walk.OPTIONS,
+        q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, table,
+        table, 0.1, 0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4,
+        HEADS=pad(group, 8), TOP_K=16 if fold else 1, FOLD=fold, PAGED=paged, grid=(1,),
+        **union_walk.OPTIONS,
+    )  # fmt: skip
+
+
+def compile_keys(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    rows, keys = key_gradients.describe_rows(q, group), key_gradients.describe_keys(k)
+    floats = torch.zeros(256)
+    table, longs = (torch.zeros(64, dtype=kind) for kind in (torch.int32, torch.int64))
+    return key_gradients.hopper_key_gradients_kernel.warmup(
+        rows, keys, keys, rows, floats, floats, table, longs, longs, longs, table, table, floats,
+        floats, 0.1, -8.0, 64, 640, G=group, HKV=4, POS=key_gradients.ROWS // group, grid=(1,),
+        **key_gradients.OPTIONS,
+    )  # fmt: skip
+
+
+def compile_query_gradients(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys, rows = union_walk.describe(k), query_gradients.describe_rows(q, group)
+    return query_gradients.hopper_query_gradients_kernel.warmup(
+        rows, keys, keys, rows, q, q, floats, floats, table, table, table, table, q, floats, 0.1,
+        0.1, 640, 20, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
     )  # fmt: skip
 
 
@@ -70,5 +100,8 @@ def facts(kernel):
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as every launch states it
     driver.set_active(Driver(FAMILIES["9.0"]))
-    makers = {"scores": compile_scores, "topk": compile_topk, "walk": compile_walk}
+    makers = {
+        "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
+        "queries": compile_query_gradients,
+    }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

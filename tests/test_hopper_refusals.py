@@ -11,7 +11,16 @@ import torch
 import msa
 from msa import kernel_choice
 from msa.checks import is_interpreted
-from msa.kernel_choice import Call, WalkCall, choose, obstacle, order_on_hopper, usual_call
+from msa.kernel_choice import (
+    BackwardCall,
+    Call,
+    WalkCall,
+    choose,
+    obstacle,
+    order_on_hopper,
+    runs_on_hopper,
+    usual_call,
+)
 
 GOOD = Call(
     q_dtype="bfloat16", k_dtype="bfloat16", index_dim=128, groups=4, block_size=128, places=15,
@@ -26,6 +35,8 @@ BAD = [
      "q_idx must have Di = 64 or 128 for kernels='hopper', got 32: "),
     ({"block_size": 32}, ValueError,
      "block_size must be 64 or 128 for kernels='hopper', got 32: "),
+    ({"readable": False}, ValueError,
+     "cache.k_idx_pages must start each token at a multiple of 16 bytes, and each page "),
     ({"groups": 257}, ValueError,
      "q_idx must have at most 256 groups for kernels='hopper', got 257: "),
     ({"places": 65}, ValueError, "top_k must be at most 64 more than sink_blocks + local_blocks "),
@@ -53,6 +64,8 @@ BAD_WALKS = [
     ({"dim": 64}, ValueError, "q must have D = 128 for kernels='hopper', got 64: "),
     ({"dim_v": 192}, ValueError, "v must have Dv = 128 for kernels='hopper', got 192: "),
     ({"group": 65}, ValueError, "q must have at most 64 heads in a group for kernels="),
+    ({"readable": False}, ValueError,
+     "cache.k_pages and cache.v_pages must start each token at a multiple of 16 bytes, and "),
     ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
     ({"loop_order": "kv_outer"}, ValueError, "loop_order must be 'auto' or 'union' for kernels="),
     *((changes, error, message.replace("q_idx", "q"))
@@ -60,11 +73,25 @@ BAD_WALKS = [
       if changes.keys() <= {"capability", "device", "interpreted", "triton"}),
 ]  # fmt: skip
 
+KEYS = BackwardCall(
+    half="keys",
+    **{f.name: getattr(WALK, f.name) for f in fields(WalkCall) if f.name != "loop_order"},
+)
+BAD_KEYS = [
+    *(bad for bad in BAD_WALKS if "loop_order" not in bad[0]),
+    ({"group": 9}, ValueError, "q must have 8, 16, 32 or 64 heads in a group for kernels="),
+    ({"group": 4}, ValueError, "q must have 8, 16, 32 or 64 heads in a group for kernels="),
+    ({"scale": 1e-30}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+    ({"scale": 0.0}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+    ({"scale": -1.0}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("good", "changes", "error", "message"),
-    [(GOOD, *bad) for bad in BAD] + [(WALK, *bad) for bad in BAD_WALKS],
-)
+    [(good, *bad) for good, every in ((GOOD, BAD), (WALK, BAD_WALKS), (KEYS, BAD_KEYS))
+     for bad in every],
+)  # fmt: skip
 def test_what_hopper_kernels_cannot_take(good, changes, error, message):
     """Named, they are refused; left to the rule, the portable kernels do it."""
     call = replace(good, **changes)
@@ -86,6 +113,28 @@ def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
     call = replace(WALK, **changes)
     assert choose("auto", call) == auto
     assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
+
+
+@pytest.mark.parametrize(("changes", "auto"), [
+    ({}, True), ({"group": 8}, True), ({"group": 64}, True), ({"blocks": 8192}, True),
+    ({"rows": 16}, True), ({"scale": 0.5}, True), ({"scale": 0.51}, False),
+])  # fmt: skip
+def test_auto_takes_the_kernel_of_keys_where_it_is_faster(changes, auto):
+    call = replace(KEYS, **changes)
+    assert runs_on_hopper("auto", call) == auto
+    assert runs_on_hopper("hopper", call) and not runs_on_hopper("portable", call)
+
+
+def test_gradients_of_a_named_walk_run_on_hopper_where_they_can():
+    """The name is that of the walk, so nothing is refused here."""
+    assert not runs_on_hopper("hopper", replace(KEYS, group=5))
+
+
+def test_the_halves_of_gradients_are_read_from_the_arguments():
+    q, k = (np.ones((300, heads, 128), "f2") for heads in (32, 2))
+    chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
+    call = kernel_choice.backward_call_of(q, k, k, chosen, 0.3, "keys")
+    assert call.half == "keys" and call.rows == 9600 and call.group == 16 and call.scale == 0.3
 
 
 def test_every_fact_of_a_walk_counts():
@@ -117,8 +166,10 @@ def test_the_call_is_read_from_the_arguments(batched):
     lead = (3, 7) if batched else (7,)
     q_idx, k_idx = np.ones((*lead, 5, 64), "f2"), np.ones((*lead, 64), "f4")
     call = kernel_choice.call_of(q_idx, k_idx, msa.MSAConfig(64, 20, 3, 2))
-    assert call == Call("float16", "float32", 64, 5, 64, 15, "the CPU", None, call.triton,
-                        is_interpreted())  # fmt: skip
+    assert call == Call(
+        q_dtype="float16", k_dtype="float32", index_dim=64, groups=5, block_size=64, places=15,
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
     tensor = torch.ones(*lead, 5, 64)
     assert kernel_choice.call_of(tensor, tensor, msa.MSAConfig()).device == "cpu"
 
@@ -130,6 +181,8 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+    told = dict(kernel_choice.key_rule())
+    assert told["query heads of a group"] == "8, 16, 32 or 64" and len(told) == 3
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -138,9 +191,11 @@ def test_a_walk_is_read_from_the_arguments(batched):
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
     call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
-    sizes = 64, 32, 3, 128, "union", 1800, 3, 0.3
-    assert call == WalkCall(*["float16"] * 3, *sizes, "the CPU", None, call.triton,
-                            is_interpreted())  # fmt: skip
+    assert call == WalkCall(
+        q_dtype="float16", k_dtype="float16", v_dtype="float16", dim=64, dim_v=32, group=3,
+        block_size=128, rows=1800, blocks=3, scale=0.3, loop_order="union",
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

@@ -22,7 +22,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "sequences": {"checks"},
     "selection": {"checks", "sequences"},
     "paged_kv": {"checks", "sequences"},
-    "cache_checks": {"checks", "chips", "paged_kv"},
+    "cache_checks": {"checks", "chips", "paged_kv", "sequences"},
     "chips": set(),
     "ir": {"checks", "paged_kv", "selection", "sequences"},
     "eight_bits": {"checks"},

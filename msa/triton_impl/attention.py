@@ -37,6 +37,7 @@ super-tile. The sums of several are added in float32 and in order, so the bits s
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,13 +50,21 @@ from msa import chips
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
+from msa.kernel_choice import (
+    Kernels,
+    backward_call_of,
+    obstacle,
+    order_on_hopper,
+    runs_on_hopper,
+    walk_call_of,
+)
 from msa.kernel_choice import choose as choose_kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
+from msa.triton_impl.paged_keys import Pages, page_matrix
 from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
@@ -84,19 +93,24 @@ def choose_order(selection: Selection, group: int) -> str:
 
 
 def attend_part(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv Dv"],
     selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
+    pages: Pages | None = None,
 ) -> None:  # fmt: skip
-    """Attend one super-tile in one order; nothing here waits for the device."""
+    """Attend one super-tile in one order; nothing here waits for the device.
+
+    With `pages`, k and v are pages.
+    """
 
     def kv_outer(chosen: Selection) -> Slots:
         schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
-        return fill_slots(q, k, v, schedule, softmax_scale)
+        return fill_slots(q, k, v, schedule, softmax_scale, pages=pages)
 
     if order == "kv_outer":
         weigh_slots(kv_outer(selection), softmax_scale, into)
         return
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[-2]
     rate = chips.current().family.operations_per_byte
     split = limits(selection.top_k, rate) if order == "split" else None
     if walker == "hopper":
@@ -106,14 +120,14 @@ def attend_part(
         union = split_tiles(selection, hopper.tile_size_of(group), split)
         hopper.walk(
             q, k, v, selection.sequences, union.block_ids, union.row_masks, union.counts,
-            softmax_scale, into, None if union.remote is None else kv_outer(union.remote),
+            softmax_scale, into, None if union.remote is None else kv_outer(union.remote), pages,
         )  # fmt: skip
         return
     tile_size = positions_of(group)
     union = split_tiles(selection, tile_size, split)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
-        union.counts, tile_size, softmax_scale, into=into,
+        union.counts, tile_size, softmax_scale, into=into, pages=pages,
         slots=None if union.remote is None else kv_outer(union.remote),
     )  # fmt: skip
 
@@ -131,7 +145,7 @@ def attend_selection(
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
         kernels: which kernel walks along unions: "portable", "hopper", or "auto", which chooses by
-            `msa.kernel_choice`. The gradients have one set of kernels.
+            `msa.kernel_choice`. The gradients of "hopper" run on these kernels where they can.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -162,7 +176,7 @@ class SelectedAttention(torch.autograd.Function):
         """Keep what the backward needs."""
         out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order, kernels)
         ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
-        ctx.selection, ctx.scale = selection, scale
+        ctx.selection, ctx.scale, ctx.kernels = selection, scale, kernels
         return out, lse
 
     @staticmethod
@@ -171,8 +185,8 @@ class SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse, _ = ctx.saved_tensors
-        fixed = ctx.selection, ctx.scale
-        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
+        fixed = ctx.selection, ctx.scale, ctx.kernels
+        grads = gradients(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None, None
 
 
@@ -194,25 +208,32 @@ def attend_selection_forward(
 
 def attend_super_tiles(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: str,
-    kernels: Kernels,
+    kernels: Kernels, pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Super-tile by super-tile, each in the order that pays."""
-    (n_q, heads, _), dim_v = q.shape, v.shape[2]
+    """Super-tile by super-tile, each in the order that pays. With `pages`, k and v are pages."""
+    (n_q, heads, _), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
+    if pages is not None:
+        call = replace(call, readable=page_matrix(k) is not None and page_matrix(v) is not None)
     walker = choose_kernels(kernels, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
     per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
-    per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
+    per_query += mark_bytes(selection.sequences, selection.block_size, groups)
     runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
     size = max(1, -(-n_q // max(1, runs)))
     for queries, keys, sequences in super_tiles(selection.sequences, size):
         part = Selection(selection.indices[queries], sequences, selection.block_size)
-        order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
+        order = choose_order(part, heads // groups) if loop_order == "auto" else loop_order
         into = Output(out[queries], lse[queries])
-        attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
+        if pages is None:
+            attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
+            continue
+        first = bisect_right(selection.sequences.cu_seqlens_q, queries.start) - 1
+        here = pages.after(first)
+        attend_part(q[queries], k, v, part, scale, order, into, walker, here)
     return out, lse
 
 
@@ -228,17 +249,26 @@ def attend_selection_backward(
     selection: Selection, softmax_scale: float,
 ) -> Three:  # fmt: skip
     """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
+    return gradients(d_out, d_lse, q, k, v, out, lse, selection, softmax_scale, "auto")
+
+
+def gradients(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    selection: Selection, softmax_scale: float, kernels: Kernels,
+) -> Three:  # fmt: skip
+    """The same by the kernels that are named, super-tile by super-tile."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
     if size >= len(q):
         tensors = q, k, v, out, d_out, lse, d_lse
-        return gradients_of_part(tensors, selection, softmax_scale)
+        return gradients_of_part(tensors, selection, softmax_scale, kernels=kernels)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for queries, keys, sequences in super_tiles(selection.sequences, size):
         part = Selection(selection.indices[queries], sequences, selection.block_size)
         tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
-        gradients_of_part(tensors, part, softmax_scale, (d_q[queries], d_k[keys], d_v[keys]))
+        into = d_q[queries], d_k[keys], d_v[keys]
+        gradients_of_part(tensors, part, softmax_scale, into, kernels)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
@@ -265,13 +295,35 @@ def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> i
 
 
 def gradients_of_part(
-    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None
-) -> Three:
+    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None,
+    kernels: Kernels = "auto",
+) -> Three:  # fmt: skip
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
-    union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
-    d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    group = q.shape[1] // k.shape[1]
+    queries_on_hopper, keys_on_hopper = (
+        runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, half))
+        for half in ("queries", "keys")
+    )
+    # hopper kernels are imported here, because older releases of triton have no Gluon
+    if queries_on_hopper:
+        from msa.triton_impl.hopper import query_gradients as hopper_queries
+
+        run, positions = hopper_queries.query_gradients, hopper_queries.tile_size_of(group)
+    else:
+        run, positions = query_gradients, positions_of(group)
+    union = split_tiles(selection, positions)
+    d_q, delta = run(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    if keys_on_hopper:
+        from msa.triton_impl.hopper import key_gradients as hopper
+        from msa.triton_impl.hopper.edge_shares import share_edges
+
+        shares = share_edges(selection, hopper.programs_of(q.device))
+        found = hopper.key_gradients(q, k, v, d_out, lse, delta, shares, scale, add_to)
+        return d_q, *found
+    if queries_on_hopper:
+        union = split_tiles(selection, positions_of(group))
     edges = reverse_union(union, selection, tuning.KEY_TILES)
     return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
 
