@@ -5,7 +5,7 @@ PIP := pip install --quiet --disable-pip-version-check
 SEED := $(shell date +%s)
 
 .PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look package \
-	sanitize install bench bench-crossing compile-all compile-newest compile-oldest clean
+	sanitize install bench bench-crossing compile-all compile-some compile-newest compile-oldest clean
 .NOTPARALLEL:  # there is one .venv
 
 demo: .venv/demo.installed
@@ -82,6 +82,10 @@ FAMILIES ?=
 COMPILED := -m benchmarks.compiled $(if $(FAMILIES),--families $(FAMILIES))
 compile-all: .venv/test.installed
 	$(BIN)/python $(COMPILED)
+
+# What CI compiles of it today: a portion for 9.0 and for two other families.
+compile-some: .venv/test.installed
+	$(BIN)/python -m benchmarks.compiled --day $$(date +%j | sed 's/^0*//')
 
 # The same with the newest release of Triton; with the oldest that has Gluon, the hopper kernels.
 .venv/triton-%:
