@@ -37,7 +37,7 @@ SPILLED = {
     "query_gradients_kernel": 64,
     "key_gradients_kernel": 448,
     "append_kernel": 160,
-    "hopper_query_gradients_kernel": 128,
+    "hopper_query_gradients_kernel": 512,
 }
 """Bytes that a kernel may spill for each thread; the others may spill none."""
 PORTIONS = 6

@@ -25,7 +25,7 @@ def has_device(command: str) -> bool:
 
     if not torch.cuda.is_available():
         print(
-            f"{command} needs a CUDA or ROCm device, and torch {torch.__version__} sees none here",
+            f"{command} needs a CUDA device, and torch {torch.__version__} sees none here",
             file=sys.stderr,
         )
         return False

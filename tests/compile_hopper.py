@@ -11,6 +11,8 @@ import re
 import sys
 
 import torch
+import triton
+import triton.language as tl
 from triton.runtime.driver import driver
 
 from benchmarks.compile_target import Driver, assembled
@@ -24,6 +26,7 @@ from msa.triton_impl.hopper import (
 )
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 def compile_scores(dtype, dim, block_size, groups, long, paged=False, scaled=False):
@@ -81,6 +84,20 @@ def compile_query_gradients(dtype, group):
     )  # fmt: skip
 
 
+def compile_sum(fuse):
+    """The smallest kernel with a product and a sum, launched as all kernels are; None: as stated."""
+    parts, out = torch.zeros(256), torch.zeros(16)
+    stated = EVERY_LAUNCH if fuse is None else EVERY_LAUNCH | {"enable_fp_fusion": fuse}
+    return weighted_sum_kernel.warmup(parts, parts, out, N=16, grid=(1,), **stated)
+
+
+@triton.jit
+def weighted_sum_kernel(x, weights, out, N: tl.constexpr):
+    """out = x * weights + out."""
+    o_x = tl.arange(0, N)
+    tl.store(out + o_x, tl.load(x + o_x) * tl.load(weights + o_x) + tl.load(out + o_x))
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -91,6 +108,7 @@ def facts(kernel):
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", says))),
         "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
         "shared": kernel.metadata.shared,
+        "fused": ptx.count("fma.rn.f32"),
         "steps": re.findall(
             r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
         ),
@@ -102,6 +120,6 @@ if __name__ == "__main__":
     driver.set_active(Driver(FAMILIES["9.0"]))
     makers = {
         "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
-        "queries": compile_query_gradients,
+        "queries": compile_query_gradients, "sum": compile_sum,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))
