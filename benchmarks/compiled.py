@@ -32,6 +32,8 @@ REGISTERS_AMD = 512
 """Registers that the compiler may give one thread of AMD."""
 SPILLED = {
     "scan_kernel": 128,
+    "walk_kernel": 16,  # with Triton 3.9; none with the pinned release, as below
+    "hopper_walk_kernel": 192,
     "block_sums_kernel": 160,
     "index_loss_kernel": 256,
     "query_gradients_kernel": 64,

@@ -85,7 +85,7 @@ def compile_query_gradients(dtype, group):
 
 
 def compile_sum(fuse):
-    """The smallest kernel with a product and a sum, launched as all kernels are; None: as stated."""
+    """The smallest kernel with a product and a sum; None: launched as all kernels are."""
     parts, out = torch.zeros(256), torch.zeros(16)
     stated = EVERY_LAUNCH if fuse is None else EVERY_LAUNCH | {"enable_fp_fusion": fuse}
     return weighted_sum_kernel.warmup(parts, parts, out, N=16, grid=(1,), **stated)
