@@ -45,6 +45,7 @@ NUMBER = (int, float)
 SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MEDIAN = {"ms": NUMBER}
+RATE = {"ms": NUMBER, "tflops": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
 STEP = {"step": MICROS, "layer": MICROS, "scores": MICROS}
@@ -77,6 +78,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "walk": [{"n": int, "keep": NUMBER, "hopper": TIME, "portable": TIME,
                   "portable_auto": TIME, "union_of_8": TIME}],
         "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
+    },
+    "gradients": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str, "checks": dict,
+        "keys": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE}],
+        "queries": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE,
+                     "union_of_4": MEDIAN, "union_of_8": MEDIAN}],
     },
     "train": {
         **MACHINE,

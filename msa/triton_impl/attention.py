@@ -38,6 +38,7 @@ super-tile. The sums of several are added in float32 and in order, so the bits s
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -72,7 +73,7 @@ from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
 from msa.triton_impl.tile_reverse_index import reverse_union, tile_sequences
-from msa.triton_impl.tile_union import split_tiles, union_width
+from msa.triton_impl.tile_union import SplitUnion, split_tiles, union_width
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -301,31 +302,39 @@ def gradients_of_part(
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
-    group = q.shape[1] // k.shape[1]
-    queries_on_hopper, keys_on_hopper = (
-        runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, half))
-        for half in ("queries", "keys")
-    )
-    # hopper kernels are imported here, because older releases of triton have no Gluon
-    if queries_on_hopper:
-        from msa.triton_impl.hopper import query_gradients as hopper_queries
-
-        run, positions = hopper_queries.query_gradients, hopper_queries.tile_size_of(group)
-    else:
-        run, positions = query_gradients, positions_of(group)
-    union = split_tiles(selection, positions)
+    run, union = query_kernel(q, k, v, selection, scale, kernels)
     d_q, delta = run(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
-    if keys_on_hopper:
+    run, edges = key_kernel(q, k, v, selection, scale, union, kernels)
+    return d_q, *run(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
+
+
+def query_kernel(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, kernels: Kernels = "auto"
+) -> tuple[Callable[..., Any], SplitUnion]:
+    """The function that computes dQ, and the unions along which it walks."""
+    group = q.shape[1] // k.shape[1]
+    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "queries")):
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper import query_gradients as hopper
+
+        return hopper.query_gradients, split_tiles(selection, hopper.tile_size_of(group))
+    return query_gradients, split_tiles(selection, positions_of(group))
+
+
+def key_kernel(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, union: SplitUnion,
+    kernels: Kernels = "auto",
+) -> tuple[Callable[..., Any], Any]:  # fmt: skip
+    """The function that computes dK and dV, and its edges; `union` is used if it fits."""
+    positions = positions_of(q.shape[1] // k.shape[1])
+    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "keys")):
         from msa.triton_impl.hopper import key_gradients as hopper
         from msa.triton_impl.hopper.edge_shares import share_edges
 
-        shares = share_edges(selection, hopper.programs_of(q.device))
-        found = hopper.key_gradients(q, k, v, d_out, lse, delta, shares, scale, add_to)
-        return d_q, *found
-    if queries_on_hopper:
-        union = split_tiles(selection, positions_of(group))
-    edges = reverse_union(union, selection, tuning.KEY_TILES)
-    return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
+        return hopper.key_gradients, share_edges(selection, hopper.programs_of(q.device))
+    if union.tile_size != positions:
+        union = split_tiles(selection, positions)
+    return key_gradients, reverse_union(union, selection, tuning.KEY_TILES)
 
 
 @on_its_device
