@@ -15,7 +15,7 @@ from benchmarks.compile_shapes import SHAPES as NAMED
 from msa import triton_impl as impl
 from msa.config import MSAConfig
 from msa.ir import PagedKV, Selection, Sequences
-from msa.triton_impl.attention import attend_selection
+from msa.triton_impl.attention import LoopOrder, attend_selection
 from msa.triton_impl.selection import select_fused
 
 TOKENS, HEADS, GROUPS, BLOCK, TOP_K = 2048, 64, 4, 128, 16
@@ -52,15 +52,18 @@ def full(shape: Shape, *sizes: int, grad: bool = False) -> Tensor:
     return torch.full(sizes, 0.5, dtype=shape.dtype).requires_grad_(grad)
 
 
-def main_branch(shape: Shape, grad: bool = False) -> list[Tensor]:
+def main_branch(shape: Shape, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v."""
-    return [full(shape, TOKENS, heads, shape.dim, grad=grad) for heads in (HEADS, GROUPS, GROUPS)]
+    q, k, v = (
+        full(shape, TOKENS, heads, shape.dim, grad=grad) for heads in (HEADS, GROUPS, GROUPS)
+    )  # fmt: skip
+    return q, k, v
 
 
-def index_branch(shape: Shape, grad: bool = False) -> list[Tensor]:
+def index_branch(shape: Shape, grad: bool = False) -> tuple[Tensor, Tensor]:
     """q_idx, k_idx."""
-    sizes = (TOKENS, GROUPS, shape.dim), (TOKENS, shape.dim)
-    return [full(shape, *size, grad=grad) for size in sizes]
+    q_idx = full(shape, TOKENS, GROUPS, shape.dim, grad=grad)
+    return q_idx, full(shape, TOKENS, shape.dim, grad=grad)
 
 
 def chosen() -> Selection:
@@ -82,7 +85,7 @@ def select_in_steps(x: Shape) -> object:
     return impl.select_blocks(impl.score_blocks(*index_branch(x), SEQUENCES, CONFIG), CONFIG)
 
 
-def attend(order: str) -> Callable[[Shape], object]:
+def attend(order: LoopOrder) -> Callable[[Shape], object]:
     """Attention over a selection, in one loop order."""
     return lambda x: attend_selection(*main_branch(x), chosen(), x.dim**-0.5, order)
 
@@ -108,10 +111,10 @@ def cache(x: Shape, batch: int, eight: bool, eight_index: bool) -> PagedKV:
     kind, kind_index = (EIGHT if e else x.dtype for e in (eight, eight_index))
     k, v = (torch.zeros((pages, BLOCK, GROUPS, x.dim), dtype=kind) for _ in range(2))
     k_idx = torch.zeros((pages, BLOCK, x.dim), dtype=kind_index)
-    scales = [torch.ones(pages, GROUPS)] * 2 if eight else [None, None]
+    scale = torch.ones(pages, GROUPS) if eight else None
     index_scale = torch.ones(pages) if eight_index else None
     lengths = torch.full((batch,), 5000, dtype=torch.int32)
-    return PagedKV(k, v, k_idx, table, lengths, *scales, index_scale)
+    return PagedKV(k, v, k_idx, table, lengths, scale, scale, index_scale)
 
 
 def decode(

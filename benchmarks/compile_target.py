@@ -73,21 +73,32 @@ def pretend(family: chips.Family, hopper: bool) -> None:
     from msa.triton_impl import append, launch, page_scores, tile_verbs  # noqa: F401
 
     torch.set_num_threads(1)
-    driver.set_active(Driver(family))
+    fake: Any = Driver(family)
+    driver.set_active(fake)
     chip = chips.Chip(family, family.examples, 132, family.shared, chips.MEASURED.l2)
     chips.current = lambda: chip
-    pdl = {"PDL": True, "launch_pdl": True} if family.dependent_launch else {"PDL": False}
-    others = {
-        "can_describe": lambda tensor, dim: describable(tensor, dim) and family.descriptors,
-        "page_matrix": lambda pages: rows_of(pages) if family.descriptors else None,
-        "dependent_launch": lambda device: pdl,
-        "can_overlap": lambda device: family.dependent_launch,
-        "check_triton_device": lambda *_: None,
-    }
+
+    def can_describe(tensor: torch.Tensor, dim: int) -> bool:
+        return family.descriptors and describable(tensor, dim)
+
+    def page_matrix(pages: torch.Tensor) -> torch.Tensor | None:
+        """For contiguous pages, wherever they are."""
+        return pages.reshape(-1, pages.stride(1)) if family.descriptors else None
+
+    def can_overlap(device: torch.device) -> bool:
+        return family.dependent_launch
+
+    def dependent_launch(device: torch.device) -> dict[str, bool]:
+        return {"PDL": True, "launch_pdl": True} if can_overlap(device) else {"PDL": False}
+
+    def check_triton_device(*arguments: object) -> None:
+        return
+
+    others = (can_describe, page_matrix, can_overlap, dependent_launch, check_triton_device)
     for module in [m for name, m in sys.modules.items() if name.startswith("msa.triton_impl")]:
-        for name, other in others.items():
-            if hasattr(module, name):
-                setattr(module, name, other)
+        for other in others:
+            if hasattr(module, other.__name__):
+                setattr(module, other.__name__, other)
     tile_verbs.FAST = triton.language.constexpr(not family.is_amd)
     kernel_choice.machine_of = lambda array: {
         "device": "a GPU", "capability": (9, 0) if hopper else None,
@@ -110,11 +121,6 @@ def describable(tensor: torch.Tensor, dim: int) -> bool:
     )  # fmt: skip
 
 
-def rows_of(pages: torch.Tensor) -> torch.Tensor:
-    """`paged_keys.page_matrix` without that question, for contiguous pages."""
-    return pages.reshape(-1, pages.stride(1))
-
-
 # -- one compilation ------------------------------------------------------------------------------
 def facts(kernel: Any, family: chips.Family) -> dict[str, Any]:
     """Shared memory, registers, spilled bytes and threads of a compiled kernel."""
@@ -127,9 +133,9 @@ def facts(kernel: Any, family: chips.Family) -> dict[str, Any]:
         # a register that does not fit is kept in scratch memory, four bytes for each thread
         return found | {"registers": said["vgpr_count"], "spilled": 4 * said["vgpr_spill_count"]}
     ptx = kernel.asm["ptx"]
-    found["threads"] = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+    found["threads"] = int(first(r"\.reqntid (\d+)", ptx))
     said = assembled(ptx)
-    found["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
+    found["registers"] = int(first(r"Used (\d+) registers", said))
     found["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
     if "C75" in said:
         found["serialised"] = True  # products that wait for one another
@@ -138,9 +144,9 @@ def facts(kernel: Any, family: chips.Family) -> dict[str, Any]:
 
 def assembled(ptx: str) -> str:
     """What the assembler says about PTX."""
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    target, errors = first(r"\.target (sm_\w+)", ptx), ""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    new = int(re.search(r"\d+", target)[0]) >= 100
+    new = int(first(r"(\d+)", target)) >= 100
     tools = [t for t in ("ptxas-blackwell", "ptxas") if (folder / t).exists()]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -152,7 +158,16 @@ def assembled(ptx: str) -> str:
             )  # fmt: skip
             if done.returncode == 0:
                 return done.stdout + done.stderr
-    raise RuntimeError(done.stderr[-300:])
+            errors = done.stderr
+    raise RuntimeError(errors[-300:])
+
+
+def first(pattern: str, text: str) -> str:
+    """The first group of the first place where a text has a pattern."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[-200:]!r}")
+    return found[1]
 
 
 def in_child(compile_it: Any) -> dict[str, Any]:
@@ -220,7 +235,11 @@ def main() -> None:
     pretend(family, options.hopper)
     mine, portions = map(int, options.portion.split("/"))
     compiler = Compiler(family, (mine, portions), options.hopper)
-    JITFunction.run = lambda self, *args, **more: compiler(self, *args, **more)
+
+    def launch(self: Any, *values: Any, **options: Any) -> None:
+        compiler(self, *values, **options)
+
+    JITFunction.run = launch  # pyrefly: ignore[method-assign]
     for shape in options.shapes or SHAPES:
         for case in CASES:
             skipped = case.eight and not family.e4m3

@@ -101,7 +101,8 @@ def compiled(family: str, *words: str) -> list[Row]:
     """The kernels of a family, compiled by other processes; on 9.0 those for Hopper, too."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     rows: list[Row] = []
-    for more in ([], ["--hopper"]) if chips.FAMILIES[family].hopper else ([],):
+    for hopper in (False, True) if chips.FAMILIES[family].hopper else (False,):
+        more = ["--hopper"] if hopper else list[str]()
         command = [sys.executable, "-m", "benchmarks.compile_target", family, *words, *more]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

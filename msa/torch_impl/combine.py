@@ -31,8 +31,10 @@ def combine_partials(partials: Partials, dtype: Any = None) -> Output:
     tensor([[[3.2500]]])
     """
     groups = partials.counts.shape[1]
-    by_edge = (x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (partials.out, partials.lse))
-    out, lse = weigh_slots(Slots(*by_edge, None, partials.counts))
+    by_edge, lse = (
+        x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (partials.out, partials.lse)
+    )  # fmt: skip
+    out, lse = weigh_slots(Slots(by_edge, lse, None, partials.counts))
     return Output(out.to(dtype or partials.out.dtype), lse.float())
 
 
@@ -53,7 +55,8 @@ class Slots:
 
 def weigh_slots(slots: Slots) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
     """The combination, out in the precision of the slots' out, lse in that of their tops."""
-    top, shares = row_shares(*by_head(slots.top, slots.total), slots.counts)
+    totals = None if slots.total is None else by_head(slots.total)
+    top, shares = row_shares(by_head(slots.top), totals, slots.counts)
     total = shares.sum(-1)
     weights = (shares / total[..., None]).to(slots.out.dtype)
     weights = weights.unflatten(1, (slots.counts.shape[1], -1)).transpose(2, 3)
@@ -74,9 +77,9 @@ def weigh_slots(slots: Slots) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, 
     return out.flatten(1, 2), top + total.log()
 
 
-def by_head(*numbers: Tensor | None) -> list[Any]:
-    """Numbers of edges and their heads, [Tq, Hkv, k, G], as [Tq, Hq, k]; None stays None."""
-    return [x if x is None else x.transpose(2, 3).flatten(1, 2) for x in numbers]
+def by_head(x: Float[Tensor, "Tq Hkv k G"]) -> Float[Tensor, "Tq Hq k"]:
+    """Numbers of edges and their heads with the heads before the slots."""
+    return x.transpose(2, 3).flatten(1, 2)
 
 
 def row_shares(
