@@ -206,7 +206,7 @@ class Compiler:
         self.seen.add(key)
         mine, portions = self.portion
         is_hopper = "hopper" in kernel.fn.__module__
-        if is_hopper != self.hopper or (not is_hopper and len(self.seen) % portions != mine):
+        if is_hopper != self.hopper or len(self.seen) % portions != mine:
             return
         start = time.time()
         made = in_child(lambda: facts(

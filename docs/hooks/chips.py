@@ -77,7 +77,7 @@ def compiled_sentences() -> str:
         bad = sum(bool(wrong(row, family)) for row, family in rows)
         said.append(
             f"Triton {version}, {entry['date']}: {len(rows)} variants of kernels for "
-            f"{', '.join(families)}; {bad or 'none'} of them do not fit."
+            f"{', '.join(families)}; {f'{bad} of them do not fit' if bad else 'all of them fit'}."
         )
     return "\n\n".join(said)
 
