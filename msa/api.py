@@ -223,6 +223,7 @@ def prefill(
 def decode(
     q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
     cache: PagedKV, *, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
+    kernels: Kernels = "auto",
 ) -> Output:  # fmt: skip
     """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
@@ -235,7 +236,9 @@ def decode(
     The triton backend can be captured in a CUDA graph. No shape depends on a length, and lengths
     and tables are read on the device, so a graph stays right while the sequences grow. During
     capture their contents are not checked (a `PagePool` keeps them legal) and the selection is
-    None.
+    None. kernels says which of its kernels scores the blocks: "portable", the Gluon kernel
+    "hopper" for GPUs of compute capability 9.x, or "auto", which takes it where it can run. The
+    scores are the same up to rounding.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -248,8 +251,8 @@ def decode(
     >>> msa.decode(zero, zero, cache, config=msa.MSAConfig(block_size=2, top_k=2)).out[:, 0, 0, 0]
     array([4.33333333, 0.        ])
     """
-    entry, args = enter_cache(q, q_idx, cache, backend, config)
-    return entry.run(entry.module.decode_step, *args, config)
+    entry, args = enter_cache(q, q_idx, cache, backend, config, {"kernels": kernels})
+    return entry.run(entry.module.decode_step, *args, config, **entry.options)
 
 
 def append_tokens(

@@ -154,15 +154,16 @@ def check_shapes(
 
 
 def enter_cache(
-    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig
-) -> tuple[Entry, list[Any]]:
+    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig,
+    options: dict[str, Any] | None = None,
+) -> tuple[Entry, list[Any]]:  # fmt: skip
     """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     sizes = check_shapes(q, q_idx, cache, config, "B n")
-    entry = Entry(backend, q)
+    entry = Entry(backend, q, options)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
     else:
@@ -170,6 +171,8 @@ def enter_cache(
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
     if entry.name == "triton":
         cache_checks.check_chip(cache)
+    if entry.options.get("kernels") == "hopper":
+        kernel_choice.choose("hopper", kernel_choice.page_call_of(q_idx, cache))
     cache = cache_checks.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
 

@@ -154,25 +154,30 @@ def print_choice(choice: dict[str, Any]) -> None:
     )
 
 
+def wanted_by(kernels: str, rule: list[tuple[str, str]]) -> Table:
+    """A rule of `msa.kernel_choice` as a table."""
+    table = Table("what", f"wanted by {kernels}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in rule:
+        table.add_row(name, wanted)
+    return table
+
+
 def print_kernels(choice: dict[str, Any]) -> None:
     """Print the rule of kernels="auto", and what it takes on this machine."""
-    table = Table("what", "wanted by the hopper kernels", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.rule():
-        table.add_row(name, wanted)
-    walk = Table("what", "wanted by the hopper walk", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.walk_rule():
-        walk.add_row(name, wanted)
-    keys = Table("what", "wanted by the hopper kernel", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, wanted in kernel_choice.key_rule():
-        keys.add_row(name, wanted)
+    table = wanted_by("the hopper kernels", kernel_choice.rule())
+    walk = wanted_by("the hopper walk", kernel_choice.walk_rule())
+    keys = wanted_by("the hopper kernel", kernel_choice.key_rule())
+    loss = wanted_by("the hopper kernel", kernel_choice.loss_rule())
+    pages = wanted_by("the scores of pages", kernel_choice.page_rule())
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
             Group(
                 Text(
-                    "The triton backend has two sets of kernels that select blocks, and two that "
-                    "walk along unions: portable ones in Triton, and faster ones in Gluon for "
-                    "Hopper GPUs. Both select the same, and their walks differ by rounding."
+                    "The triton backend has two sets of kernels that select blocks, that walk "
+                    "along unions, and that score the blocks of a paged cache: portable ones in "
+                    "Triton, and faster ones in Gluon for Hopper GPUs. Both select the same, and "
+                    "their walks and the scores of pages differ by rounding."
                 ),
                 Text(
                     'kernels="auto" selects with the hopper kernels where all of this holds, and '
@@ -193,6 +198,14 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 keys,
+                Text(
+                    "In training, it computes the alignment loss and its gradients with a hopper "
+                    "kernel where all of this holds:",
+                    style="dim",
+                ),
+                loss,
+                Text("It decodes with the hopper scores where all of this holds:", style="dim"),
+                pages,
             ),
             title="[bold]Which kernels?[/]",
             title_align="left",

@@ -4,8 +4,8 @@
     hopper      the Gluon kernels of msa/triton_impl/hopper: GPUs of compute capability 9.x, the
                 shapes below
     auto        for the selection: hopper where these kernels run, else portable
-                for the walk along unions and for the gradients of attention: hopper where it
-                runs and was measured to be faster
+                for the walk along unions, for the gradients of attention and for the block
+                scores of a step of decoding: hopper where it runs and was measured to be faster
 
 The hopper selection is the same bit for bit, and it was faster on every shape that was measured
 (docs/ladder.md). The hopper walk gives the same result up to rounding. It was faster on sequences
@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from msa.checks import dtype_name, either, is_interpreted, is_torch
 from msa.config import MSAConfig
-from msa.ir import Array, Selection, Sequences
+from msa.ir import Array, PagedKV, Selection, Sequences
 
 Kernels = Literal["auto", "portable", "hopper"]
 Half = Literal["queries", "keys"]
@@ -61,6 +61,8 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+LOSS_GROUPS = (8, 16, 32, 64)
+"""Query heads of a group in the hopper kernel of the alignment loss: it reads 64 rows at a time."""
 SMALLEST_GROUP = 9
 """With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
 "auto" avoids it."""
@@ -77,6 +79,12 @@ SMALLEST_SCALE = 2.0**-64
 LONGEST_WHOLE = 128
 """Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
 than "auto" on the portable kernels, for every selection."""
+
+EIGHT_BITS = "float8_e4m3fn"
+"""Pages of index keys may also have this dtype."""
+LARGEST_STEP = 32
+"""New queries of a sequence times groups, in a step of decoding: the columns of a product, four
+times over with pages of 8 bits, have to fit into registers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,37 @@ class BackwardCall(AttentionCall):
     half: Half
 
 
+@dataclass(frozen=True, kw_only=True)
+class PageCall(Place):
+    """What the choice for the block scores of a step of decoding depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    """The dtype of the pages of index keys."""
+    index_dim: int
+    block_size: int
+    rows: int
+    """New queries of a sequence times groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCall(Place):
+    """What the choice for an alignment loss depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    q_idx_dtype: str
+    k_idx_dtype: str
+    dim: int
+    index_dim: int
+    group: int
+    """Query heads of a group."""
+    block_size: int
+
+
+AnyCall = Call | AttentionCall | PageCall | LossCall
+
+
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
     """What the choice depends on, for these arguments of a selection."""
     return Call(
@@ -186,6 +225,33 @@ def attention_of(
         "scale": scale,
         **machine_of(q),
     }
+
+
+def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
+    """What the choice depends on, for these arguments of a step of decoding."""
+    return PageCall(
+        q_dtype=dtype_name(q_idx),
+        k_dtype=dtype_name(cache.k_idx_pages),
+        index_dim=q_idx.shape[-1],
+        block_size=cache.k_idx_pages.shape[1],
+        rows=q_idx.shape[1] * q_idx.shape[2],
+        **machine_of(q_idx),
+    )
+
+
+def loss_call_of(q: Array, k: Array, q_idx: Array, k_idx: Array, block_size: int) -> LossCall:
+    """What the choice depends on, for these arguments of an alignment loss."""
+    return LossCall(
+        q_dtype=dtype_name(q),
+        k_dtype=dtype_name(k),
+        q_idx_dtype=dtype_name(q_idx),
+        k_idx_dtype=dtype_name(k_idx),
+        dim=q.shape[-1],
+        index_dim=q_idx.shape[-1],
+        group=q.shape[-2] // k.shape[-2],
+        block_size=block_size,
+        **machine_of(q),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -261,13 +327,17 @@ def must(name: str, wanted: str, got: object, do: str = "use kernels='portable'"
     return f"{name} must {wanted} for kernels='hopper', got {got}: {do}"
 
 
-def obstacle(call: Call | AttentionCall) -> TypeError | ValueError | None:
+def obstacle(call: AnyCall) -> TypeError | ValueError | None:
     """Why the hopper kernels cannot take a call: the argument, what is wanted, what came (R20).
 
     None if they can.
     """
     if isinstance(call, Call):
         found = wrong_selection(call)
+    elif isinstance(call, PageCall):
+        found = wrong_pages(call)
+    elif isinstance(call, LossCall):
+        found = wrong_loss(call)
     elif isinstance(call, BackwardCall):
         found = wrong_attention(call) or wrong_backward(call)
     else:
@@ -315,6 +385,25 @@ def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
     return None
 
 
+def wrong_loss(call: LossCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of an alignment loss."""
+    dtypes = {"q": call.q_dtype, "k": call.k_dtype}
+    dtypes |= {"q_idx": call.q_idx_dtype, "k_idx": call.k_idx_dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
+        if dtype != call.q_dtype:
+            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
+    for name, symbol, size in (("q", "D", call.dim), ("q_idx", "Di", call.index_dim)):
+        if size != WALK_DIM:
+            return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if call.block_size != WALK_BLOCK_SIZE:
+        return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
+    if call.group not in LOSS_GROUPS:
+        return ValueError(must("q", f"have {either(LOSS_GROUPS)} heads in a group", call.group))
+    return None
+
+
 def wrong_walk(call: AttentionCall) -> ValueError | None:
     """What the hopper walk cannot take beside."""
     if isinstance(call, WalkCall) and call.loop_order == "kv_outer":
@@ -332,10 +421,29 @@ def wrong_backward(call: BackwardCall) -> ValueError | None:
     return None
 
 
-def wrong_machine(call: Call | AttentionCall) -> ValueError | None:
+def wrong_pages(call: PageCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of a step of decoding."""
+    if call.q_dtype not in DTYPES:
+        return TypeError(must("q_idx", f"have dtype {either(DTYPES)}", call.q_dtype))
+    if call.k_dtype not in (call.q_dtype, EIGHT_BITS):
+        wanted = f"have dtype {call.q_dtype} as q_idx has, or {EIGHT_BITS}"
+        return TypeError(must("cache.k_idx_pages", wanted, call.k_dtype))
+    if call.index_dim not in INDEX_DIMS:
+        return ValueError(must("q_idx", f"have Di = {either(INDEX_DIMS)}", call.index_dim))
+    if not call.readable:
+        return ValueError(must("cache.k_idx_pages", READABLE, "other strides"))
+    if call.block_size not in BLOCK_SIZES:
+        return ValueError(must("block_size", f"be {either(BLOCK_SIZES)}", call.block_size))
+    if call.rows > LARGEST_STEP:
+        wanted = f"have at most {LARGEST_STEP} new queries times groups"
+        return ValueError(must("q_idx", wanted, call.rows))
+    return None
+
+
+def wrong_machine(call: AnyCall) -> ValueError | None:
     """What the machine lacks for hopper kernels."""
     if call.capability is None or call.capability[0] != CAPABILITY:
-        got, name = call.device, "q_idx" if isinstance(call, Call) else "q"
+        got, name = call.device, "q" if isinstance(call, AttentionCall) else "q_idx"
         if call.capability is not None:
             got += " of {}.{}".format(*call.capability)
         return ValueError(must(name, f"be on a GPU of compute capability {CAPABILITY}.x", got))
@@ -348,8 +456,8 @@ def wrong_machine(call: Call | AttentionCall) -> ValueError | None:
     return None
 
 
-def choose(kernels: Kernels, call: Call | AttentionCall) -> Literal["portable", "hopper"]:
-    """The kernels for a call: a selection, a walk along unions, or a half of the gradients.
+def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
+    """The kernels for a call: a selection, a walk, half of the gradients, a loss, or page scores.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -364,10 +472,12 @@ def choose(kernels: Kernels, call: Call | AttentionCall) -> Literal["portable", 
     return "hopper"
 
 
-def is_better(call: Call | AttentionCall) -> bool:
+def is_better(call: AnyCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
-    if isinstance(call, Call):
+    if isinstance(call, Call | LossCall):
         return True
+    if isinstance(call, PageCall):
+        return call.k_dtype == EIGHT_BITS
     if isinstance(call, BackwardCall) and call.half == "keys":
         return call.scale <= LARGEST_SCALE
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
@@ -424,3 +534,22 @@ def key_rule() -> list[tuple[str, str]]:
     groups, scales = either(KEY_GROUPS), f"{SMALLEST_SCALE:.1e} to {LARGEST_SCALE:g}"
     same = "compute capability, triton, dtypes, D, Dv and block_size"
     return [(same, "as above"), ("query heads of a group", groups), ("softmax scale", scales)]
+
+
+def page_rule() -> list[tuple[str, str]]:
+    """What a step of decoding must have for the hopper scores: pairs of a name and the values."""
+    sizes = ("compute capability, triton, Di, block_size", "as for a selection")
+    rows = ("new queries times groups", f"at most {LARGEST_STEP}")
+    dtypes = [("dtype of q_idx", either(DTYPES)), ("dtype of cache.k_idx_pages", EIGHT_BITS)]
+    return [sizes, *dtypes, rows]
+
+
+def loss_rule() -> list[tuple[str, str]]:
+    """What an alignment loss must have for the hopper kernel: names and wanted values."""
+    return [
+        ("compute capability and triton", "as above"),
+        ("dtype of q, k, q_idx and k_idx", f"one of {either(DTYPES)} for all"),
+        ("D and Di", str(WALK_DIM)),
+        ("block_size", str(WALK_BLOCK_SIZE)),
+        ("query heads of a group", either(LOSS_GROUPS)),
+    ]

@@ -19,8 +19,10 @@ from benchmarks.compile_target import Driver, assembled
 from msa.chips import FAMILIES
 from msa.triton_impl.hopper import (
     block_topk,
+    index_loss,
     index_scores,
     key_gradients,
+    page_scores,
     query_gradients,
     union_walk,
 )
@@ -98,6 +100,36 @@ def weighted_sum_kernel(x, weights, out, N: tl.constexpr):
     tl.store(out + o_x, tl.load(x + o_x) * tl.load(weights + o_x) + tl.load(out + o_x))
 
 
+def compile_pages(dtype, q_dtype, dim, block_size, rows):
+    dtype, q_dtype = getattr(torch, dtype), getattr(torch, q_dtype)
+    q, pages = torch.zeros(2, 1, rows, dim).to(q_dtype), torch.zeros(4, block_size, dim).to(dtype)
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys, page_rows = page_scores.describe(pages)
+    return page_scores.page_scores_kernel.warmup(
+        q, keys, table, table, floats, floats, table, 0.1, 2, 4, 64, page_rows,
+        *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
+        LOCAL=1, launch_pdl=True, grid=(1,),
+        **page_scores.options(dtype, q_dtype, rows, dim, block_size),
+    )  # fmt: skip
+
+
+def compile_loss(dtype, group, with_top, with_gradient):
+    dtype, table, floats = (
+        getattr(torch, dtype),
+        torch.zeros(64, dtype=torch.int32),
+        torch.zeros(256),
+    )
+    q, k = torch.zeros(64 * 4 * group, 128, dtype=dtype), torch.zeros(256, 4 * 128, dtype=dtype)
+    q_idx, edges = torch.zeros(64, 4, 128, dtype=dtype), table.long()
+    return index_loss.hopper_loss_kernel.warmup(
+        index_loss.describe(q, group, 64), index_loss.describe(k, 128, 128),
+        index_loss.describe(k[:, :128].contiguous(), 128, 64), q_idx, floats, floats, floats,
+        floats, table, edges, edges, table, table, table, table, table, floats, floats, floats, 0.1,
+        0.1, 100, 20, 640, 512, 128, G=group, HKV=4, TOP=with_top, TOP_K=16, GRADIENT=with_gradient,
+        STAGES=index_loss.stages_of(group, with_top), grid=(1,), **index_loss.OPTIONS,
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -109,6 +141,7 @@ def facts(kernel):
         "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
         "shared": kernel.metadata.shared,
         "fused": ptx.count("fma.rn.f32"),
+        "constants": re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), \1;", ptx),  # twice the same
         "steps": re.findall(
             r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
         ),
@@ -120,6 +153,7 @@ if __name__ == "__main__":
     driver.set_active(Driver(FAMILIES["9.0"]))
     makers = {
         "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
-        "queries": compile_query_gradients, "sum": compile_sum,
+        "queries": compile_query_gradients, "pages": compile_pages, "loss": compile_loss,
+        "sum": compile_sum,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -9,6 +9,7 @@ from types import FunctionType, ModuleType, SimpleNamespace
 
 import numpy as np
 from triton.language import constexpr
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 
@@ -44,7 +45,7 @@ class Pointer:
         return self.offset.shape
 
 
-def load(p, mask=None, other=None):
+def load(p, mask=None, other=None, cache_modifier=None):
     if p.offset.ndim == 0:
         return value(p.array[int(p.offset)])
     mask = np.broadcast_to(True if mask is None else mask, p.offset.shape)
@@ -57,11 +58,11 @@ def store(p, x, mask=None):
     shape = np.broadcast_shapes(
         p.offset.shape, np.shape(x), np.shape(True if mask is None else mask)
     )
-    where = np.broadcast_to(p.offset, shape)[np.broadcast_to(True if mask is None else mask, shape)]
+    mask = np.broadcast_to(True if mask is None else mask, shape)
+    where = np.broadcast_to(p.offset, shape)[mask]
     assert ((where >= 0) & (where < p.array.size)).all()
     assert len(np.unique(where)) == len(where), "two threads write one place"
-    x = np.broadcast_to(x, shape)
-    p.array[where] = x if mask is None else x[np.broadcast_to(mask, shape)]
+    p.array[where] = np.broadcast_to(x, shape)[mask]
 
 
 def language(program_id, num_programs):
@@ -103,8 +104,9 @@ def functions(module: ModuleType, program_id=(0, 0), num_programs=(1, 1)) -> dic
     """The names of a module, with the functions of its kernels as functions on NumPy."""
     names = dict(vars(module))
     names["gl"] = language(program_id, num_programs)
+    names["tl"] = SimpleNamespace(cast=lambda x, dtype: np.asarray(x).astype(dtype), int64=np.int64)
     for key, member in vars(module).items():
-        if isinstance(member, JITFunction):
+        if isinstance(member, JITFunction | InterpretedFunction):
             plain = member.fn
             names[key] = FunctionType(plain.__code__, names, key, plain.__defaults__)
         elif isinstance(member, constexpr):

@@ -21,6 +21,8 @@ from msa.kernel_choice import (
     KEY_GROUPS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
+    LARGEST_STEP,
+    LOSS_GROUPS,
     SMALLEST_GROUP,
 )
 
@@ -56,6 +58,22 @@ KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a grou
 FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
 QUERIES = [*product(("bfloat16", "float16"), HEADS)]  # dtype, heads
 FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
+
+PAGES = [  # dtypes of pages and queries, Di, block size, queries times groups
+    *product(
+        (("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float16"), ("bfloat16", "bfloat16")),
+        INDEX_DIMS, BLOCK_SIZES, (1, 4, 12, LARGEST_STEP),
+    ),
+]  # fmt: skip
+PAGES = [(*dtypes, *sizes) for dtypes, *sizes in PAGES]
+FEW_PAGES = [
+    ("float8_e4m3fn", "bfloat16", 128, 128, 4), ("float8_e4m3fn", "float16", 64, 64, 12),
+    ("bfloat16", "bfloat16", 128, 128, 4), ("float8_e4m3fn", "bfloat16", 128, 128, LARGEST_STEP),
+]  # fmt: skip
+SHARED_WITH_ATTENTION = 227 - 74
+"""KiB of shared memory that a program of `page_attention` leaves."""
+LOSSES = [*product(("bfloat16", "float16"), LOSS_GROUPS, (False, True), (False, True))]
+FEW_LOSSES = [("bfloat16", 16, False, True), ("bfloat16", 16, False, False)]  # heads, top, gradient
 
 
 def chosen(few, every):
@@ -121,6 +139,39 @@ def test_walk_kernels_fit():
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options
+
+
+def test_scores_of_pages_fit():
+    """The usual ones beside a program of the next kernel, which is set up at the same time."""
+    kernels = chosen(FEW_PAGES, PAGES)
+    for options, found in zip(kernels, compiled([("pages", *k) for k in kernels]), strict=True):
+        assert found["spilled"] == 0, options
+        assert "C75" not in found["says"], options
+        eight, rows = options[0] == "float8_e4m3fn", options[-1]
+        assert found["registers"] <= (128 if eight and rows > 8 else 80 if eight else 64), options
+        assert found["threads"] == 256, options
+        assert found["shared"] <= SHARED_WITH_ATTENTION * 1024, options
+        assert not found["constants"], options  # see `load_queries`
+        *_, dim, block_size, _ = options
+        products = block_size // 64 * dim * (1 if eight else 2) // 32
+        products *= 2 if eight and rows <= 8 else 1  # two pages at a time
+        assert found["steps"].count("wgmma.mma_async") == products, options
+
+
+def test_loss_kernels_fit():
+    kernels = chosen(FEW_LOSSES, LOSSES)
+    for options, found in zip(kernels, compiled([("loss", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 96, options  # 20 warps; setmaxnreg then moves registers
+        assert found["shared"] <= 227 * 1024, options
+        assert found["spilled"] <= 384, options  # numbers of an item, outside of the inner loops
+        assert found["steps"].count("wgmma.mma_async") >= 64 + 16, options
+        loads = [i for i, step in enumerate(found["steps"]) if step == "ldmatrix"]
+        assert loads
+        for i in loads:  # keys are given back after a product has read them
+            steps = [s for s in found["steps"][i:] if s in ("wgmma.mma_async", "mbarrier.arrive")]
+            assert steps[0] == "wgmma.mma_async"
 
 
 def test_key_gradient_kernels_fit():

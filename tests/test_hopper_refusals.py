@@ -14,6 +14,7 @@ from msa.checks import is_interpreted
 from msa.kernel_choice import (
     BackwardCall,
     Call,
+    PageCall,
     WalkCall,
     choose,
     obstacle,
@@ -87,9 +88,26 @@ BAD_KEYS = [
 ]  # fmt: skip
 
 
+PAGES = PageCall(
+    q_dtype="bfloat16", k_dtype="float8_e4m3fn", index_dim=128, rows=4, block_size=128,
+    device="cuda:0", capability=(9, 0), triton="3.6.0", interpreted=False,
+)  # fmt: skip
+BAD_PAGES = [
+    ({"q_dtype": "float32"}, TypeError, "q_idx must have dtype float16 or bfloat16 for kernels="),
+    ({"k_dtype": "float16"}, TypeError, "cache.k_idx_pages must have dtype bfloat16 as q_idx has, "
+     "or float8_e4m3fn for kernels='hopper', got float16: "),
+    ({"index_dim": 96}, ValueError, "q_idx must have Di = 64 or 128 for kernels='hopper', got 96"),
+    ({"block_size": 32}, ValueError, "block_size must be 64 or 128 for kernels='hopper', got 32"),
+    ({"rows": 33}, ValueError, "q_idx must have at most 32 new queries times groups for kernels="),
+    ({"readable": False}, ValueError, "cache.k_idx_pages must start each token at a multiple of "),
+    *(bad for bad in BAD if bad[0].keys() <= {"capability", "device", "interpreted", "triton"}),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("good", "changes", "error", "message"),
-    [(good, *bad) for good, every in ((GOOD, BAD), (WALK, BAD_WALKS), (KEYS, BAD_KEYS))
+    [(good, *bad)
+     for good, every in ((GOOD, BAD), (WALK, BAD_WALKS), (KEYS, BAD_KEYS), (PAGES, BAD_PAGES))
      for bad in every],
 )  # fmt: skip
 def test_what_hopper_kernels_cannot_take(good, changes, error, message):
@@ -147,8 +165,30 @@ def test_short_sequences_are_walked_whole():
     assert order_on_hopper(replace(WALK, blocks=129)) == "auto"
 
 
-def test_every_fact_can_refuse():
-    assert {name for changes, *_ in BAD for name in changes} == {f.name for f in fields(Call)}
+@pytest.mark.parametrize(("call", "bad"), [(Call, BAD), (PageCall, BAD_PAGES)])
+def test_every_fact_can_refuse(call, bad):
+    assert {name for changes, *_ in bad for name in changes} == {f.name for f in fields(call)}
+
+
+@pytest.mark.parametrize(("changes", "auto"), [
+    ({}, "hopper"), ({"k_dtype": "bfloat16"}, "portable"), ({"q_dtype": "float16"}, "hopper"),
+    ({"index_dim": 64}, "hopper"), ({"rows": 32}, "hopper"), ({"block_size": 64}, "hopper"),
+])  # fmt: skip
+def test_auto_takes_the_scores_of_pages_where_they_are_faster(changes, auto):
+    call = replace(PAGES, **changes)
+    assert choose("auto", call) == auto
+    assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
+
+
+def test_a_step_of_decoding_is_read_from_the_arguments():
+    pages = torch.ones(3, 64, 128, dtype=torch.float16)
+    table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    cache = msa.PagedKV(pages[:, :, None], pages[:, :, None], pages, table, lengths)
+    call = kernel_choice.page_call_of(torch.ones(2, 3, 5, 128), cache)
+    assert call == PageCall(
+        q_dtype="float32", k_dtype="float16", index_dim=128, block_size=64, rows=15,
+        device="cpu", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
 
 
 def test_what_they_take():
@@ -181,8 +221,12 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+    told = dict(kernel_choice.page_rule())
+    assert told["new queries times groups"] == "at most 32" and len(told) == 4
     told = dict(kernel_choice.key_rule())
     assert told["query heads of a group"] == "8, 16, 32 or 64" and len(told) == 3
+    told = dict(kernel_choice.loss_rule())
+    assert told["query heads of a group"] == "8, 16, 32 or 64" and told["D and Di"] == "128"
 
 
 @pytest.mark.parametrize("batched", [False, True])

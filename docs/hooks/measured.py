@@ -32,9 +32,10 @@ KERNELS = {
                 "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
-              "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", *SHARED, *HOPPER),
+              "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", "hopper/index_loss",
+              "hopper/teacher", "hopper/student", "hopper/loss_rows", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
-               *SHARED),
+               "hopper/page_scores", "hopper/page_queries", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results measures."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",
@@ -84,6 +85,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "keys": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE}],
         "queries": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE,
                      "union_of_4": MEDIAN, "union_of_8": MEDIAN}],
+    },
+    "loss": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str,
+        "checks": {"cases": int, "reruns": int, "different_numbers": int},
+        "loss": [{"n": int, "keep": NUMBER, "portable": TIME, "hopper": TIME}],
+        "stages": [{"n": int, "queries": int, "schedule": TIME, "student_sums": TIME,
+                    "kernel_with_sums": TIME, "loss_alone": TIME, "sum_slots": TIME,
+                    "sum_items": TIME}],
     },
     "train": {
         **MACHINE,

@@ -118,8 +118,8 @@ class Subject:
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "sparse_attention", "prefill", "attend", "select_fused",
-                 "attend_selection", "prefill_chunk")  # fmt: skip
+        takes = ("attention", "select", "sparse_attention", "prefill", "decode", "attend",
+                 "select_fused", "attend_selection", "prefill_chunk", "decode_step")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
@@ -222,8 +222,8 @@ def hopper_subjects() -> list[Subject]:
     """The triton backend with its kernels for Hopper, where a GPU can run them.
 
     "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
-    attends to a selection with them, in the one head size and block size of the walk. The rest is
-    left to the subject "triton".
+    attends to a selection with them, in the one head size and block size of the walk.
+    "triton-hopper-pages" decodes, with scores by them. The rest is left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):
         return []
@@ -248,10 +248,20 @@ def hopper_subjects() -> list[Subject]:
         missing=frozenset(STAGES) - walking | {"eight_bits"},
         options=frozenset({"loop_order", "graphs"}) | cuda_places(),
     )
+    page_domain = replace(
+        domain,
+        missing=frozenset(STAGES) - {"decode_step"} | {"backward", "eight_bits", "api"},
+        options=frozenset(),
+        largest_top_k=KERNEL_TOP_K,
+    )
     module = load_backend("triton")
     return [
         Subject(name, module, "torch", part, "cuda", kernels="hopper")
-        for name, part in (("triton-hopper", domain), ("triton-hopper-walk", walk_domain))
+        for name, part in (
+            ("triton-hopper", domain),
+            ("triton-hopper-walk", walk_domain),
+            ("triton-hopper-pages", page_domain),
+        )
     ]
 
 

@@ -29,8 +29,8 @@ class VerifyOptions(TargetOptions):
     """Your own function to test in place of the backends, as package.module:function."""
     backend: tuple[str, ...] = ()
     """Backends to test: reference, torch, triton, triton-hopper (the triton backend with its
-    kernels for Hopper; the walk is shown as triton-hopper-walk). By default all that run on this
-    machine."""
+    kernels for Hopper; the walk is shown as triton-hopper-walk, decoding as
+    triton-hopper-pages). By default all that run on this machine."""
     rule: tuple[str, ...] = ()
     """Rules to test, such as R7 R16. By default all rules."""
     examples: int = 25

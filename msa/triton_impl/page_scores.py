@@ -11,8 +11,8 @@ What the fast form changes:
  2. Forced blocks are never scored (see `selection`), so no block is partial and no token masked.
  3. A program takes one block, or every n-th block, and writes their scores, so there is nothing to
     merge: the next kernel selects from whole rows, and the number of programs changes no bit.
- 4. Lengths are read on the device, and the grid is large enough for the longest sequence that the
-    table has room for. So a captured launch stays right while the sequences grow.
+ 4. Lengths are read on the device, and the programs of a sequence go on until its last block. So a
+    captured launch stays right while the sequences grow.
  5. Keys of 8 bits are multiplied by queries that are sums of three e4m3 tensors, on the tensor
     cores. Widening the keys would take longer than reading them. Float32 queries and older devices
     get widened keys. A page's scale multiplies its maximum: a power of two changes no order.
@@ -33,6 +33,8 @@ from msa.triton_impl.dependent_launch import can_overlap, dependent_launch, wait
 from msa.triton_impl.launch import can_describe, describe, is_exact, pad
 from msa.triton_impl.tile_verbs import along, load_tile
 from msa.triton_impl.tuning import TileConfig, choose
+
+MOST_PROGRAMS = 2**15
 
 
 @triton.jit
@@ -178,6 +180,12 @@ def programs_for(blocks: int, tile: TileConfig) -> int:
     """One wave of programs if each gets at most two blocks then, else one program per block.
 
     A single wave leaves room on the device for the next kernel to be set up beside it. This gains
-    more time than a second block in the same program costs.
+    more time than a second block in the same program costs. There are MOST_PROGRAMS at most: a
+    table may have far more columns than its sequences have blocks, and a program without a block
+    takes time, too.
+
+    >>> tile = TileConfig(rows=64, keys=128, programs=528)
+    >>> programs_for(1000, tile), programs_for(5000, tile), programs_for(256 * 8192, tile)
+    (528, 5000, 32768)
     """
-    return tile.programs if blocks <= 2 * tile.programs else blocks
+    return tile.programs if blocks <= 2 * tile.programs else min(blocks, MOST_PROGRAMS)
