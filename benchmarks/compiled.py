@@ -40,6 +40,7 @@ SPILLED = {
     "key_gradients_kernel": 448,
     "append_kernel": 160,
     "hopper_query_gradients_kernel": 512,
+    "hopper_loss_kernel": 256,
 }
 """Bytes that a kernel may spill for each thread; the others may spill none."""
 PORTIONS = 8
