@@ -41,6 +41,7 @@ SPILLED = {
     "append_kernel": 160,
     "hopper_query_gradients_kernel": 512,
     "hopper_loss_kernel": 256,
+    "page_attend_kernel": 32,  # over pages of 8 bits
 }
 """Bytes that a kernel may spill for each thread; the others may spill none."""
 PORTIONS = 8
