@@ -204,7 +204,7 @@ def stages_of(group: int, with_top: bool) -> int:
     """Chunks of 64 rows that fit into shared memory beside everything else.
 
     >>> stages_of(16, False), stages_of(16, True), stages_of(64, True)
-    (8, 8, 7)
+    (7, 7, 7)
     """
     others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 4 * (DIM + BLOCK) * BATCH + 1024
     others += (2 + 2 * with_top) * 4 * BATCH * group
