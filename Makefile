@@ -6,7 +6,7 @@ SEED := $(shell date +%s)
 
 .PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look \
 	docs-zensical package \
-	sanitize install bench bench-crossing clean
+	sanitize install bench bench-crossing compile-all compile-some compile-newest compile-oldest clean
 .NOTPARALLEL:  # there is one .venv
 unexport PYTHONDONTWRITEBYTECODE  # images of containers set it; then each process compiles again
 
@@ -88,6 +88,26 @@ sanitize: install
 	$(SANITIZED)
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
 		--target-processes all $(SANITIZED)
+
+# Without a GPU: every kernel and tile for every family of GPUs, into benchmarks/results/compiled.json
+# (half an hour). FAMILIES="8.0 gfx942" compiles these alone.
+FAMILIES ?=
+COMPILED := -m benchmarks.compiled $(if $(FAMILIES),--families $(FAMILIES))
+compile-all: .venv/test.installed
+	$(BIN)/python $(COMPILED)
+
+# What CI compiles of it today: a portion for 9.0 and for two other families.
+compile-some: .venv/test.installed
+	$(BIN)/python -m benchmarks.compiled --day $$(date +%j | sed 's/^0*//')
+
+# The same with the newest release of Triton; with the oldest that has Gluon, the hopper kernels.
+.venv/triton-%:
+	$(BIN)/$(PIP) --target $@ --no-deps --upgrade triton$(if $(filter newest,$*),,==$*)
+compile-newest: .venv/test.installed .venv/triton-newest
+	PYTHONPATH=.venv/triton-newest $(BIN)/python $(COMPILED)
+	PYTHONPATH=.venv/triton-newest $(BIN)/python -m pytest -n0 tests/test_hopper_compiled.py
+compile-oldest: .venv/test.installed .venv/triton-3.6.0
+	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m pytest -n0 tests/test_hopper_compiled.py
 
 # Each kind of environment is a list of extras, installed into .venv beside the others.
 EXTRAS_demo := demo,model

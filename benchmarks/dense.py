@@ -56,8 +56,8 @@ def flash_attention_4(x: Inputs) -> Row:
 
 def baselines(x: Inputs, flash: bool) -> dict[str, Row]:
     """Time all baselines on one problem; torch's flash only on short ones, since it is slower than
-    cuDNN."""
+    cuDNN, and where there is no cuDNN."""
     rows = {"cudnn": sdpa(x, SDPBackend.CUDNN_ATTENTION)}
-    if flash:
+    if flash or isinstance(rows["cudnn"], str):
         rows["flash"] = sdpa(x, SDPBackend.FLASH_ATTENTION)
     return rows | {"fa4": flash_attention_4(x)}

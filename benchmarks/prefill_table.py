@@ -39,6 +39,11 @@ def share(row: Found, name: str) -> str:
     return f"{row[name]:.1%}" if name in row else "–"
 
 
+def rate(stage: Found | str) -> str:
+    """TFLOP/s of a stage; a dash if it was not measured."""
+    return "–" if isinstance(stage, str) else f"{stage['tflops']:.0f}"
+
+
 def dense_and_select(rows: list[Found]) -> Table:
     """Make the table of dense attention and of the index branch."""
     kernels = rows[0]["select"].get("kernels", "portable")
@@ -56,7 +61,7 @@ def dense_and_select(rows: list[Found]) -> Table:
             *(
                 cell
                 for kind in ("bf16", "fp8_e4m3")
-                for cell in (number(ms(select, kind)), f"{select[kind]['tflops']:.0f}")
+                for cell in (number(ms(select, kind)), rate(select[kind]))
             ),
             share(select, "fp8_same_blocks"),
             share(select, "fp8_score_lost"),

@@ -37,10 +37,17 @@ def committed(benchmark: str, folder: Path = RESULTS) -> Path:
 def device(found: Found) -> str:
     """Return the short name of the device of some results.
 
-    >>> device({"device": "NVIDIA H100 80GB HBM3"}), device({"device": "NVIDIA A100-SXM4-80GB"})
-    ('H100', 'A100')
+    >>> names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090",
+    ...          "AMD Instinct MI300X", "NVIDIA L4", "NVIDIA RTX 6000 Ada Generation")
+    >>> [device({"device": name}) for name in names]
+    ['H100', 'A100', 'RTX4090', 'MI300X', 'L4', 'RTX6000']
     """
-    return found["device"].removeprefix("NVIDIA ").replace("-", " ").split()[0]
+    words = found["device"].replace("-", " ").split()
+    words = [word for word in words if word not in MAKERS] or words
+    return "".join(words[: 1 + (words[0] in ("RTX", "GTX"))])
+
+
+MAKERS = ("NVIDIA", "AMD", "GeForce", "Tesla", "Quadro", "Instinct", "Radeon")
 
 
 def ms(row: Found, name: str) -> float:

@@ -20,7 +20,7 @@ from msa import files
 
 
 def has_device(command: str) -> bool:
-    """Whether torch sees a CUDA device; if not, print which command needs one."""
+    """Whether torch sees a CUDA or ROCm device; if not, print which command needs one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -40,11 +40,12 @@ def machine() -> dict[str, Any]:
     import torch
     import triton
 
-    from msa import kernel_choice
+    from msa import chips, kernel_choice
 
     gpu = torch.cuda.get_device_properties(0)
     return {
         "device": gpu.name,
+        "capability": chips.capability_of(gpu),
         "multiprocessors": gpu.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -13,7 +13,13 @@ from benchmarks.cases import CONFIG, Inputs, make_inputs, make_selection
 from benchmarks.checks import SCALE, check_attention, check_output, check_select, score_lost
 from benchmarks.dense import baselines
 from benchmarks.reading import ms
-from benchmarks.timing import ceilings, timed
+from benchmarks.timing import (
+    NO_EIGHT_BITS,
+    ceilings,
+    has_eight_bits,
+    index_kinds,
+    timed,
+)
 from benchmarks.topk_stages import freshly, topk
 from msa.ir import Selection, Sequences
 from msa.kernel_choice import Kernels, call_of, choose, walk_call_of
@@ -76,7 +82,8 @@ def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
     row["split"] = timed(lambda: split_tiles(chosen, 4, LIMITS))
     del index
     row["whole"] = timed(layer(x, chosen))
-    row["whole_fp8"] = timed(layer(x, chosen, "fp8_e4m3"))
+    eight = has_eight_bits()
+    row["whole_fp8"] = timed(layer(x, chosen, "fp8_e4m3")) if eight else NO_EIGHT_BITS
     print(f"  keep {keep}: {row['mean_union_of_4']:.1f} blocks in a union;", *(
         f"{order} {row[order]['tflops']:.0f} TFLOP/s (off by {row[f'{order}_error']:.4f}),"
         for order in orders), f"whole {row['whole']['ms']:.2f} ms", flush=True)  # fmt: skip
@@ -98,11 +105,17 @@ def select_stage(x: Inputs) -> dict[str, Any]:
         found = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, kind, kernels))
         return found | {"tflops": flops / found["ms"] / 1e9}
 
-    for kind in (None, "fp8_e4m3"):
+    for kind in index_kinds():
         moved = counts.select_bytes(x.sequences, fp8=kind is not None)
         row[kind or "bf16"] = time("auto", kind) | {"gb": moved / 1e9}
         if row["kernels"] != "portable":
             row[f"portable_{kind or 'bf16'}"] = time("portable", kind)
+    if not has_eight_bits():
+        row["fp8_e4m3"] = NO_EIGHT_BITS
+        print(
+            f"  select ({row['kernels']} kernels) {row['bf16']['tflops']:.0f} TFLOP/s", flush=True
+        )
+        return row
     fine = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG).indices
     coarse = select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG, "fp8_e4m3").indices
     row["fp8_score_lost"] = score_lost(x, fine, coarse)
@@ -163,7 +176,7 @@ def million_whole() -> dict[str, Any]:
             select_fused(x.q_idx, x.k_idx[keys], part, CONFIG, kind)
             attend_selection(x.q, x.k[keys], x.v[keys], chosen, SCALE)
 
-    whole = {kind or "bf16": timed(lambda kind=kind: run(kind)) for kind in (None, "fp8_e4m3")}
+    whole = {kind or "bf16": timed(lambda kind=kind: run(kind)) for kind in index_kinds()}
     print(f"{cases.MILLION} tokens in chunks: {whole}", flush=True)
     return whole
 

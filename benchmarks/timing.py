@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from msa import chips
+
+NO_EIGHT_BITS = "this GPU has no numbers of 8 bits"
 LONG = 20.0
 """A call that takes more milliseconds than this runs without a graph, and fewer times."""
 
@@ -47,7 +50,7 @@ def ceilings() -> dict[str, float]:
     """Measure what the device can do at best: torch's copy of 4 GiB and products of 8192^3.
 
     TB/s of the copy count what is read and what is written; TFLOP/s of the fp8 product are those
-    with bfloat16 results.
+    with bfloat16 results, 0 on a GPU without numbers of 8 bits.
     """
     source, target = (torch.zeros(2**32, dtype=torch.int8, device="cuda") for _ in range(2))
     copy = timed(lambda: target.copy_(source))
@@ -55,6 +58,9 @@ def ceilings() -> dict[str, float]:
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     fine = timed(lambda: a @ b.T)
+    found = {"copy_tbps": 2 * 2**32 / copy["ms"] / 1e9, "bf16_tflops": 2 * n**3 / fine["ms"] / 1e9}
+    if not has_eight_bits():
+        return found | {"fp8_tflops": 0.0}
     coarse_a, coarse_b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     one = torch.ones((), device="cuda")
     coarse = timed(
@@ -62,8 +68,14 @@ def ceilings() -> dict[str, float]:
             coarse_a, coarse_b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     )
-    return {
-        "copy_tbps": 2 * 2**32 / copy["ms"] / 1e9,
-        "bf16_tflops": 2 * n**3 / fine["ms"] / 1e9,
-        "fp8_tflops": 2 * n**3 / coarse["ms"] / 1e9,
-    }
+    return found | {"fp8_tflops": 2 * n**3 / coarse["ms"] / 1e9}
+
+
+def has_eight_bits() -> bool:
+    """Whether the current GPU has numbers of 8 bits, so that parts with them can be measured."""
+    return chips.current().family.e4m3
+
+
+def index_kinds() -> tuple[str | None, ...]:
+    """The data types of the index that can be measured here."""
+    return (None, "fp8_e4m3") if has_eight_bits() else (None,)

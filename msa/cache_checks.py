@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from msa import checks
+from msa import checks, chips
 from msa.paged_kv import (
     CACHE_DIMS,
     PAGE_DIMS,
@@ -141,6 +141,16 @@ def check_written(cache: PagedKV) -> None:
                 f"interpreter rounds to them wrongly, got {array.dtype}: use PagePool.append"
             )
     check_apart(**{f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS})
+
+
+def check_chip(cache: PagedKV) -> None:
+    """The GPU has numbers of 8 bits if the pages do."""
+    for name in PAGE_DIMS:
+        pages = getattr(cache, name)
+        if checks.is_eight_bits(pages) and pages.is_cuda:
+            chips.check_eight_bits(
+                f"cache.{name}", "of 16 or 32 bits", "float8_e4m3fn", pages.device
+            )
 
 
 def check_own_memory(name: str, array: Any) -> None:

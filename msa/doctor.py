@@ -6,6 +6,7 @@ same. Libraries are imported when the first part that needs them is tried.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import importlib.metadata
 import json
@@ -13,10 +14,13 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import msa
+from msa import chips, files
 from msa.doctor_trials import Device, Finding, Versions, findings
 
 LIBRARIES = ("numpy", "torch", "triton", "transformers", "hypothesis")
@@ -28,18 +32,26 @@ class DoctorOptions:
 
     json: bool = False
     """Print one JSON object instead of tables."""
+    report: Path | None = None
+    """Write versions, devices and parts to this JSON file, to be sent to the project."""
 
 
 def run(options: DoctorOptions) -> int:
     """Find versions, try all parts and print the results; the exit code is always 0."""
+    if options.report:
+        files.check_target("report", options.report)
     torch = import_torch()
     versions, devices = versions_of(torch), devices_of(torch)
     parts = findings(versions, devices)
+    found = {"devices": [asdict(d) for d in devices], "parts": [asdict(p) for p in parts]}
     if options.json:
-        found = {"devices": [asdict(d) for d in devices], "parts": [asdict(p) for p in parts]}
         print(json.dumps({"versions": versions, **found}))
     else:
         show(versions, devices, parts)
+    if options.report:
+        report = {"date": datetime.date.today().isoformat(), "versions": versions, **found}
+        files.write(options.report, (json.dumps(report, indent=1) + "\n").encode())
+        print(f"Report: {options.report}", file=sys.stderr)
     return 0
 
 
@@ -59,6 +71,7 @@ def versions_of(torch: Any) -> Versions:
         "platform": platform.platform(),
         **{name: version(name) for name in LIBRARIES},
         "cuda": torch.version.cuda if torch else None,
+        "rocm": torch.version.hip if torch else None,
         "driver": driver(),
     }
 
@@ -84,13 +97,25 @@ def driver() -> str | None:
 
 
 def devices_of(torch: Any) -> list[Device]:
-    """The CPU, then every CUDA device that torch sees."""
+    """The CPU, then every CUDA or ROCm device that torch sees."""
     found = [Device("cpu", f"{platform.machine()}, {os.cpu_count()} cores")]
     for i in range(torch.cuda.device_count() if torch else 0):
         device = torch.cuda.get_device_properties(i)
         memory = round(device.total_memory / 2**30, 1)
-        found.append(Device(f"cuda:{i}", device.name, f"{device.major}.{device.minor}", memory))
+        capability = chips.capability_of(device)
+        found.append(Device(f"cuda:{i}", device.name, capability, memory, *sizes_of(device)))
     return found
+
+
+def sizes_of(device: Any) -> tuple[int | None, float | None, float | None]:
+    """Multiprocessors, KiB of shared memory and MiB of L2 of torch's device properties."""
+    shared = getattr(device, "shared_memory_per_block_optin", None)
+    l2 = getattr(device, "L2_cache_size", None)
+    return (
+        getattr(device, "multi_processor_count", None),
+        shared and round(shared / 2**10, 1),
+        l2 and round(l2 / 2**20, 1),
+    )
 
 
 def show(versions: Versions, devices: list[Device], parts: list[Finding]) -> None:
@@ -109,8 +134,19 @@ def show(versions: Versions, devices: list[Device], parts: list[Finding]) -> Non
     console = Console()
     print_table(("what", "version"), [(k, v or "not found") for k, v in versions.items()])
     print_table(
-        ("device", "model", "capability", "GiB"),
-        [(d.name, d.model, d.capability, f"{d.memory_gib or ''}") for d in devices],
+        ("device", "model", "capability", "GiB", "multiprocessors", "shared KiB", "L2 MiB"),
+        [
+            (
+                d.name,
+                d.model,
+                d.capability,
+                *(
+                    f"{size or ''}"
+                    for size in (d.memory_gib, d.multiprocessors, d.shared_kib, d.l2_mib)
+                ),
+            )
+            for d in devices
+        ],
     )
     print_table(
         ("part", "runs", "why not, and what to do"),

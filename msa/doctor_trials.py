@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import msa
+from msa import chips
 
 EXTRAS = {
     "verify": ("hypothesis",),
@@ -30,6 +31,8 @@ SIZES = {"q": (32, 2, 16), "k": (32, 1, 16), "v": (32, 1, 16), "q_idx": (32, 1, 
          "k_idx": (32, 16)}  # fmt: skip
 CONFIG = msa.MSAConfig(block_size=16, top_k=1)
 Versions = dict[str, str | None]
+OLDEST = (8, 0)
+"""The lowest compute capability on which the triton backend is tried."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,23 @@ class Device:
     name: str
     model: str
     capability: str = ""
-    """The CUDA compute capability; empty for the CPU."""
+    """The compute capability, or AMD's target such as "gfx942"; empty for the CPU."""
     memory_gib: float | None = None
-    """None where it is not known."""
+    """None where it is not known, as below."""
+    multiprocessors: int | None = None
+    shared_kib: float | None = None
+    """Shared memory that one program may have."""
+    l2_mib: float | None = None
 
-    def is_below(self, *capability: int) -> bool:
-        """Whether the compute capability is lower than this one.
+    @property
+    def is_old(self) -> bool:
+        """Whether the GPU is older than all that Triton compiles these kernels for.
 
-        >>> Device("cuda:0", "NVIDIA A100", "8.0").is_below(8, 9)
-        True
+        >>> Device("cuda:0", "Tesla T4", "7.5").is_old, Device("cuda:0", "MI300X", "gfx942").is_old
+        (True, False)
         """
-        return tuple(map(int, self.capability.split("."))) < capability
+        amd = self.capability.startswith("gfx")
+        return not amd and chips.as_numbers(self.capability) < OLDEST
 
 
 @dataclass(frozen=True)
@@ -89,26 +98,30 @@ def in_interpreter(versions: Versions) -> Finding:
 
 
 def parts_on(device: Device) -> Iterator[Finding]:
-    """Everything that can run on one CUDA device."""
-    at = device.name
+    """Everything that can run on one CUDA or ROCm device."""
+    at, family = device.name, chips.family_of(device.capability)
     yield attempt(f"torch on {at}", lambda: attend("torch", at))
     if os.environ.get("TRITON_INTERPRET") == "1":
         yield Finding(f"triton on {at}", False, "TRITON_INTERPRET=1 is set",
                       "unset it before Python starts to run the kernels on the GPU")  # fmt: skip
         return
-    trials: tuple[tuple[str, tuple[int, int], Callable[[], Any]], ...] = (
-        ("", (8, 0), lambda: attend("triton", at, "float16")),
-        (", bfloat16", (8, 0), lambda: attend("triton", at, "bfloat16")),
-        (", index in 8 bits", (8, 9),
+    trials: tuple[tuple[str, str, Callable[[], Any]], ...] = (
+        ("", "", lambda: attend("triton", at, "float16")),
+        (", bfloat16", "", lambda: attend("triton", at, "bfloat16")),
+        (", index in 8 bits", "e4m3",
          lambda: attend("triton", at, "float16", index_dtype="fp8_e4m3")),
-        (", pages in 8 bits", (8, 9), lambda: decode_eight_bits(at)),
-        (", hopper selection", (9, 0), lambda: select_on_hopper(at)),
+        (", pages in 8 bits", "e4m3", lambda: decode_eight_bits(at)),
+        (", hopper selection", "hopper", lambda: select_on_hopper(at)),
     )  # fmt: skip
-    for name, (major, minor), call in trials:
-        old = device.is_below(major, minor)
-        advice = f"it needs compute capability {major}.{minor}" if old else REPORT
+    for name, feature, call in trials:
+        advice = REPORT
+        if device.is_old:
+            advice = "it needs compute capability {}.{}".format(*OLDEST)
+        elif feature and not getattr(family, feature):
+            advice = f"it needs {chips.NEEDS[feature]}"
         yield attempt(f"triton on {at}{name}", call, advice)
-    yield dependent_launch(device)
+    for feature in ("descriptors", "dependent_launch"):
+        yield has_feature(device, feature)
 
 
 # -- the trials -----------------------------------------------------------------------------------
@@ -175,13 +188,14 @@ def use_operators() -> None:
 
 
 # -- facts that need no trial ---------------------------------------------------------------------
-def dependent_launch(device: Device) -> Finding:
-    """Whether the kernels of a decode step may overlap (programmatic dependent launch)."""
-    part = f"dependent launch on {device.name}"
-    if not device.is_below(9, 0):
-        return Finding(part, True)
-    return Finding(part, False, f"it needs compute capability 9.0, got {device.capability}",
-                   "none needed: decode steps give the same results a little later")  # fmt: skip
+def has_feature(device: Device, feature: str) -> Finding:
+    """Whether a GPU has a feature that the kernels do without elsewhere."""
+    family, (what, instead) = chips.family_of(device.capability), chips.MISSING[feature]
+    if getattr(family, feature):
+        return Finding(f"{what} on {device.name}", True)
+    return Finding(f"{what} on {device.name}", False,
+                   f"it needs {chips.NEEDS[feature]}, got {device.capability}",
+                   f"none needed; {instead}")  # fmt: skip
 
 
 def no_gpu(versions: Versions) -> Finding:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from msa import cache_checks, checks, kernel_choice
+from msa import cache_checks, checks, chips, kernel_choice
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, Carrier, load_backend, resolve
 from msa.ir import Array, Output, PagedKV, Selection, Sequences
@@ -38,6 +38,8 @@ class Entry:
         self.name = resolve(backend, model)
         self.module = load_backend(self.name)
         checks.check_options(self.name, model, **options or {})
+        if options and options.get("index_dtype"):
+            chips.check_eight_bits("index_dtype", "None", "'fp8_e4m3'", model.device)
         self.options = (options or {}) if self.name == "triton" else {}
         self.carrier = Carrier(self.name, model)
         self.layout: Layout | None = None
@@ -167,6 +169,8 @@ def enter_cache(
     else:
         cache_checks.check_contents(cache, sizes)
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    if entry.name == "triton":
+        cache_checks.check_chip(cache)
     if entry.options.get("kernels") == "hopper":
         kernel_choice.choose("hopper", kernel_choice.page_call_of(q_idx, cache))
     cache = cache_checks.with_index_dtypes(cache)
@@ -195,6 +199,8 @@ def enter_prefill(
     sequences = Sequences(borders, tuple(accumulate(lengths, initial=0)))
     entry.layout = Layout(sequences, q.shape[:-2])
     entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    if entry.name == "triton":
+        cache_checks.check_chip(cache)
     cache = cache_checks.with_index_dtypes(cache)
     packed = {name: entry.layout.pack(array) for name, array in (("q", q), ("q_idx", q_idx))}
     return entry, [*entry.carrier.take(**packed, cache=cache), sequences]
@@ -212,5 +218,6 @@ def enter_append(cache: PagedKV, tokens: dict[str, Array]) -> Entry:
     cache_checks.check_tokens(cache, True, sizes["B"], tokens)
     entry = Entry("triton", cache.k_pages)
     entry.check_kernels(sizes["Bk"], 1, tokens)
+    cache_checks.check_chip(cache)
     cache_checks.check_written(cache)
     return entry

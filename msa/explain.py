@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from msa import api, kernel_choice, loop_order, moved, reference
+from msa import api, chips, kernel_choice, loop_order, moved, reference
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
 from msa.ir import Array, ReverseIndex, Schedule, TileUnion
@@ -218,8 +218,12 @@ def walked_mask(trace: Trace) -> Bool[Array, "Tq Hkv Tk"]:
 def choose_orders(trace: Trace) -> dict[str, Any]:
     """How loop_order="auto" of the triton backend treats the tiles of the example.
 
-    `readers` is the number of queries that read a block, on average; see msa.loop_order.
+    `readers` is the number of queries that read a block, on average; see msa.loop_order. The limits
+    are those of the current GPU, without one those that were measured.
     """
+    chip = chips.usual() or chips.MEASURED
+    rate = chip.family.operations_per_byte
+    walk_all, walk_pairs = loop_order.factors(rate)
     union, top_k = trace.tile_union, trace.selection.top_k
     readers = TOKENS * top_k / (TOKENS // CONFIG.block_size)
     lengths = (union.block_ids >= 0).sum(-1)
@@ -228,15 +232,16 @@ def choose_orders(trace: Trace) -> dict[str, Any]:
             "queries": [int(union.starts[t]), int(union.stops[t]) - 1],
             "group": r,
             "union": int(length),
-            "order": loop_order.choose(int(length), top_k, readers),
+            "order": loop_order.choose(int(length), top_k, readers, rate),
         }
         for (t, r), length in np.ndenumerate(lengths)
     ]
     return {
-        "walk_all": loop_order.WALK_ALL,
-        "walk_pairs": loop_order.WALK_PAIRS,
+        "walk_all": walk_all,
+        "walk_pairs": walk_pairs,
+        "numbers": "measured" if chip.family == chips.MEASURED.family else "counted, not measured",
         "min_edges": loop_order.MIN_EDGES,
-        "rule": [f"{when}: {then}" for when, then in loop_order.rule()],
+        "rule": [f"{when}: {then}" for when, then in loop_order.rule(rate)],
         "top_k": top_k,
         "readers": readers,
         "mean_union": float(lengths.mean()),
@@ -260,6 +265,18 @@ def choose_kernels() -> dict[str, Any]:
         "loss_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.loss_rule()],
         "chosen": kernel_choice.choose("auto", call),
         "reason": "" if found is None else str(found).partition(": ")[0],
+    }
+
+
+def name_what_is_missing() -> dict[str, Any]:
+    """What the current GPU lacks, and what happens instead; the same for the other families."""
+    chip = chips.usual()
+    return {
+        "chip": None if chip is None else {"model": chip.model, "family": chip.family.name},
+        "missing": {
+            family.name: [f"{what}: {instead}" for what, instead in chips.missing(family)]
+            for family in (chips.FAMILIES.values() if chip is None else [chip.family])
+        },
     }
 
 

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from msa import kernel_choice, loop_order
+from msa import kernel_choice
 from msa.dispatch import BackendName
 from msa.explain import (
     CONFIG,
@@ -24,6 +24,7 @@ from msa.explain import (
     choose_orders,
     example,
     explain,
+    name_what_is_missing,
     trace_example,
 )
 
@@ -43,7 +44,7 @@ class ExplainOptions:
 
 def run(options: ExplainOptions) -> int:
     """Print the example as panels or as JSON."""
-    trace = trace_example(options.backend)
+    trace, missing = trace_example(options.backend), name_what_is_missing()
     steps, choice, kernels = explain(trace), choose_orders(trace), choose_kernels()
     if options.json:
         shown = {
@@ -53,6 +54,7 @@ def run(options: ExplainOptions) -> int:
             "steps": [asdict(step) for step in steps],
             "loop_order": choice,
             "kernels": kernels,
+            "gpu": missing,
             "trace": to_plain(trace),
         }
         print(json.dumps(shown))
@@ -60,6 +62,7 @@ def run(options: ExplainOptions) -> int:
     print_steps(steps)
     print_choice(choice)
     print_kernels(kernels)
+    print_missing(missing)
     return 0
 
 
@@ -113,8 +116,8 @@ def print_steps(steps: list[Step]) -> None:
 def print_choice(choice: dict[str, Any]) -> None:
     """Print the rule of loop_order="auto", and what it does with the tiles of the example."""
     table = Table("blocks in a tile's union", "the tile", box=box.SIMPLE_HEAD, pad_edge=False)
-    for when, then in loop_order.rule():
-        table.add_row(when, then)
+    for line in choice["rule"]:
+        table.add_row(*line.split(": ", 1))
     top_k, mean = choice["top_k"], choice["mean_union"]
     narrow_console().print(
         Panel(
@@ -126,7 +129,8 @@ def print_choice(choice: dict[str, Any]) -> None:
                 ),
                 Text(
                     'loop_order="auto" of the triton backend decides for each tile by the length '
-                    "of its union, with numbers measured on an H100 (docs/ladder.md):",
+                    f"of its union, with numbers for this GPU ({choice['numbers']}; an H100's were "
+                    "measured, docs/ladder.md):",
                     style="dim",
                 ),
                 table,
@@ -213,6 +217,23 @@ def print_kernels(choice: dict[str, Any]) -> None:
                 pages,
             ),
             title="[bold]Which kernels?[/]",
+            title_align="left",
+        )
+    )
+
+
+def print_missing(found: dict[str, Any]) -> None:
+    """Print what the current GPU lacks, or without one what each family of GPUs lacks."""
+    table = Table("family", "lacks, and what happens instead", box=box.SIMPLE_HEAD, pad_edge=False)
+    for family, lines in found["missing"].items():
+        for i, line in enumerate(lines or ["nothing"]):
+            table.add_row("" if i else family, line)
+    chip = found["chip"]
+    here = f"This GPU is {chip['model']}." if chip else "Without a GPU here, this is for all."
+    narrow_console().print(
+        Panel(
+            Group(Text(f"What GPUs lack that the kernels can use. {here}"), table),
+            title="[bold]Which GPU?[/]",
             title_align="left",
         )
     )

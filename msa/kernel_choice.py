@@ -322,11 +322,11 @@ def usual_call() -> Call:
 
 
 @lru_cache(maxsize=64)
-def capability_of(device: int) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
+def capability_of(device: int) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; None for a GPU of AMD, whose numbers mean others."""
     import torch
 
-    return torch.cuda.get_device_capability(device)
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 @lru_cache(maxsize=1)

@@ -6,16 +6,17 @@ A program of its own, because the tests' process runs Triton's interpreter where
 from __future__ import annotations
 
 import json
+import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+import triton.language as tl
 from triton.runtime.driver import driver
 
+from benchmarks.compile_target import Driver, assembled
+from msa.chips import FAMILIES
 from msa.triton_impl.hopper import (
     block_topk,
     index_loss,
@@ -28,22 +29,7 @@ from msa.triton_impl.hopper import (
 )
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
-
-
-class Hopper:
-    """A driver that names a target and has no device."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def map_python_to_cpp_type(self, name):
-        return "void"
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 def compile_scores(dtype, dim, block_size, groups, long, paged=False, scaled=False):
@@ -114,6 +100,20 @@ def compile_query_gradients(dtype, group):
     )  # fmt: skip
 
 
+def compile_sum(fuse):
+    """The smallest kernel with a product and a sum; None: launched as all kernels are."""
+    parts, out = torch.zeros(256), torch.zeros(16)
+    stated = EVERY_LAUNCH if fuse is None else EVERY_LAUNCH | {"enable_fp_fusion": fuse}
+    return weighted_sum_kernel.warmup(parts, parts, out, N=16, grid=(1,), **stated)
+
+
+@triton.jit
+def weighted_sum_kernel(x, weights, out, N: tl.constexpr):
+    """out = x * weights + out."""
+    o_x = tl.arange(0, N)
+    tl.store(out + o_x, tl.load(x + o_x) * tl.load(weights + o_x) + tl.load(out + o_x))
+
+
 def compile_pages(dtype, q_dtype, dim, block_size, rows):
     dtype, q_dtype = getattr(torch, dtype), getattr(torch, q_dtype)
     q, pages = torch.zeros(2, 1, rows, dim).to(q_dtype), torch.zeros(4, block_size, dim).to(dtype)
@@ -147,18 +147,14 @@ def compile_loss(dtype, group, with_top, with_gradient):
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    found = subprocess.run(
-        [assembler, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", "/dev/stdin"],
-        input=ptx, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    says = found.stdout + found.stderr
+    says = assembled(ptx)
     return {
         "says": says,
         "registers": int(re.search(r"Used (\d+) registers", says)[1]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", says))),
         "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
         "shared": kernel.metadata.shared,
+        "fused": ptx.count("fma.rn.f32"),
         "constants": re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), \1;", ptx),  # twice the same
         "steps": re.findall(
             r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
@@ -167,10 +163,11 @@ def facts(kernel):
 
 
 if __name__ == "__main__":
-    driver.set_active(Hopper())
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as every launch states it
+    driver.set_active(Driver(FAMILIES["9.0"]))
     makers = {
         "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
         "queries": compile_query_gradients, "pages": compile_pages, "loss": compile_loss,
-        "chunks": compile_chunks,
+        "sum": compile_sum, "chunks": compile_chunks,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

@@ -128,7 +128,10 @@ def assert_released_after_reading(steps):
 
 def test_topk_kernels_stay_in_registers():
     kernels = chosen(FEW_TOPK, TOPK)
-    for options, found in zip(kernels, compiled([("topk", *k) for k in kernels]), strict=True):
+    sums = [("sum", fuse) for fuse in (None, True, False)]
+    *every, stated, fused, apart = compiled([*(("topk", *k) for k in kernels), *sums])
+    assert stated["fused"] == fused["fused"] > apart["fused"] == 0  # what EVERY_LAUNCH states
+    for options, found in zip(kernels, every, strict=True):
         assert found["spilled"] == 0, options
         assert found["registers"] <= 255, options
         assert found["shared"] == 0, options

@@ -81,7 +81,7 @@ def test_blocks_weigh_as_many_tokens_as_they_have(size):
 def test_folded_blocks_weigh_as_many_tokens_as_they_have(size, monkeypatch):
     """The split part of auto: 16 queries, each with one block that no other query selected."""
     monkeypatch.setattr(attention, "choose_order", lambda *args: "split")
-    monkeypatch.setattr(attention, "limits", lambda top_k: (0, TOKENS))
+    monkeypatch.setattr(attention, "limits", lambda *_: (0, TOKENS))
     n, n_keys = BLOCK, BLOCK * BLOCK
     ids = np.stack([np.arange(n), np.full(n, n - 1)], 1)[:, None].astype(np.int32)
     ids[-1] = 0, n - 1

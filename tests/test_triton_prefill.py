@@ -61,7 +61,7 @@ def test_the_bits_of_packed_keys(loop_order, super_tiles, monkeypatch):
     options = {"config": CONFIG, "loop_order": loop_order, "kernels": "portable"}
     options["backend"] = "triton"
     if loop_order == "auto":
-        monkeypatch.setattr(attention, "limits", lambda top_k: (2, 4))
+        monkeypatch.setattr(attention, "limits", lambda *_: (2, 4))
         monkeypatch.setattr(attention, "choose_order", lambda selection, group: "split")
     if super_tiles:
         monkeypatch.setattr(tuning, "PARTIAL_BYTES", 2**14)

@@ -153,7 +153,7 @@ def test_the_result_is_attention_over_numbers_times_factors(kind, loop_order, wi
     monkeypatch.setattr(kernel_choice, "KEYS_PER_QUERY", 10**9 if wide else 0)
     monkeypatch.setattr(tuning, "PARTIAL_BYTES", 2**14)
     if loop_order == "auto":
-        monkeypatch.setattr(attention, "limits", lambda top_k: (2, 4))
+        monkeypatch.setattr(attention, "limits", lambda *_: (2, 4))
         monkeypatch.setattr(attention, "choose_order", lambda selection, group: "split")
     dtypes = []
     attend_part = attention.attend_part

@@ -17,7 +17,12 @@ from msa.torch_impl.gradients import selection_gradients
 from msa.torch_impl.item_batches import edges_per_item
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.partials import fill_slots, slot_buffers
-from msa.torch_impl.scheduled_tiles import queries_per_tile, schedule_tiles, trimmed
+from msa.torch_impl.scheduled_tiles import (
+    queries_in_cache,
+    queries_per_tile,
+    schedule_tiles,
+    trimmed,
+)
 from msa.torch_impl.selection import select_fused
 
 
@@ -101,9 +106,10 @@ def attend_selection_forward(
     lse = q.new_empty(q.shape[:2], dtype=dtype)
     q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
     per_query = q.shape[1] * selection.top_k * v.shape[-1]
-    size = queries_per_tile(per_query, q)
+    chunk = edges_per_item(q.shape[1] // k.shape[1])
+    size = min(queries_per_tile(per_query, q), queries_in_cache(selection, chunk, q))
     buffers = slot_buffers(q_, v, selection.top_k, size)
-    for tile in schedule_tiles(selection, size, edges_per_item(q.shape[1] // k.shape[1])):
+    for tile in schedule_tiles(selection, size, chunk):
         qs, ks = tile.queries, tile.keys
         slots = fill_slots(q_[qs], k_[ks], v_[ks], tile.schedule, softmax_scale, buffers)
         out[qs], lse[qs] = weigh_slots(slots)

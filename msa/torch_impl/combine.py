@@ -11,6 +11,9 @@ from torch import Tensor
 
 from msa.ir import Output, Partials
 
+SUMS = 2**17
+"""Numbers of one sum of slots on a CPU, which then stays in the cache."""
+
 
 def combine_partials(partials: Partials, dtype: Any = None) -> Output:
     """Weigh each slot by exp(its LSE - the total LSE) and add up (R16).
@@ -27,7 +30,11 @@ def combine_partials(partials: Partials, dtype: Any = None) -> Output:
     >>> combine_partials(Partials(slots, lse, torch.tensor([[2]]))).out  # (1 + 3 * 4) / 4
     tensor([[[3.2500]]])
     """
-    out, lse = weigh_slots(Slots(partials.out, partials.lse, None, partials.counts))
+    groups = partials.counts.shape[1]
+    by_edge, lse = (
+        x.unflatten(1, (groups, -1)).transpose(2, 3) for x in (partials.out, partials.lse)
+    )  # fmt: skip
+    out, lse = weigh_slots(Slots(by_edge, lse, None, partials.counts))
     return Output(out.to(dtype or partials.out.dtype), lse.float())
 
 
@@ -38,26 +45,41 @@ class Slots:
     In one float32 number the logarithm would be lost beside a large logit; two numbers keep both.
     """
 
-    out: Float[Tensor, "Tq Hq k Dv"]
-    top: Float[Tensor, "Tq Hq k"]
+    out: Float[Tensor, "Tq Hkv k G Dv"]
+    top: Float[Tensor, "Tq Hkv k G"]
     """The highest logit."""
-    total: Float[Tensor, "Tq Hq k"] | None
+    total: Float[Tensor, "Tq Hkv k G"] | None
     """The sum of exp(logit - top); None: 1 everywhere."""
     counts: Int[Tensor, "Tq Hkv"]
 
 
 def weigh_slots(slots: Slots) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:
     """The combination, out in the precision of the slots' out, lse in that of their tops."""
-    top, shares = row_shares(slots.top, slots.total, slots.counts)
+    totals = None if slots.total is None else by_head(slots.total)
+    top, shares = row_shares(by_head(slots.top), totals, slots.counts)
     total = shares.sum(-1)
     weights = (shares / total[..., None]).to(slots.out.dtype)
-    # A product of [1, k] by [k, Dv] for every head reads the slots once and writes no copy of them.
-    out = torch.matmul(weights[..., None, :], slots.out)[..., 0, :]
-    # 0 * NaN can occur only where slots are free: for the first few queries of a sequence.
-    few = (slots.counts < slots.top.shape[2]).any(-1).nonzero()[:, 0]
-    clean = torch.where(filled(slots.top[few], slots.counts[few])[..., None], slots.out[few], 0.0)
-    out[few] = torch.matmul(weights[few][..., None, :], clean)[..., 0, :]
-    return out, top + total.log()
+    weights = weights.unflatten(1, (slots.counts.shape[1], -1)).transpose(2, 3)
+    out = slots.out.new_zeros(slots.out[:, :, 0].shape)
+    # A few queries at a time, so that their sum stays in the cache: the slots are read once.
+    step = max(1, SUMS // max(1, out[:1].numel()))
+    parts = (x.split(step) for x in (out, weights[..., None], slots.out, slots.counts))
+    for some, b_w, b_x, counts in zip(*parts):
+        few = bool((counts < b_x.shape[2]).any())
+        for j in range(b_x.shape[2]):
+            # 0 * NaN can occur only where slots are free: for the first queries of a sequence
+            x = (
+                torch.where((j < counts)[..., None, None], b_x[:, :, j], 0.0)
+                if few
+                else b_x[:, :, j]
+            )
+            some.addcmul_(b_w[:, :, j], x)
+    return out.flatten(1, 2), top + total.log()
+
+
+def by_head(x: Float[Tensor, "Tq Hkv k G"]) -> Float[Tensor, "Tq Hq k"]:
+    """Numbers of edges and their heads with the heads before the slots."""
+    return x.transpose(2, 3).flatten(1, 2)
 
 
 def row_shares(

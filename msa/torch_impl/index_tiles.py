@@ -68,7 +68,9 @@ def block_maxima(
         products = buffer[: len(rows) * len(part)].view(len(rows), len(part))
         torch.mm(rows, part.T, out=products)
         if start + len(part) > first + 1:
-            hide_future(products.view(n_q, groups, len(part)), first - start)
+            recent = max(first - start, 0)  # columns before are visible to all queries
+            by_query = products.view(n_q, groups, len(part))
+            hide_future(by_query[..., recent:], first - start - recent)
         parts.append(reduce_blocks(products, block_size))
     return torch.cat(parts, dim=1).view(n_q, groups, -1)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from msa.ir import Schedule
 from msa.torch_impl.tiles import block_positions, query_positions
 
-CPU_BATCH = 2**20
-"""Logits of one batch, 4 MiB (measured). Smaller batches fit a faster cache, but every product
-starts the threads again, and on a busy machine each start takes time."""
+CPU_BATCH = 2**18
+"""Logits of one batch, 1 MiB (measured): they stay in the cache of a core from the product to the
+softmax, and the allocator gives the same memory to the next batch. Larger batches come from fresh
+memory each time. Smaller ones start the threads more often."""
 GPU_BATCH = 2**25
 
 
@@ -42,6 +43,11 @@ class ItemBatch:
     """Tokens not in the edge's future; None if no edge reads its query's own block (R3)."""
     top_k: int
     all_lanes: int
+
+    def edge_places(self) -> Int[Tensor, " W_C"]:
+        """The row of each edge in a buffer [lanes, k, ...]; copies get the row after."""
+        places = self.lanes * self.top_k + self.slots
+        return torch.where(self.real, places, self.all_lanes * self.top_k).flatten()
 
     def places(self, group: int) -> Int[Tensor, " W_C_G"]:
         """The row of each edge and head in a buffer [lanes, group, k]; copies get the row after."""
@@ -99,7 +105,7 @@ def batches(
 ) -> Iterator[tuple[slice, int]]:
     """Slices of items whose lengths descend, each with the length of its longest item.
 
-    >>> list(batches([4, 4, 4, 3, 1], chunk=4, edge_cost=2**17, device=torch.device("cpu")))
+    >>> list(batches([4, 4, 4, 3, 1], chunk=4, edge_cost=2**15, device=torch.device("cpu")))
     [(slice(0, 2, None), 4), (slice(2, 3, None), 4), (slice(3, 5, None), 3)]
     """
     budget = CPU_BATCH if device.type == "cpu" else GPU_BATCH

@@ -27,6 +27,8 @@ def to_rows(
 ) -> Float[Tensor, "rows Bk D"]:
     """Packed tokens as whole blocks, one row for each head and block, zeros beyond a sequence."""
     blocks = sequences.cu_blocks(block_size)[-1]
+    if len(sequences.cu_seqlens_k) == 2 and len(x) == blocks * block_size:  # nothing to fill up
+        return x.transpose(0, 1).reshape(x.shape[1] * blocks, block_size, x.shape[2])
     padded = x.new_zeros(x.shape[1], blocks * block_size, x.shape[2])
     padded[:, block_slots(sequences, block_size, x.device)] = x.transpose(0, 1)
     return padded.view(x.shape[1] * blocks, block_size, x.shape[2])

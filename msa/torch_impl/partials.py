@@ -40,16 +40,25 @@ def attend_chunks(
     buffers = slot_buffers(q.to(dtype), v, index.top_k, q.shape[0])
     slots = fill_slots(q.to(dtype), k.to(dtype), v.to(dtype), schedule, softmax_scale, buffers)
     assert slots.total is not None
-    return Partials(slots.out, slots.top.double() + slots.total.double().log(), slots.counts)
+    lse = slots.top.double() + slots.total.double().log()
+    out, lse = (x.transpose(2, 3).flatten(1, 2) for x in (slots.out, lse))
+    return Partials(out, lse, slots.counts)
 
 
-Buffers = tuple[Float[Tensor, "slots Dv"], Float[Tensor, " slots"], Float[Tensor, " slots"]]
+Buffers = tuple[Float[Tensor, "slots G Dv"], Float[Tensor, "slots G"], Float[Tensor, "slots G"]]
 
 
 def slot_buffers(q: Tensor, v: Tensor, top_k: int, queries: int) -> Buffers:
-    """Room for the partials of so many queries, and one place more that copies are written to."""
-    slots = queries * q.shape[1] * top_k + 1
-    return q.new_empty(slots, v.shape[2]), q.new_empty(slots), q.new_empty(slots)
+    """Room for the partials of so many queries, and one place more that copies are written to.
+
+    The heads of an edge lie side by side, so each edge is written as one run of memory.
+    """
+    group, slots = q.shape[1] // v.shape[1], queries * v.shape[1] * top_k + 1
+    return (
+        q.new_empty(slots, group, v.shape[2]),
+        q.new_empty(slots, group),
+        q.new_empty(slots, group),
+    )
 
 
 def fill_slots(
@@ -63,16 +72,16 @@ def fill_slots(
     """
     index = schedule.reverse_index
     n_q, heads, groups, top_k = q.shape[0], q.shape[1], k.shape[1], index.top_k
-    group, slots = heads // groups, n_q * heads * top_k
+    group, slots = heads // groups, n_q * groups * top_k
     lanes = q.reshape(n_q * groups, group, q.shape[2])
     keys, values = (to_rows(x, index.sequences, index.block_size) for x in (k, v))
     used = [buffer[: slots + 1] for buffer in buffers]
     for items in item_batches(schedule, edge_cost=group * index.block_size):
         found = attend_items(lanes, keys, values, items, softmax_scale)
-        places = items.places(group)  # copies write to the place after the last
+        places = items.edge_places()  # copies write to the place after the last
         for buffer, numbers in zip(used, found):
-            buffer.index_copy_(0, places, numbers)
-    out, top, total = (buffer[:slots].unflatten(0, (n_q, heads, top_k)) for buffer in used)
+            buffer.index_copy_(0, places, numbers.view(-1, *buffer.shape[1:]))
+    out, top, total = (buffer[:slots].unflatten(0, (n_q, groups, top_k)) for buffer in used)
     return Slots(out, top, total, index.counts)
 
 

@@ -30,6 +30,18 @@ def queries_per_tile(elements_per_query: int, like: Tensor) -> int:
     return min(max(1, total // elements_per_query), max(1, like.shape[0]))
 
 
+def queries_in_cache(selection: Selection, chunk_size: int, like: Tensor) -> int:
+    """Queries of a tile on a CPU that give each block the edges of two full items, on average.
+
+    More queries would fill the items no better, and their slots would not stay in the cache. No
+    bound on a GPU.
+    """
+    if like.device.type != "cpu":
+        return max(1, like.shape[0])
+    blocks = selection.sequences.max_blocks(selection.block_size)
+    return max(1, 2 * chunk_size * blocks // selection.top_k)
+
+
 def trimmed(selection: Selection) -> Selection:
     """The selection with at most as many places as the longest sequence has blocks.
 

@@ -23,6 +23,7 @@ from msa.triton_impl.dependent_launch import dependent_launch, wait_for_previous
 from msa.triton_impl.launch import pad
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 LEAST = tl.constexpr(2.0**-126)  # the least scale of a page
 
@@ -167,5 +168,5 @@ def append_tokens(
             cache.lengths.stride(0), shared.stride(0), N=n, HKV=groups, DIM=dim, DIM_V=dim_v,
             DIM_I=dim_i, BD=pad(dim), BDV=pad(dim_v), BDI=pad(dim_i), BK=block, EIGHT=eight,
             EIGHT_INDEX=eight_index, SHARED=cache.shared is not None, **dependent_launch(k.device),
-            num_warps=4,
+            num_warps=4, **EVERY_LAUNCH,
         )  # fmt: skip

@@ -50,6 +50,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from msa import chips
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
@@ -125,7 +126,9 @@ def attend_part(
         walk_on_hopper(q, k, v, selection, softmax_scale, order, into, kv_outer, pages)
         return
     tile_size = positions_of(group)
-    union = split_tiles(selection, tile_size, limits(selection.top_k) if order == "split" else None)
+    rate = chips.current().family.operations_per_byte
+    split = limits(selection.top_k, rate) if order == "split" else None
+    union = split_tiles(selection, tile_size, split)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
         union.counts, tile_size, softmax_scale, into=into, pages=pages,

@@ -21,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msa import chips
 from msa.checks import check_scored_blocks
 from msa.config import MSAConfig
 from msa.ir import BlockScores, Selection
@@ -36,6 +37,7 @@ from msa.triton_impl.topk import (
     store_selection,
     threshold_of,
 )
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 @triton.jit
@@ -136,7 +138,8 @@ def select_rows(
     places = config.top_k - config.forced_blocks
     width, slots = pad(n_blocks, 32), pad(config.top_k, 2)
     room = max(width, slots)  # numbers of one row
-    warps = min(32, max(1, room // 1024))
+    most = 1024 // chips.current().family.warp  # a program has at most 1024 threads
+    warps = min(most, max(1, room // 1024))
     check_scored_blocks(n_blocks)
     if n_q:
         rows = max(1, warps * 1024 // room)
@@ -144,7 +147,7 @@ def select_rows(
             values.contiguous(), positions, out, n_q * groups, n_blocks, HKV=groups, BK=block_size,
             TOP_K=config.top_k, P=slots, SINK=config.sink_blocks, LOCAL=config.local_blocks,
             PLACES=places, PIECES=pad(2 * places, 32), W=width, R=rows,
-            WORDS=rows * width // 32 * slots <= 2048 * warps, num_warps=warps,
+            WORDS=rows * width // 32 * slots <= 2048 * warps, num_warps=warps, **EVERY_LAUNCH,
         )  # fmt: skip
     return out
 

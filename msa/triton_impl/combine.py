@@ -29,6 +29,7 @@ from msa.ir import Output, Partials
 from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tile_verbs import LN2, LOG2E, LOWEST, load_tile, slot_weight, store_tile
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def weigh_slots(
             slots.out, slots.top, slots.total, slots.counts, *(walked or (into.lse, into.lse)),
             into.out, into.lse, softmax_scale * LOG2E.value, HKV=groups, G=group, TOP_K=top_k,
             P=pad(top_k, 1), DIM_V=dim_v, BDV=pad(dim_v, 1), BH=some, WALKED=walked is not None,
-            num_warps=4 if some * dim_v >= 1024 else 1,
+            num_warps=4 if some * dim_v >= 1024 else 1, **EVERY_LAUNCH,
         )  # fmt: skip
     return into
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from msa import chips
+
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
@@ -27,20 +29,20 @@ def wait_for_previous(PDL: tl.constexpr):
 @lru_cache(maxsize=8)
 def dependent_launch(device: torch.device) -> dict[str, Any]:
     """The launch arguments of a kernel of the chain; warns once on devices without this feature."""
-    if is_hopper(device):
+    if device.type != "cuda":
+        return {"PDL": False}
+    if can_overlap(device):
         return {"PDL": True, "launch_pdl": True}
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        warnings.warn(
-            "programmatic dependent launch needs compute capability 9.0, got "
-            f"{major}.{minor}: the kernels of a decode step start one after the other",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    chip = chips.chip_of(device.index)
+    warnings.warn(
+        f"programmatic dependent launch needs {chips.NEEDS['dependent_launch']}, got {chip.model} "
+        f"of {chip.family.name}: the kernels of a decode step start one after the other",
+        RuntimeWarning,
+        stacklevel=2,
+    )
     return {"PDL": False}
 
 
-@lru_cache(maxsize=8)
-def is_hopper(device: torch.device) -> bool:
-    """Whether the device is a GPU of compute capability 9.0 or later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def can_overlap(device: torch.device) -> bool:
+    """Whether the device is a GPU with this feature, which all with fast products of e4m3 have."""
+    return device.type == "cuda" and chips.chip_of(device.index).family.dependent_launch

@@ -19,6 +19,7 @@ from msa.ir import Schedule, Sequences
 from msa.triton_impl.launch import pad
 from msa.triton_impl.tables import block_table
 from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def sum_parts(
     sum_items_kernel[blocks, heads, block_size // some](
         parts, item_starts, item_stops, *block_table(sequences, block_size, out.device), out,
         scale, blocks, *out.stride()[:2], SUM=len(item_starts) // (blocks * heads), ADD=add,
-        DIM=dim, BD=pad(dim), BK=block_size, BN=some,
+        DIM=dim, BD=pad(dim), BK=block_size, BN=some, **EVERY_LAUNCH,
     )  # fmt: skip
 
 
@@ -119,5 +120,6 @@ def sum_slots(
     *_, top_k, pieces, dim = parts.shape
     if counts.numel():
         sum_slots_kernel[counts.numel(),](
-            parts, counts, out, scale, PIECES=pieces, TOP_K=top_k, DIM=dim, BD=pad(dim), num_warps=1
-        )
+            parts, counts, out, scale, PIECES=pieces, TOP_K=top_k, DIM=dim, BD=pad(dim),
+            num_warps=1, **EVERY_LAUNCH,
+        )  # fmt: skip

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msa import chips
 from msa.checks import check_kernels, check_top_k, check_triton_device
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -60,8 +61,12 @@ def heads_of(group: int, positions: int, rows: int) -> int:
 
 # -- tensors --------------------------------------------------------------------------------------
 def is_exact(tensor: Tensor) -> str:
-    """The input precision of tl.dot: float32 operands stay float32."""
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+    """The input precision of tl.dot: float32 operands stay float32.
+
+    16-bit operands are exact in either; AMD's gfx950 knows "ieee" only.
+    """
+    amd = chips.current().family.is_amd
+    return "ieee" if amd or tensor.dtype == torch.float32 else "tf32"
 
 
 def can_describe(tensor: Tensor, dim: int) -> bool:
@@ -74,6 +79,7 @@ def can_describe(tensor: Tensor, dim: int) -> bool:
     step, size = tensor.stride(0), tensor.element_size()
     return (
         tensor.is_cuda
+        and chips.current().family.descriptors
         and dim == pad(dim)
         and tensor.data_ptr() % 16 == 0
         and 0 < len(tensor) < 2**31

@@ -29,7 +29,7 @@ from torch import Tensor
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
-from msa.triton_impl.dependent_launch import dependent_launch, is_hopper, wait_for_previous
+from msa.triton_impl.dependent_launch import can_overlap, dependent_launch, wait_for_previous
 from msa.triton_impl.launch import can_describe, describe, is_exact, pad
 from msa.triton_impl.tile_verbs import along, load_tile
 from msa.triton_impl.tuning import TileConfig, choose
@@ -160,7 +160,7 @@ def score_pages(
     programs = max(1, min(columns, programs_for(batch * columns, tile) // max(batch, 1)))
     eight = cache.k_idx_scales is not None
     scales = cache.k_idx_scales if eight else pages  # not read
-    parts = eight and not wide and is_hopper(q_idx.device)
+    parts = eight and not wide and can_overlap(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
     page_scores_kernel[programs, batch, triton.cdiv(n * groups, rows)](

@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from msa.triton_impl.bits import clamp_e4m3, e4m3_stretch, finite_size, power_of_two
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 BLOCK = 4096  # elements of one program
 
@@ -99,6 +100,7 @@ def to_fp8(
     grid = (programs_q + triton.cdiv(k.numel(), BLOCK),)
     if grid[0]:
         largest = torch.zeros(2, dtype=torch.int32, device=q.device)
-        largest_kernel[grid](q, k, largest, q.numel(), k.numel(), programs_q, B=BLOCK)
-        stretch_kernel[grid](q, k, y_q, y_k, largest, q.numel(), k.numel(), programs_q, B=BLOCK)
+        shape = q.numel(), k.numel(), programs_q
+        largest_kernel[grid](q, k, largest, *shape, B=BLOCK, **EVERY_LAUNCH)
+        stretch_kernel[grid](q, k, y_q, y_k, largest, *shape, B=BLOCK, **EVERY_LAUNCH)
     return y_q, y_k

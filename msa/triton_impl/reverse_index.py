@@ -25,6 +25,7 @@ from msa.triton_impl.bits import count_bits
 from msa.triton_impl.launch import contiguous, pad, require_top_k
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tables import query_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 TILE = 32  # queries per word
 
@@ -148,12 +149,13 @@ def reverse_edges(selection: Selection) -> ReverseIndex:
         width = pad(top_k, 2)
         some = max(1, 512 // width)
         grid = (triton.cdiv(n_q * groups, some),)
-        shape = {"HKV": groups, "TOP_K": top_k, "P": width, "R": some}
+        shape = {"HKV": groups, "TOP_K": top_k, "P": width, "R": some} | EVERY_LAUNCH
         mark_kernel[grid](indices, first_block, words, n_q, n_blocks, n_rows, **shape)
         lengths = torch.empty(n_rows, dtype=torch.int32, device=device)
         prefix_kernel[triton.cdiv(n_rows, 32),](
-            words, before, lengths, n_tiles, n_rows, BT=pad(min(n_tiles, 64), 2), BR=32
-        )
+            words, before, lengths, n_tiles, n_rows, BT=pad(min(n_tiles, 64), 2), BR=32,
+            **EVERY_LAUNCH,
+        )  # fmt: skip
         torch.cumsum(lengths, 0, out=offsets[1:])
         fill_kernel[grid](
             indices, first_block, words, before, offsets, query_ids, slots, counts, n_q, n_blocks,

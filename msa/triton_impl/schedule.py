@@ -18,6 +18,7 @@ import triton.language as tl
 from msa.ir import ReverseIndex, Schedule
 from msa.triton_impl.launch import contiguous
 from msa.triton_impl.places import on_its_device
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def schedule_edges(reverse_index: ReverseIndex, chunk_size: int) -> Schedule:
     if most:
         item_stops = torch.cumsum((offsets.diff() + (chunk_size - 1)) // chunk_size, 0)
         items_kernel[triton.cdiv(n_rows, 128),](
-            offsets, item_stops, rows, starts, stops, n_rows, chunk_size, R=128
+            offsets, item_stops, rows, starts, stops, n_rows, chunk_size, R=128, **EVERY_LAUNCH
         )
     return Schedule(rows, starts, stops, chunk_size, reverse_index)
 

@@ -40,6 +40,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from msa import chips
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
 from msa.kernel_choice import Kernels, call_of
@@ -67,14 +68,14 @@ from msa.triton_impl.topk import (
     store_selection,
     threshold_of,
 )
-from msa.triton_impl.tuning import TileConfig, choose
+from msa.triton_impl.tuning import EVERY_LAUNCH, TileConfig, choose
 
 __all__ = ["select_blocks", "select_fused"]
 
 CAPACITY = 64  # candidates of one row's buffer, at least
 CHECK = 8  # blocks between two checks of how full the buffers are
 SLACK = 6  # candidates beyond `places` that may stay when a buffer is cut back
-PROGRAMS = 132 * 3  # items that keep the device evenly loaded
+PROGRAMS = 3  # items of each multiprocessor, which keep the device evenly loaded
 SHORTEST = 16  # blocks of one item, at least
 WIDEST = 2**15  # candidates that the finishing kernel reads, at most, unless one buffer has more
 
@@ -289,7 +290,7 @@ def plan_scan(
         tiles.append(np.column_stack([start, stop, position, first_key, end, sequence]))
     table = np.concatenate(tiles) if tiles else np.zeros((0, 6), np.int64)
     lengths = table[:, 4] - config.sink_blocks
-    span = max(SHORTEST, -(-int(lengths.sum()) // PROGRAMS))
+    span = max(SHORTEST, -(-int(lengths.sum()) // (PROGRAMS * chips.current().multiprocessors)))
     buffers = max(1, WIDEST // capacity_for(config))
     span = max(span, -(-int(lengths.max(initial=0)) // buffers))
     splits = -(-lengths // span)  # 0 where nothing is scored
@@ -382,5 +383,6 @@ def select_portable(
             TOP_K=config.top_k, P=slots, SINK=config.sink_blocks,
             LOCAL=config.local_blocks, PLACES=places, CAP=capacity, C=read,
             SPLITS=width // read, R=some, num_warps=min(16, max(1, room * some // 1024)),
+            **EVERY_LAUNCH,
         )  # fmt: skip
     return Selection(out, sequences, config.block_size)

@@ -40,7 +40,7 @@ from msa.triton_impl.tile_verbs import (
     load_keys,
     load_tile,
 )
-from msa.triton_impl.tuning import TileConfig, choose
+from msa.triton_impl.tuning import EVERY_LAUNCH, TileConfig, choose
 
 
 @triton.jit
@@ -186,5 +186,6 @@ def softmax_sums(
         merge_sums_kernel[triton.cdiv(n_q * heads, some),](
             tops, totals, index.counts, top, log_total, scale * LOG2E.value, n_q * heads,
             G=group, WIDTH=width, P=min(pad(width, 1), 256), R=some, PIECES=pieces, INDEX=is_index,
+            **EVERY_LAUNCH,
         )  # fmt: skip
     return top, log_total

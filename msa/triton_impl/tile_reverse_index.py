@@ -23,6 +23,7 @@ from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.tables import query_table, tile_table
 from msa.triton_impl.tile_union import SplitUnion
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def reverse_union(union: SplitUnion, selection: Selection, chunk_size: int) -> T
             index.query_ids, index.slots, index.row_offsets, union.row_masks, tiles,
             query_table(selection.sequences, selection.block_size, device)[2], records,
             sequences.cu_blocks(selection.block_size)[-1], union.row_masks.shape[2],
-            HKV=groups, B=512,
+            HKV=groups, B=512, **EVERY_LAUNCH,
         )  # fmt: skip
     return TileEdges(union.tile_size, records, schedule_edges(index, chunk_size))
 

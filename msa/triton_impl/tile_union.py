@@ -37,6 +37,7 @@ from msa.triton_impl.places import on_its_device
 from msa.triton_impl.tables import tile_table
 from msa.triton_impl.tile_verbs import wait_for_threads
 from msa.triton_impl.topk import NO_BLOCK
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 PAIRED = 1024
 """Edges of a tile that are compared in pairs, at most; the split form has no other way."""
@@ -237,13 +238,13 @@ def split_tiles(
     if n_q and not paired:
         long_union_kernel[len(tiles), groups](
             indices, tiles, ids, masks, counts, edges, HKV=groups, TOP_K=top_k, P=width,
-            HALVINGS=width.bit_length() - 1, BK=selection.block_size, W=512,
+            HALVINGS=width.bit_length() - 1, BK=selection.block_size, W=512, **EVERY_LAUNCH,
         )  # fmt: skip
     elif n_q:
         union_kernel[len(tiles), groups](
             indices, tiles, ids, masks, counts, remote, remote_counts, *(limits or (0, 0)),
             HKV=groups, TOP_K=top_k, P=shape[2] // some, BT=some, SPLIT=limits is not None,
-            SHARE=pad(share or tile_size, 1), **pair_options(shape[2]),
+            SHARE=pad(share or tile_size, 1), **pair_options(shape[2]), **EVERY_LAUNCH,
         )  # fmt: skip
     if limits is None:
         return SplitUnion(ids, masks, counts, tile_size, None, None)

@@ -13,13 +13,15 @@ says what a variable is:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from msa.triton_impl.launch import INTERPRETED
 
-FAST = tl.constexpr(not INTERPRETED)  # the device's own functions can be called
+FAST = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+"""Whether CUDA's own functions can be called."""
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32's lowest number: a maximum of no scores

@@ -1,7 +1,9 @@
 """Launch parameters as data: one frozen record per kernel, from a table of measurements.
 
-The table is written by hand from the output of `benchmarks/tune.py`; docs/ladder.md says what else
-was tried. A shape that is not in the table takes the safe default of its kernel.
+TABLE is written by hand from the output of `benchmarks/tune.py`; docs/ladder.md says what else was
+tried. A shape that is not in the table takes the safe default of its kernel. GPUs of other families
+take the same tiles, except for those in OTHERS: there the measured tile does not fit into the
+shared memory, or spills registers. `benchmarks/compiled.py` compiles all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from msa import chips
+
+EVERY_LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
+"""What every launch of a kernel states. A product and the sum behind it may become one instruction,
+which rounds once. This was Triton's default up to 3.9; from 3.10 on it is off by default."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +34,22 @@ class TileConfig:
     descriptors: bool = False
     """The bulk copy engine (TMA) loads the keys if their layout allows it."""
     programs: int = 132
-    """Programs that share the work where there is a choice."""
+    """Programs that share the work where there is a choice. In the tables they are for the 132
+    multiprocessors of the GPU that was measured; `choose` gives those for the current one."""
     registers: int | None = None
     """Upper bound of registers per thread, to fit more programs on a multiprocessor."""
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a kernel launch."""
         limits = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages, **limits}
+        return {**EVERY_LAUNCH, "num_warps": self.warps, "num_stages": self.stages, **limits}
 
 
-# kernel -> (bytes per element, padded head size) -> configuration, measured on an H100
-TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
+Tiles = dict[str, dict[tuple[int, int], TileConfig]]
+"""kernel -> (bytes per element, padded head size) -> configuration"""
+
+# measured on an H100
+TABLE: Tiles = {
     "select": {
         (1, 128): TileConfig(rows=128, keys=128, warps=4, stages=3, descriptors=True),
         (2, 128): TileConfig(rows=128, keys=128, warps=4, stages=2, descriptors=True),
@@ -89,6 +101,25 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 64): TileConfig(rows=16, keys=64, warps=4, stages=3, programs=264),
     },
 }
+# With 128 keys, the gradient of keys takes 129 KB of shared memory or spills all registers, and the
+# alignment loss spills hundreds of bytes.
+SHORT_KEYS = TileConfig(rows=64, keys=64, warps=8, stages=2)
+SHORT_LOSS = TileConfig(rows=32, keys=64, warps=4, stages=1)
+SHORT: Tiles = {
+    "keys": {(2, 128): SHORT_KEYS, (2, 64): replace(SHORT_KEYS, stages=1)},
+    "index_loss": dict.fromkeys(((2, 128), (2, 64)), SHORT_LOSS),
+}
+AMD: Tiles = SHORT | {"keys": dict.fromkeys(SHORT["keys"], replace(SHORT_KEYS, stages=1))}
+
+# family -> the tiles in place of those of TABLE: compiled, not measured
+OTHERS: dict[str, Tiles] = {
+    **dict.fromkeys(("8.0", "8.6", "8.9", "12.0"), SHORT),
+    "gfx942": AMD | {  # 64 KB of shared memory
+        "union": {(2, 128): TileConfig(rows=64, keys=64, warps=4, stages=2)},
+        "paged": {(2, 128): TileConfig(rows=16, keys=64, warps=8, stages=2)},
+    },
+    "gfx950": AMD,
+}  # fmt: skip
 DEFAULTS = {
     "select": TileConfig(rows=64, keys=64),
     "chunks": TileConfig(rows=32, keys=64, stages=1),
@@ -106,15 +137,18 @@ DEFAULTS = {
 
 
 def choose(kernel: str, dtype: torch.dtype, dim: int, block_size: int) -> TileConfig:
-    """The measured configuration of this kernel and shape, or its safe default.
+    """The configuration of this kernel and shape on the current device, or its safe default.
 
     >>> choose("select", torch.float32, 96, 32)
     TileConfig(rows=64, keys=32, warps=4, stages=2, descriptors=False, programs=132, registers=None)
     """
-    found = TABLE[kernel].get((dtype.itemsize, dim), DEFAULTS[kernel])
+    chip, shape = chips.current(), (dtype.itemsize, dim)
+    found = TABLE[kernel].get(shape, DEFAULTS[kernel])
+    found = OTHERS.get(chip.family.name, {}).get(kernel, {}).get(shape, found)
     if dtype.itemsize == 4 and dim > 128:
         found = TileConfig(rows=16, keys=32, stages=1)
-    return replace(found, keys=min(found.keys, block_size))
+    programs = max(1, found.programs * chip.multiprocessors // chips.MEASURED.multiprocessors)
+    return replace(found, keys=min(found.keys, block_size), programs=programs)
 
 
 # -- choices between lowerings --------------------------------------------------------------------

@@ -50,6 +50,7 @@ from msa.triton_impl.paged_keys import Pages
 from msa.triton_impl.places import device_table
 from msa.triton_impl.tables import block_places, block_table, query_table, to_device
 from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 EDGES = 1024  # of a program that marks
 TOKENS = 64  # of a product, at most
@@ -198,8 +199,9 @@ def marked_blocks(
     marks = torch.zeros((blocks, ids.shape[1]), dtype=torch.uint8, device=ids.device)
     first_blocks = query_table(sequences, selection.block_size, ids.device)[2]
     mark_pages_kernel[triton.cdiv(ids.numel(), EDGES),](
-        ids, first_blocks, marks, ids.numel(), HKV=ids.shape[1], TOP_K=ids.shape[2], B=EDGES
-    )
+        ids, first_blocks, marks, ids.numel(), HKV=ids.shape[1], TOP_K=ids.shape[2], B=EDGES,
+        **EVERY_LAUNCH,
+    )  # fmt: skip
     return marks
 
 
@@ -230,7 +232,7 @@ def widen_pages(
         *pages.k_scales.stride(), *pages.v_scales.stride(), *pages.table.stride(), HKV=groups,
         DIM=k.shape[-1], DIM_V=v.shape[-1], BD=pad(k.shape[-1]), BDV=pad(v.shape[-1]),
         BK=block_size, BN=min(TOKENS, pad(block_size)), VECTOR=VECTOR,
-        SPLIT=dtype == torch.bfloat16, MARKED=marked,
+        SPLIT=dtype == torch.bfloat16, MARKED=marked, **EVERY_LAUNCH,
     )  # fmt: skip
     table = wide_table(visible, block_size, device)
     return (

@@ -42,6 +42,7 @@ from msa.config import MSAConfig
 from msa.ir import Array
 from msa.triton_impl.hopper.plan import PIECE, ROWS, ScorePlan, SuperTile
 from msa.triton_impl.launch import pad
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 MOST_TIED = gl.constexpr(2**14)
 """Equal values of a row that are counted: more than places, and with 16 more still in 15 bits."""
@@ -309,4 +310,5 @@ def select_scores(
         HKV=groups, BK=config.block_size, TOP_K=top_k, SINK=config.sink_blocks,
         LOCAL=config.local_blocks, PLACES=places, LONG=part.long,
         LOG=pad(places).bit_length() - 1, ROWS=ROWS, PIECE=PIECE, WARPS=WARPS, num_warps=WARPS,
+        **EVERY_LAUNCH,
     )  # fmt: skip

@@ -67,6 +67,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa import chips
 from msa.ir import Schedule
 from msa.triton_impl.hopper.loss_rows import copy_edges, load_edges
 from msa.triton_impl.hopper.ring import (
@@ -77,6 +78,7 @@ from msa.triton_impl.hopper.teacher import LOG2E, teach
 from msa.triton_impl.item_sums import sum_items, sum_slots
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK, DIM, BATCH, ROWS = 128, 128, 16, 64  # keys of a block, D, edges of a batch, rows of a chunk
@@ -202,7 +204,7 @@ def stages_of(group: int, with_top: bool) -> int:
     """Chunks of 64 rows that fit into shared memory beside everything else.
 
     >>> stages_of(16, False), stages_of(16, True), stages_of(64, True)
-    (8, 8, 7)
+    (7, 7, 7)
     """
     others = 4 * BLOCK * DIM + 8 * BLOCK * BATCH + 4 * (DIM + BLOCK) * BATCH + 1024
     others += (2 + 2 * with_top) * 4 * BATCH * group
@@ -248,8 +250,7 @@ def index_loss(
         parts = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     if items:
         group = heads // groups
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-        hopper_loss_kernel[(min(programs, items),)](
+        hopper_loss_kernel[(min(chips.current().multiprocessors, items),)](
             describe(as_matrix(q, True), group, DIM // 2),
             describe(as_matrix(k, False), block, DIM),
             describe(as_matrix(k_idx, False), block, dim // 2),
@@ -259,7 +260,7 @@ def index_loss(
             losses, *parts, softmax_scale * LOG2E.value, index_scale * LOG2E.value, items,
             sequences.cu_blocks(block)[-1], n_q * heads, *q_idx.stride()[:2], G=group, HKV=groups,
             TOP=top is not None, TOP_K=index.top_k, GRADIENT=gradients is not None,
-            STAGES=stages_of(group, top is not None), **OPTIONS,
+            STAGES=stages_of(group, top is not None), **OPTIONS, **EVERY_LAUNCH,
         )  # fmt: skip
     if gradients:
         sum_slots(parts[0], index.counts, gradients[0], index_scale)

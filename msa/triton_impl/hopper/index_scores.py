@@ -76,6 +76,7 @@ from msa.triton_impl.hopper.ring import (
     wait_full,
 )
 from msa.triton_impl.paged_keys import IndexPages, page_matrix
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 KINDS = {
     torch.bfloat16: gl.bfloat16,
@@ -346,5 +347,5 @@ def score_segments(
         scores, scores if maxima is None else maxima, table, scales, scale, *steps, HKV=groups,
         BK=block_size, LOCAL=local_blocks, LONG=maxima is not None, PIECE=PIECE,
         PAGED=pages is not None, SCALED=pages is not None and pages.scales is not None,
-        num_warps=4, **chosen,
+        num_warps=4, **chosen, **EVERY_LAUNCH,
     )  # fmt: skip

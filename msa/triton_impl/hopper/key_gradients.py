@@ -48,6 +48,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa import chips
 from msa.triton_impl.hopper.edge_rows import (
     copy_keys,
     copy_numbers,
@@ -61,6 +62,7 @@ from msa.triton_impl.hopper.union_walk import KINDS, LOG2E
 from msa.triton_impl.item_sums import sum_parts
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.tables import own_key_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 ROWS, HALF, DIM, BLOCK = 64, 64, 128, 128
 """Rows of a tile, keys of a consumer, D and Dv, keys of a block."""
@@ -222,7 +224,7 @@ def hopper_key_gradients_kernel(q_desc, k_desc, v_desc, do_desc, lse, delta, ids
 # -- host -----------------------------------------------------------------------------------------
 def programs_of(device: torch.device) -> int:
     """One program for each multiprocessor: its shared memory has no room for two."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return chips.current().multiprocessors
 
 
 def describe_keys(x: Float[Tensor, "Tk Hkv D"]) -> TensorDescriptor:
@@ -270,7 +272,7 @@ def key_gradients(
             describe_rows(d_out, group), lse, delta, index.query_ids, index.row_offsets,
             shares.cuts, shares.first_rows, *table, *parts, softmax_scale * LOG2E,
             -1.0 / softmax_scale, table.shape[1], n_q, G=group, HKV=groups, POS=ROWS // group,
-            **OPTIONS,
+            **OPTIONS, **EVERY_LAUNCH,
         )  # fmt: skip
     if add_to is None:
         d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))

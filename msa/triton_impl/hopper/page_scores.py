@@ -48,6 +48,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from msa import chips
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.triton_impl.hopper.page_queries import load_queries
@@ -56,6 +57,7 @@ from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_fu
 from msa.triton_impl.launch import pad
 from msa.triton_impl.paged_keys import matrix_sizes
 from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 KINDS = {
     torch.bfloat16: gl.bfloat16,
@@ -337,12 +339,13 @@ def score_pages_on_hopper(
     desc, page_rows = describe(pages)
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
     chosen["EIGHT"] = eight
-    many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
+    many = chips.current().multiprocessors
     page_scores_kernel[(many * programs,)](
         q_idx, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
         config.index_scale_for(dim), batch, arrivals.shape[1], width, page_rows,
         *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
         LOCAL=config.local_blocks, launch_pdl=True, **chosen | changes,
+        **EVERY_LAUNCH,
     )  # fmt: skip
     return scores

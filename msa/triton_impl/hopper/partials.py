@@ -57,6 +57,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa import chips
 from msa.ir import Schedule
 from msa.triton_impl.combine import Slots, empty_slots
 from msa.triton_impl.hopper.page_rows import head_place, load_page, page_row
@@ -75,6 +76,7 @@ from msa.triton_impl.hopper.walk_rows import LOWEST, clear_foreign
 from msa.triton_impl.launch import can_describe
 from msa.triton_impl.paged_keys import Pages
 from msa.triton_impl.tables import block_places, block_table, query_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 LOG2E = 1.4426950408889634
 ROWS, HALF, DIM = 64, 64, 128  # rows of a consumer, columns of a half, D and Dv
@@ -375,8 +377,7 @@ def fill_slots(
             steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
             factors = slots.top if pages.k_scales is None else pages.k_scales
         descriptor = describe if pages is None else describe_pages
-        programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-        hopper_chunk_kernel[(min(programs, items),)](
+        hopper_chunk_kernel[(min(chips.current().multiprocessors, items),)](
             describe_queries(q, group), descriptor(k), descriptor(v), describe_rows(matrix, group),
             schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
             query_table(sequences, block, q.device)[0], *block_table(sequences, block, q.device),
@@ -384,5 +385,6 @@ def fill_slots(
             sequences.cu_blocks(block)[-1], len(matrix), *steps, G=group, HKV=groups,
             TOP_K=index.top_k, PAGED=pages is not None,
             SCALED=pages is not None and pages.k_scales is not None, **(OPTIONS | changes),
+            **EVERY_LAUNCH,
         )  # fmt: skip
     return slots

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from msa import chips
 from msa.config import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
@@ -33,7 +34,8 @@ SCORE_BYTES = 2**29
 """Bound on the memory of the scores of one super-tile; their maxima take an eighth beside it."""
 
 CHUNK_BYTES = 2**24
-"""Index keys that all programs read at about the same time, so that they stay in the L2 cache."""
+"""Index keys that all programs read at about the same time, at most a third of the L2 cache, so
+that they stay there."""
 
 PIECE = 8
 """Blocks of one piece: a slab has its scores side by side for each row."""
@@ -150,10 +152,10 @@ def plan_scores(
     device: torch.device,
 ) -> ScorePlan:
     """Tiles, super-tiles of at most `score_bytes`, and each program's segments."""
-    programs = 4
-    if device.type == "cuda":
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
-    chunk = max(1, CHUNK_BYTES // (token_bytes * config.block_size * PIECE)) * PIECE
+    chip = chips.current()
+    programs = chip.multiprocessors if device.type == "cuda" else 4
+    keys = min(CHUNK_BYTES, chip.l2 // 3) // (token_bytes * config.block_size)
+    chunk = max(1, keys // PIECE) * PIECE
     every = cut_tiles(sequences, config, ROWS // groups)
     slabs = -(-every[:, 4] // PIECE) * PIECE
     parts: list[SuperTile] = []

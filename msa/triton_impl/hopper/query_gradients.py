@@ -49,6 +49,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa import chips
 from msa.ir import Selection
 from msa.triton_impl.hopper import union_walk
 from msa.triton_impl.hopper.ring import make_barriers, produce, produce_at, release, wait_full
@@ -57,6 +58,7 @@ from msa.triton_impl.hopper.walk_rows import clear_foreign, load_bits, load_item
 from msa.triton_impl.launch import pad
 from msa.triton_impl.tables import tile_table
 from msa.triton_impl.tile_union import SplitUnion
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 LOG2E = gl.constexpr(union_walk.LOG2E)
 OPTIONS = {"K_STAGES": 3, "V_STAGES": 2} | {
@@ -343,11 +345,10 @@ def query_gradients(
         return d_q, delta
     tiles = tile_table(selection.sequences, size, q.device)
     items = len(tiles) * groups
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    hopper_query_gradients_kernel[(min(programs, items),)](
+    hopper_query_gradients_kernel[(min(chips.current().multiprocessors, items),)](
         describe_rows(q, group), describe(k), describe(v), describe_rows(d_out, group), out, d_out,
         lse, d_lse, tiles, union.block_ids, union.row_masks, union.counts, d_q, delta,
         softmax_scale * union_walk.LOG2E, softmax_scale, items, union.block_ids.shape[2], G=group,
-        HKV=groups, HEADS=pad(group, 8), **OPTIONS,
+        HKV=groups, HEADS=pad(group, 8), **OPTIONS, **EVERY_LAUNCH,
     )  # fmt: skip
     return d_q, delta

@@ -61,6 +61,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from msa import chips
 from msa.ir import Output, Sequences
 from msa.triton_impl.hopper.page_rows import head_place, load_page, page_row
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
@@ -82,6 +83,7 @@ from msa.triton_impl.hopper.walk_rows import (
 from msa.triton_impl.launch import can_describe, pad
 from msa.triton_impl.paged_keys import Pages, page_matrix
 from msa.triton_impl.tables import tile_owners, tile_table
+from msa.triton_impl.tuning import EVERY_LAUNCH
 
 LOG2E = 1.4426950408889634
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -396,7 +398,6 @@ def walk(
         return into
     tiles = tile_table(sequences, tile_size_of(group), q.device)
     scale, items = softmax_scale * LOG2E, len(tiles) * groups
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     owners, table, factors, steps = counts, counts, into.lse, [0] * 8  # not read
     if pages is not None:
         owners, table = tile_owners(sequences, tile_size_of(group), q.device), pages.table
@@ -404,11 +405,11 @@ def walk(
         factors = into.lse if pages.k_scales is None else pages.k_scales
     descriptor = describe if pages is None else describe_pages
     scale_up = 2.0 ** min(127, math.ceil(math.log2(scale)))
-    hopper_walk_kernel[(min(programs, items),)](
+    hopper_walk_kernel[(min(chips.current().multiprocessors, items),)](
         q, descriptor(k), descriptor(v), tiles, block_ids, row_masks, counts, into.out, into.lse,
         *(apart or (into.lse, into.lse)), owners, table, factors, scale, scale_up, items,
         block_ids.shape[2], *q.stride()[:2], *steps, G=group, HKV=groups, HEADS=pad(group, 8),
         APART=apart is not None, PAGED=pages is not None,
-        SCALED=pages is not None and pages.k_scales is not None, **OPTIONS,
+        SCALED=pages is not None and pages.k_scales is not None, **OPTIONS, **EVERY_LAUNCH,
     )  # fmt: skip
     return into
