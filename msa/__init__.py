@@ -7,6 +7,7 @@ from msa.api import (
     attention,
     decode,
     lower,
+    prefill,
     select,
     sparse_attention,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "cache_quality",
     "decode",
     "lower",
+    "prefill",
     "select",
     "sparse_attention",
 ]

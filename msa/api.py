@@ -16,7 +16,7 @@ from jaxtyping import Float
 from msa import checks, pipeline
 from msa.config import MSAConfig
 from msa.dispatch import BackendName
-from msa.entry import enter, enter_append, enter_cache
+from msa.entry import enter, enter_append, enter_cache, enter_prefill
 from msa.ir import Array, Output, PagedKV, Selection
 from msa.kernel_choice import Kernels
 from msa.selection import check_ids
@@ -171,6 +171,53 @@ def align_index(
     q, k, q_idx, k_idx, *known = entry.arrays
     args = (q, k, q_idx, k_idx, entry.selection, entry.sequences, config, *known)
     return entry.run(entry.module.align_index, *args)
+
+
+def prefill(
+    q: Float[Array, "*q Hq D"], q_idx: Float[Array, "*q Hkv Di"], cache: PagedKV,
+    *, cu_seqlens_q: Any = None, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
+    loop_order: LoopOrder = "auto", index_dtype: IndexDtype | None = None,
+    kernels: Kernels = "auto",
+) -> Output:  # fmt: skip
+    """MSA for the last tokens of each sequence of a paged cache, which has to hold them (R2).
+
+    This is `attention` over keys, values and index keys in pages, such as a chunk of a long prompt
+    behind the chunks before it. The triton backend reads the pages where they lie; the other
+    backends copy them first. Nothing is recorded for gradients. Few new tokens of every sequence
+    are the task of `decode`.
+
+    Where the pages have scales (see `PagedKV`), the result is that of R4-R12 on page * scale, for
+    queries of any dtype, which are not rounded.
+
+    Args:
+        q, q_idx: new tokens, packed [Tq, ...], or batched [B, n, ...] with n of each sequence.
+        cache: holds the new tokens already; sequence s has `cache.lengths[s]` tokens.
+        cu_seqlens_q: borders of packed queries, integers [B + 1]; a sequence may have no queries.
+            None means one sequence.
+        config, backend: as in `attention`.
+        loop_order, kernels: triton only, as in `attention`. Pages of 8 bits have portable kernels.
+            Hopper kernels need pages that their copy engine can read (docs/howto/serve.md).
+        index_dtype: triton only. "fp8_e4m3" rounds q_idx to 8 bits, where index keys have 8 bits.
+
+    Returns:
+        out in q's layout and dtype, lse in q's layout and float32, and the Selection, whose
+        Sequences have one entry for each slot of the batch.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+
+    >>> import numpy as np, msa
+    >>> pages = np.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two tokens
+    >>> cache = msa.PagedKV(pages, pages, pages[..., 0],
+    ...                     page_table=np.array([[3, 0], [2, 0]]), lengths=np.array([3, 1]))
+    >>> zero = np.zeros((3, 1, 1))  # two tokens of the first sequence, which are 7 and 0; one more
+    >>> config = msa.MSAConfig(block_size=2, top_k=2)
+    >>> msa.prefill(zero, zero, cache, cu_seqlens_q=(0, 2, 3), config=config).out.ravel()
+    array([6.5       , 4.33333333, 4.        ])
+    """
+    options = {"loop_order": loop_order, "index_dtype": index_dtype, "kernels": kernels}
+    entry, args = enter_prefill(q, q_idx, cache, cu_seqlens_q, backend, config, options)
+    return entry.run(entry.module.prefill_chunk, *args, config, **entry.options)
 
 
 def decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from msa.paged_kv import (
     check_row,
     check_scaled,
 )
+from msa.sequences import check_borders
 
 
 # -- shapes, dtypes and places --------------------------------------------------------------------
@@ -66,6 +68,42 @@ def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
     parts = {f"cache.{name}": getattr(cache, name) for name in names}
     parts = {name: array for name, array in parts.items() if array is not None}
     checks.check_same_place(q=q, q_idx=q_idx, **parts)
+
+
+def check_index_pages(cache: PagedKV) -> None:
+    """Index queries are rounded to 8 bits for index keys that have 8 bits already."""
+    if not checks.is_eight_bits(cache.k_idx_pages):
+        raise ValueError(
+            "index_dtype must be None where cache.k_idx_pages has dtype "
+            f"{cache.k_idx_pages.dtype}, got 'fp8_e4m3': make pages of 8 bits"
+        )
+
+
+def read_query_borders(cu_seqlens_q: Any, batched: bool, sizes: dict[str, int]) -> tuple[int, ...]:
+    """Where the queries of each sequence of a cache start and end.
+
+    `sizes` holds B, and n if the queries are batched, else Tq.
+    """
+    batch = sizes["B"]
+    if batched:
+        checks.check_absent("cu_seqlens_q", cu_seqlens_q, "tensors are batched")
+        return tuple(sizes["n"] * s for s in range(batch + 1))
+    if cu_seqlens_q is None:
+        if batch != 1:
+            raise ValueError(
+                f"cu_seqlens_q must be given for packed queries of {batch} sequences, got None"
+            )
+        return (0, sizes["Tq"])
+    borders = checks.read_borders("cu_seqlens_q", cu_seqlens_q)
+    if len(borders) != batch + 1:
+        raise ValueError(
+            f"cu_seqlens_q must have {batch + 1} entries for the {batch} sequences of the cache, "
+            f"got {len(borders)}"
+        )
+    check_borders("cu_seqlens_q", borders)
+    if borders[-1] != sizes["Tq"]:
+        raise ValueError(f"cu_seqlens_q must end with Tq = {sizes['Tq']}, got {borders[-1]}")
+    return borders
 
 
 def check_tokens(cache: PagedKV, with_lead: bool, sequences: int, tokens: dict[str, Any]) -> int:
@@ -135,23 +173,29 @@ def check_apart(**arrays: Any) -> None:
 
 
 # -- what tables, lengths and scales hold ---------------------------------------------------------
-def check_contents(cache: PagedKV, sizes: dict[str, int]) -> None:
+def check_contents(
+    cache: PagedKV, sizes: dict[str, int], counts: Sequence[int] | None = None
+) -> list[int]:
     """Each sequence has a page in range for each block, with scales that can be used.
 
-    `sizes` holds Bk, pages and n, the number of queries per sequence. Waits for the device once.
+    `sizes` holds Bk, pages and n, the number of queries per sequence; a sequence of length 0 is an
+    empty slot. With `counts`, the queries of each sequence, all of them are tokens of it. Returns
+    the lengths. Waits for the device once.
     """
     table, lengths, *bad = checks.read_together(
         [cache.page_table, cache.lengths, *_pages_with_bad_scales(cache, sizes)]
     )
     for s, length in enumerate(lengths.tolist()):
-        if length < 0 or 0 < length < sizes["n"]:
+        n, empty = (sizes["n"], "0 or ") if counts is None else (counts[s], "")
+        if length < 0 or (length < n and (length or not empty)):
             raise ValueError(
-                f"cache.lengths must be 0 or at least the {sizes['n']} queries, got {length} "
+                f"cache.lengths must be {empty}at least the {n} queries, got {length} "
                 f"in sequence {s}"
             )
         own = check_row(table[s], length, s, sizes)
         if any(pages[s].any() for pages in bad):
             check_own_scales(cache, own, s)
+    return lengths.tolist()
 
 
 def _pages_with_bad_scales(cache: PagedKV, sizes: dict[str, int]) -> list[Any]:

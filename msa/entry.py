@@ -1,6 +1,6 @@
 """The start of every call: check its arguments, choose a backend, and call it.
 
-    read the layout, check the arguments    enter, enter_cache, enter_append
+    read the layout, check the arguments    enter, enter_prefill, enter_cache, enter_append
     choose the backend                      Entry
     call it, convert the result             Entry.run
 
@@ -11,6 +11,7 @@ passed, including those of the kernels' limits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from msa import cache_checks, checks, kernel_choice
@@ -158,6 +159,41 @@ def enter_cache(
         kernel_choice.choose("hopper", kernel_choice.page_call_of(q_idx, cache))
     cache = cache_checks.with_index_dtypes(cache)
     return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
+
+
+def enter_prefill(
+    q: Array, q_idx: Array, cache: PagedKV, cu_seqlens_q: Any, backend: BackendName,
+    config: MSAConfig, options: dict[str, Any],
+) -> tuple[Entry, list[Any]]:  # fmt: skip
+    """Check a prefill over a cache; give its entry and all arguments of `prefill_chunk` but config.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    checks.check_type("cache", cache, PagedKV)
+    checks.check_type("config", config, MSAConfig)
+    for name, array in (("q", q), ("q_idx", q_idx)):
+        checks.check_array(name, array)
+    batched = checks.check_layout("q", q, "Tq Hq D", None)
+    sizes: dict[str, int] = {"Bk": config.block_size}
+    checks.check_shape("q", q, "B n Hq D" if batched else "Tq Hq D", sizes)
+    cache_checks.check_cache(cache, sizes)
+    checks.check_shape("q_idx", q_idx, "B n Hkv Di" if batched else "Tq Hkv Di", sizes)
+    checks.check_heads(sizes["Hq"], sizes["Hkv"])
+    cache_checks.check_queries(cache, q, q_idx)
+    borders = cache_checks.read_query_borders(cu_seqlens_q, batched, sizes)
+    entry = Entry(backend, q, options)
+    if options["index_dtype"] is not None:
+        cache_checks.check_index_pages(cache)
+    checks.check_not_captured(q)
+    counts = [stop - start for start, stop in zip(borders, borders[1:])]
+    lengths = cache_checks.check_contents(cache, sizes, counts)
+    sequences = Sequences(borders, tuple(accumulate(lengths, initial=0)))
+    entry.layout = Layout(sequences, q.shape[:-2])
+    entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    cache = cache_checks.with_index_dtypes(cache)
+    packed = {name: entry.layout.pack(array) for name, array in (("q", q), ("q_idx", q_idx))}
+    return entry, [*entry.carrier.take(**packed, cache=cache), sequences]
 
 
 def enter_append(cache: PagedKV, tokens: dict[str, Array]) -> Entry:

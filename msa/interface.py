@@ -30,7 +30,7 @@ from msa.ir import (
 
 @runtime_checkable
 class Backend(Protocol):
-    """Thirteen functions, in the order of the lowering."""
+    """Fourteen functions, in the order of the lowering."""
 
     # -- the whole path ---------------------------------------------------------------------------
     def attend(
@@ -117,7 +117,7 @@ class Backend(Protocol):
         """Attention by a running softmax along each tile's union (R9, R10)."""
         ...
 
-    # -- training and decoding --------------------------------------------------------------------
+    # -- training and serving ---------------------------------------------------------------------
     def align_index(
         self, q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
         q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
@@ -130,6 +130,18 @@ class Backend(Protocol):
         lse is the LSE of the main branch over the same support (R10), in float32 or float64; then
         the teacher's probabilities are exp(logits - lse), else their sum is found here.
         The loss is float64 if q or q_idx is, else float32. Gradient reaches q_idx and k_idx only.
+        """
+        ...
+
+    def prefill_chunk(
+        self, q: Float[Array, "Tq Hq D"], q_idx: Float[Array, "Tq Hkv Di"],
+        cache: PagedKV, sequences: Sequences, config: MSAConfig,
+    ) -> Output:  # fmt: skip
+        """MSA for the last tokens of each cached sequence (R2), which the cache holds already.
+
+        sequences has one entry for each slot of the batch; its keys are those that the lengths of
+        the cache count, and it may have no queries. The result is that of `attend` over the same
+        keys in packed tensors. If pages have scales, the numbers are number * scale (R12).
         """
         ...
 

@@ -45,6 +45,12 @@ LARGEST_GROUPS = 256
 LARGEST_PLACES = 64
 """Blocks of a row that are not forced. So many scores stay in the registers of a thread."""
 
+READABLE = (
+    "start each token at a multiple of 16 bytes, and each page and head a whole number of tokens, "
+    "or inside a token, behind the first"
+)
+"""How pages have to lie for the copy engine, which reads them as a matrix with a row per token."""
+
 WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
@@ -87,6 +93,9 @@ class Call:
     """The version of triton; None where there is none."""
     interpreted: bool
     """Whether kernels run in Triton's interpreter."""
+    readable: bool = True
+    """Whether the copy engine can read the index keys where they lie. Packed keys that it cannot
+    read are copied; pages are not."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class WalkCall:
     capability: tuple[int, int] | None
     triton: str | None
     interpreted: bool
+    readable: bool = True
+    """Whether the copy engine can read keys and values where they lie, as in `Call`."""
 
 
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
@@ -301,6 +312,8 @@ def wrong_selection(call: Call) -> TypeError | ValueError | None:
         return TypeError(must("k_idx", f"have dtype {call.q_dtype} as q_idx has", call.k_dtype))
     if call.index_dim not in INDEX_DIMS:
         return ValueError(must("q_idx", f"have Di = {either(INDEX_DIMS)}", call.index_dim))
+    if not call.readable:
+        return ValueError(must("cache.k_idx_pages", READABLE, "other strides"))
     if call.block_size not in BLOCK_SIZES:
         return ValueError(must("block_size", f"be {either(BLOCK_SIZES)}", call.block_size))
     if call.groups > LARGEST_GROUPS:
@@ -323,6 +336,8 @@ def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
     for name, symbol, size in (("q", "D", call.dim), ("v", "Dv", call.dim_v)):
         if size != WALK_DIM:
             return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if not call.readable:
+        return ValueError(must("cache.k_pages and cache.v_pages", READABLE, "other strides"))
     if call.block_size != WALK_BLOCK_SIZE:
         return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
     if call.group > LARGEST_GROUP:

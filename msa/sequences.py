@@ -121,15 +121,7 @@ def check_sequences(sequences: Sequences) -> dict[str, tuple[int, ...]]:
     names = ("cu_seqlens_q", "cu_seqlens_k")
     cu_seqlens = {n: checks.check_integer_tuple(n, getattr(sequences, n)) for n in names}
     for name, borders in cu_seqlens.items():
-        if not borders or borders[0] != 0:
-            raise ValueError(f"{name} must start with 0, got {_short(borders)}")
-        for s, (start, stop) in enumerate(zip(borders, borders[1:])):
-            if stop < start:
-                raise ValueError(
-                    f"{name} must not decrease, got {start} then {stop} at sequence {s}"
-                )
-        last = f"{name}[{len(borders) - 1}]"
-        checks.check_at_most(last, borders[-1], LARGEST_BORDER=checks.LARGEST_BORDER)
+        check_borders(name, borders)
     cu_q, cu_k = cu_seqlens.values()
     if len(cu_q) != len(cu_k):
         raise ValueError(
@@ -142,6 +134,17 @@ def check_sequences(sequences: Sequences) -> dict[str, tuple[int, ...]]:
                 f"got {q_1 - q_0} queries for {k_1 - k_0} keys in sequence {s}"
             )
     return cu_seqlens
+
+
+def check_borders(name: str, borders: tuple[int, ...]) -> None:
+    """Borders start at 0, never decrease, and end within 64 bits."""
+    if not borders or borders[0] != 0:
+        raise ValueError(f"{name} must start with 0, got {_short(borders)}")
+    for s, (start, stop) in enumerate(zip(borders, borders[1:])):
+        if stop < start:
+            raise ValueError(f"{name} must not decrease, got {start} then {stop} at sequence {s}")
+    last = f"{name}[{len(borders) - 1}]"
+    checks.check_at_most(last, borders[-1], LARGEST_BORDER=checks.LARGEST_BORDER)
 
 
 def _short(borders: tuple[int, ...]) -> str:

@@ -37,14 +37,15 @@ class Hopper:
         return "void"
 
 
-def compile_scores(dtype, dim, block_size, groups, long):
+def compile_scores(dtype, dim, block_size, groups, long, paged=False, scaled=False):
     dtype = getattr(torch, dtype)
     queries, keys = (torch.zeros(4096, dim).to(dtype) for _ in range(2))
     table, scores = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     return index_scores.block_scores_kernel.warmup(
         index_scores.describe(queries, ROWS // 2), index_scores.describe(keys, block_size), table,
-        table, scores, scores, 0.1, HKV=groups, BK=block_size, LOCAL=1, LONG=long, PIECE=PIECE,
-        num_warps=4, grid=(1,), **index_scores.options(dtype, dim, block_size),
+        table, scores, scores, table, scores, 0.1, *[48 * paged] * 5, HKV=groups, BK=block_size,
+        LOCAL=1, LONG=long, PIECE=PIECE, PAGED=paged, SCALED=scaled, num_warps=4, grid=(1,),
+        **index_scores.options(dtype, dim, block_size),
     )  # fmt: skip
 
 
@@ -57,14 +58,15 @@ def compile_topk(places, long):
     )  # fmt: skip
 
 
-def compile_walk(dtype, group, fold):
+def compile_walk(dtype, group, fold, paged=False):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys = union_walk.describe(k)
     return union_walk.hopper_walk_kernel.warmup(
-        q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, 0.1, 0.125,
-        640, 20, 8192, 128, G=group, HKV=4, HEADS=pad(group, 8),
-        TOP_K=16 if fold else 1, FOLD=fold, grid=(1,), **union_walk.OPTIONS,
+        q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, table,
+        table, 0.1, 0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4,
+        HEADS=pad(group, 8), TOP_K=16 if fold else 1, FOLD=fold, PAGED=paged, grid=(1,),
+        **union_walk.OPTIONS,
     )  # fmt: skip
 
 

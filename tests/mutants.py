@@ -50,6 +50,16 @@ MUTANTS = [  # the property that sees it, the functions that are spoiled, a case
         PagedCase(case(2, queries=(1,)), live=(True,), seed=0, spare_pages=0, spare_columns=0),
     ),
     (
+        "r2_prefilling_is_the_same_rule",
+        {"prefill_chunk": steps.the_chunk_is_not_there_yet},
+        PagedCase(case(2, queries=(1,), v=Fill("normal")), (True,), 0, 0, 0),
+    ),
+    (
+        "r2_prefilling_is_the_same_rule",
+        {"prefill_chunk": steps.pages_in_the_order_of_the_pool},
+        PagedCase(case(3, v=Fill("normal")), (True,), 0, 0, 0),
+    ),
+    (
         "r2_a_chunk_is_the_tail_of_the_whole",
         {"attend": steps.queries_are_the_first_tokens},
         case(3, v=Fill("normal"), tile_size=1),

@@ -67,7 +67,12 @@ def in_eight_bits(q_idx, k_idx, sequences, config, index_dtype=None):
     return reference.select_fused(q_idx, k_idx, sequences, config)
 
 
-HONEST_OPTIONS = {"attend_selection": in_every_order, "select_fused": in_eight_bits}
+def prefill_in_every_order(q, q_idx, cache, sequences, config, loop_order="auto"):
+    return reference.prefill_chunk(q, q_idx, cache, sequences, config)
+
+
+HONEST_OPTIONS = {"attend_selection": in_every_order, "select_fused": in_eight_bits,
+                  "prefill_chunk": prefill_in_every_order}  # fmt: skip
 
 
 def every_row_walks_every_block(q, k, v, selection, softmax_scale, loop_order="auto"):

@@ -94,6 +94,24 @@ def stale_lengths(q, q_idx, cache, config):
     return reference.decode_step(q, q_idx, replace(cache, lengths=stale), config)
 
 
+def the_chunk_is_not_there_yet(q, q_idx, cache, sequences, config, loop_order="auto"):
+    """The queries attend to the tokens before the last one only, where they can."""
+    keys = np.diff(sequences.cu_seqlens_k)
+    keys -= keys > np.diff(sequences.cu_seqlens_q)
+    borders = (0, *np.cumsum(keys).tolist())
+    older, fewer = replace(cache, lengths=keys), replace(sequences, cu_seqlens_k=borders)
+    return reference.prefill_chunk(q, q_idx, older, fewer, config)
+
+
+def pages_in_the_order_of_the_pool(q, q_idx, cache, sequences, config, loop_order="auto"):
+    """The table is not read: block b of the first sequence is taken from page b."""
+    table = cache.page_table.copy()
+    blocks = sequences.cu_blocks(config.block_size)
+    for s in range(sequences.batch):
+        table[s, : blocks[s + 1] - blocks[s]] = range(blocks[s], blocks[s + 1])
+    return reference.prefill_chunk(q, q_idx, replace(cache, page_table=table), sequences, config)
+
+
 CALLS = itertools.count()
 
 

@@ -13,8 +13,8 @@ FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
 HALVES = [name for name in vars(BackendWithGradients) if not name.startswith("_")]
 
 
-def test_the_contract_has_thirteen_functions():
-    assert len(FUNCTIONS) == 13
+def test_the_contract_has_fourteen_functions():
+    assert len(FUNCTIONS) == 14
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -61,7 +61,7 @@ def test_the_oracle_is_checked_too():
 
 
 def test_the_lowering_wants_a_whole_backend_and_shapes_that_agree():
-    """A module that lacks one of the thirteen functions is not a Backend."""
+    """A module that lacks one of the fourteen functions is not a Backend."""
     x = np.ones((6, 1, 4))
     args = (x, x, x, x, x[:, 0], Sequences.one(6, 6), msa.MSAConfig(2, 2), 4, 2)
     lower(reference, *args)

@@ -69,6 +69,14 @@ def step(parts, queries, backend="triton"):
     return [*live, output.selection.indices]
 
 
+def chunk(parts, queries, backend="triton"):
+    """A prefill of three tokens of each sequence that has tokens."""
+    cache = parts | {name: parts[name][::2] for name in INTEGERS}
+    output = msa.prefill(**{n: x[::2] for n, x in queries.items()}, cache=PagedKV(**cache),
+                         config=CONFIG, backend=backend)  # fmt: skip
+    return [output.out, output.lse, output.selection.indices]
+
+
 def every(change, change_integers, home):
     """All arguments in another layout, as far as the checks allow."""
     return {n: (change_integers if n in INTEGERS else change)(x) for n, x in home.items()}
@@ -77,14 +85,15 @@ def every(change, change_integers, home):
 LAYOUTS = [(spaced, columns), (turned, transposed)]
 
 
+@pytest.mark.parametrize("call", [step, chunk])
 @pytest.mark.parametrize("eight", EIGHTS, ids=["wide", "8 bits"])
-def test_decode(eight):
+def test_decode_and_prefill(call, eight):
     parts, queries = cached(eight), asked()
-    want = step(parts, queries)
+    want = call(parts, queries)
     for layout in LAYOUTS:
-        same(step(every(*layout, parts), every(*layout, queries)), want)
+        same(call(every(*layout, parts), every(*layout, queries)), want)
     for name in INTEGERS:
-        same(step(parts | {name: columns(parts[name])}, queries), want)
+        same(call(parts | {name: columns(parts[name])}, queries), want)
 
 
 @pytest.mark.parametrize("name", [*(n for n in cached(EIGHTS[1]) if n != "k_idx_scales"), *asked()])
@@ -115,12 +124,13 @@ def test_decode_with_any_integers(dtype, as_users_run_it):
 @pytest.mark.large
 @pytest.mark.parametrize("eight", EIGHTS, ids=["wide", "8 bits"])
 @pytest.mark.parametrize("dim", [0, 1, 2])
-def test_decode_beyond_2_31(eight, dim, folder):
+@pytest.mark.parametrize("call", [step, chunk])
+def test_decode_and_prefill_beyond_2_31(call, eight, dim, folder):
     parts, queries = cached(eight), asked(n=3)
-    want = step(parts, queries)
+    want = call(parts, queries)
     parts = {name: far_if_long(name, x, dim, folder) for name, x in parts.items()}
     queries = {name: far_if_long(name, x, dim, folder) for name, x in queries.items()}
-    same(step(parts, queries), want)
+    same(call(parts, queries), want)
 
 
 def far_if_long(name, x, dim, folder):

@@ -134,6 +134,15 @@ def check_known_before_capture(capturing: bool) -> None:
         )
 
 
+def check_not_captured(array: Any) -> None:
+    """`prefill` reads the lengths of the cache back to the host, which a capture forbids."""
+    if is_captured(array):
+        raise ValueError(
+            "cache.lengths must be read by the host before prefill, got a call while a CUDA graph "
+            "is captured: call prefill outside of it, or capture decode"
+        )
+
+
 def check_capturable(backend: str) -> None:
     """A CUDA graph of `decode` needs triton, whose kernels read the lengths on the device."""
     if backend != "triton":

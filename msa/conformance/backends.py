@@ -34,7 +34,7 @@ STAGES = tuple(name for name in vars(Backend) if not name.startswith("_"))
 OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "devices", "graphs"})
 """What a backend may claim beyond the contract.
 
-Keyword arguments: loop_order of attend_selection ("auto", "kv_outer", "union"); index_dtype
+Keyword arguments: loop_order of attend_selection and prefill_chunk ("auto", "kv_outer", "union"); index_dtype
 ("fp8_e4m3") and left_padding (a number of rubbish tokens before each row) of select_fused.
 Places (R21): CUDA streams, several CUDA devices, attention and decoding in a CUDA graph.
 """
@@ -117,8 +117,8 @@ class Subject:
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "sparse_attention", "decode", "attend", "select_fused",
-                 "attend_selection", "decode_step")  # fmt: skip
+        takes = ("attention", "select", "sparse_attention", "prefill", "decode", "attend",
+                 "select_fused", "attend_selection", "prefill_chunk", "decode_step")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property
@@ -229,7 +229,7 @@ def hopper_subjects() -> list[Subject]:
         return []
     if kernel_choice.obstacle(kernel_choice.usual_call()) is not None:
         return []
-    selecting = {"score_blocks", "select_blocks", "select_fused", "attend"}
+    selecting = {"score_blocks", "select_blocks", "select_fused", "attend", "prefill_chunk"}
     domain = Domain(
         dtypes=kernel_choice.DTYPES,
         block_sizes=kernel_choice.BLOCK_SIZES,
@@ -240,7 +240,7 @@ def hopper_subjects() -> list[Subject]:
         largest_top_k=kernel_choice.LARGEST_PLACES + 1,  # one block at least is forced
         cost=6,
     )
-    walking = {"attend_selection", "attend"}
+    walking = {"attend_selection", "attend", "prefill_chunk"}
     walk_domain = replace(
         domain,
         dims=(kernel_choice.WALK_DIM,),

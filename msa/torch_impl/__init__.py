@@ -15,6 +15,7 @@ from msa.torch_impl.combine import combine_partials
 from msa.torch_impl.decode import decode_step
 from msa.torch_impl.index_scores import score_blocks
 from msa.torch_impl.partials import attend_chunks
+from msa.torch_impl.prefill import prefill_chunk
 from msa.torch_impl.reverse_index import reverse_selection
 from msa.torch_impl.schedule import schedule_chunks
 from msa.torch_impl.selection import select_blocks, select_fused
@@ -24,6 +25,6 @@ from msa.torch_impl.union_walk import attend_union
 __all__ = [
     "align_index", "align_index_forward", "attend", "attend_chunks", "attend_selection",
     "attend_selection_backward", "attend_selection_forward", "attend_union", "combine_partials",
-    "decode_step", "reverse_selection", "schedule_chunks", "score_blocks", "select_blocks",
-    "select_fused", "unite_tiles",
+    "decode_step", "prefill_chunk", "reverse_selection", "schedule_chunks", "score_blocks",
+    "select_blocks", "select_fused", "unite_tiles",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ Every index key of a sequence is scored, but of keys and values only the selecte
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -41,7 +43,7 @@ def decode_step(
     live, sequences = cache.live(n)
     slots = torch.tensor(live, dtype=torch.int64, device=q.device)
     queries = q[slots].flatten(0, 1)
-    k_idx = packed_index_keys(cache, slots, sequences)
+    k_idx = packed_keys("k_idx", cache, slots, sequences)
     selection = select_fused(q_idx[slots].flatten(0, 1), k_idx, sequences, config)
     tables = cache.page_table[slots].repeat_interleave(n, 0)
     positions, scale = query_positions(sequences, q.device), config.softmax_scale_for(q.shape[-1])
@@ -58,16 +60,16 @@ def decode_step(
     return Output(out, lse, selection)
 
 
-def packed_index_keys(
-    cache: PagedKV, slots: Tensor, sequences: Sequences
-) -> Float[Tensor, "Tk Di"]:
-    """Index keys of the live sequences, packed (R1)."""
+def packed_keys(
+    name: Literal["k", "v", "k_idx"], cache: PagedKV, slots: Tensor, sequences: Sequences
+) -> Float[Tensor, "Tk *dims"]:
+    """Keys, values or index keys of the sequences in these slots, packed (R1)."""
     device, block = slots.device, cache.k_idx_pages.shape[1]
     owner = owners(sequences.cu_seqlens_k, device)
     token = torch.arange(sequences.total_k, device=device)
     token = token - borders(sequences.cu_seqlens_k, device)[owner]
     page = cache.page_table[slots[owner], token // block].long()
-    return cache.read("k_idx", (page, token % block))
+    return cache.read(name, (page, token % block))
 
 
 def attend_pages(

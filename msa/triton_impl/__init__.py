@@ -27,6 +27,7 @@ from msa.triton_impl.combine import combine_partials
 from msa.triton_impl.decode import decode_step
 from msa.triton_impl.index_scores import score_blocks
 from msa.triton_impl.partials import attend_chunks
+from msa.triton_impl.prefill import prefill_chunk
 from msa.triton_impl.reverse_index import reverse_selection
 from msa.triton_impl.schedule import schedule_chunks
 from msa.triton_impl.selection import select_blocks, select_fused
@@ -36,6 +37,6 @@ from msa.triton_impl.union_walk import attend_union
 __all__ = [
     "align_index", "align_index_forward", "append_tokens", "attend", "attend_chunks",
     "attend_selection", "attend_selection_backward", "attend_selection_forward", "attend_union",
-    "combine_partials", "decode_step", "reverse_selection", "schedule_chunks", "score_blocks",
-    "select_blocks", "select_fused", "unite_tiles",
+    "combine_partials", "decode_step", "prefill_chunk", "reverse_selection", "schedule_chunks",
+    "score_blocks", "select_blocks", "select_fused", "unite_tiles",
 ]  # fmt: skip

@@ -37,6 +37,7 @@ super-tile. The sums of several are added in float32 and in order, so the bits s
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -55,6 +56,7 @@ from msa.triton_impl import alignment, tuning
 from msa.triton_impl.combine import Slots, weigh_slots
 from msa.triton_impl.key_gradients import key_gradients
 from msa.triton_impl.launch import positions_of, require_kernels
+from msa.triton_impl.paged_keys import Pages, page_matrix
 from msa.triton_impl.partials import fill_slots
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.query_gradients import query_gradients
@@ -83,19 +85,24 @@ def choose_order(selection: Selection, group: int) -> str:
 
 
 def attend_part(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv Dv"],
     selection: Selection, softmax_scale: float, order: str, into: Output, walker: str = "portable",
+    pages: Pages | None = None,
 ) -> None:  # fmt: skip
-    """Attend one super-tile in one order; nothing here waits for the device."""
+    """Attend one super-tile in one order; nothing here waits for the device.
+
+    With `pages`, k and v are pages.
+    """
 
     def kv_outer(chosen: Selection) -> Slots:
         schedule = schedule_edges(reverse_edges(chosen), tuning.CHUNK_EDGES)
-        return fill_slots(q, k, v, schedule, softmax_scale)
+        return fill_slots(q, k, v, schedule, softmax_scale, pages=pages)
 
     if order == "kv_outer":
         weigh_slots(kv_outer(selection), softmax_scale, into)
         return
-    group = q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[-2]
     split = limits(selection.top_k) if order == "split" else None
     if walker == "hopper":
         # imported here, because older releases of triton have no Gluon
@@ -104,14 +111,14 @@ def attend_part(
         union = split_tiles(selection, hopper.tile_size_of(group), split)
         hopper.walk(
             q, k, v, selection.sequences, union.block_ids, union.row_masks, union.counts,
-            softmax_scale, into, None if union.remote is None else kv_outer(union.remote),
+            softmax_scale, into, None if union.remote is None else kv_outer(union.remote), pages,
         )  # fmt: skip
         return
     tile_size = positions_of(group)
     union = split_tiles(selection, tile_size, split)
     walk(
         q, k, v, selection.sequences, selection.block_size, union.block_ids, union.row_masks,
-        union.counts, tile_size, softmax_scale, into=into,
+        union.counts, tile_size, softmax_scale, into=into, pages=pages,
         slots=None if union.remote is None else kv_outer(union.remote),
     )  # fmt: skip
 
@@ -192,25 +199,32 @@ def attend_selection_forward(
 
 def attend_super_tiles(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: str,
-    kernels: Kernels,
+    kernels: Kernels, pages: Pages | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Super-tile by super-tile, each in the order that pays."""
-    (n_q, heads, _), dim_v = q.shape, v.shape[2]
+    """Super-tile by super-tile, each in the order that pays. With `pages`, k and v are pages."""
+    (n_q, heads, _), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
+    if pages is not None:
+        call = replace(call, readable=page_matrix(k) is not None and page_matrix(v) is not None)
     walker = choose_kernels(kernels, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)
     out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
     per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
-    per_query += mark_bytes(selection.sequences, selection.block_size, k.shape[1])
+    per_query += mark_bytes(selection.sequences, selection.block_size, groups)
     runs = 1 if loop_order == "union" else -(-n_q * per_query // tuning.PARTIAL_BYTES)
     size = max(1, -(-n_q // max(1, runs)))
     for queries, keys, sequences in super_tiles(selection.sequences, size):
         part = Selection(selection.indices[queries], sequences, selection.block_size)
-        order = choose_order(part, heads // k.shape[1]) if loop_order == "auto" else loop_order
+        order = choose_order(part, heads // groups) if loop_order == "auto" else loop_order
         into = Output(out[queries], lse[queries])
-        attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
+        if pages is None:
+            attend_part(q[queries], k[keys], v[keys], part, scale, order, into, walker)
+            continue
+        first = bisect_right(selection.sequences.cu_seqlens_q, queries.start) - 1
+        here = pages.after(first)
+        attend_part(q[queries], k, v, part, scale, order, into, walker, here)
     return out, lse
 
 

@@ -15,7 +15,9 @@ What the fast form changes:
  4. exp2 in place of exp: log2(e) is folded into the scale, which is multiplied on after the maximum
     is taken off (`online_softmax_step` says why).
  5. Every edge owns its slot: no atomics, and any order of the items gives the same bits.
- 6. A slot keeps its highest score and its sum apart (`slot_weight` says why). Its LSE, which is
+ 6. Keys and values may lie in the pages of a cache (`paged_keys.py`). Those of 8 bits are widened
+    once for an item. The page's factors multiply the scores and the output, in float32.
+ 7. A slot keeps its highest score and its sum apart (`slot_weight` says why). Its LSE, which is
     softmax_scale * top + log(total), is computed only where the lowering shows it.
 """
 
@@ -31,8 +33,15 @@ from jaxtyping import Float
 from msa.ir import Array, Partials, Schedule
 from msa.triton_impl.combine import Slots
 from msa.triton_impl.launch import contiguous, is_exact, pad, require_kernels
+from msa.triton_impl.paged_keys import (
+    Pages,
+    key_offset,
+    load_page,
+    load_scale,
+    page_arguments,
+)
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tables import block_table, query_table
+from msa.triton_impl.tables import block_places, block_table, query_table
 from msa.triton_impl.tile_verbs import (
     LOG2E,
     LOWEST,
@@ -48,22 +57,31 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 @triton.jit
 def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops,
-                 out, tops, totals, scale, n_blocks, stride_qt, stride_qh, stride_kt, stride_kh,
-                 stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
-                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, TOP_K: tl.constexpr,
-                 HQ: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+                 places, table, k_scales, v_scales, stride_kp, stride_vp, stride_ts, stride_tb,
+                 stride_ksp, stride_ksh, stride_vsp, stride_vsh, out, tops, totals, scale, n_blocks,
+                 stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
+                 HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
+                 BDV: tl.constexpr, TOP_K: tl.constexpr, HQ: tl.constexpr, BK: tl.constexpr,
+                 BN: tl.constexpr, BM: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """One item; BM = query positions x HEADS rows at a time.
 
     Parameters:
         q: [Tq, Hq, D], 16-bit or float32
-        k: [Tk, Hkv, D], as q
-        v: [Tk, Hkv, Dv], as q
+        k: [Tk, Hkv, D], as q; with PAGED [pages, Bk, Hkv, D], as q or e4m3
+        v: [Tk, Hkv, Dv], with PAGED [pages, Bk, Hkv, Dv], as k
         rows: [items], int32; the row of the reverse index: group * n_blocks + block
         starts, stops: [items], int64; the item's edges
         query_ids, slots: [edges], int32; query of an edge, place of the block in its selection
         own_keys: [Tq], int32; each query's own key among the packed keys
         first_keys, key_stops: [blocks], int32; a `block_table`
+        places: [2, blocks], int32; `block_places`, read with PAGED only
+        table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
+        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
+        stride_kp, stride_vp: elements from one page of k, v to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_ksp, stride_ksh: elements from one page, head of k_scales to the next
+        stride_vsp, stride_vsh: elements from one page, head of v_scales to the next
         out: [Tq, Hq, k, Dv], as q; written in the slots of the edges
         tops: [Tq, Hq, k], float32; highest score, not scaled, written as out
         totals: [Tq, Hq, k], float32; sum of exp2(scale * (score - top)), written as out
@@ -78,6 +96,8 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         TOP_K: k
         BK, BN: keys of a block, keys of one product
         BM: rows of one product
+        PAGED: bool; k and v are pages
+        EIGHT: bool; pages are of 8 bits
         PRECISION: input precision of the products
     """
     i_item = tl.program_id(0)
@@ -87,11 +107,21 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         o_d, o_dv, o_m = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BM)
         o_g = tl.program_id(1) * HEADS + o_m % HEADS  # [BM] head within its group
         o_h = i_r * G + o_g
-        p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+        page = tl.full((), 0, tl.int64)
+        if PAGED:
+            i_b = tl.load(rows + i_item) % n_blocks
+            p_table = table + along(tl.load(places + i_b), stride_ts)
+            page = load_page(p_table, tl.load(places + n_blocks + i_b), stride_tb, PAGED)
+        n_keys = key_stop - first  # keys of this block and of those behind it
+        p_k = k + along(i_r, stride_kh) + key_offset(page, first, 0, stride_kp, stride_kt, PAGED)
+        p_v = v + along(i_r, stride_vh) + key_offset(page, first, 0, stride_vp, stride_vt, PAGED)
+        k_scale = load_scale(k_scales, page, i_r, stride_ksp, stride_ksh, EIGHT)
+        v_scale = load_scale(v_scales, page, i_r, stride_vsp, stride_vsh, EIGHT)
+        KIND: tl.constexpr = q.dtype.element_ty
         p_h = q + along(o_h, stride_qh)  # [BM]
         if BN == BK:
-            b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BK)  # [BK, BD]
-            b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BK)  # [BK, BDV]
+            b_k = load_keys(p_k, 0, n_keys, stride_kt, o_d, DIM, BK).to(KIND)  # [BK, BD]
+            b_v = load_keys(p_v, 0, n_keys, stride_vt, o_dv, DIM_V, BK).to(KIND)  # [BK, BDV]
         masked = tl.load(own_keys + tl.load(query_ids + start)) < first + BK - 1
         length = (stop - start).to(tl.int32)
         for i_e in range(0, length, BM // HEADS):
@@ -105,6 +135,8 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
             p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
             if BN == BK:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
+                if EIGHT:
+                    b_s *= k_scale
                 if masked:
                     o_n = first + tl.arange(0, BK)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
@@ -117,14 +149,18 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                 b_sum = tl.zeros([BM], tl.float32)
                 b_o = tl.zeros([BM, BDV], tl.float32)
                 for i_n in range(0, BK, BN):
-                    b_kn = load_keys(p_k, first + i_n, key_stop, stride_kt, o_d, DIM, BN)
-                    b_vn = load_keys(p_v, first + i_n, key_stop, stride_vt, o_dv, DIM_V, BN)
+                    b_kn = load_keys(p_k, i_n, n_keys, stride_kt, o_d, DIM, BN).to(KIND)
+                    b_vn = load_keys(p_v, i_n, n_keys, stride_vt, o_dv, DIM_V, BN).to(KIND)
                     b_s = tl.dot(b_q, tl.trans(b_kn), input_precision=PRECISION)  # [BM, BN]
+                    if EIGHT:
+                        b_s *= k_scale
                     o_n = first + i_n + tl.arange(0, BN)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
                     b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale)
                     b_o = b_o * b_decay[:, None]
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
+            if EIGHT:
+                b_o *= v_scale
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # 0 if all scores are -inf
             store_tile(out + p_o * DIM_V, m_m, o_dv, b_o, DIM_V)
             tl.store(tops + p_o, b_top, mask=m_m)
@@ -132,15 +168,16 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
 
 
 def fill_slots(
-    q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"], v: Float[Array, "Tk Hkv Dv"],
+    q: Float[Array, "Tq Hq D"], k: Float[Array, "*where Hkv D"], v: Float[Array, "*where Hkv Dv"],
     schedule: Schedule, softmax_scale: float, tile: TileConfig | None = None,
+    pages: Pages | None = None,
 ) -> Slots:  # fmt: skip
     """For every edge and head the block-local softmax in its slot, for a contiguous schedule.
 
-    out has q's dtype; slots that no edge owns are not written.
+    out has q's dtype; slots that no edge owns are not written. With `pages`, k and v are pages.
     """
     index = schedule.reverse_index
-    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
+    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     group = heads // groups
     out = torch.empty((n_q, heads, index.top_k, dim_v), dtype=q.dtype, device=q.device)
     tops, totals = (
@@ -154,12 +191,15 @@ def fill_slots(
         sequences, block = index.sequences, index.block_size
         own = query_table(sequences, block, q.device)[0]
         first_keys, key_stops = block_table(sequences, block, q.device)
+        places = own if pages is None else block_places(sequences, block, q.device)
         chunk_kernel[items, triton.cdiv(group, some)](
             q, k, v, schedule.rows, schedule.starts, schedule.stops, index.query_ids, index.slots,
-            own, first_keys, key_stops, out, tops, totals, softmax_scale * LOG2E.value,
-            sequences.cu_blocks(block)[-1], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            own, first_keys, key_stops, places, *page_arguments(pages, k, v), out, tops, totals,
+            softmax_scale * LOG2E.value, sequences.cu_blocks(block)[-1], *q.stride()[:2],
+            *k.stride()[-3:-1], *v.stride()[-3:-1],
             G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
             TOP_K=index.top_k, HQ=heads, BK=block, BN=tile.keys, BM=max(tile.rows, some),
+            PAGED=pages is not None, EIGHT=pages is not None and pages.k_scales is not None,
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
     return Slots(out, tops, totals, index.counts)

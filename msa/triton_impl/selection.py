@@ -42,7 +42,16 @@ from msa.ir import Array, Selection, Sequences
 from msa.kernel_choice import Kernels, call_of
 from msa.kernel_choice import choose as choose_kernels
 from msa.triton_impl.block_topk import select_blocks
-from msa.triton_impl.launch import can_describe, describe, is_exact, pad, require_kernels
+from msa.triton_impl.launch import is_exact, pad, require_kernels
+from msa.triton_impl.paged_keys import (
+    IndexPages,
+    index_arguments,
+    index_descriptor,
+    key_offset,
+    key_row,
+    load_page,
+    load_scale,
+)
 from msa.triton_impl.places import device_table, on_its_device
 from msa.triton_impl.quantize import to_fp8
 from msa.triton_impl.tables import to_device
@@ -100,24 +109,31 @@ def cut_back(keys, ids, p_low, p_count, b_count, BM: tl.constexpr, CAP: tl.const
 
 
 @triton.jit
-def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr, stride_kt,
-                HKV: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-                BK: tl.constexpr, BN: tl.constexpr, LOCAL: tl.constexpr, PLACES: tl.constexpr,
-                CAP: tl.constexpr, CHECK: tl.constexpr, SLACK: tl.constexpr,
-                SLICE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def scan_kernel(q, k, items, keys, ids, fills, lows, table, k_scales, scale, stride_qt, stride_qr,
+                stride_kp, stride_kt, stride_ts, stride_tb, stride_sp, HKV: tl.constexpr,
+                DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                BN: tl.constexpr, LOCAL: tl.constexpr, PLACES: tl.constexpr, CAP: tl.constexpr,
+                CHECK: tl.constexpr, SLACK: tl.constexpr, SLICE: tl.constexpr, TMA: tl.constexpr,
+                PAGED: tl.constexpr, EIGHT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One item: BM rows against a run of blocks; writes its candidates to its buffer.
 
     Parameters:
         q: [Tq, Hkv, Di], 16-bit, float32 or e4m3; index queries
-        k: [Tk, Di], as q; index keys, with TMA their descriptor with tiles of BN rows
-        items: [items, 7], int32; see `ScanPlan`
+        k: [Tk, Di], as q; index keys. With PAGED [pages, Bk, Di], as q or e4m3; with TMA the
+            descriptor, tiles of BN rows
+        items: [items, 8], int32; see `ScanPlan`
         keys: [buffers, CAP, BM], int32; the candidates' scores as integers, written
         ids: [buffers, CAP, BM], int32; the candidates' block ids, written
         fills: [buffers, BM], int32; candidates of each row, written
         lows: [buffers, BM], int32; scratch of `cut_back`
+        table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
+        k_scales: [pages], float32; factors of the pages, read with EIGHT only
         scale: float; index scale
         stride_qt, stride_kt: elements from one token of q, k to the next
         stride_qr: elements from one group of q to the next
+        stride_kp: elements from one page of k to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_sp: elements from one page of k_scales to the next
         HKV, BM: groups, rows of the tile (queries times groups)
         DIM, BD: Di, and rounded up to a power of two
         BK, BN: keys of a block, keys of one product
@@ -128,13 +144,16 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
         SLACK: candidates beyond PLACES that may stay when a buffer is cut back
         SLICE: rows that `cut_back` takes at a time
         TMA: bool; keys come by the bulk copy engine
+        PAGED: bool; index keys are pages
+        EIGHT: bool; pages are of 8 bits
         PRECISION: input precision of the products
     """
-    p_item = items + tl.program_id(0).to(tl.int64) * 7
+    p_item = items + tl.program_id(0).to(tl.int64) * 8
     start, stop, position, first_key = (tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2),
                                         tl.load(p_item + 3))  # fmt: skip
     b_first, b_stop = tl.load(p_item + 4), tl.load(p_item + 5)
     slot = tl.load(p_item + 6).to(tl.int64)
+    p_table = table + along(tl.load(p_item + 7), stride_ts)
     o_m = tl.arange(0, BM)
     o_t = start + o_m // HKV  # [BM] query
     m_m = o_t < stop
@@ -144,25 +163,34 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, scale, stride_qt, stride_qr
     p_q = q + along(o_t, stride_qt) + along(o_m % HKV, stride_qr)  # [BM]
     b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
 
+    zero = tl.full((), 0, tl.int64)  # index keys have no heads
     keys += slot * (CAP * BM)
     ids += slot * (CAP * BM)
     b_threshold = tl.full([BM], NO_SCORE, tl.int32)
     b_count = tl.zeros([BM], tl.int32)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     STEPS: tl.constexpr = BK // BN  # products per block
+    page = load_page(p_table, b_first, stride_tb, PAGED)
     for i_0 in range(b_first * STEPS, b_stop * STEPS, CHECK * STEPS):
         for i in range(i_0, tl.minimum(i_0 + CHECK * STEPS, b_stop * STEPS)):
+            first, i_n = first_key + (i // STEPS) * BK, (i % STEPS) * BN
+            next_b = tl.minimum((i + 1) // STEPS, b_stop - 1)
+            next_page = load_page(p_table, next_b, stride_tb, PAGED)
             if TMA:
-                b_k = tl.trans(k.load([first_key + i * BN, 0]))  # [BD, BN]
+                row, column = key_row(page, first, i_n, zero, stride_kp, stride_kt, PAGED)
+                b_k = tl.trans(k.load([row, column]))  # [BD, BN]
             else:
-                p_k = k + along(first_key + i * BN + o_n, stride_kt)[None, :]
+                p_k = k + key_offset(page, first, i_n, stride_kp, stride_kt, PAGED)
+                p_k += along(o_n, stride_kt)[None, :]
                 if DIM == BD:
                     b_k = tl.load(p_k + o_d[:, None])
                 else:
                     b_k = tl.load(p_k + o_d[:, None], mask=(o_d < DIM)[:, None], other=0.0)
+            b_k = b_k.to(b_q.dtype)
             b_s = tl.max(tl.dot(b_q, b_k, input_precision=PRECISION), 1)  # [BM]
             b_max = tl.maximum(b_s, tl.where(i % STEPS == 0, float("-inf"), b_max))
-            b_key = score_key(b_max * scale)
+            b_key = score_key(b_max * load_scale(k_scales, page, 0, stride_sp, 0, EIGHT) * scale)
+            page = next_page
             m_in = (b_key > b_threshold) & (i // STEPS < b_limit) & (i % STEPS == STEPS - 1)
             tl.store(keys + b_count * BM + o_m, b_key, mask=m_in)
             tl.store(ids + b_count * BM + o_m, tl.zeros_like(b_key) + i // STEPS, mask=m_in)
@@ -225,8 +253,9 @@ def finish_kernel(keys, ids, fills, tiles, out, HKV: tl.constexpr, BM: tl.conste
 class ScanPlan:
     """Which program scans which blocks: items to scan (longest first), tiles to finish."""
 
-    items: Int[Tensor, "items 7"]
-    """First query, its stop, position of the first, first key, first block, its stop, buffer."""
+    items: Int[Tensor, "items 8"]
+    """First query, its stop, position of the first, first key, first block, its stop, buffer,
+    sequence."""
     tiles: Int[Tensor, "tiles 5"]
     """First query, its stop, position of the first, first buffer, number of buffers."""
     most_splits: int
@@ -245,7 +274,7 @@ def plan_scan(
 ) -> ScanPlan:
     """Tiles of `queries` neighbouring queries, their blocks cut into enough items to fill a GPU."""
     tiles = []
-    for qs, ks in sequences.spans():
+    for s, (qs, ks) in enumerate(sequences.spans()):
         start = np.arange(qs.start, qs.stop, queries)
         stop = np.minimum(start + queries, qs.stop)
         position = start + (ks.stop - ks.start) - qs.stop
@@ -253,8 +282,9 @@ def plan_scan(
         end = np.maximum(last - config.local_blocks + 1, config.sink_blocks)
         if config.forced_blocks == config.top_k:
             end[:] = config.sink_blocks  # every place is forced
-        tiles.append(np.column_stack([start, stop, position, np.full_like(start, ks.start), end]))
-    table = np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
+        first_key, sequence = np.full_like(start, ks.start), np.full_like(start, s)
+        tiles.append(np.column_stack([start, stop, position, first_key, end, sequence]))
+    table = np.concatenate(tiles) if tiles else np.zeros((0, 6), np.int64)
     lengths = table[:, 4] - config.sink_blocks
     span = max(SHORTEST, -(-int(lengths.sum()) // PROGRAMS))
     buffers = max(1, WIDEST // capacity_for(config))
@@ -266,7 +296,7 @@ def plan_scan(
     piece = np.arange(len(owner)) - first_slot[owner]
     begin = config.sink_blocks + piece * span_of[owner]
     end = np.minimum(begin + span_of[owner], table[owner, 4])
-    items = np.column_stack([table[owner, :4], begin, end, np.arange(len(owner))])
+    items = np.column_stack([table[owner, :4], begin, end, np.arange(len(owner)), table[owner, 5]])
     items = items[np.argsort(begin - end, kind="stable")]
     tiles = np.column_stack([table[:, :3], first_slot, splits])
     most = int(splits.max()) if len(splits) else 0
@@ -301,12 +331,15 @@ def select_fused(
 
 
 def select_portable(
-    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, tile: TileConfig | None = None,
+    pages: IndexPages | None = None,
 ) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this file, for checked arguments; writes no scores.
 
     Args:
+        k_idx: with `pages` [pages, Bk, Di], in the dtype of q_idx or in e4m3.
+        index_dtype: for packed index keys.
         tile: launch parameters; None takes the measured ones.
     """
     n_q, groups, dim = q_idx.shape
@@ -324,13 +357,15 @@ def select_portable(
     fills, lows = torch.empty((2, len(plan.items), rows), dtype=torch.int32, device=out.device)
     least = 32 if q_idx.dtype.itemsize == 1 else 16  # a product's shortest sum
     if len(plan.items):
-        tma = tile.descriptors and can_describe(k_idx, dim)
+        key_tiles = index_descriptor(k_idx, tile.keys, pages) if tile.descriptors else None
+        eight = pages is not None and pages.scales is not None
         scan_kernel[len(plan.items),](
-            q_idx, describe(k_idx, tile.keys) if tma else k_idx, plan.items, keys, ids, fills,
-            lows, scale, q_idx.stride(0), q_idx.stride(1), k_idx.stride(0), HKV=groups, DIM=dim,
+            q_idx, k_idx if key_tiles is None else key_tiles, plan.items, keys, ids, fills, lows,
+            *index_arguments(pages, k_idx, scale, q_idx), HKV=groups, DIM=dim,
             BD=pad(dim, least), BM=rows, BK=config.block_size, BN=tile.keys,
             LOCAL=config.local_blocks, PLACES=places, CAP=capacity, CHECK=CHECK, SLACK=SLACK,
-            SLICE=min(rows, max(tile.warps * 512 // capacity, min(16, 8192 // capacity))), TMA=tma,
+            SLICE=min(rows, max(tile.warps * 512 // capacity, min(16, 8192 // capacity))),
+            TMA=key_tiles is not None, PAGED=pages is not None, EIGHT=eight,
             PRECISION=is_exact(q_idx), **tile.launch(),
         )  # fmt: skip
     if n_q:

@@ -61,6 +61,34 @@ def block_table(
 
 
 @device_table
+def block_places(
+    sequences: Sequences, block_size: int, device: torch.device
+) -> Int[Tensor, "2 blocks"]:
+    """For each block of all sequences: its sequence, and its number in this sequence.
+
+    >>> block_places(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[0, 0, 0, 1], [0, 1, 2, 0]]
+    """
+    cu_blocks = sequences.cu_blocks(block_size)
+    sequence = _spread(np.arange(sequences.batch), cu_blocks)
+    block = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
+    return to_device(np.stack([sequence, block]), device)
+
+
+@device_table
+def tile_owners(
+    sequences: Sequences, tile_size: int, device: torch.device
+) -> Int[Tensor, " tiles"]:
+    """For each tile of a `tile_table` its sequence.
+
+    >>> tile_owners(Sequences((0, 3, 3, 4), (0, 5, 5, 6)), 2, torch.device("cpu")).tolist()
+    [0, 0, 2]
+    """
+    lengths = np.diff(np.array(sequences.cu_seqlens_q, np.int64))
+    return to_device(np.repeat(np.arange(sequences.batch), -(-lengths // tile_size)), device)
+
+
+@device_table
 def tile_table(
     sequences: Sequences, tile_size: int, device: torch.device
 ) -> Int[Tensor, "tiles 5"]:

@@ -14,7 +14,8 @@ What the fast form changes:
  2. A row that did not select b is masked by its running maximum, not score by score: +inf is
     subtracted in place of the maximum, which makes the row's weights exactly 0.
  3. Only the last blocks of the union reach the diagonal; the others need no token mask.
- 4. The next block's id is loaded one step ahead, so that its keys can be fetched early.
+ 4. The next block's id is loaded one step ahead, so that its keys can be fetched early; in a paged
+    cache, the id two steps ahead and the page one step ahead (`paged_keys.py`).
  5. Blocks that few queries of the tile share can be left to the KV-outer kernel. Their partial
     results are folded in at the end, so no separate combine kernel has to read and write `out`.
 """
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from msa.ir import Array, Output, Sequences, TileUnion
 from msa.triton_impl.combine import Slots
@@ -38,8 +40,18 @@ from msa.triton_impl.launch import (
     pad,
     require_kernels,
 )
+from msa.triton_impl.paged_keys import (
+    Pages,
+    describe_matrix,
+    key_offset,
+    key_row,
+    load_page,
+    load_scale,
+    page_arguments,
+    page_matrix,
+)
 from msa.triton_impl.places import on_its_device
-from msa.triton_impl.tables import tile_table
+from msa.triton_impl.tables import tile_owners, tile_table
 from msa.triton_impl.tile_verbs import (
     LN2,
     LOG2E,
@@ -63,49 +75,77 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def attend_step(b_q, b_top, b_sum, b_o, k, v, p_k, p_v, i_r, first, key_stop, b_own, m_row, scale,
-                stride_kt, stride_vt, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
-                BDV: tl.constexpr, BN: tl.constexpr, EDGE: tl.constexpr, TMA: tl.constexpr,
+def attend_step(b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v, page, first,
+                i_n, key_stop, b_own, m_row, scale, p_k_scale, p_v_scale, stride_kp, stride_kt,
+                stride_vp, stride_vt, stride_ksp, stride_vsp, DIM: tl.constexpr,
+                DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
+                EDGE: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """BN keys from `first` on, for the rows in m_row [BM]; EDGE where tokens may be invisible."""
-    o_n, o_d, o_dv = first + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    """Keys i_n ... i_n + BN of a block, for the rows in m_row [BM]; EDGE with a token mask.
+
+    offset_k, offset_v: elements before the head; page, first: where the block lies in pages, in
+    packed keys; p_k_scale, p_v_scale: where the factors of the head's first page lie.
+    """
+    o_n, o_d, o_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    k_scale = load_scale(p_k_scale, page, 0, stride_ksp, 0, EIGHT)
+    v_scale = load_scale(p_v_scale, page, 0, stride_vsp, 0, EIGHT)
     if TMA:
-        b_k, b_v = k.load([first, i_r * DIM]), v.load([first, i_r * DIM_V])
-    elif EDGE or DIM != BD or DIM_V != BDV:
-        b_k = load_keys(p_k, first, key_stop, stride_kt, o_d, DIM, BN)  # [BN, BD]
-        b_v = load_keys(p_v, first, key_stop, stride_vt, o_dv, DIM_V, BN)  # [BN, BDV]
+        row_k, column_k = key_row(page, first, i_n, offset_k, stride_kp, stride_kt, PAGED)
+        row_v, column_v = key_row(page, first, i_n, offset_v, stride_vp, stride_vt, PAGED)
+        b_k, b_v = k_tiles.load([row_k, column_k]), v_tiles.load([row_v, column_v])
     else:
-        b_k = tl.load(p_k + along(o_n, stride_kt)[:, None] + o_d[None, :])
-        b_v = tl.load(p_v + along(o_n, stride_vt)[:, None] + o_dv[None, :])
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+        p_k = k + offset_k + key_offset(page, first, i_n, stride_kp, stride_kt, PAGED)
+        p_v = v + offset_v + key_offset(page, first, i_n, stride_vp, stride_vt, PAGED)
+        if EDGE or DIM != BD or DIM_V != BDV:
+            n_keys = key_stop - first - i_n
+            b_k = load_keys(p_k, 0, n_keys, stride_kt, o_d, DIM, BN)  # [BN, BD]
+            b_v = load_keys(p_v, 0, n_keys, stride_vt, o_dv, DIM_V, BN)  # [BN, BDV]
+        else:
+            b_k = tl.load(p_k + along(o_n, stride_kt)[:, None] + o_d[None, :])
+            b_v = tl.load(p_v + along(o_n, stride_vt)[:, None] + o_dv[None, :])
+    b_v = b_v.to(b_q.dtype)
+    b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)  # [BM, BN]
+    if EIGHT:
+        b_s *= k_scale
     if EDGE:
-        b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
+        b_s = tl.where((first + i_n + o_n)[None, :] <= b_own[:, None], b_s, float("-inf"))
     b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale, m_row)
     b_o = b_o * b_decay[:, None]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
+    if EIGHT:
+        b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * v_scale
+    else:
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
     return b_top, b_sum, b_o
 
 
 @triton.jit
-def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, part_tops,
-                part_totals, part_counts, out, lse, scale, U, stride_qt, stride_qh, stride_kt,
-                stride_kh, stride_vt, stride_vh, G: tl.constexpr, HEADS: tl.constexpr,
-                HKV: tl.constexpr,
-                DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-                BK: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr,
-                P: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr,
+def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, table, k_scales,
+                v_scales, stride_kp, stride_vp, stride_ts, stride_tb, stride_ksp, stride_ksh,
+                stride_vsp, stride_vsh, parts, part_tops, part_totals, part_counts, out, lse, scale,
+                U, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+                G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
+                DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr,
+                BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
+                FOLD: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
     """One tile of query positions x HEADS = BM rows.
 
     Parameters:
         q: [Tq, Hq, D], 16-bit or float32
-        k: [Tk, Hkv, D], as q
-        v: [Tk, Hkv, Dv], as q
+        k: [Tk, Hkv, D], as q; with PAGED [pages, Bk, Hkv, D], as q or e4m3
+        v: [Tk, Hkv, Dv], with PAGED [pages, Bk, Hkv, Dv], as k
         k_tiles, v_tiles: descriptors of k and v with tiles of BN rows; without TMA k and v
         tiles: [tiles, 5], int32; a `tile_table`
         ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
         masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
         counts: [tiles, Hkv], int32; blocks of each union
+        owners: [tiles], int32; `tile_owners`, read with PAGED only
+        table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
+        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
+        stride_kp, stride_vp: elements from one page of k, v to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
+        stride_ksp, stride_ksh: elements from one page, head of k_scales to the next
+        stride_vsp, stride_vsh: elements from one page, head of v_scales to the next
         parts: [Tq, Hq, k, Dv], as q; outputs of other blocks to fold in, read with FOLD only
         part_tops: [Tq, Hq, k], float32; their highest scores, not scaled
         part_totals: [Tq, Hq, k], float32; their sums of exp2(scale * (score - top))
@@ -125,6 +165,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
         TOP_K, P: k of the parts, and rounded up to a power of two
         FOLD: bool; fold in the parts
         TMA: bool; blocks without a token mask come by the bulk copy engine
+        PAGED: bool; k and v are pages
+        EIGHT: bool; pages are of 8 bits
         PRECISION: input precision of the products
     """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -133,8 +175,12 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     b_own = own + o_i
     o_d, o_dv = tl.arange(0, BD), tl.arange(0, BDV)
     b_q = load_tile(q + along(o_t, stride_qt) + along(o_h, stride_qh), m_m, o_d, DIM)  # [BM, BD]
-    p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
+    offset_k, offset_v = along(i_r, stride_kh), along(i_r, stride_vh)
+    p_k_scale, p_v_scale = k_scales + along(i_r, stride_ksh), v_scales + along(i_r, stride_vsh)
     p_id, p_mask, count = load_union(ids, masks, counts, i_t * HKV + i_r, U)
+    p_table = table
+    if PAGED:
+        p_table += along(tl.load(owners + i_t), stride_ts)
 
     b_top = tl.full([BM], LOWEST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
@@ -142,25 +188,33 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
     inner = inner_blocks(p_id, count, first_key, own, BK)
     STEPS: tl.constexpr = BK // BN  # products per block
     i_b, b_bits = load_block(p_id, p_mask, 0)
+    page, ahead = load_page(p_table, i_b, stride_tb, PAGED), i_b
+    if PAGED:
+        ahead = tl.load(p_id + tl.minimum(1, tl.maximum(count - 1, 0)))
     for i in range(0, inner * STEPS):
         next_b, next_bits = load_block(p_id, p_mask, tl.minimum(i // STEPS + 1, count - 1))
-        first = first_key + i_b * BK + (i % STEPS) * BN
+        next_page = load_page(p_table, ahead, stride_tb, PAGED)
         b_top, b_sum, b_o = attend_step(
-            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own,
-            selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, False, TMA,
-            PRECISION)  # fmt: skip
+            b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
+            first_key + i_b * BK, (i % STEPS) * BN, key_stop, b_own, selects(b_bits, o_i), scale,
+            p_k_scale, p_v_scale, stride_kp, stride_kt, stride_vp, stride_vt, stride_ksp,
+            stride_vsp, DIM, DIM_V, BD, BDV, BN, False, TMA, PAGED, EIGHT, PRECISION)  # fmt: skip
+        last = i % STEPS == STEPS - 1
+        if PAGED:
+            page = tl.where(last, next_page, page)
+            ahead = tl.where(last, tl.load(p_id + tl.minimum(i // STEPS + 2, count - 1)), ahead)
         if STEPS == 1:
             i_b, b_bits = next_b, next_bits
         else:
-            last = i % STEPS == STEPS - 1
             i_b, b_bits = tl.where(last, next_b, i_b), tl.where(last, next_bits, b_bits)
     for i in range(inner * STEPS, count * STEPS):
         i_b, b_bits = load_block(p_id, p_mask, i // STEPS)
-        first = first_key + i_b * BK + (i % STEPS) * BN
         b_top, b_sum, b_o = attend_step(
-            b_q, b_top, b_sum, b_o, k_tiles, v_tiles, p_k, p_v, i_r, first, key_stop, b_own,
-            selects(b_bits, o_i), scale, stride_kt, stride_vt, DIM, DIM_V, BD, BDV, BN, True, False,
-            PRECISION)  # fmt: skip
+            b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v,
+            load_page(p_table, i_b, stride_tb, PAGED), first_key + i_b * BK, (i % STEPS) * BN,
+            key_stop, b_own, selects(b_bits, o_i), scale, p_k_scale, p_v_scale, stride_kp,
+            stride_kt, stride_vp, stride_vt, stride_ksp, stride_vsp, DIM, DIM_V, BD, BDV, BN, True,
+            False, PAGED, EIGHT, PRECISION)  # fmt: skip
 
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
     if FOLD:
@@ -188,14 +242,18 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, parts, par
 
 
 def walk(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv Dv"],
-    sequences: Sequences, block_size: int, block_ids: Int[Tensor, "tiles Hkv U"],
-    row_masks: Int[Tensor, "tiles Hkv U"], counts: Int[Tensor, "tiles Hkv"], tile_size: int,
-    softmax_scale: float, slots: Slots | None = None, into: Output | None = None,
-    tile: TileConfig | None = None,
+    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv Dv"], sequences: Sequences, block_size: int,
+    block_ids: Int[Tensor, "tiles Hkv U"], row_masks: Int[Tensor, "tiles Hkv U"],
+    counts: Int[Tensor, "tiles Hkv"], tile_size: int, softmax_scale: float,
+    slots: Slots | None = None, into: Output | None = None, tile: TileConfig | None = None,
+    pages: Pages | None = None,
 ) -> Output:  # fmt: skip
-    """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks."""
-    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[1], v.shape[2]
+    """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks.
+
+    With `pages`, k and v are pages.
+    """
+    (n_q, heads, dim), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     group = heads // groups
     if into is None:
         out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
@@ -213,17 +271,33 @@ def walk(
         else (into.out, into.lse, into.lse, counts)
     )
     top_k = slots.top.shape[-1] if fold else 1
-    tma = tile.descriptors and can_describe(k, dim) and can_describe(v, dim_v)
-    key_tiles = tuple(describe(x, tile.keys) for x in (k, v)) if tma else ()
+    key_tiles = descriptors(k, v, tile.keys, pages) if tile.descriptors else None
+    owners = counts if pages is None else tile_owners(sequences, tile_size, q.device)
     walk_kernel[len(tiles), groups, triton.cdiv(group, some)](
-        q, k, v, *(key_tiles if tma else (k, v)), tiles, block_ids, row_masks, counts,
-        *parts, into.out, into.lse, softmax_scale * LOG2E.value, block_ids.shape[2],
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], G=group, HEADS=some, HKV=groups,
-        DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size, BN=tile.keys,
-        BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold, TMA=tma,
-        PRECISION=is_exact(q), **tile.launch(),
+        q, k, v, *(key_tiles or (k, v)), tiles, block_ids, row_masks, counts, owners,
+        *page_arguments(pages, k, v), *parts, into.out, into.lse, softmax_scale * LOG2E.value,
+        block_ids.shape[2], *q.stride()[:2], *k.stride()[-3:-1], *v.stride()[-3:-1], G=group,
+        HEADS=some, HKV=groups, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size,
+        BN=tile.keys, BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold,
+        TMA=key_tiles is not None, PAGED=pages is not None,
+        EIGHT=pages is not None and pages.k_scales is not None, PRECISION=is_exact(q),
+        **tile.launch(),
     )  # fmt: skip
     return into
+
+
+def descriptors(
+    k: Tensor, v: Tensor, keys: int, pages: Pages | None
+) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Descriptors of keys and values, packed or in pages; None where the copy engine cannot."""
+    if pages is None:
+        found = can_describe(k, k.shape[-1]) and can_describe(v, v.shape[-1])
+        return (describe(k, keys), describe(v, keys)) if found else None
+    matrices = page_matrix(k), page_matrix(v)
+    if matrices[0] is None or matrices[1] is None:
+        return None
+    of_k, of_v = (describe_matrix(m, keys, x.shape[-1]) for m, x in zip(matrices, (k, v)))
+    return of_k, of_v
 
 
 @on_its_device

@@ -5,7 +5,7 @@ configs          MSAConfig
 tensors          shapes and dtypes of tensors
 borders          cu_seqlens and msa.Sequences
 selections       msa.Selection
-caches           paged caches and page pools; eight_bits: caches of 8 bits
+caches           paged caches and page pools; eight_bits: caches of 8 bits; prefill: over them
 array_types      masked arrays and other subclasses of NumPy arrays
 torch_tensors    kinds of torch tensors
 choices          the backend and its options; kernels: calls for which triton has no kernel

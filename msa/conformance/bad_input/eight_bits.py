@@ -22,7 +22,7 @@ def _eight_bits(*names: str) -> Arguments:
     return pages | {f"{n}_scales": torch_array(*scales[n]) for n in names}
 
 
-def _eight_bit_cache(*names: str, **changes: Any) -> msa.PagedKV:
+def eight_bit_cache(*names: str, **changes: Any) -> msa.PagedKV:
     """A cache of torch tensors, the pages of these names in 8 bits, with some parts replaced."""
     import torch
 
@@ -36,7 +36,7 @@ def _decode_eight(*names: str, **changes: Any) -> Any:
     """Decode from such a cache, with some parts or queries replaced."""
     queries: Arguments = {"q": torch_array(2, 1, 4, 4), "q_idx": torch_array(2, 1, 2, 2)}
     queries |= {name: changes.pop(name) for name in ("q", "q_idx") if name in changes}
-    cache = _eight_bit_cache(*names, **changes)
+    cache = eight_bit_cache(*names, **changes)
     return msa.decode(**queries, cache=cache, config=CONFIG, backend="torch")
 
 
@@ -118,7 +118,7 @@ EIGHT_BIT_CASES = [
       for name in ("k", "v", "k_idx") for value in (-1.0, 0.0, float("inf"), float("nan"))),
     BadInput("a negative scale in flat", ValueError,
              ("cache.v_scales", "finite and positive", "got -1.0", "block 1", "sequence 0"),
-             lambda kit: _eight_bit_cache(
+             lambda kit: eight_bit_cache(
                  "k", "v", v_scales=_spoiled_scales("v", -1.0)).flat(0)),
     masked_scales("k"), masked_scales("v"), masked_scales("k_idx"),
     BadInput("a pool of 8-bit keys and 32-bit values", TypeError,

@@ -91,6 +91,12 @@ class Kit:
             **(queries | {"cache": self.cache(**parts or {})} | self.common | changes)
         )
 
+    def prefill(self, parts: Arguments | None = None, **changes: Any) -> Any:
+        """Call msa.prefill with some arguments, or some parts of its cache, replaced."""
+        cache, borders = self.cache(**parts or {}), (0, 4, 6)
+        good = self.arrays("q q_idx") | {"cache": cache, "cu_seqlens_q": borders}
+        return msa.prefill(**(good | self.common | changes))
+
     def pool(self, **changes: Any) -> msa.PagePool:
         """A pool of 3 pages of 4 tokens for two empty sequences; some arguments replaced."""
         cache = self.cache()

@@ -15,6 +15,7 @@ from msa.conformance.properties import (
     places_pages,
     places_strides,
     places_threads,
+    prefill,
     selection,
     sequences,
     sizes,
@@ -23,6 +24,7 @@ from msa.conformance.properties import (
 
 THEMES = (
     sequences,
+    prefill,
     index,
     selection,
     attention,

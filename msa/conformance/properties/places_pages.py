@@ -18,7 +18,7 @@ from msa.conformance.properties.places_strides import Bits, integers_for, same_b
 from msa.conformance.run_stage import selected
 from msa.conformance.strides import Stride, strides
 from msa.conformance.tolerances import Measure
-from msa.ir import PagedKV
+from msa.ir import Array, PagedKV
 
 PAGES = ("k_pages", "v_pages", "k_idx_pages")
 SCALES = ("k_scales", "v_scales", "k_idx_scales")
@@ -53,10 +53,12 @@ def laid_pages(draw: DrawFn, domain: Domain) -> LaidPages:
     )
 
 
-def page_parts(subject: Subject, given: LaidPages, laid: bool) -> dict[str, Any]:
+def page_parts(
+    subject: Subject, given: LaidPages, laid: bool, queries: tuple[Array, Array]
+) -> dict[str, Any]:
     """q, q_idx and the arrays of the cache by name; scales only for pages of 8 bits."""
     paged, cache = given.paged, given.paged.cache
-    known = dict(zip(("q", "q_idx"), paged.queries)) | {n: getattr(cache, n) for n in PAGES}
+    known = dict(zip(("q", "q_idx"), queries)) | {n: getattr(cache, n) for n in PAGES}
     rng = np.random.default_rng(paged.seed)
     if given.eight_bits:
         for name, pages in zip(SCALES, PAGES):
@@ -88,7 +90,7 @@ def r21_strides_of_pages_change_no_bit(subject: Subject, given: LaidPages) -> Me
     """Decoding gives the same bits for strided queries, pages, tables, lengths and scales."""
 
     def step(laid: bool) -> Bits:
-        parts = page_parts(subject, given, laid)
+        parts = page_parts(subject, given, laid, given.paged.queries)
         q, q_idx, cache = parts.pop("q"), parts.pop("q_idx"), PagedKV(**parts)
         kinds: dict[str, Any] = {"config": given.paged.case.config} | subject.public("decode")
         output = msa.decode(q, q_idx, cache, **kinds)

@@ -63,9 +63,10 @@ class ScorePlan:
     tiles: Int[Tensor, "tiles 8"]
     """First query, its stop, position of the first query, first block of the slab, its blocks;
     zeros behind, so that each row starts at 32 bytes."""
-    segments: Int[Tensor, "segments 7"]
+    segments: Int[Tensor, "segments 8"]
     """First row of queries, first key, number of blocks, first block in the slabs, position of the
-    tile's first query, first block, blocks to write (at the end of a tile whole pieces)."""
+    tile's first query, first block, blocks to write (at the end of a tile whole pieces),
+    sequence."""
     runs: Int[Tensor, " runs"]
     """Program p of a super-tile has segments runs[first_run + p] ... runs[first_run + p + 1]."""
     programs: int
@@ -73,9 +74,9 @@ class ScorePlan:
 
 
 def cut_tiles(sequences: Sequences, config: MSAConfig, queries: int) -> np.ndarray:
-    """Tiles: first query, its stop, position of the first query, first key, scored blocks."""
+    """Tiles: first query, its stop, position of the first, first key, scored blocks, sequence."""
     tiles = []
-    for qs, ks in sequences.spans():
+    for s, (qs, ks) in enumerate(sequences.spans()):
         start = np.arange(qs.start, qs.stop, queries, dtype=np.int64)
         stop = np.minimum(start + queries, qs.stop)
         position = start + (ks.stop - ks.start) - qs.stop
@@ -83,10 +84,9 @@ def cut_tiles(sequences: Sequences, config: MSAConfig, queries: int) -> np.ndarr
         blocks = np.maximum(last - config.local_blocks + 1 - config.sink_blocks, 0)
         if config.forced_blocks == config.top_k:
             blocks[:] = 0  # no place is left for a scored block
-        tiles.append(
-            np.column_stack([start, stop, position, np.full_like(start, ks.start), blocks])
-        )
-    return np.concatenate(tiles) if tiles else np.zeros((0, 5), np.int64)
+        first_key, sequence = np.full_like(start, ks.start), np.full_like(start, s)
+        tiles.append(np.column_stack([start, stop, position, first_key, blocks, sequence]))
+    return np.concatenate(tiles) if tiles else np.zeros((0, 6), np.int64)
 
 
 def cut_shares(blocks: np.ndarray, chunk: int, programs: int, unit: int = 1) -> np.ndarray:
@@ -157,7 +157,7 @@ def plan_scores(
     every = cut_tiles(sequences, config, ROWS // groups)
     slabs = -(-every[:, 4] // PIECE) * PIECE
     parts: list[SuperTile] = []
-    rows, segments, runs = ([np.zeros(shape, np.int64)] for shape in ((0, 8), (0, 7), 0))
+    rows, segments, runs = ([np.zeros(shape, np.int64)] for shape in ((0, 8), (0, 8), 0))
     n_segments, n_runs = 0, aligned(programs + 1)
     for first, stop in cut_super_tiles(slabs, score_bytes // (4 * ROWS)):
         tiles, slab = every[first:stop], slabs[first:stop]
@@ -191,4 +191,5 @@ def describe_segments(
         tiles[tile, 2],
         block + config.sink_blocks,
         np.where(is_last, slab[tile] - block, size),
+        tiles[tile, 5],
     ])  # fmt: skip

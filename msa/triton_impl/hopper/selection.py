@@ -28,6 +28,7 @@ from msa.triton_impl.hopper.block_topk import select_scores
 from msa.triton_impl.hopper.index_scores import score_segments
 from msa.triton_impl.hopper.plan import PIECE, ROWS, SCORE_BYTES, plan_scores
 from msa.triton_impl.launch import can_describe
+from msa.triton_impl.paged_keys import IndexPages
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.quantize import to_fp8
 
@@ -42,13 +43,15 @@ def as_matrix(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "rows dim"]:
 
 @on_its_device
 def select_on_hopper(
-    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"], sequences: Sequences,
+    q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, score_bytes: int = SCORE_BYTES,
+    pages: IndexPages | None = None,
 ) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this package, for arguments that `msa.kernel_choice` takes.
 
     Args:
-        index_dtype: see `triton_impl.select_fused`.
+        k_idx: with `pages` [pages, Bk, Di], of the dtype of q_idx, with a `page_matrix`.
+        index_dtype: see `triton_impl.select_fused`; for packed index keys.
         score_bytes: bound on the memory of the scores; queries are taken in super-tiles below it.
     """
     n_q, groups, dim = q_idx.shape
@@ -62,14 +65,14 @@ def select_on_hopper(
     any_long = any(part.long for part in plan.parts)
     scores = torch.empty((most, ROWS, PIECE), dtype=torch.float32, device=out.device)
     room = torch.empty((most, ROWS), dtype=torch.float32, device=out.device) if any_long else None
-    queries, keys = as_matrix(q_idx), as_matrix(k_idx)
+    queries, keys = as_matrix(q_idx), k_idx if pages is not None else as_matrix(k_idx)
     for part in plan.parts:
         maxima = room if part.long else None
         if part.blocks:
             runs = plan.runs[part.first_run : part.first_run + plan.programs + 1]
             score_segments(
                 queries, keys, plan.segments, runs, scores, maxima, groups, config.block_size,
-                config.local_blocks, scale,
+                config.local_blocks, scale, pages,
             )  # fmt: skip
         select_scores(scores, maxima, plan, part, config, out)
     return Selection(out, sequences, config.block_size)

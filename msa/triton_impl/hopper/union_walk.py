@@ -27,7 +27,9 @@ What the asynchronous form changes:
  8. Slots of other blocks (R16) are folded in one after another at the end of an item. This spills
     registers, outside of all loops over blocks. Without slots nothing spills
     where a group has nine heads or more.
- 9. A partial last block is followed by another sequence's values. They are overwritten with zeros
+ 9. In a paged cache the producer finds each block through the page table (`page_rows.py`); for the
+    consumers nothing changes.
+10. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
 
 Who waits for whom (K, V: rings of STAGES tiles; a consumer releases each tile exactly once):
@@ -58,6 +60,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from msa.ir import Output, Sequences
 from msa.triton_impl.combine import Slots
+from msa.triton_impl.hopper.page_rows import head_place, load_page, page_row
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.hopper.walk_rows import (
     LOWEST,
@@ -73,7 +76,8 @@ from msa.triton_impl.hopper.walk_rows import (
     to_rows,
 )
 from msa.triton_impl.launch import can_describe, pad
-from msa.triton_impl.tables import tile_table
+from msa.triton_impl.paged_keys import Pages, page_matrix
+from msa.triton_impl.tables import tile_owners, tile_table
 
 LOG2E = 1.4426950408889634
 KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -204,9 +208,47 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
 
 
 @gluon.jit
-def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
-                STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
+def copy_blocks(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constexpr,
+                STAGES: gl.constexpr, BK: gl.constexpr, PAGED: gl.constexpr):  # fmt: skip
     """The producer: copy the blocks of every item's union, the last one first."""
+    if PAGED:
+        copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES)
+    else:
+        copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV, STAGES, BK)
+
+
+@gluon.jit
+def copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constexpr,
+               STAGES: gl.constexpr):  # fmt: skip
+    """The producer over a paged cache."""
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    _tiles, ids, _unused, counts = tables
+    owners, table, stride_ts, stride_tb, step_k, step_v = pages
+    stride_kp, stride_kt, stride_kh = step_k
+    stride_vp, stride_vt, stride_vh = step_v
+    step = 0
+    for item in range(gl.program_id(0), n_items, gl.num_programs(0)):
+        p_table = table + gl.load(owners + item // HKV).to(gl.int64) * stride_ts
+        n = gl.load(counts + item)
+        p_id = ids + item.to(gl.int64) * U
+        row_k, column_k = head_place(item % HKV, stride_kh, stride_kt)
+        row_v, column_v = head_place(item % HKV, stride_vh, stride_vt)
+        page = load_page(p_table, gl.load(p_id + gl.maximum(n - 1, 0)), stride_tb)
+        ahead = gl.load(p_id + gl.maximum(n - 2, 0))
+        for j in range(n):
+            from_k = row_k + page_row(page, stride_kp, stride_kt)
+            from_v = row_v + page_row(page, stride_vp, stride_vt)
+            page = load_page(p_table, ahead, stride_tb)
+            ahead = gl.load(p_id + gl.maximum(n - 3 - j, 0))
+            produce(k_desc, from_k, k_tiles, k_full, k_empty, step, STAGES, column_k)
+            produce(v_desc, from_v, v_tiles, v_full, v_empty, step, STAGES, column_v)
+            step += 1
+
+
+@gluon.jit
+def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
+                STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
+    """The producer over packed keys."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     tiles, ids, _unused, counts = tables
     step = 0
@@ -226,16 +268,18 @@ def copy_blocks(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
 
 @gluon.jit
 def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part_tops, part_totals,
-                       part_counts, out, lse, scale, scale_up, n_items, U, stride_qt, stride_qh,
-                       G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,
-                       TOP_K: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr,
-                       BK: gl.constexpr, MMA: gl.constexpr, S_MMA: gl.constexpr,
-                       REGISTERS: gl.constexpr):  # fmt: skip
+                       part_counts, out, lse, owners, table, scale, scale_up, n_items, U, stride_qt,
+                       stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+                       stride_ts, stride_tb, G: gl.constexpr, HKV: gl.constexpr,
+                       HEADS: gl.constexpr, TOP_K: gl.constexpr, FOLD: gl.constexpr,
+                       PAGED: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
+                       MMA: gl.constexpr, S_MMA: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """Items p, p + programs, ... of program p; an item is a tile of queries and a group.
 
     Parameters:
         q: [Tq, Hq, 128], 16-bit
-        k_desc, v_desc: descriptors of [Tk, Hkv * 128], as q, in tiles of BK rows of one group
+        k_desc, v_desc: descriptors of [Tk, Hkv * 128], as q, in tiles of BK rows of one group; with
+            PAGED of a `page_matrix`
         tiles: [tiles, 5], int32; a `tile_table`
         ids: [tiles, Hkv, U], int32; the blocks of each union, ascending
         masks: [tiles, Hkv, U], int32; bit i: position i of the tile selected the block
@@ -246,16 +290,22 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         part_counts: [Tq, Hkv], int32; slots of the parts that are in use
         out: [Tq, Hq, 128], as q; written
         lse: [Tq, Hq], float32, natural logarithm; written
+        owners: [tiles], int32; `tile_owners`, read with PAGED only
+        table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
         scale: float; softmax scale times log2(e)
         scale_up: float; scale rounded up to a power of two
         n_items: int; tiles times groups
         U: int; width of ids and masks
         stride_qt: elements from one token of q to the next
         stride_qh: elements from one head of q to the next
+        stride_kp, stride_kt, stride_kh: elements from one page, token, head of k to the next
+        stride_vp, stride_vt, stride_vh: elements from one page, token, head of v to the next
+        stride_ts, stride_tb: elements from one sequence, block of table to the next
         G, HKV: query heads of a group, groups
         HEADS: G rounded up to a power of two, at least 8
         TOP_K: k of the parts
         FOLD: bool; fold in the parts
+        PAGED: bool; k and v are pages
         STAGES: tiles of keys in their ring, and of values in theirs
         BK: keys of a block
         MMA: layout of the outputs of a consumer, [64, 128]
@@ -271,12 +321,15 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
     )  # fmt: skip
     tables = (tiles, ids, masks, counts)
     folded = (parts, part_tops, part_totals, part_counts)
+    pages = (owners, table, stride_ts, stride_tb, (stride_kp, stride_kt, stride_kh),
+             (stride_vp, stride_vt, stride_vh))  # fmt: skip
     gl.warp_specialize([
         (consume, (0, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
         (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (copy_blocks, (k_desc, v_desc, rings, tables, n_items, U, HKV, STAGES, BK)),
+        (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES, BK,
+                       PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -298,10 +351,18 @@ def describe(x: Float[Tensor, "T H D"]) -> TensorDescriptor:
     return TensorDescriptor(x, [len(x), x.shape[1] * DIM], [x.stride(0), 1], shape, layout)
 
 
+def describe_pages(x: Float[Tensor, "pages Bk H D"]) -> TensorDescriptor:
+    """The `page_matrix` of pages that have one, to be copied in blocks of one head."""
+    matrix, shape = page_matrix(x), [OPTIONS["BK"], DIM]
+    assert matrix is not None
+    layout = gl.NVMMASharedLayout.get_default_for(shape, KINDS[x.dtype])
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), shape, layout)
+
+
 def walk(
     q: Float[Tensor, "Tq Hq D"],
-    k: Float[Tensor, "Tk Hkv D"],
-    v: Float[Tensor, "Tk Hkv D"],
+    k: Float[Tensor, "*where Hkv D"],
+    v: Float[Tensor, "*where Hkv D"],
     sequences: Sequences,
     block_ids: Int[Tensor, "tiles Hkv U"],
     row_masks: Int[Tensor, "tiles Hkv U"],
@@ -309,12 +370,14 @@ def walk(
     softmax_scale: float,
     into: Output,
     slots: Slots | None = None,
+    pages: Pages | None = None,
 ) -> Output:
     """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks.
 
-    For arguments that `msa.kernel_choice` takes, in tiles of `tile_size_of` queries.
+    For arguments that `msa.kernel_choice` takes, in tiles of `tile_size_of` queries. With `pages`,
+    k and v are pages that have a `page_matrix`.
     """
-    heads, groups = q.shape[1], k.shape[1]
+    heads, groups = q.shape[1], k.shape[-2]
     group = heads // groups
     if not len(q):
         return into
@@ -323,10 +386,15 @@ def walk(
     unused = into.out, into.lse, into.lse, counts
     parts = (slots.out, slots.top, slots.total, slots.counts) if fold else unused
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    owners, table, steps = counts, counts, [0] * 8  # not read
+    if pages is not None:
+        owners, table = tile_owners(sequences, tile_size_of(group), q.device), pages.table
+        steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
+    descriptor = describe if pages is None else describe_pages
     hopper_walk_kernel[(min(programs, items),)](
-        q, describe(k), describe(v), tiles, block_ids, row_masks, counts, *parts, into.out,
-        into.lse, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items, block_ids.shape[2],
-        *q.stride()[:2], G=group, HKV=groups, HEADS=pad(group, 8),
-        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, **OPTIONS,
+        q, descriptor(k), descriptor(v), tiles, block_ids, row_masks, counts, *parts, into.out,
+        into.lse, owners, table, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items,
+        block_ids.shape[2], *q.stride()[:2], *steps, G=group, HKV=groups, HEADS=pad(group, 8),
+        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, PAGED=pages is not None, **OPTIONS,
     )  # fmt: skip
     return into
