@@ -56,7 +56,7 @@ from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
 from msa.triton_impl.hopper.page_shares import LANES, fetch_early, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
-from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tile_verbs import along, table_row
 
 KINDS = {
     torch.bfloat16: gl.bfloat16,
@@ -84,8 +84,8 @@ def pick(x, i, L: gl.constexpr):
 
 
 @gluon.jit
-def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb, stride_ls,
-             BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+def producer(k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, stride_tb, stride_ls,
+             BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr, NAMED: gl.constexpr,
              L: gl.constexpr):  # fmt: skip
     """Copy the pages of the share, one after another."""
     i_s, i_b, n, blocks = share
@@ -95,7 +95,7 @@ def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_t
     step = 0
     while step < n:
         stop = gl.minimum(blocks, i_b + n - step)
-        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        p_id = table + along(table_row(rows, i_s, NAMED), stride_ts) + along(SINK, stride_tb)
         ids = load_ids(p_id, i_b, stop, stride_tb, L)
         for first in range(i_b, stop, LANES):
             next_ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
@@ -155,10 +155,11 @@ def best_of_block(acc, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width, q_strides,
-             strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-             LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr, MMA: gl.constexpr,
-             Q_LAYOUT: gl.constexpr, L: gl.constexpr):  # fmt: skip
+def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
+             q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
+             NAMED: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr,
+             L: gl.constexpr):  # fmt: skip
     """Multiply the pages of the share, take the maxima, write the scores."""
     k_tiles, full, empty = ring
     stride_ts, stride_tb, stride_ls, stride_sp = strides
@@ -174,7 +175,7 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
     step = 0
     while step < n:
         stop = gl.minimum(blocks, i_b + n - step)
-        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        p_id = table + along(table_row(rows, i_s, NAMED), stride_ts) + along(SINK, stride_tb)
         p_score = scores + (i_s.to(gl.int64) * (N * HKV) + o_m) * width + SINK
         shrink = load_queries(q, i_s, q_tile, q_strides, N, HKV, PARTS, Q_LAYOUT)
         if PARTS > 1:  # all parts of a row were stretched alike
@@ -205,21 +206,22 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
 
 
 @gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
-def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals, scale, batch,
-                       n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
+def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale,
+                       batch, n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
                        stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
                        HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
                        LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
                        ROWS: gl.constexpr, STAGES: gl.constexpr, FETCH: gl.constexpr,
-                       CHUNK: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
-                       Q_SHARED: gl.constexpr):  # fmt: skip
+                       CHUNK: gl.constexpr, NAMED: gl.constexpr, Q_DTYPE: gl.constexpr,
+                       MMA: gl.constexpr, Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
     Parameters:
         q: [B, n, Hkv, Di], 16-bit; index queries
         k: [pages, Bk, Di], as q or e4m3; index keys, for addresses
         k_desc: descriptor of k as rows of tokens, in tiles of BK rows
-        table: [B, columns], int32 or int64; a sequence's pages in order
+        table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
+        rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
         k_scales: [pages], float32; factors of the pages, read with EIGHT only
         scores: [B, n, Hkv, width], float32; written for blocks that are not forced
@@ -237,6 +239,7 @@ def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals,
         BK: keys of a block
         SINK, LOCAL: forced first and recent blocks
         EIGHT: bool; pages have scales
+        NAMED: bool; rows says which rows of the table to read
         PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
         ROWS: columns of a product: queries times groups, padded, times PARTS
         STAGES: pages in the ring
@@ -269,10 +272,11 @@ def page_scores_kernel(q, k, k_desc, table, lengths, k_scales, scores, arrivals,
     q_strides = (stride_qb, stride_qn, stride_qr)
     strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
-        (consumer, (ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width,
-                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, MMA, Q_LAYOUT, L)),
-        (producer, (k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb,
-                    stride_ls, BK, SINK, LOCAL, L_1)),
+        (consumer, (ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
+                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, NAMED, MMA,
+                    Q_LAYOUT, L)),
+        (producer, (k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, stride_tb,
+                    stride_ls, BK, SINK, LOCAL, NAMED, L_1)),
     ], [1], [40])  # fmt: skip
 
 
@@ -318,13 +322,14 @@ def describe(pages: Float[Tensor, "pages Bk Di"]) -> tuple[TensorDescriptor, int
 def score_pages_on_hopper(
     q_idx: Float[Tensor, "B n Hkv Di"],
     cache: PagedKV, config: MSAConfig, arrivals: Int[Tensor, "B programs"], programs: int = 1,
-    **changes: Any,
+    rows: Int[Tensor, " B"] | None = None, **changes: Any,
 ) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
     """`score_pages` by the kernel of this file, for arguments that `msa.kernel_choice` takes.
 
     Args:
         arrivals: counters of the next kernel, set to 0 here.
         programs: programs of a multiprocessor; `changes` replace `options`.
+        rows: as in `score_pages`.
     """
     (batch, n, groups, dim), pages = q_idx.shape, cache.k_idx_pages
     block, width = pages.shape[1], pad(cache.page_table.shape[1], 32)
@@ -334,14 +339,15 @@ def score_pages_on_hopper(
     desc, page_rows = describe(pages)
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
     chosen["EIGHT"] = eight
-    if pages.stride(1) != dim:
-        chosen["FETCH"] = 0  # only pages in one piece
+    if pages.stride(1) != dim or rows is not None:
+        chosen["FETCH"] = 0  # only pages in one piece; early, rows may still be those of before
     many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
     page_scores_kernel[(many * programs,)](
-        q_idx, pages, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
+        q_idx, pages, desc, cache.page_table, cache.lengths if rows is None else rows,
+        cache.lengths, scales, scores, arrivals,
         config.index_scale_for(dim), batch, arrivals.shape[1], width, len(pages), page_rows,
         pages.stride(0), *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
-        LOCAL=config.local_blocks, launch_pdl=True, **chosen | changes,
+        LOCAL=config.local_blocks, NAMED=rows is not None, launch_pdl=True, **chosen | changes,
     )  # fmt: skip
     return scores
