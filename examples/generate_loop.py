@@ -84,9 +84,8 @@ class Layer:
             out = msa.decode(*batch, config=CONFIG, backend=self.backend).out[0]
         else:
             # 2. A chunk of the prompt: queries are the last tokens of all that the cache holds.
-            k, v, k_idx = (cached.to(x.dtype) for cached in self.pool.cache.flat(0))
-            all_of_it = q, k, v, q_idx, k_idx
-            out = msa.attention(*all_of_it, config=CONFIG, backend=self.backend).out
+            packed = q, q_idx, self.pool.cache
+            out = msa.prefill(*packed, config=CONFIG, backend=self.backend).out
         return x + out.flatten(1) @ self.to_out
 
 

@@ -130,35 +130,50 @@ def enter(
     return entry
 
 
-def enter_cache(
-    q: Array, q_idx: Array | None, cache: PagedKV, backend: BackendName, config: MSAConfig,
-    options: dict[str, Any], ids: Array | None,
-) -> tuple[Entry, list[Any]]:  # fmt: skip
-    """Check a step of decoding; give its entry, and q, q_idx, cache and ids of the backend's kind.
+def check_shapes(
+    q: Array, q_idx: Array | None, cache: PagedKV, config: MSAConfig, lead: str,
+    ids: Array | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Queries, and given block ids, fit a cache; give the sizes.
 
-    Either q_idx or ids is given.
+    `lead` names the dims of q before its heads. Either q_idx or ids is given.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     checks.check_type("cache", cache, PagedKV)
     checks.check_type("config", config, MSAConfig)
-    queries = {"q": q}
-    if ids is None:
-        queries["q_idx"] = q_idx
-    else:
+    if ids is not None:
         checks.check_absent("q_idx", q_idx, "a selection is given")
-    for name, array in queries.items():
+    for name, array in queries_of(q, q_idx, ids).items():
         checks.check_array(name, array)
     sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D", sizes)
+    checks.check_shape("q", q, f"{lead} Hq D", sizes)
     cache_checks.check_cache(cache, sizes)
-    if q_idx is not None:
-        checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
+    if ids is None:
+        checks.check_shape("q_idx", q_idx, f"{lead} Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     cache_checks.check_queries(cache, q, q_idx)
     if ids is not None:
         cache_checks.check_given_ids(ids, q, sizes)
+    return sizes
+
+
+def queries_of(q: Array, q_idx: Array | None, ids: Array | None) -> dict[str, Array]:
+    """The queries by name, without index queries where ids are given."""
+    return {"q": q} if ids is not None else {"q": q, "q_idx": q_idx}
+
+
+def enter_cache(
+    q: Array, q_idx: Array | None, cache: PagedKV, backend: BackendName, config: MSAConfig,
+    options: dict[str, Any], ids: Array | None,
+) -> tuple[Entry, list[Any]]:  # fmt: skip
+    """Check a step of decoding; give its entry, and q, q_idx, cache and ids of the backend's kind.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came (R20).
+    """
+    sizes = check_shapes(q, q_idx, cache, config, "B n", ids)
     entry = Entry(backend, q, options)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
@@ -167,7 +182,7 @@ def enter_cache(
         if ids is not None:
             cache_checks.check_id_contents(ids, lengths, config.block_size)
     top_k = config.top_k if ids is None else sizes["k"]
-    entry.check_kernels(config.block_size, top_k, queries)
+    entry.check_kernels(config.block_size, top_k, queries_of(q, q_idx, ids))
     if entry.options.get("kernels") == "hopper":
         if q_idx is None:
             raise ValueError(
@@ -188,17 +203,9 @@ def enter_prefill(
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    checks.check_type("cache", cache, PagedKV)
-    checks.check_type("config", config, MSAConfig)
-    for name, array in (("q", q), ("q_idx", q_idx)):
-        checks.check_array(name, array)
+    checks.check_array("q", q)
     batched = checks.check_layout("q", q, "Tq Hq D", None)
-    sizes: dict[str, int] = {"Bk": config.block_size}
-    checks.check_shape("q", q, "B n Hq D" if batched else "Tq Hq D", sizes)
-    cache_checks.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, "B n Hkv Di" if batched else "Tq Hkv Di", sizes)
-    checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    cache_checks.check_queries(cache, q, q_idx)
+    sizes = check_shapes(q, q_idx, cache, config, "B n" if batched else "Tq")
     borders = cache_checks.read_query_borders(cu_seqlens_q, batched, sizes)
     entry = Entry(backend, q, options)
     if options["index_dtype"] is not None:

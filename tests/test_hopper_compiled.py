@@ -27,9 +27,11 @@ from msa.kernel_choice import (
 pytest.importorskip("triton", minversion="3.6")
 
 DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
-SCORES = [  # dtype, Di, block size, groups, whether maxima are written
+SCORES = [  # dtype, Di, block size, groups, whether maxima are written, pages, factors of pages
     *product(DTYPES, INDEX_DIMS, BLOCK_SIZES, (4,), (True, False)),
     *product(DTYPES, INDEX_DIMS, BLOCK_SIZES, (1, 5, LARGEST_GROUPS), (True,)),
+    *product(DTYPES, INDEX_DIMS, BLOCK_SIZES, (4,), (True, False), (True,)),
+    *product(DTYPES[2:], INDEX_DIMS, BLOCK_SIZES, (4,), (True, False), (True,), (True,)),
 ]
 FEW_SCORES = [  # each dtype, size and number of operands in registers once
     ("bfloat16", 128, 128, 4, True),
@@ -37,11 +39,19 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
     ("float16", 64, 128, 5, False),
     ("float8_e4m3fn", 128, 128, 4, True),
     ("float8_e4m3fn", 64, 64, 4, True),
+    ("bfloat16", 128, 128, 4, True, True),
+    ("float8_e4m3fn", 128, 128, 4, True, True, True),
 ]
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
-WALKS = [*product(("bfloat16", "float16"), (1, 5, 8, 16, 64), (False, True))]  # dtype, heads, fold
-FEW_WALKS = [("bfloat16", 16, False), ("bfloat16", 16, True), ("float16", 16, False)]
+HEADS = (1, 5, 8, 16, 64)
+WALKS = [*product(("bfloat16", "float16"), HEADS, *[(False, True)] * 2)]  # dtype, G, fold, pages
+FEW_WALKS = [
+    ("bfloat16", 16, False, False),
+    ("bfloat16", 16, True, False),
+    ("float16", 16, False, False),
+    ("bfloat16", 16, False, True),
+]
 
 PAGES = [  # dtypes of pages and queries, Di, block size, queries times groups
     *product(
@@ -115,7 +125,7 @@ def test_walk_kernels_fit():
         assert found["registers"] * found["threads"] <= 65536, options
         assert found["registers"] <= 168, options
         assert found["shared"] <= 227 * 1024, options
-        _, group, fold = options
+        _, group, fold, _ = options
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options

@@ -34,6 +34,8 @@ BAD = [
      "q_idx must have Di = 64 or 128 for kernels='hopper', got 32: "),
     ({"block_size": 32}, ValueError,
      "block_size must be 64 or 128 for kernels='hopper', got 32: "),
+    ({"readable": False}, ValueError,
+     "cache.k_idx_pages must start each token at a multiple of 16 bytes, and each page "),
     ({"groups": 257}, ValueError,
      "q_idx must have at most 256 groups for kernels='hopper', got 257: "),
     ({"places": 65}, ValueError, "top_k must be at most 64 more than sink_blocks + local_blocks "),
@@ -61,6 +63,8 @@ BAD_WALKS = [
     ({"dim": 64}, ValueError, "q must have D = 128 for kernels='hopper', got 64: "),
     ({"dim_v": 192}, ValueError, "v must have Dv = 128 for kernels='hopper', got 192: "),
     ({"group": 65}, ValueError, "q must have at most 64 heads in a group for kernels="),
+    ({"readable": False}, ValueError,
+     "cache.k_pages and cache.v_pages must start each token at a multiple of 16 bytes, and "),
     ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
     ({"loop_order": "kv_outer"}, ValueError, "loop_order must be 'auto' or 'union' for kernels="),
     *((changes, error, message.replace("q_idx", "q"))

@@ -102,6 +102,7 @@ def test_the_plan_scores_every_block_once(sequences, groups, config, score_bytes
     first_key = np.concatenate(
         [np.full(q.stop - q.start, k.start) for q, k in sequences.spans()] or [np.zeros(0)]
     )
+    sequence = np.repeat(np.arange(sequences.batch), np.diff(sequences.cu_seqlens_q))
     queries = np.zeros(sequences.total_q, int)
     assert len(tiles) == sum(part.tiles for part in found.parts)
     for part in found.parts:
@@ -111,9 +112,10 @@ def test_the_plan_scores_every_block_once(sequences, groups, config, score_bytes
         slab_of = {start * groups: row for start, *row in own.tolist()}
         bounds = runs[part.first_run : part.first_run + found.programs + 1]
         assert (np.diff(bounds) >= 0).all()
-        for row, key, size, place, position, block, writes in segments[bounds[0] : bounds[-1]]:
+        for row, key, size, place, position, block, writes, s in segments[bounds[0] : bounds[-1]]:
             _, at, slab, blocks, *_ = slab_of[row]
             assert size >= 1 and at == position and block == config.sink_blocks + place - slab
+            assert s == sequence[row // groups]
             assert key == first_key[row // groups] + block * config.block_size
             assert place + size <= slab + blocks
             if part.long:

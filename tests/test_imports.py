@@ -22,7 +22,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "sequences": {"checks"},
     "selection": {"checks", "sequences"},
     "paged_kv": {"checks", "sequences"},
-    "cache_checks": {"checks", "paged_kv"},
+    "cache_checks": {"checks", "paged_kv", "sequences"},
     "ir": {"checks", "paged_kv", "selection", "sequences"},
     "eight_bits": {"checks"},
     "page_book": {"paged_kv"},

@@ -19,7 +19,8 @@ import triton
 import msa
 from msa import kernel_choice, triton_impl
 from msa.conformance import all_properties, subjects
-from msa.conformance.cases import Case, Fill, Picks, ScoresCase
+from msa.conformance.cases import Case, Fill, PagedCase, Picks, ScoresCase
+from msa.conformance.properties.prefill import EightBits
 from msa.triton_impl import selection, tile_union
 
 (TRITON,) = subjects(("triton",))
@@ -185,6 +186,37 @@ def test_hopper_kernels(subject, name, case, launched):
     left_out = {"block_scores_kernel"} if nothing_to_choose else set()
     checks = WALK_CHECKS if subject in WALK else HOPPER_CHECKS
     assert checks[name] - left_out <= launched
+
+
+def in_pages(case):
+    """The pages in use are the last ones, and the table ends with the last block."""
+    return PagedCase(case, (True,) * case.sequences.batch, seed=3, spare_pages=0, spare_columns=0)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("eight", [False, True])
+def test_prefilling(case, eight, launched):
+    if eight:
+        rule = "r12_prefilling_8_bits_means_numbers_times_factors"
+        PROPERTIES[rule].check(TRITON, EightBits(in_pages(case)))
+    else:
+        PROPERTIES["r2_prefilling_is_the_same_rule"].check(TRITON, in_pages(case))
+    scanned = {"scan_kernel"} if case.config.forced_blocks < case.config.top_k else set()
+    assert {"walk_kernel", "chunk_kernel"} | scanned <= launched
+
+
+@pytest.mark.parametrize(
+    ("subject", "case"),
+    [pytest.param(s, c, id=f"{s.name}-{label}")
+     for tested, cases in ((HOPPER, HOPPER_CASES), (WALK, WALK_CASES))
+     for s in tested for label, c in cases.items()],
+)  # fmt: skip
+def test_hopper_prefilling(subject, case, launched):
+    PROPERTIES["r2_prefilling_is_the_same_rule"].check(subject, in_pages(case))
+    scored = case.config.forced_blocks < case.config.top_k
+    wanted = {"block_scores_kernel"} if scored else set()
+    wanted |= {"hopper_walk_kernel"} if subject in WALK else set()
+    assert wanted <= launched
 
 
 DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}

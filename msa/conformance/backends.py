@@ -34,8 +34,9 @@ STAGES = tuple(name for name in vars(Backend) if not name.startswith("_"))
 OPTIONS = frozenset({"loop_order", "index_dtype", "left_padding", "streams", "devices", "graphs"})
 """What a backend may claim beyond the contract.
 
-Keyword arguments: loop_order of attend_selection and prefill_chunk ("auto", "kv_outer", "union"); index_dtype
-("fp8_e4m3") and left_padding (a number of rubbish tokens before each row) of select_fused.
+Keyword arguments: loop_order of attend_selection and prefill_chunk ("auto", "kv_outer", "union");
+index_dtype ("fp8_e4m3") and left_padding (a number of rubbish tokens before each row) of
+select_fused.
 Places (R21): CUDA streams, several CUDA devices, attention and decoding in a CUDA graph.
 """
 

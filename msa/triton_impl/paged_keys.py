@@ -132,7 +132,8 @@ def page_matrix(pages: Float[Tensor, "pages Bk *head dim"]) -> Float[Tensor, "ro
 
     The engine counts rows in 32 bits. It needs rows that start at multiples of 16 bytes.
 
-    >>> both = torch.empty(3, 2, 8, 2 * 16)  # pages, heads, tokens, keys and values side by side
+    >>> import torch
+    >>> both = torch.empty(3, 2, 8, 2 * 16)  # pages, heads, tokens; keys and values side by side
     >>> keys = both[..., :16].transpose(1, 2)
     >>> keys.shape, matrix_sizes(keys)
     (torch.Size([3, 8, 2, 16]), (48, 16))

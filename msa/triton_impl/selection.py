@@ -24,6 +24,9 @@ What the fast form changes:
  5. The keys are split among several programs when there are few queries (or too few tiles to fill
     the device evenly); the finishing kernel reads all buffers of a row at once.
  6. Long items start first, so that all programs end at about the same time.
+ 7. Index keys may lie in the pages of a cache (`paged_keys.py`): the page of the next product is
+    loaded during this one. Keys of 8 bits are widened, unless the queries have 8 bits, too. A
+    page's factor multiplies its maximum.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def prefill_cases(draw: DrawFn, domain: Domain, want: Want = strategies.EXACT_IN
     )
 
 
-def orders(subject: Subject) -> list[dict[str, str]]:
+def orders(subject: Subject) -> list[dict[str, Any]]:
     """The loop orders that a prefill of this subject takes, as keyword arguments."""
     if not subject.domain.has("loop_order"):
         return [{}]
@@ -60,7 +60,7 @@ def prefill(subject: Subject, paged: PagedCase, **options: str) -> Output:
     return subject.run("prefill_chunk", *args, cast=inputs.dtype, **options)
 
 
-@holds_for(prefill_cases, needs=("prefill_chunk",))
+@holds_for(prefill_cases, needs=("prefill_chunk",), cost=2)
 def r2_prefilling_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     """Prefill over shuffled pages, in each loop order, equals attention over packed keys."""
     inputs = paged.case.inputs
@@ -75,7 +75,7 @@ def r2_prefilling_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measur
     return worst(*found)
 
 
-@holds_for(prefill_cases, needs=("prefill_chunk",))
+@holds_for(prefill_cases, needs=("prefill_chunk",), cost=2)
 def r19_prefilling_gives_the_same_bits(subject: Subject, paged: PagedCase) -> Measure:
     """Two prefills over the same cache give the same bits."""
     one, two = (prefill(subject, paged) for _ in range(2))
@@ -140,22 +140,25 @@ def eight_bits(draw: DrawFn, domain: Domain) -> EightBits:
     return EightBits(paged, draw(st.sampled_from(kinds)), draw(st.integers(0, 9999)))
 
 
-@holds_for(eight_bits, needs=("api", "prefill_chunk", "eight_bits"))
+@holds_for(eight_bits, needs=("api", "prefill_chunk", "eight_bits"), cost=2)
 def r12_prefilling_8_bits_means_numbers_times_factors(
     subject: Subject, given: EightBits
 ) -> Measure:
     """Prefill over pages of 8 bits is attention over number * factor, in each loop order."""
-    (parts, inputs), arrays = given.parts(), {}
+    parts, inputs = given.parts()
+    arrays: dict[str, Any] = {}
     for name, values in parts.items():
         floats = values.dtype.kind == "f"
         array = subject.give(values, "float32" if floats and name in SCALES else inputs.dtype)
         arrays[name] = array.to(subject.dtype("float8_e4m3fn")) if name in given.pages else array
     q, q_idx = (subject.give(x, inputs.dtype) for x in (inputs.main[0], inputs.index[0]))
     borders = inputs.sequences.cu_seqlens_q
-    want, found = select_fused(spec(subject), replace(inputs, dtype="float64")).indices, []
+    want = select_fused(spec(subject), replace(inputs, dtype="float64")).indices
+    found: list[Measure] = []
     kinds: dict[str, Any] = {"config": inputs.config} | subject.public("prefill")
     for order in orders(subject):
-        output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **kinds, **order)
+        options = kinds | order
+        output = msa.prefill(q, q_idx, PagedKV(**arrays), cu_seqlens_q=borders, **options)
         same("selection", subject.read(selected(output)), want)
         output = Output(subject.read(output.out), subject.read(output.lse))
         found.append(compare_output(subject, inputs, output, dense(inputs, want)))
@@ -173,7 +176,7 @@ def laid_prefills(draw: DrawFn, domain: Domain) -> LaidPages:
     )
 
 
-@holds_for(laid_prefills, needs=("api", "prefill_chunk", "decode_step"))
+@holds_for(laid_prefills, needs=("api", "prefill_chunk", "decode_step"), cost=2)
 def r21_strides_of_pages_change_no_bit_of_a_prefill(subject: Subject, given: LaidPages) -> Measure:
     """Prefill gives the same bits for strided queries, pages, tables, lengths and scales."""
 

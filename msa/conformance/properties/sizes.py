@@ -13,7 +13,7 @@ from msa.config import MSAConfig
 from msa.conformance import strategies
 from msa.conformance.backends import Domain, Subject
 from msa.conformance.cases import Case, Fill, PagedCase, Picks
-from msa.conformance.properties import holds_for, sequences, training
+from msa.conformance.properties import holds_for, prefill, sequences, training
 from msa.conformance.properties.not_finite import attend_some_way
 from msa.conformance.run_stage import attend, compare_output, dense, select_fused, selected, spec
 from msa.conformance.strategies import MILD
@@ -87,6 +87,19 @@ def large_pages(draw: DrawFn, domain: Domain) -> PagedCase:
 def r2_large_sizes_decode_by_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     """For large sizes decoding from shuffled pages equals attention over packed keys."""
     return sequences.r2_decoding_is_the_same_rule.check(subject, paged)
+
+
+@st.composite
+def large_prefills(draw: DrawFn, domain: Domain) -> PagedCase:
+    """A prefill over pages in which one size is large."""
+    case = draw(LARGE(domain))
+    return PagedCase(case, (True,) * case.sequences.batch, draw(st.integers(0, 9999)), 1, 1)
+
+
+@holds_for(large_prefills, needs=("prefill_chunk",), cost=2)
+def r2_large_sizes_prefill_by_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
+    """For large sizes prefill over shuffled pages equals attention over packed keys."""
+    return prefill.r2_prefilling_is_the_same_rule.check(subject, paged)
 
 
 @holds_for(large_reals, needs=("attend_selection", "backward"), cost=2)

@@ -89,7 +89,9 @@ def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empt
     """Consumer W: rows 128 * W ... 128 * W + 128 of every segment."""
     HALF: gl.constexpr = q_tile.shape[1]
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, WIDTH)
-    table, k_scales, stride_kp, stride_kt, stride_ts, stride_tb, stride_sp = pages
+    where, _steps, factors = pages
+    table, stride_ts, stride_tb = where
+    k_scales, stride_sp = factors
     row = W * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, EIGHT))
     column = gl.arange(0, PIECE, layout=gl.SliceLayout(0, EIGHT))[None, :]
     zero = gl.zeros([HALF, BK], gl.float32, layout=MMA)
@@ -173,7 +175,9 @@ def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, 
              SCALED: gl.constexpr):  # fmt: skip
     """Copy the rows of each segment, then its blocks of keys one after another."""
     HALF: gl.constexpr = q_tile.shape[1]
-    table, k_scales, stride_kp, stride_kt, stride_ts, stride_tb, stride_sp = pages
+    where, steps, _factors = pages
+    table, stride_ts, stride_tb = where
+    stride_kp, stride_kt = steps
     first = gl.load(runs + gl.program_id(0))
     stop = gl.load(runs + gl.program_id(0) + 1)
     step = 0
@@ -243,7 +247,7 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, table, k
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BK, DIM], k_desc.layout)
     q_full, q_empty = make_barriers(1, 1), make_barriers(1, 2)
     k_full, k_empty = make_barriers(STAGES, 1), make_barriers(STAGES, 2)
-    pages = (table, k_scales, stride_kp, stride_kt, stride_ts, stride_tb, stride_sp)
+    pages = ((table, stride_ts, stride_tb), (stride_kp, stride_kt), (k_scales, stride_sp))
     gl.warp_specialize([
         (consumer_0, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
                       runs, scores, maxima, pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE,

@@ -273,7 +273,8 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
                        stride_ts, stride_tb, G: gl.constexpr, HKV: gl.constexpr,
                        HEADS: gl.constexpr, TOP_K: gl.constexpr, FOLD: gl.constexpr,
                        PAGED: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
-                       MMA: gl.constexpr, S_MMA: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                       MMA: gl.constexpr, S_MMA: gl.constexpr,
+                       REGISTERS: gl.constexpr):  # fmt: skip
     """Items p, p + programs, ... of program p; an item is a tile of queries and a group.
 
     Parameters:
