@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from msa.checks import dtype_name, either, is_interpreted, is_torch
 from msa.config import MSAConfig
-from msa.ir import Array, PagedKV, Selection, Sequences
+from msa.ir import Array, PagedKV, Selection
 
 Kernels = Literal["auto", "portable", "hopper"]
 
@@ -152,7 +152,7 @@ def walk_call_of(
         block_size=selection.block_size,
         loop_order=loop_order,
         rows=selection.sequences.total_q * q.shape[-2],
-        blocks=longest(selection.sequences, selection.block_size),
+        blocks=longest(selection.sequences.cu_seqlens_k, selection.block_size),
         scale=scale,
         **machine_of(q),
     )
@@ -217,9 +217,10 @@ def are_in_rows(pages: Any) -> bool:
 
 
 @lru_cache(maxsize=64)
-def longest(sequences: Sequences, block_size: int) -> int:
-    """Blocks of the longest sequence, kept for shapes that come again."""
-    return sequences.max_blocks(block_size)
+def longest(cu_seqlens_k: tuple[int, ...], block_size: int) -> int:
+    """Blocks of the longest sequence, kept for borders that come again."""
+    keys = (stop - start for start, stop in zip(cu_seqlens_k, cu_seqlens_k[1:]))
+    return max((-(-n // block_size) for n in keys), default=0)
 
 
 def machine_of(array: Array) -> dict[str, Any]:

@@ -32,8 +32,9 @@ def decode_step(
 ) -> Output:  # fmt: skip
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-    The blocks are those of `ids`, or they are selected by q_idx. Not recorded by autograd. While a CUDA graph is captured the selection is None: which sequences
-    are live is not known before the graph is replayed.
+    The blocks are those of `ids`, or they are selected by q_idx. Not recorded by autograd.
+    While a CUDA graph is captured the selection is None: which sequences are live is not known
+    before the graph is replayed.
 
     Returns:
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of

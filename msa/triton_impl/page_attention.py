@@ -91,8 +91,8 @@ def add_up(parts, part_tops, part_totals, o_x, m_x, scale, DIM_V: tl.constexpr, 
 
 @triton.jit
 def page_attend_kernel(q, k, v, k_scales, v_scales, table, rows, lengths, scores, ids, parts,
-                       part_tops, part_totals, arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
-                       stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+                       part_tops, part_totals, arrivals, out, lse, scale, stride_qb, stride_qn,
+                       stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
                        stride_ts, stride_tb, stride_ls, stride_ksp, stride_ksh, stride_vsp,
                        stride_vsh, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                        HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
@@ -275,8 +275,9 @@ def attend_pages(
         launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
         page_attend_kernel[count, splits, tiles](
             q, cache.k_pages, cache.v_pages, *scales, cache.page_table,
-            cache.lengths if rows is None else rows, cache.lengths, ids if scores is None else scores,
-            ids, parts, tops, totals, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
+            cache.lengths if rows is None else rows, cache.lengths,
+            ids if scores is None else scores, ids, parts, tops, totals, arrivals, out, lse,
+            config.softmax_scale_for(dim) * LOG2E.value,
             *q.stride()[:3], *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
             *cache.page_table.stride(), cache.lengths.stride(0), *scales[0].stride(),
             *scales[1].stride(), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),

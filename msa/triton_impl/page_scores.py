@@ -168,13 +168,12 @@ def score_pages(
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
     page_scores_kernel[programs, batch, triton.cdiv(n * groups, some)](
         q_idx, describe(tokens, tile.keys) if tma else pages, scales, cache.page_table,
-        cache.lengths if rows is None else rows, cache.lengths, scores, arrivals, config.index_scale_for(dim), arrivals.shape[1], width,
-        *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
+        cache.lengths if rows is None else rows, cache.lengths, scores, arrivals,
+        config.index_scale_for(dim), arrivals.shape[1], width, *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
         cache.lengths.stride(0), scales.stride(0), N=n, HKV=groups, DIM=dim,
         BD=pad(dim, 32 if parts else 16), BM=some, BK=block, BN=tile.keys,
         SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
-        NAMED=rows is not None,
-        A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
+        NAMED=rows is not None, A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
         **dependent_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores

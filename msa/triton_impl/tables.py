@@ -14,11 +14,7 @@ from torch import Tensor
 
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
-
-
-def to_device(table: np.ndarray, device: torch.device) -> Int[Tensor, "..."]:
-    """Copy a table to the device as int32. Only functions marked `device_table` may call this."""
-    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
+from msa.triton_impl.step_sequences import lower, to_device
 
 
 def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
@@ -41,7 +37,9 @@ def query_table(sequences: Sequences, block_size: int, device: torch.device) -> 
     own = index + _spread(cu_k[1:] - cu_q[1:], sequences.cu_seqlens_q)
     position = own - _spread(cu_k[:-1], sequences.cu_seqlens_q)
     first_block = _spread(cu_blocks[:-1], sequences.cu_seqlens_q)
-    return to_device(np.stack([own, position, first_block]), device)
+    table = to_device(np.stack([own, position, first_block]), device)
+    lower(table[:2], sequences, _spread(np.arange(sequences.batch), sequences.cu_seqlens_q))
+    return table
 
 
 @device_table
@@ -57,7 +55,9 @@ def block_table(
     cu_blocks = sequences.cu_blocks(block_size)
     blocks = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
     first_key = _spread(cu_k[:-1], cu_blocks) + blocks * block_size
-    return to_device(np.stack([first_key, _spread(cu_k[1:], cu_blocks)]), device)
+    table = to_device(np.stack([first_key, _spread(cu_k[1:], cu_blocks)]), device)
+    lower(table[1], sequences, _spread(np.arange(sequences.batch), cu_blocks))
+    return table
 
 
 @device_table
@@ -84,8 +84,13 @@ def tile_owners(
     >>> tile_owners(Sequences((0, 3, 3, 4), (0, 5, 5, 6)), 2, torch.device("cpu")).tolist()
     [0, 0, 2]
     """
+    return to_device(owners_of_tiles(sequences, tile_size), device)
+
+
+def owners_of_tiles(sequences: Sequences, tile_size: int) -> np.ndarray:
+    """For each tile of a `tile_table` its sequence, on the host."""
     lengths = np.diff(np.array(sequences.cu_seqlens_q, np.int64))
-    return to_device(np.repeat(np.arange(sequences.batch), -(-lengths // tile_size)), device)
+    return np.repeat(np.arange(sequences.batch), -(-lengths // tile_size))
 
 
 @device_table
@@ -106,4 +111,6 @@ def tile_table(
         own = start + (ks.stop - qs.stop)
         ends = np.broadcast_to(np.array([[ks.start, ks.stop]]), (len(start), 2))
         rows.append(np.column_stack([start, stop, own, ends]))
-    return to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)
+    table = to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)
+    lower(table.T[2::2], sequences, owners_of_tiles(sequences, tile_size))
+    return table

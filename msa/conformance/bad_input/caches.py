@@ -15,7 +15,8 @@ GIVEN_CASES = [
                  [[[[1], [1]]], [[[0], [0]]]], "int64"))),
     BadInput("a list of given blocks", TypeError, ("selection", "list"),
              lambda kit: kit.decode(q_idx=None, selection=[[[[1], [1]]], [[[0], [0]]]])),
-    BadInput("given blocks of one group", ValueError, ("selection", "[2, 1, 2, any]", "[2, 1, 1, 1]"),
+    BadInput("given blocks of one group", ValueError,
+             ("selection", "[2, 1, 2, any]", "[2, 1, 1, 1]"),
              lambda kit: kit.decode(q_idx=None, selection=kit.integers(
                  [[[[1]]], [[[0]]]]))),
     BadInput("no given block", ValueError, ("selection", "[2, 1, 2, any]", "[2, 1, 2, 0]"),

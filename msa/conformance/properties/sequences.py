@@ -138,7 +138,7 @@ def r2_decoding_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
 
 @holds_for(strategies.paged_cases, needs=("decode_step", "select_fused"), seeds=(LOW_PAGES,))
 def r2_decoding_takes_given_blocks(subject: Subject, paged: PagedCase) -> Measure:
-    """With ids decoding attends to just these blocks; it reads no index key, no id of an empty slot.
+    """With ids decoding attends to just these blocks; it reads no index key and no empty slot.
 
     The ids are the forced blocks and every second one of the others that a query selected.
     """

@@ -207,9 +207,9 @@ def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, sca
 
 @gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
 def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale,
-                       batch, n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb, stride_qn,
-                       stride_qr, stride_ts, stride_tb, stride_ls, stride_sp, N: gl.constexpr,
-                       HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
+                       batch, n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb,
+                       stride_qn, stride_qr, stride_ts, stride_tb, stride_ls, stride_sp,
+                       N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
                        LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
                        ROWS: gl.constexpr, STAGES: gl.constexpr, FETCH: gl.constexpr,
                        CHUNK: gl.constexpr, NAMED: gl.constexpr, Q_DTYPE: gl.constexpr,

@@ -1,0 +1,166 @@
+"""msa.serving: the kernels as an engine calls them, against the float64 spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import msa
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+from msa import reference, serving  # noqa: E402
+from msa.triton_impl.launch import INTERPRETED  # noqa: E402
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter"
+)
+BLOCK, GROUPS, GROUP, DIM = 16, 2, 3, 16
+CONFIG = msa.MSAConfig(block_size=BLOCK, top_k=3, index_scale=1.0)
+
+
+class Engine:
+    """One layer's pages in an engine's layout, tables with stale columns, NaN in unused places."""
+
+    def __init__(self, lengths, seed=0, spare=2, order="tokens first"):
+        rng = np.random.default_rng(seed)
+        self.lengths, blocks = lengths, [-(-n // BLOCK) for n in lengths]
+        pages = sum(blocks) + spare
+        free = list(rng.permutation(pages))
+        stale = free[-1]
+        self.table = np.full((len(lengths), max(blocks) + spare), stale, np.int32)
+        shape = (pages, BLOCK, GROUPS, 2 * DIM)
+        if order == "heads first":
+            shape = (pages, GROUPS, BLOCK, 2 * DIM)
+        both = np.full(shape, np.nan, np.float32)
+        view = both if order == "tokens first" else both.swapaxes(1, 2)
+        self.index = np.full((pages, BLOCK, DIM), np.nan, np.float32)
+        for s, n in enumerate(lengths):
+            for b in range(blocks[s]):
+                page = self.table[s, b] = free.pop(0)
+                tokens = min(BLOCK, n - b * BLOCK)
+                view[page, :tokens] = rng.standard_normal((tokens, GROUPS, 2 * DIM))
+                self.index[page, :tokens] = rng.integers(-3, 4, (tokens, DIM))
+        both = torch.from_numpy(both).to(DEVICE)
+        self.both = both if order == "tokens first" else both.transpose(1, 2)
+        self.rng = rng
+
+    def queries(self, *lead):
+        q = self.rng.standard_normal((*lead, GROUPS * GROUP, DIM)).astype(np.float32)
+        return q, self.rng.integers(-3, 4, (*lead, GROUPS, DIM)).astype(np.float32)
+
+    def kv(self, **scales):
+        return serving.KVPages(self.both[..., :DIM], self.both[..., DIM:], **scales)
+
+    def spec(self, factor=1.0):
+        """The cache of the spec, keys and values times a factor."""
+        both = factor * self.both.cpu().numpy().astype(np.float64)
+        lengths = np.array(self.lengths)
+        return msa.PagedKV(both[..., :DIM], both[..., DIM:], self.index.astype(np.float64),
+                           self.table, lengths)  # fmt: skip
+
+    def index_pages(self):
+        return serving.IndexPages(give(self.index))
+
+
+def give(x):
+    return torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE)
+
+
+def near(found, want):
+    np.testing.assert_allclose(found.cpu().numpy(), want, rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("order", ["tokens first", "heads first"])
+def test_a_decode_writes_into_memory_of_the_engine(n, named, order):
+    engine = Engine([40, 0, 131, 5], order=order)
+    q, q_idx = engine.queries(4, n)
+    want = reference.decode_step(*(x.astype(np.float64) for x in (q, q_idx)), engine.spec(), CONFIG)
+    table, rows = give(engine.table), None
+    if named:  # the engine's table has a row for every request that it may have
+        rows = torch.tensor([5, 0, 2, 6], device=DEVICE)
+        wide = torch.full((8, 128, table.shape[1]), -7, dtype=torch.int32, device=DEVICE)
+        wide[rows, 0] = table
+        table = wide[:, 0]
+    part = serving.DecodePart(table, give(np.array(engine.lengths)), n, rows)
+    out = torch.full((4, n, GROUPS * GROUP, DIM), torch.nan, device=DEVICE)
+    ids = torch.full((4, n, GROUPS, 3), 77, dtype=torch.int32, device=DEVICE)
+    scores = serving.score(give(q_idx), engine.index_pages(), part, CONFIG, GROUPS * GROUP)
+    found, chosen = serving.attend_scored(give(q), engine.kv(), part, CONFIG, scores, out, ids)
+    assert found.data_ptr() == out.data_ptr() and chosen.data_ptr() == ids.data_ptr()
+    near(out, want.out)
+    live = np.array(engine.lengths) > 0
+    assert (ids.cpu().numpy()[live].reshape(-1, GROUPS, 3) == want.selection.indices).all()
+    assert (ids.cpu().numpy()[~live] == -1).all()
+    again = serving.attend_given(give(q), engine.kv(), part, CONFIG, ids.flip(-1))
+    near(again, want.out)
+    assert (ids.cpu().numpy()[~live] == -1).all()
+
+
+@pytest.mark.parametrize("tables", ["exact", "bounds"])
+@pytest.mark.parametrize("order", ["tokens first", "heads first"])
+@pytest.mark.parametrize("loops", ["union", "kv_outer", "several tiles"])
+def test_a_prefill_takes_lengths_from_the_device(tables, order, loops, monkeypatch):
+    """The host knows bounds of the lengths only; a draft of a token more may have been rejected."""
+    from msa.triton_impl import attention, tuning
+
+    if loops == "several tiles":
+        monkeypatch.setattr(tuning, "PARTIAL_BYTES", 2**15)
+    else:
+        monkeypatch.setattr(attention, "choose_order", lambda *_: loops)
+    lengths, new = [40, 131, 5], [7, 30, 5]
+    bounds = lengths if tables == "exact" else [57, 133, 38]
+    engine = Engine(lengths, spare=3, order=order)
+    borders = (0, *np.cumsum(new).tolist())
+    q, q_idx = engine.queries(borders[-1])
+    exact = msa.Sequences(borders, (0, *np.cumsum(lengths).tolist()))
+    args = (x.astype(np.float64) for x in (q, q_idx))
+    want = reference.prefill_chunk(*args, engine.spec(), exact, CONFIG)
+    part = serving.PrefillPart.of(give(engine.table), give(np.array(lengths)), borders, bounds)
+    out = torch.full((borders[-1], GROUPS * GROUP, DIM), torch.nan, device=DEVICE)
+    ids = torch.full((borders[-1], GROUPS, 3), 77, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):  # the second layer makes no table
+        made = set(part.sequences.tables)
+        chosen = serving.select(give(q_idx), engine.index_pages(), part, CONFIG, ids)
+        serving.attend_selected(give(q), engine.kv(), part, chosen, DIM**-0.5, out)
+    assert made == set(part.sequences.tables) != set()
+    assert (ids.cpu().numpy() == want.selection.indices).all()
+    near(out, want.out)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_one_scale_for_all_pages(phase):
+    """Scales of keys and values are numbers on the device, which are not read back."""
+    engine = Engine([40, 131], spare=1)
+    q, q_idx = engine.queries(2, 1)
+    want = reference.decode_step(
+        *(x.astype(np.float64) for x in (q, q_idx)), engine.spec(1.25), CONFIG
+    )
+    scale = torch.tensor(1.25, device=DEVICE)
+    kv, lengths = engine.kv(k_scale=scale, v_scale=scale.reshape(1)), give(np.array([40, 131]))
+    if phase == "decode":
+        part = serving.DecodePart(give(engine.table), lengths, 1)
+        scores = serving.score(give(q_idx), engine.index_pages(), part, CONFIG, GROUPS * GROUP)
+        out, _ = serving.attend_scored(give(q), kv, part, CONFIG, scores)
+    else:
+        part = serving.PrefillPart.of(give(engine.table), lengths, (0, 1, 2), [40, 131])
+        chosen = serving.select(give(q_idx[:, 0]), engine.index_pages(), part, CONFIG)
+        out = serving.attend_selected(give(q[:, 0]), kv, part, chosen, DIM**-0.5)
+    near(out.reshape(want.out.shape), want.out)
+
+
+def test_steps_of_equal_borders_are_not_the_same():
+    """Else the tables of the step before would be taken."""
+    one, two = (serving.PrefillPart.of(None, torch.tensor([n]), (0, 2), [9]) for n in (9, 8))
+    assert one.sequences != two.sequences and len({one.sequences, two.sequences}) == 2
+
+
+def test_one_scale_alone_is_refused():
+    engine = Engine([5])
+    with pytest.raises(ValueError, match="k_scale and v_scale must be given together"):
+        replace(engine.kv(), k_scale=torch.ones(()))
