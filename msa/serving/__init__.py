@@ -17,8 +17,10 @@ from msa.serving.step import (
     attend_given,
     attend_scored,
     attend_selected,
+    given,
     score,
     select,
+    sequences_of,
 )
 
 __all__ = [
@@ -30,6 +32,8 @@ __all__ = [
     "attend_given",
     "attend_scored",
     "attend_selected",
+    "given",
     "score",
     "select",
+    "sequences_of",
 ]

@@ -122,6 +122,16 @@ class PrefillPart:
         return self.sequences.total_q
 
 
+def sequences_of(
+    cu_seqlens_q: Sequence[int], bounds: Sequence[int], lengths: Int[Tensor, " B"]
+) -> StepSequences:
+    """The sequences of a `PrefillPart`, for engines whose layers have several tables.
+
+    Arguments are those of `PrefillPart.of`.
+    """
+    return StepSequences.of(cu_seqlens_q, bounds, lengths)
+
+
 @dataclass(frozen=True)
 class Scores:
     """What `score` gives to `attend_scored`."""
@@ -228,6 +238,15 @@ def select(
 
         return select_on_hopper(q_idx, keys, part.sequences, config, pages=table, out=ids)
     return select_portable(q_idx, keys, part.sequences, config, pages=table, out=ids)
+
+
+def given(ids: Int[Tensor, "Tq Hkv k"], part: PrefillPart, config: MSAConfig) -> Selection:
+    """A selection of given blocks, such as those of another layer, for `attend_selected`.
+
+    Args:
+        ids: ascending, then -1 (R8), visible ones.
+    """
+    return Selection(ids.contiguous(), part.sequences, config.block_size)
 
 
 @on_its_device
