@@ -154,6 +154,7 @@ class Engine:
     """vLLM's files, its configuration, and the metadata of the step that runs."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.forward = SimpleNamespace(attn_metadata=None)
         self.log = Log()
         self.config = SimpleNamespace(

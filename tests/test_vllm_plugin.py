@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
+import types
+
 import numpy as np
 import pytest
 
@@ -10,6 +15,7 @@ pytest.importorskip("triton")
 from benchmarks import engine_files, vllm_files  # noqa: E402
 from benchmarks.vllm_files import Batch  # noqa: E402
 from msa.triton_impl.launch import INTERPRETED  # noqa: E402
+from tests.plugin_parts import entry_points_of_the_project  # noqa: E402
 
 WHY = engine_files.missing("vllm")
 pytestmark = [
@@ -22,15 +28,9 @@ HEADS, GROUPS, DIM, TOP_K = 8, 2, 32, 4
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    import os
-
     wheels, into = os.environ[engine_files.VARIABLE], tmp_path_factory.mktemp("vllm")
     with vllm_files.loaded(engine_files.unpack("vllm", wheels, into)) as made:
-        for kernel in vars(made.topk).values():  # the interpreter has nothing to tune with
-            while kernel is not None and not hasattr(kernel, "configs"):
-                kernel = getattr(kernel, "fn", None)
-            if kernel is not None:
-                kernel.configs = kernel.configs[-1:]
+        engine_files.untuned(made.topk)
         yield made
 
 
@@ -82,7 +82,7 @@ BATCHES = {
     "decodes": Batch((1, 1, 1), (130, 1000, 5)),
     "decodes, one padded": Batch((1, 1, 1), (700, 1000, 0)),
     "three tokens each": Batch((3, 3), (900, 640), drafts=2),
-    "prefills": Batch((140, 3), (140, 3)),
+    "prefills": Batch((20, 3), (20, 3)),
     "chunks": Batch((40, 9), (800, 513)),
     "mixed": Batch((1, 1, 30), (900, 257, 700)),
     "rejected drafts beside a chunk": Batch((3, 2, 20), (900, 640, 300), 2, (900, 642, 300)),
@@ -154,3 +154,48 @@ def test_what_cannot_be_served_stops_vllm(engine, spoil, says):
     finally:
         engine.config.attention_config.__dict__.update(before[0])
         engine.config.parallel_config.__dict__.update(before[1])
+
+
+# -- the entry point --------------------------------------------------------------------------------
+@pytest.fixture
+def loader(engine, tmp_path, monkeypatch):
+    """vLLM's own loader of plug-ins, with a registry of models that notes what it is given."""
+    found = {}
+    registry = types.SimpleNamespace(register_model=lambda name, model: found.update({name: model}))
+    engine_files.stub("vllm", ModelRegistry=registry)
+    engine_files.stub("vllm.envs", VLLM_PLUGINS=None)
+    plugins = engine_files.load(engine.folder, "vllm.plugins")
+
+    def run(version="0.33.0"):
+        entry_points_of_the_project(tmp_path, monkeypatch, {"vllm": version})
+        plugins.plugins_loaded = False
+        plugins.load_general_plugins()
+        return found
+
+    return run
+
+
+def test_vllms_loader_finds_and_runs_the_entry_point(loader, monkeypatch):
+    monkeypatch.setenv("MSA_VLLM", "1")
+    found = loader()
+    assert set(found) == {"MiniMaxM3SparseForCausalLM", "MiniMaxM3MTP"}
+    theirs = {"MiniMaxM3SparseForCausalLM": type("A", (), {}), "MiniMaxM3MTP": type("B", (), {})}
+    engine_files.stub("vllm.models.minimax_m3", **theirs)
+    for name, model in found.items():
+        module, _, attribute = model.partition(":")
+        assert issubclass(getattr(importlib.import_module(module), attribute), theirs[name])
+
+
+def test_without_the_variable_nothing_is_registered(loader, monkeypatch):
+    monkeypatch.delenv("MSA_VLLM", raising=False)
+    assert loader() == {}
+
+
+@pytest.mark.parametrize(("value", "version", "says"), [
+    ("1", "0.34.0", "vLLM must be 0.33.* for MSA_VLLM=1, got 0.34.0"),
+    ("yes", "0.33.0", "MSA_VLLM must be 0 or 1, got 'yes'"),
+])  # fmt: skip
+def test_another_version_stops_vllm(loader, monkeypatch, value, version, says):
+    monkeypatch.setenv("MSA_VLLM", value)
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        loader(version)

@@ -69,8 +69,8 @@ def check_version(engine: str, variable: str, found: str, tested: tuple[str, ...
     Traceback (most recent call last):
     RuntimeError: vLLM must be 0.33.* for MSA_VLLM=1, got 0.34.0: install a tested version, or unset MSA_VLLM
     """
-    if ".".join(found.split(".")[:2]) not in {".".join(t.split(".")[:2]) for t in tested}:
-        wanted = " or ".join(f"{t}.*" if t.count(".") == 1 else t for t in tested)
+    if not any(found == t or found.startswith(f"{t}.") for t in tested):
+        wanted = " or ".join(t if t.count(".") > 1 else f"{t}.*" for t in tested)
         raise RuntimeError(
             f"{engine} must be {wanted} for {variable}=1, got {found}: install a tested version, "
             f"or unset {variable}"
