@@ -71,7 +71,7 @@ def unpack(engine: str, folder: str | Path, into: Path) -> Path:
     return into
 
 
-# -- modules ----------------------------------------------------------------------------------------
+# -- modules --------------------------------------------------------------------------------------
 @contextmanager
 def modules_of(*roots: str) -> Iterator[None]:
     """Inside, modules below these names may be made; afterwards all is as before."""

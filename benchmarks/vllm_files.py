@@ -1,11 +1,11 @@
 """vLLM's indexer, attention and metadata of MiniMax-M3, unchanged, behind stubs; one layer of them.
 
-    with vllm_files.loaded(folder) as engine:
-        layer = engine.layer(heads=64, groups=4)             # as vLLM's model builds it
-        step = engine.step(layer, batch)                      # as its runner builds the metadata
-        theirs = layer.run(step)
-        engine.plug_in(layer)                                 # what the plug-in does
-        ours = layer.run(step)
+with vllm_files.loaded(folder) as engine:
+    layer = engine.layer(heads=64, groups=4)             # as vLLM's model builds it
+    step = engine.step(layer, batch)                      # as its runner builds the metadata
+    theirs = layer.run(step)
+    engine.plug_in(layer)                                 # what the plug-in does
+    ours = layer.run(step)
 """
 
 from __future__ import annotations
@@ -183,7 +183,24 @@ class Engine:
 
     def plug_in(self, layer: Layer) -> None:
         """What the plug-in does to each sparse layer after vLLM built it."""
+        self.exchange(layer, self.own_parts)
         self.layers.enable(layer, self.config)
+
+    @property
+    def own_parts(self) -> tuple[type, type, type]:
+        """The classes of vLLM's attention, indexer and backend."""
+        return (
+            self.attention.MiniMaxM3SparseTritonImpl, self.indexer.MiniMaxM3IndexerTritonImpl,
+            self.attention.MiniMaxM3SparseBackend,
+        )  # fmt: skip
+
+    def parts_of(self, layer: Layer) -> tuple[type, type, type]:
+        """The classes that a layer has now."""
+        return type(layer.impl), type(layer.indexer.impl), layer.attn_backend
+
+    def exchange(self, layer: Layer, parts: tuple[type, type, type]) -> None:
+        """Give a layer these classes."""
+        layer.impl.__class__, layer.indexer.impl.__class__, layer.attn_backend = parts
 
     def common(self, batch: Batch, table: Tensor) -> Any:
         """vLLM's metadata of a step before its builders."""
@@ -201,7 +218,7 @@ class Engine:
         )  # fmt: skip
 
     def build(self, layer: Layer, batch: Batch, table: Tensor) -> dict[str, Any]:
-        """The metadata of a step, which then is the current one, and vLLM's own as the plug-in's."""
+        """The metadata of a step, which then is the current one."""
         self.config.drafts = batch.drafts
         common, made = self.common(batch, table), {}
         for name, builder in (

@@ -197,7 +197,7 @@ def are_in_rows(pages: Any) -> bool:
     """Whether pages [pages, Bk, Di] are rows of memory for the copy engine.
 
     All tokens lie at one distance, a multiple of 16 bytes, and a page begins a whole number of rows
-    behind the page before it. There may be other rows in between.
+    behind the page before it. There may be other rows in between, and pages may overlap.
     """
     if not is_torch(pages) or 0 in pages.shape:
         return False
@@ -211,7 +211,7 @@ def are_in_rows(pages: Any) -> bool:
         and dim <= step
         and one_row % 16 == 0
         and one_row < 2**40
-        and (count == 1 or (apart % step == 0 and block <= apart // step))
+        and (count == 1 or (apart > 0 and apart % step == 0))
         and (count - 1) * apart // step + block < 2**31
     )
 

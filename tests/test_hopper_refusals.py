@@ -145,12 +145,13 @@ def test_what_the_scores_of_pages_take():
     (torch.ones(5, 16, 64), True),
     (torch.ones(5, 20, 80)[:, :16, :64], True),
     (torch.ones(1, 16, 64).as_strided((1, 16, 64), (7, 64, 1)), True),
+    (torch.ones(9, 64).as_strided((6, 4, 64), (64, 64, 1)), True),  # a page at each token
     (torch.ones(5, 16, 66)[..., :64], False),  # rows begin at multiples of 8 bytes
     (torch.ones(5, 16, 64)[..., 1:], False),
     (torch.ones(5, 64, 16).mT, False),
     (torch.ones(1, 16, 64).expand(5, 16, 64), False),
     (torch.ones(5, 1, 64).expand(5, 16, 64), False),
-    (torch.ones(400).as_strided((2, 2, 64), (96, 64, 1)), False),  # pages overlap
+    (torch.ones(400).as_strided((2, 2, 64), (96, 64, 1)), False),  # half a row apart
     (torch.ones(0, 16, 64), False),
     (np.ones((5, 16, 64)), False),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The SGLang plug-in in SGLang's own loader and hooks, taken from its wheel (skipped without it)."""
+"""The SGLang plug-in in SGLang's own loader and hooks, from its wheel (skipped without it)."""
 
 from __future__ import annotations
 

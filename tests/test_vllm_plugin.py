@@ -44,7 +44,9 @@ class Step:
         self.layer = layer
         blocks = [-(-max(n, 1) // 128) for n in batch.lengths]
         pages = sum(blocks) + 3
-        free = (torch.randperm(pages - 1, generator=rng) + 1).tolist()  # page 0 is vLLM's null block
+        free = (
+            torch.randperm(pages - 1, generator=rng) + 1
+        ).tolist()  # page 0 is vLLM's null block
         self.table = torch.full((len(blocks), max(blocks) + 2), free[-1], dtype=torch.int32)
         self.table[:, -1] = 0
         for s, n in enumerate(blocks):
@@ -129,7 +131,12 @@ def test_one_line_is_logged(engine):
     engine.log.clear()
     engine.plug_in(Step(engine, BATCHES["decodes"]).layer)
     (line,) = engine.log
-    for part in ("1 sparse layers", "KV cache auto", "8 query heads and 2 groups", "4 blocks of 128"):
+    for part in (
+        "1 sparse layers",
+        "KV cache auto",
+        "8 query heads and 2 groups",
+        "4 blocks of 128",
+    ):
         assert part in line
 
 
@@ -145,18 +152,21 @@ def test_one_line_is_logged(engine):
 ])  # fmt: skip
 def test_what_cannot_be_served_stops_vllm(engine, spoil, says):
     layer = Step(engine, BATCHES["decodes"]).layer
-    before = engine.config.attention_config.__dict__ | {}, engine.config.parallel_config.__dict__ | {}
+    before = (
+        engine.config.attention_config.__dict__ | {},
+        engine.config.parallel_config.__dict__ | {},
+    )
     try:
         spoil(layer, engine.config)
         with pytest.raises(RuntimeError, match=f"cannot serve this: .*{says}.*unset MSA_VLLM"):
-            engine.plug_in(layer)
+            engine.layers.enable(layer, engine.config)
         assert not type(layer.impl).__name__.startswith("Msa")
     finally:
         engine.config.attention_config.__dict__.update(before[0])
         engine.config.parallel_config.__dict__.update(before[1])
 
 
-# -- the entry point --------------------------------------------------------------------------------
+# -- the entry point ------------------------------------------------------------------------------
 @pytest.fixture
 def loader(engine, tmp_path, monkeypatch):
     """vLLM's own loader of plug-ins, with a registry of models that notes what it is given."""

@@ -16,10 +16,6 @@ def refuse(engine: str, why: str) -> NoReturn:
 
     Raises:
         RuntimeError: always.
-
-    >>> refuse("vLLM", "the KV cache must not be nvfp4")
-    Traceback (most recent call last):
-    RuntimeError: msa-stack cannot serve this: the KV cache must not be nvfp4. Change it, or unset MSA_VLLM to serve with the kernels of vLLM.
     """
     raise RuntimeError(
         f"msa-stack cannot serve this: {why}. Change it, or unset {VARIABLES[engine]} to serve "

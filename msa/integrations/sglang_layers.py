@@ -1,11 +1,11 @@
 """SGLang's two functions of sparse attention, by the kernels of this project (see `sglang.py`).
 
-SGLang keeps slots of tokens, and for each request the slot of each of its tokens. With pages of 128
-tokens the slots of a block lie one after another. So a block is read by the slot of its first token:
+SGLang keeps slots of tokens, and for each request the slot of each of its tokens. With pages of
+128 tokens the slots of a block lie one after another. So the slot of its first token names a block:
 
-    decode     table = every 128th column of req_to_token; rows = the requests' row numbers. Pages
-               are named by their first slot, so K [slots, Hkv, D] is also pages [slots, 128, Hkv, D]
-               that overlap. Nothing is gathered, and a captured graph stays right.
+    decode     table = every 128th column of req_to_token; rows = the requests' row numbers. K
+               [slots, Hkv, D] is also pages [slots, 128, Hkv, D] that overlap, one at each slot.
+               Nothing is gathered, and a captured graph stays right.
     prefill    table = the pages of the requests, gathered once for a step; all layers share it.
 
 Few new tokens of every request, such as drafts that are verified, take the way of a decode.
@@ -31,7 +31,7 @@ MOST_ROWS = 32
 stop = partial(refuse, "SGLang")
 
 
-# -- what is refused --------------------------------------------------------------------------------
+# -- what is refused ------------------------------------------------------------------------------
 def check_call(
     q: Tensor, k_cache: Tensor, idx_q: Tensor, *, sinks: tuple[Any, ...], page_size: int,
     block_size: int, local_blocks: int, score_type: str, disable_index_value: bool,
@@ -78,9 +78,9 @@ def times(out: Tensor, v_scale: float | None) -> Tensor:
     return out if v_scale is None or v_scale == 1.0 else out.mul_(v_scale)
 
 
-# -- slots and pages --------------------------------------------------------------------------------
+# -- slots and pages ------------------------------------------------------------------------------
 def pages_of(slots: Tensor) -> Tensor:
-    """Slots [n * 128, ...] as pages [n, 128, ...]; a page has the number of its first slot / 128."""
+    """Slots [n * 128, ...] as pages [n, 128, ...]; page p begins at slot 128 p."""
     return slots[: len(slots) // PAGE * PAGE].unflatten(0, (-1, PAGE))
 
 
@@ -96,7 +96,7 @@ def columns(req_to_token: Tensor, longest: int) -> Tensor:
     return req_to_token[:, : max(longest, 1) : PAGE]
 
 
-# -- decode -----------------------------------------------------------------------------------------
+# -- decode ---------------------------------------------------------------------------------------
 def decode(
     original: Any, q: Tensor, sink: Any, k_cache: Tensor, v_cache: Tensor, idx_q: Tensor,
     idx_sink: Any, idx_k_cache: Tensor, idx_v_cache: Any, req_to_token: Tensor, slot_ids: Tensor,
@@ -136,14 +136,16 @@ def step(
     pages = serving.KVPages(pages_by_slot(k_cache), pages_by_slot(v_cache))
     if known is not None:
         ids = known.transpose(0, 1).reshape(*lead, *known.shape[::2])
-        return serving.attend_given(queries, pages, part, config, ids).flatten(0, 1), ids.flatten(0, 1)
+        return serving.attend_given(queries, pages, part, config, ids).flatten(0, 1), ids.flatten(
+            0, 1
+        )
     keys = serving.IndexPages(pages_by_slot(idx_k_cache[:, 0]))
     scores = serving.score(idx_q.view(*lead, *idx_q.shape[1:]), keys, part, config, q.shape[1])
     out, ids = serving.attend_scored(queries, pages, part, config, scores)
     return out.flatten(0, 1), ids.flatten(0, 1)
 
 
-# -- prefill ----------------------------------------------------------------------------------------
+# -- prefill --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Plan:
     """The part of the last step that was a prefill; SGLang gives all its layers one cu_seqlens."""

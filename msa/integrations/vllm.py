@@ -65,9 +65,6 @@ def check_version(engine: str, variable: str, found: str, tested: tuple[str, ...
         RuntimeError: it has another one.
 
     >>> check_version("vLLM", "MSA_VLLM", "0.33.1", ("0.33",))
-    >>> check_version("vLLM", "MSA_VLLM", "0.34.0", ("0.33",))
-    Traceback (most recent call last):
-    RuntimeError: vLLM must be 0.33.* for MSA_VLLM=1, got 0.34.0: install a tested version, or unset MSA_VLLM
     """
     if not any(found == t or found.startswith(f"{t}.") for t in tested):
         wanted = " or ".join(t if t.count(".") > 1 else f"{t}.*" for t in tested)

@@ -1,8 +1,8 @@
 """The exchanged parts of a sparse layer of vLLM: its indexer, its attention, a step's tables.
 
-    vLLM's layer     indexer.forward(index_query)        impl.forward(layer, query, kv_cache, output)
-    decodes          scores of the blocks                select from them and attend, in one launch
-    prefills         ids of the blocks                   attend
+    vLLM's layer     indexer.forward(index_query)     impl.forward(layer, query, kv_cache, output)
+    decodes          scores of the blocks             select from them and attend, in one launch
+    prefills         ids of the blocks                attend
 
 vLLM calls both for each layer, one after the other, inside one graph or between two. What the first
 gives to the second is an attribute of the indexer. Ids of blocks also go where vLLM keeps them.
@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
@@ -31,7 +30,7 @@ from msa.integrations.engine_checks import check_gpu, refuse
 logger: Any = init_logger("vllm.msa_stack")
 
 
-# -- once for a step --------------------------------------------------------------------------------
+# -- once for a step ------------------------------------------------------------------------------
 class MsaBuilder(attention.MiniMaxM3SparseMetadataBuilder):
     """vLLM's metadata, with the sequences of the prefills as `msa_sequences`."""
 
@@ -56,7 +55,7 @@ class MsaBackend(attention.MiniMaxM3SparseBackend):
         return MsaBuilder
 
 
-# -- for each layer ---------------------------------------------------------------------------------
+# -- for each layer -------------------------------------------------------------------------------
 @dataclass
 class Pending:
     """What the indexer of a layer gives to its attention."""
@@ -150,14 +149,18 @@ def decode_part(step: Any) -> tuple[serving.DecodePart, tuple[int, int]]:
     return part, (step.num_decodes, given.decode_query_len)
 
 
-# -- the exchange -----------------------------------------------------------------------------------
+# -- the exchange ---------------------------------------------------------------------------------
 def enable(model: nn.Module, vllm_config: Any) -> int:
     """Exchange the parts of every sparse layer of a model that vLLM built; how many there are.
 
     Raises:
         RuntimeError: something that these kernels cannot serve.
     """
-    layers = [x for x in model.modules() if isinstance(getattr(x, "indexer", None), theirs.MiniMaxM3Indexer)]
+    layers = [
+        x
+        for x in model.modules()
+        if isinstance(getattr(x, "indexer", None), theirs.MiniMaxM3Indexer)
+    ]
     for layer in layers:
         check_layer(layer, vllm_config)
     for layer in layers:

@@ -169,7 +169,8 @@ def score_pages(
     page_scores_kernel[programs, batch, triton.cdiv(n * groups, some)](
         q_idx, describe(tokens, tile.keys) if tma else pages, scales, cache.page_table,
         cache.lengths if rows is None else rows, cache.lengths, scores, arrivals,
-        config.index_scale_for(dim), arrivals.shape[1], width, *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
+        config.index_scale_for(dim), arrivals.shape[1], width,
+        *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
         cache.lengths.stride(0), scales.stride(0), N=n, HKV=groups, DIM=dim,
         BD=pad(dim, 32 if parts else 16), BM=some, BK=block, BN=tile.keys,
         SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
