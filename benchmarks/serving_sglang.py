@@ -29,6 +29,7 @@ def sglang() -> Iterator[Engine]:
     """SGLang's files from the folder of the environment variable."""
     with tempfile.TemporaryDirectory() as into:
         folder = os.environ[engine_files.VARIABLE]
+        os.environ["MSA_WARM_UP"] = "0"  # each step is run before it is timed
         unpacked = engine_files.unpack("sglang", folder, Path(into))
         with sglang_files.loaded(unpacked, TOP_K) as engine:
             yield engine

@@ -126,6 +126,7 @@ def vllm() -> Iterator[Engine]:
     """vLLM's files from the folder of the environment variable."""
     with tempfile.TemporaryDirectory() as into:
         folder = os.environ[engine_files.VARIABLE]
+        os.environ["MSA_WARM_UP"] = "0"  # each step is run before it is timed
         with vllm_files.loaded(engine_files.unpack("vllm", folder, Path(into))) as engine:
             yield engine
 

@@ -161,7 +161,8 @@ class Engine:
             compilation_config=SimpleNamespace(static_forward_context={}), drafts=0, log=self.log,
             attention_config=SimpleNamespace(minimax_m3_indexer_cp=False),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=2**17),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2**17, max_num_seqs=64),
+            speculative_config=None,
             model_config=SimpleNamespace(hf_config=SimpleNamespace(
                 sparse_attention_config={"sparse_num_index_heads": 4})),
         )  # fmt: skip

@@ -164,3 +164,42 @@ def test_one_scale_alone_is_refused():
     engine = Engine([5])
     with pytest.raises(ValueError, match="k_scale and v_scale must be given together"):
         replace(engine.kv(), k_scale=torch.ones(()))
+
+
+# -- compiled before the first request -------------------------------------------------------------
+def test_warm_up_makes_calls_of_all_kinds(monkeypatch):
+    from msa import warming
+
+    monkeypatch.setattr(warming, "PROMPTS", ((1, 0), (40, 20), (5, 500)))  # the last has no room
+    shapes = msa.ServingShapes(6, 2, 3, head_dim=16, index_dim=16, dtype="float32",
+                               new_tokens=(1, 2), columns=8)  # fmt: skip
+    assert msa.warm_up(shapes, CONFIG, DEVICE) == 3 * 2 + 2
+
+
+@pytest.mark.parametrize(("changes", "error", "says"), [
+    ({"heads": 5}, ValueError, "multiple of Hkv = 2"),
+    ({"most_sequences": 0}, ValueError, "shapes.most_sequences must be at least 1, got 0"),
+    ({"new_tokens": (1, 0)}, ValueError, "shapes.new_tokens must be at least 1, got 0"),
+    ({"dtype": "float64"}, ValueError, "shapes.dtype must be float16, .*got 'float64'"),
+    ({"eight_bits": ("v",)}, ValueError, "shapes.eight_bits must hold kv or k_idx, got 'v'"),
+])  # fmt: skip
+def test_bad_shapes_are_refused(changes, error, says):
+    shapes = replace(msa.ServingShapes(6, 2, 3), **changes)
+    with pytest.raises(error, match=says):
+        msa.warm_up(shapes, CONFIG, DEVICE)
+    with pytest.raises(TypeError, match="shapes must be a msa"):
+        msa.warm_up({})
+
+
+def test_warm_up_of_a_layer_writes_nothing_into_the_engine():
+    engine = Engine([40, 131])
+    pages = engine.kv(), engine.index_pages()
+    before = [x.clone() for x in (engine.both, pages[1].k_idx)]
+    table = give(np.zeros((4, 24), np.int32))[:, ::2]
+    ran = serving.warm_up_layer(
+        *pages, table, GROUPS * GROUP, CONFIG, (torch.float32, torch.float32), batches=(1, 4),
+        queries=(1, 3), prompts=((7, 0), (20, 30), (1, 999)), rows=True,
+    )  # fmt: skip
+    assert ran == 2 * 2 + 2
+    for array, old in zip((engine.both, pages[1].k_idx), before):
+        torch.testing.assert_close(array, old, rtol=0, atol=0, equal_nan=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -36,3 +39,25 @@ def check_gpu(engine: str) -> None:
     found = torch.cuda.get_device_capability()
     if found != (9, 0):
         refuse(engine, "the GPU must have compute capability 9.0, got {}.{}".format(*found))
+
+
+# -- compiled before the first request -------------------------------------------------------------
+WARM: set[object] = set()
+"""What was warmed up in this process."""
+
+
+def warm_up_once(key: object, warm_up: Callable[[], int]) -> float | None:
+    """Call `warm_up`, once for each key; the seconds that it took.
+
+    None if it was called before, MSA_WARM_UP is 0, kernels are interpreted, or a CUDA graph is
+    being captured (then a later call does it).
+    """
+    if key in WARM or os.environ.get("MSA_WARM_UP") == "0" or checks.is_interpreted():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    WARM.add(key)
+    start = time.perf_counter()
+    warm_up()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start

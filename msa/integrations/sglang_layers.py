@@ -23,7 +23,7 @@ from torch import Tensor
 
 from msa import serving
 from msa.config import MSAConfig
-from msa.integrations.engine_checks import check_gpu, refuse
+from msa.integrations.engine_checks import check_gpu, refuse, warm_up_once
 
 PAGE = 128
 MOST_ROWS = 32
@@ -151,6 +151,8 @@ class Plan:
     """The part of the last step that was a prefill; SGLang gives all its layers one cu_seqlens."""
 
     key: weakref.ref[Tensor]
+    version: int
+    """How often cu_seqlens had been written to."""
     part: serving.PrefillPart
 
 
@@ -162,7 +164,7 @@ def plan(
     longest: int, seq_lens_cpu: Tensor | None,
 ) -> serving.PrefillPart:  # fmt: skip
     """The part of this step, made by its first layer."""
-    if LAST and LAST[0].key() is cu_seqlens:
+    if LAST and LAST[0].key() is cu_seqlens and LAST[0].version == cu_seqlens._version:
         return LAST[0].part
     if seq_lens.is_cuda and torch.cuda.is_current_stream_capturing():
         stop("prefills of different lengths must not be captured in a CUDA graph")
@@ -171,9 +173,9 @@ def plan(
         borders.append(borders[-1] + n)
     bounds = [longest] * len(new) if seq_lens_cpu is None else seq_lens_cpu.tolist()
     table = columns(req_to_token, longest)[slot_ids] // PAGE
-    LAST[:] = [Plan(weakref.ref(cu_seqlens),
-                    serving.PrefillPart.of(table, seq_lens, borders, bounds))]  # fmt: skip
-    return LAST[0].part
+    part = serving.PrefillPart.of(table, seq_lens, borders, bounds)
+    LAST[:] = [Plan(weakref.ref(cu_seqlens), cu_seqlens._version, part)]
+    return part
 
 
 def prefill(
@@ -209,13 +211,19 @@ def prefill(
         out, ids = step(q, k_cache, v_cache, idx_q, idx_k_cache, part, config, cached_topk_idx)
     else:
         part = plan(req_to_token, slot_ids, cu_seqlens, seq_lens, new, max_seqlen_k, seq_lens_cpu)
+        pages = serving.KVPages(pages_of(k_cache), pages_of(v_cache))
+        keys = serving.IndexPages(pages_of(idx_k_cache[:, 0]))
+        warm_up_once(
+            (q.device, k_cache.dtype, k_cache.stride(), idx_k_cache.stride()),
+            lambda: serving.warm_up_layer(
+                pages, keys, part.table, q.shape[1], config, (q.dtype, idx_q.dtype)
+            ),
+        )
         if cached_topk_idx is None:
-            keys = serving.IndexPages(pages_of(idx_k_cache[:, 0]))
             chosen = serving.select(idx_q, keys, part, config)
         else:
             chosen = serving.given(cached_topk_idx.transpose(0, 1), part, config)
         ids = chosen.indices
-        pages = serving.KVPages(pages_of(k_cache), pages_of(v_cache))
         out = serving.attend_selected(q, pages, part, chosen, config.softmax_scale_for(q.shape[-1]))
     found = None, times(out, v_scale)
     return (*found, ids.transpose(0, 1)) if return_topk_idx else found

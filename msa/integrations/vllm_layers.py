@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
@@ -25,7 +26,8 @@ from vllm.models.minimax_m3.common import sparse_attention as attention
 import msa
 from msa import serving
 from msa.config import MSAConfig
-from msa.integrations.engine_checks import check_gpu, refuse
+from msa.integrations.engine_checks import check_gpu, refuse, warm_up_once
+from msa.warming import powers
 
 logger: Any = init_logger("vllm.msa_stack")
 
@@ -103,6 +105,8 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
     """Attends to the selected blocks."""
 
     msa_config: MSAConfig
+    msa_batches: list[int]
+    msa_queries: set[int]
 
     def forward(
         self, layer: Any, query: Tensor, kv_cache: Tensor, output: Tensor,
@@ -116,6 +120,7 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
         first, stop = step.num_decode_tokens, step.num_actual_tokens
         q, out = (x[:stop].view(-1, self.num_heads, self.head_size) for x in (query, output))
         pages = self.msa_pages(layer, kv_cache)
+        warm_up(layer, pages, step, query.dtype)
         indexer = layer.indexer.impl
         # taken away, so that a graph can use the memory of the scores for the next layer
         given, indexer.msa_pending = indexer.msa_pending, None
@@ -140,6 +145,23 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
         both = kv_cache.transpose(1, 2)
         scales = (layer._k_scale, layer._v_scale) if self.use_fp8_kv else (None, None)
         return serving.KVPages(both[..., : self.head_size], both[..., self.head_size :], *scales)
+
+
+def warm_up(layer: Any, pages: serving.KVPages, step: Any, dtype: torch.dtype) -> None:
+    """Compile all kernels of these pages, before vLLM's first graph and its first request."""
+    impl, indexer = layer.impl, layer.indexer.impl
+    keys = indexer.index_cache.kv_cache
+    table = (step.decode or step.prefill).block_table
+    key = (pages.k.device, pages.k.stride(), pages.k.dtype, keys.stride(), table.stride())
+    spent = warm_up_once(
+        key,
+        lambda: serving.warm_up_layer(
+            pages, serving.IndexPages(keys), table, impl.num_heads, impl.msa_config,
+            (dtype, keys.dtype), batches=impl.msa_batches, queries=impl.msa_queries,
+        ),
+    )  # fmt: skip
+    if spent is not None:
+        logger.info("msa-stack compiled its kernels in %.0f s", spent)
 
 
 def decode_part(step: Any) -> tuple[serving.DecodePart, tuple[int, int]]:
@@ -171,6 +193,9 @@ def enable(model: nn.Module, vllm_config: Any) -> int:
         )  # fmt: skip
         impl.__class__, indexer.__class__, layer.attn_backend = MsaSparse, MsaIndexer, MsaBackend
         impl.msa_config = indexer.msa_config = config
+        drafts = vllm_config.speculative_config
+        impl.msa_queries = {1, 1 + (drafts.num_speculative_tokens if drafts else 0)}
+        impl.msa_batches = powers(vllm_config.scheduler_config.max_num_seqs)
         indexer.msa_heads, indexer.msa_pending = impl.num_heads, None
     if layers:
         impl, indexer = layers[0].impl, layers[0].indexer.impl

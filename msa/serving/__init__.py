@@ -22,6 +22,7 @@ from msa.serving.step import (
     select,
     sequences_of,
 )
+from msa.serving.warm_up import warm_up_layer
 
 __all__ = [
     "DecodePart",
@@ -36,4 +37,5 @@ __all__ = [
     "score",
     "select",
     "sequences_of",
+    "warm_up_layer",
 ]
