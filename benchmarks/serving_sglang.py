@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def hooks(engine: Engine) -> Iterator[None]:
 
 def wrapped(hook: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     """A hook around a function."""
-    return lambda *args, **others: hook(original, *args, **others)
+    return partial(hook, original)
 
 
 def compare(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -193,7 +193,8 @@ def plain_output(run: Run, query: int, ids: Tensor) -> Tensor:
     kv = run.layer.kv_cache
     if kv.dtype == torch.uint8:
         kv = kv.view(torch.float8_e4m3fn)
-    q, found = run.q[query].view(GROUPS, -1, DIM).double(), []
+    q = run.q[query].view(GROUPS, -1, DIM).double()
+    found: list[Tensor] = []
     for group in range(GROUPS):
         own = ids[group][ids[group] >= 0].long()
         token = (own[:, None] * PAGE + torch.arange(PAGE, device="cuda")).flatten()

@@ -77,7 +77,7 @@ class Engine:
     def plug_in(self) -> None:
         """What SGLang's loader does: run the plug-ins, then apply their hooks."""
         logging.getLogger("sglang").setLevel(logging.ERROR)
-        self.plugins._plugins_loaded = False
+        vars(self.plugins)["_plugins_loaded"] = False
         self.plugins.load_plugins()
 
     def decode(self, slots: Slots, q: Tensor, q_idx: Tensor, **others: Any) -> Tensor:

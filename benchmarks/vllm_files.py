@@ -11,7 +11,7 @@ with vllm_files.loaded(folder) as engine:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +57,46 @@ class Backend:
         """Any layout."""
 
 
+def always(value: Any) -> Callable[..., Any]:
+    """A function that returns this value."""
+
+    def answer(*_: Any) -> Any:
+        return value
+
+    return answer
+
+
+def is_hopper(capability: int | tuple[int, int]) -> bool:
+    """What a platform of compute capability 9.0 answers."""
+    return capability in (90, (9, 0))
+
+
+def round_up(x: int, y: int) -> int:
+    """The next multiple of y."""
+    return -(-x // y) * y
+
+
+def quant_mode(dtype: str) -> SimpleNamespace:
+    """vLLM's kind of quantisation of a KV cache."""
+    return SimpleNamespace(is_nvfp4=dtype == "nvfp4")
+
+
+def is_quantized(dtype: str) -> bool:
+    """Whether a KV cache has 8 bits."""
+    return dtype.startswith("fp8")
+
+
 def install_stubs(folder: Path, forward: Any, config: Any) -> None:
     """Every name that the files import, of vLLM and not of these files."""
     on_gpu = torch.cuda.is_available()
     platform = SimpleNamespace(
         is_rocm=lambda: False, is_cuda=lambda: True, supports_fp8=lambda: True,
         is_fp8_fnuz=lambda: False, fp8_dtype=lambda: torch.float8_e4m3fn,
-        is_device_capability_family=lambda _: False, is_arch_support_pdl=lambda: on_gpu,
-        is_device_capability=lambda c: c in (90, (9, 0)),
+        is_device_capability_family=always(False), is_arch_support_pdl=lambda: on_gpu,
+        is_device_capability=is_hopper,
     )  # fmt: skip
     kinds = SimpleNamespace(UNIFORM_BATCH=1, LBHNC=1, LHBNC=2, INDEXER=3)
-    log = SimpleNamespace(info_once=lambda *_: None, info=config.log.append_line)
+    log = SimpleNamespace(info_once=always(None), info=config.log.append_line)
     stub("vllm", __version__="0.33.0")
     stub("vllm.config", CacheConfig=object, VllmConfig=object,
          get_current_vllm_config=lambda: config)  # fmt: skip
@@ -75,13 +104,13 @@ def install_stubs(folder: Path, forward: Any, config: Any) -> None:
     stub("vllm.config.cache", CacheDType=str)
     stub("vllm.distributed", get_tensor_model_parallel_world_size=lambda: 1)
     stub("vllm.forward_context", get_forward_context=lambda: forward)
-    stub("vllm.logger", init_logger=lambda _: log)
+    stub("vllm.logger", init_logger=always(log))
     stub("vllm.model_executor.layers.attention_layer_base", AttentionLayerBase=type("L", (), {}))
     stub("vllm.platforms", current_platform=platform)
     stub("vllm._aiter_ops", rocm_aiter_ops=SimpleNamespace(
         is_enabled=lambda: False, is_shuffle_kv_cache_enabled=lambda: False))  # fmt: skip
     stub("vllm.triton_utils", tl=tl, triton=triton)
-    stub("vllm.utils.math_utils", round_up=lambda x, y: -(-x // y) * y)
+    stub("vllm.utils.math_utils", round_up=round_up)
     stub("vllm.v1.attention.backend", AttentionBackend=Backend, AttentionCGSupport=kinds,
          AttentionMetadata=type("Md", (), {}), AttentionMetadataBuilder=Builder,
          CommonAttentionMetadata=object, MultipleOf=int, AttentionImplBase=Impl,
@@ -91,8 +120,8 @@ def install_stubs(folder: Path, forward: Any, config: Any) -> None:
     stub("vllm.v1.attention.backends.utils", split_decodes_and_prefills=split)
     stub("vllm.v1.kv_cache_interface", AttentionSpec=object, KVCacheSpec=object,
          MLAAttentionSpec=dict, SparseCacheRole=kinds, KVCacheLayout=kinds,
-         get_kv_quant_mode=lambda s: SimpleNamespace(is_nvfp4=s == "nvfp4"),
-         is_quantized_kv_cache=lambda s: s.startswith("fp8"))  # fmt: skip
+         get_kv_quant_mode=quant_mode,
+         is_quantized_kv_cache=is_quantized)  # fmt: skip
 
 
 class Log(list[str]):
@@ -221,7 +250,8 @@ class Engine:
     def build(self, layer: Layer, batch: Batch, table: Tensor) -> dict[str, Any]:
         """The metadata of a step, which then is the current one."""
         self.config.drafts = batch.drafts
-        common, made = self.common(batch, table), {}
+        common = self.common(batch, table)
+        made: dict[str, Any] = {}
         for name, builder in (
             (NAME, layer.attn_backend.get_builder_cls()),
             (f"{NAME}.index_cache", self.indexer.MiniMaxM3IndexerTritonMetadataBuilder),

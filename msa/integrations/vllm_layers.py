@@ -178,11 +178,8 @@ def enable(model: nn.Module, vllm_config: Any) -> int:
     Raises:
         RuntimeError: something that these kernels cannot serve.
     """
-    layers = [
-        x
-        for x in model.modules()
-        if isinstance(getattr(x, "indexer", None), theirs.MiniMaxM3Indexer)
-    ]
+    parts: list[Any] = list(model.modules())
+    layers = [x for x in parts if isinstance(getattr(x, "indexer", None), theirs.MiniMaxM3Indexer)]
     for layer in layers:
         check_layer(layer, vllm_config)
     for layer in layers:

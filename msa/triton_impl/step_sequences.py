@@ -78,7 +78,8 @@ class StepSequences(Sequences):
 
     def parts(self, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
         """`Sequences.tiles`, whose parts know their shortfall."""
-        found, first = [], 0
+        found: list[tuple[slice, slice, Sequences]] = []
+        first = 0
         for queries, keys, part in self.tiles(size):
             while self.cu_seqlens_q[first + 1] <= queries.start:
                 first += 1
