@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import engine_files
+from msa.triton_impl.launch import INTERPRETED
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,3 +26,13 @@ def entry_points_of_the_project(folder, monkeypatch, engines):
         if name == "msa-stack":
             (info / "entry_points.txt").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(str(folder))
+
+
+def needs(engine):
+    """Marks for tests that run an engine's files in Triton's interpreter, with reasons."""
+    why = engine_files.missing(engine)
+    slow = "needs TRITON_INTERPRET=1; `msa bench serving` compares on a GPU"
+    return [
+        pytest.mark.skipif(why is not None, reason=str(why)),
+        pytest.mark.skipif(not INTERPRETED, reason=slow),
+    ]

@@ -12,15 +12,9 @@ from benchmarks import engine_files, sglang_files  # noqa: E402
 from msa import reference  # noqa: E402
 from msa.config import MSAConfig  # noqa: E402
 from msa.ir import PagedKV, Sequences  # noqa: E402
-from msa.triton_impl.launch import INTERPRETED  # noqa: E402
-from tests.plugin_parts import entry_points_of_the_project  # noqa: E402
+from tests.plugin_parts import entry_points_of_the_project, needs  # noqa: E402
 
-WHY = engine_files.missing("sglang")
-pytestmark = [
-    pytest.mark.skipif(WHY is not None, reason=str(WHY)),
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; benchmarks/serving.py "
-                       "compares on a GPU"),
-]  # fmt: skip
+pytestmark = needs("sglang")
 HEADS, GROUPS, DIM, TOP_K = 8, 2, 32, 4
 
 

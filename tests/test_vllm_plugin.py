@@ -14,15 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 from benchmarks import engine_files, vllm_files  # noqa: E402
 from benchmarks.vllm_files import Batch  # noqa: E402
-from msa.triton_impl.launch import INTERPRETED  # noqa: E402
-from tests.plugin_parts import entry_points_of_the_project  # noqa: E402
+from tests.plugin_parts import entry_points_of_the_project, needs  # noqa: E402
 
-WHY = engine_files.missing("vllm")
-pytestmark = [
-    pytest.mark.skipif(WHY is not None, reason=str(WHY)),
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; benchmarks/serving.py "
-                       "compares on a GPU"),
-]  # fmt: skip
+pytestmark = needs("vllm")
 HEADS, GROUPS, DIM, TOP_K = 8, 2, 32, 4
 
 
