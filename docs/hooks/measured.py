@@ -32,6 +32,9 @@ KERNELS = {
     "selection": ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
                   "hopper/ring", "quantize"),
     "walk": ("hopper/union_walk", "hopper/walk_rows", "hopper/ring"),
+    "serving": ("prefill", "decode", "page_scores", "page_attention", "selection", "union_walk",
+                "step_sequences", "hopper/index_scores", "hopper/page_scores", "hopper/union_walk",
+                *SHARED),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                "hopper/page_scores", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
@@ -47,6 +50,7 @@ MEDIAN = {"ms": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
 STEP = {"step": MICROS, "scores": MICROS}
+RACES = {"by_calls": NUMBER, "shapes": [{"query_len": int, "kv_len": int, "times": NUMBER}]}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "prefill": {
         **MACHINE,
@@ -86,6 +90,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                    "fp8 all": STEP}],
         "quality": dict,
     },
+    "serving": {**MACHINE, "checks": dict, "prefill": {"bf16": RACES, "fp8": RACES},
+                "mixed": dict, "decode": dict, "sglang": dict},
     "integrations": {
         **MACHINE,
         "operators": [{"name": str, "function": TIME, "operator": TIME, "compiled": TIME,
