@@ -7,6 +7,7 @@ SEED := $(shell date +%s)
 .PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look package \
 	sanitize install bench bench-crossing clean
 .NOTPARALLEL:  # there is one .venv
+unexport PYTHONDONTWRITEBYTECODE  # images of containers set it; then each process compiles again
 
 demo: .venv/demo.installed
 	$(BIN)/msa demo --backend torch --html demo.html
@@ -47,7 +48,7 @@ lint: install
 
 # The site: every block of code on its pages is run, kernels in Triton's interpreter, and any that
 # fails fails the build (`--quiet` would hide it).
-SITE := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m docs.hooks.build
 docs: install
 	$(SITE) build --strict
 	$(BIN)/python -m docs.hooks.links
@@ -82,9 +83,12 @@ EXTRAS_test := torch,triton,verify,demo,model,transformers,dev
 EXTRAS_all := all
 install: .venv/all.installed
 
+# Results and figures go to benchmarks/run; python -m docs.hooks.adopt benchmarks/run commits them.
 bench: install
-	$(BIN)/msa bench prefill --plots docs
+	$(BIN)/msa bench prefill --plots benchmarks/run
 	$(BIN)/msa bench train
+	$(BIN)/msa bench decode
+	$(BIN)/msa bench integrations
 
 bench-crossing: install
 	$(BIN)/python -m benchmarks.crossing

@@ -1,6 +1,6 @@
 """`msa bench decode` checks and times a step of generation on a GPU.
 
-The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps quality]
+The same without tyro: python -m benchmarks.decode [--out results.json] [--parts steps ...]
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.reading import best_dense
 
-Part = Literal["steps", "quality"]
+Part = Literal["ceilings", "steps", "quality"]
 
 
 @dataclass(frozen=True)
 class DecodeOptions(report.Options):
     """Check, then time decoding over paged caches of up to four million tokens on this GPU.
 
-    Takes about a minute on an H100.
+    Takes about a minute on a Hopper GPU.
     """
 
     parts: tuple[Part, ...] = get_args(Part)
-    """What to measure: steps beside dense attention, what 8 bits lose."""
+    """What to measure: the device's own ceilings, steps beside dense attention, what 8 bits
+    lose."""
 
 
 def run(options: DecodeOptions) -> int:

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import msa
 from benchmarks.cases import CONFIG, DIM, GROUPS, HEADS, MILLION
 from benchmarks.checks import BOUND, Wrong
+from benchmarks.timing import ceilings
 from msa.eight_bits import scale_for
 from msa.ir import Output, PagedKV
 from msa.triton_impl import decode as decoding
@@ -32,6 +33,8 @@ from msa.triton_impl.page_scores import score_pages
 SHAPES = ((1, 131072), (8, 131072), (1, MILLION), (4, MILLION))
 LAYERS = 10
 REPLAYS = 40
+LONG = 2000.0
+"""A graph that takes more microseconds than this is replayed fewer times."""
 FORMS = {"bf16": (), "fp8 index": ("k_idx",), "fp8 all": ("k", "v", "k_idx")}
 L2 = 2**28
 """Bytes of index keys that the caches of one measurement have at least: five times the cache."""
@@ -110,7 +113,10 @@ def check(cache: PagedKV, q: Tensor, q_idx: Tensor, output: Output) -> float:
 
 
 def replays(calls: list[Callable[[], Any]], each: int = 1) -> dict[str, float]:
-    """Time calls in microseconds: each is captured in a graph, and the graphs replay in turns."""
+    """Time calls in microseconds: each is captured in a graph, and the graphs replay in turns.
+
+    The result is the median of nine runs of REPLAYS graphs, or of a few graphs that take long.
+    """
     graphs = []
     for call in calls:
         call()
@@ -119,17 +125,18 @@ def replays(calls: list[Callable[[], Any]], each: int = 1) -> dict[str, float]:
         with torch.cuda.graph(graphs[-1]):
             call()
 
-    def run() -> float:
+    def run(number: int = REPLAYS) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for i in range(REPLAYS):
+        for i in range(number):
             graphs[i % len(graphs)].replay()
         stop.record()
         torch.cuda.synchronize()
-        return 1000 * start.elapsed_time(stop) / REPLAYS / each
+        return 1000 * start.elapsed_time(stop) / number / each
 
-    run()
-    times = [run() for _ in range(9)]
+    first = run(len(graphs))
+    number = REPLAYS if first * each < LONG else max(4, len(graphs))
+    times = [run(number) for _ in range(9)]
     return {"us": statistics.median(times), "min": min(times), "max": max(times)}
 
 
@@ -233,4 +240,6 @@ def quality() -> dict[str, Any]:
     return found
 
 
-PARTS: dict[str, Callable[[], Any]] = {"steps": steps, "quality": quality}
+PARTS: dict[str, Callable[[], Any]] = {
+    "ceilings": ceilings, "steps": steps, "quality": quality,
+}  # fmt: skip

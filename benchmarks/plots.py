@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.reading import committed
 from msa import files
 
 
@@ -17,8 +18,9 @@ from msa import files
 class PlotsOptions:
     """Draw the figures of a results file; no GPU is needed."""
 
-    results: Path = Path("benchmarks/results/prefill_h100.json")
-    """What `msa bench prefill`, `decode` or `integrations` wrote, or `msa findings run`."""
+    results: Path | None = None
+    """What `msa bench prefill`, `decode` or `integrations` wrote, or `msa findings run`; None is
+    the committed file of prefill."""
     to: Path = Path("docs")
     """The folder to draw to; figures are named after the results file."""
 
@@ -85,12 +87,12 @@ def run(options: PlotsOptions) -> int:
     Raises:
         ValueError: see `draw`; also results of which no figure can be drawn.
     """
-    made = draw(options.results, options.to)
+    results = options.results or committed("prefill")
+    made = draw(results, options.to)
     if all(made.values()):
         reasons = "; ".join(dict.fromkeys(made.values()))
         raise ValueError(
-            "results must hold the numbers of at least one figure, "
-            f"got {options.results}: {reasons}"
+            f"results must hold the numbers of at least one figure, got {results}: {reasons}"
         )
     for path, reason in made.items():
         print(f"{path}: not drawn, {reason}" if reason else f"{path}: drawn")

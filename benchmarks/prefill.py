@@ -20,8 +20,8 @@ Part = Literal["ceilings", "lengths", "million", "production", "topk"]
 class PrefillOptions(report.Options):
     """Check, then time selection and attention on this GPU against dense attention.
 
-    Takes about two minutes on an H100. Neighbouring queries' selections agree to a known degree,
-    rho: the chance that a query keeps each remote block of its predecessor.
+    Takes about two minutes on a Hopper GPU. Neighbouring queries' selections agree to a known
+    degree, rho: the chance that a query keeps each remote block of its predecessor.
     """
 
     parts: tuple[Part, ...] = get_args(Part)

@@ -118,16 +118,23 @@ def million(found: Found) -> Table:
 def production(found: Found) -> Table:
     """Make the table of shapes seen in production, one layer each."""
     made = table(
-        "Production shapes, select + attention", "queries", "keys", "calls", "ms", "least", "most"
-    )
+        "Production shapes, select + attention, ms", "queries", "keys", "calls", "ms", "least",
+        "most", "fp8 index", "select", "cuDNN",
+    )  # fmt: skip
     for row in [*found["cases"], *found["ragged"]]:
         n_q, n_k = (
             " + ".join(f"{n:,}" for n in (x if isinstance(x, (list, tuple)) else [x]))
             for x in (row["n_q"], row["n_k"])
         )
         times = (f"{row[name]:.3f}" for name in ("ms", "min", "max"))
-        made.add_row(n_q, n_k, str(row.get("calls", "–")), *times)
-    made.caption = f"weighted by calls: {found['weighted_ms']:.3f} ms"
+        beside = (number(ms(row, name)) for name in ("fp8", "select", "cudnn"))
+        made.add_row(n_q, n_k, str(row.get("calls", "–")), *times, *beside)
+    means = (
+        f"{words}{found[f'weighted_{name}']:.3f} ms"
+        for words, name in (("", "ms"), ("fp8 index ", "fp8_ms"), ("cuDNN ", "cudnn_ms"))
+        if f"weighted_{name}" in found
+    )
+    made.caption = f"weighted by calls: {', '.join(means)}"
     return made
 
 

@@ -1,9 +1,10 @@
-"""Functions that read results files, for tables and figures. They need no GPU."""
+"""Functions that find and read results files, for tables and figures. They need no GPU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,35 @@ import numpy as np
 from benchmarks.cases import CHUNK, MILLION
 
 Found = dict[str, Any]
+RESULTS = Path(__file__).parent / "results"
+"""The committed results: one file of each benchmark. Those of other GPUs are in its `history`."""
+
+
+def committed(benchmark: str, folder: Path = RESULTS) -> Path:
+    """Return the path of the committed results of a benchmark, whatever the device.
+
+    Raises:
+        LookupError: if there is not exactly one such file.
+
+    >>> committed("crossing").name
+    'crossing_cpu.json'
+    """
+    found = sorted(path.name for path in folder.glob(f"{benchmark}_*.json"))
+    if len(found) != 1:
+        raise LookupError(
+            f"{folder} must hold one file of {benchmark}, got {found}: python -m docs.hooks.adopt "
+            "puts new results in the place of older ones"
+        )
+    return folder / found[0]
+
+
+def device(found: Found) -> str:
+    """Return the short name of the device of some results.
+
+    >>> device({"device": "NVIDIA H100 80GB HBM3"}), device({"device": "NVIDIA A100-SXM4-80GB"})
+    ('H100', 'A100')
+    """
+    return found["device"].removeprefix("NVIDIA ").replace("-", " ").split()[0]
 
 
 def ms(row: Found, name: str) -> float:

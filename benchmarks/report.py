@@ -15,6 +15,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from benchmarks.reading import device
 from msa import files
 
 
@@ -41,10 +42,10 @@ def machine() -> dict[str, Any]:
 
     from msa import kernel_choice
 
-    device = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_properties(0)
     return {
-        "device": device.name,
-        "multiprocessors": device.multi_processor_count,
+        "device": gpu.name,
+        "multiprocessors": gpu.multi_processor_count,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "kernels": kernel_choice.choose("auto", kernel_choice.usual_call()),
@@ -53,15 +54,14 @@ def machine() -> dict[str, Any]:
 
 
 def results_path(benchmark: str, machine: dict[str, Any]) -> Path:
-    """Return the path for results of this machine.
+    """Return the path for results of this machine; Git ignores the folder.
 
     >>> str(results_path("prefill", {"device": "NVIDIA H100 80GB HBM3"}))
-    'benchmarks/results/prefill_h100.json'
+    'benchmarks/run/prefill_h100.json'
     >>> str(results_path("prefill", {"device": "NVIDIA A100-SXM4-80GB"}))
-    'benchmarks/results/prefill_a100.json'
+    'benchmarks/run/prefill_a100.json'
     """
-    word = machine["device"].removeprefix("NVIDIA ").replace("-", " ").split()[0].lower()
-    return Path("benchmarks/results") / f"{benchmark}_{word}.json"
+    return Path("benchmarks/run") / f"{benchmark}_{device(machine).lower()}.json"
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Options:
 
     out: Path | None = None
     """Where to write the results, again after each part; None is
-    benchmarks/results/BENCHMARK_DEVICE.json."""
+    benchmarks/run/BENCHMARK_DEVICE.json."""
 
 
 def main(options: Any, run: Callable[[Any], int]) -> int:
@@ -93,12 +93,14 @@ def measure(
     options: Any,
     stages: str,
     show: Callable[[dict[str, Any]], None],
+    write_to: bool = True,
 ) -> tuple[int, Path]:
     """Run a benchmark's parts by name, write the results after each, then show them.
 
     Args:
         options: with `out`, where to write (None: `results_path`), and `parts`, their names.
         stages: the module that has the parts by name in PARTS; imported only where a GPU is.
+        write_to: whether this process writes and prints; of several processes, the first one does.
 
     Returns:
         the exit code and the path of the results. The code is 0, or 2 without a GPU, or 1 if the
@@ -111,16 +113,19 @@ def measure(
     parts = importlib.import_module(stages).PARTS
     found = machine()
     out = options.out or results_path(benchmark, found)
-    files.check_target("out", out)
+    if write_to:
+        files.check_target("out", out)
     try:
         for name in options.parts:
             found[name] = parts[name]()
-            write(out, found)
+            if write_to:
+                write(out, found)
     except Wrong as error:
         print(f"msa bench {benchmark}: not timed, for it is wrong: {error}", file=sys.stderr)
         return 1, out
-    show(found)
-    print(f"Results: {out}")
+    if write_to:
+        show(found)
+        print(f"Results: {out}")
     return 0, out
 
 

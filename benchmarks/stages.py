@@ -12,10 +12,11 @@ from benchmarks import cases, counts
 from benchmarks.cases import CONFIG, Inputs, make_inputs, make_selection
 from benchmarks.checks import SCALE, check_attention, check_select, score_lost
 from benchmarks.dense import baselines
+from benchmarks.reading import ms
 from benchmarks.timing import ceilings, timed
 from benchmarks.topk_stages import freshly, topk
 from msa.ir import Selection, Sequences
-from msa.kernel_choice import Kernels, call_of, choose
+from msa.kernel_choice import Kernels, call_of, choose, walk_call_of
 from msa.loop_order import limits
 from msa.triton_impl import select_fused
 from msa.triton_impl.attention import LoopOrder, attend_selection
@@ -35,8 +36,16 @@ def layer(x: Inputs, chosen: Selection, kind: str | None = None) -> Callable[[],
     )
 
 
+def walker(x: Inputs, chosen: Selection, order: LoopOrder) -> str:
+    """Return which kernels walk along unions where `kernels` is "auto"."""
+    return choose("auto", walk_call_of(x.q, x.k, x.v, chosen, SCALE, order))
+
+
 def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
-    """Time the attention stage at one persistence: each loop order, and how its index is made."""
+    """Time the attention stage at one persistence: each loop order, and how its index is made.
+
+    Where the hopper kernels can walk, the portable ones are timed beside them.
+    """
     chosen = make_selection(x.sequences, keep)
     flops = cases.attention_flops(chosen)
     union = split_tiles(chosen, 4)
@@ -51,6 +60,12 @@ def attention_stages(x: Inputs, keep: float) -> dict[str, Any]:
         found = timed(partial(attend_selection, x.q, x.k, x.v, chosen, SCALE, order))
         moved = counts.walk_bytes(x.sequences) + counts.partial_bytes(edges[order])
         row[order] = found | {"tflops": flops / found["ms"] / 1e9, "gb": moved / 1e9}
+    if walker(x, chosen, "union") != "portable":
+        for order in ("auto", "union"):
+            row[f"{order}_kernels"] = walker(x, chosen, order)
+            row[f"portable_{order}"] = timed(
+                partial(attend_selection, x.q, x.k, x.v, chosen, SCALE, order, "portable")
+            )
     index = reverse_edges(chosen)
     row["reverse_index"] = timed(lambda: reverse_edges(chosen)) | {
         "gop": edges["kv_outer"] / 1e9, "gb": counts.reverse_bytes(chosen) / 1e9,
@@ -164,25 +179,47 @@ def million() -> dict[str, Any]:
 
 
 def production() -> dict[str, Any]:
-    """Measure the production shapes, 32 neighbours sharing their blocks; then ragged batches."""
+    """Measure the production shapes, 32 neighbours sharing their blocks; then ragged batches.
+
+    The dense baseline of a shape is cuDNN over all of its keys.
+    """
     rows: list[dict[str, Any]] = []
     for n_q, n_k, calls in cases.PRODUCTION:
-        rows.append({"n_q": n_q, "n_k": n_k, "calls": calls} | one_layer(Sequences.one(n_q, n_k)))
+        row = freshly(one_layer, Sequences.one(n_q, n_k), True)
+        rows.append({"n_q": n_q, "n_k": n_k, "calls": calls} | row)
     ragged: list[dict[str, Any]] = []
     for queries, keys in cases.RAGGED:
         borders = [(0, *(sum(x[: i + 1]) for i in range(len(x)))) for x in (queries, keys)]
         ragged.append({"n_q": queries, "n_k": keys} | one_layer(Sequences(*borders)))
-    mean = sum(row["calls"] * row["ms"] for row in rows) / sum(row["calls"] for row in rows)
-    return {"cases": rows, "weighted_ms": mean, "ragged": ragged}
+    means = {
+        "weighted_ms": by_calls(rows, lambda row: row["ms"]),
+        "weighted_fp8_ms": by_calls(rows, lambda row: ms(row, "fp8")),
+    }
+    if all(isinstance(row["cudnn"], dict) for row in rows):
+        means["weighted_cudnn_ms"] = by_calls(rows, lambda row: ms(row, "cudnn"))
+    return {"cases": rows, **means, "ragged": ragged}
 
 
-def one_layer(sequences: Sequences) -> dict[str, float]:
-    """Time selection and attention of one layer."""
+def by_calls(rows: list[dict[str, Any]], measure: Callable[[dict[str, Any]], float]) -> float:
+    """Average a measure over cases, each weighted by its number of calls.
+
+    >>> by_calls([{"calls": 3, "ms": 1.0}, {"calls": 1, "ms": 5.0}], lambda row: row["ms"])
+    2.0
+    """
+    return sum(row["calls"] * measure(row) for row in rows) / sum(row["calls"] for row in rows)
+
+
+def one_layer(sequences: Sequences, dense: bool = False) -> dict[str, Any]:
+    """Time selection and attention of one layer, with an index in bfloat16 and in fp8."""
     x = make_inputs(sequences)
     chosen = make_selection(sequences, 0.0, every=32)
     check_select(sequences)
     error = check_attention(x, chosen, "auto")
-    row = timed(layer(x, chosen)) | {"error": error}
+    row: dict[str, Any] = timed(layer(x, chosen)) | {"error": error}
+    row["fp8"] = timed(layer(x, chosen, "fp8_e4m3"))
+    row["select"] = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG))
+    if dense:
+        row |= baselines(x, flash=False)
     print(sequences.cu_seqlens_q, sequences.cu_seqlens_k, row, flush=True)
     return row
 

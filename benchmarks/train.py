@@ -20,7 +20,7 @@ Part = Literal["steps", "warm_up"]
 class TrainOptions(report.Options):
     """Check, then time forward, backward and alignment loss on this GPU against dense attention.
 
-    Takes about two minutes on an H100.
+    Takes about two minutes on a Hopper GPU.
     """
 
     parts: tuple[Part, ...] = get_args(Part)

@@ -19,12 +19,9 @@ from benchmarks.stages import freshly
 from benchmarks.timing import timed
 from msa import torch_impl
 from msa.ir import Selection, Sequences
-from msa.triton_impl import align_index, select_fused, tuning
-from msa.triton_impl.attention import attend_selection
-from msa.triton_impl.key_gradients import key_gradients
+from msa.triton_impl import align_index, select_fused
+from msa.triton_impl.attention import attend_selection, key_kernel, query_kernel
 from msa.triton_impl.launch import positions_of
-from msa.triton_impl.query_gradients import query_gradients
-from msa.triton_impl.tile_reverse_index import reverse_union
 from msa.triton_impl.tile_union import split_tiles
 
 BOUND = 0.01
@@ -148,22 +145,23 @@ def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
     output = attend_selection(q, k, v, chosen, SCALE)
     out, lse = output.out, output.lse
     none = torch.zeros_like(lse)
-    union = split_tiles(chosen, positions_of(GROUP))
-    edges = reverse_union(union, chosen, tuning.KEY_TILES)
+    run_queries, union = query_kernel(q, k, v, chosen, SCALE)
+    run_keys, edges = key_kernel(q, k, v, chosen, SCALE, union)
     asking = q_idx.clone().requires_grad_()
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "select": (0, lambda: select_fused(q_idx, k_idx, x.sequences, CONFIG)),
         "forward": (2, lambda: attend_selection(q, k, v, chosen, SCALE)),
         "align": (1, lambda: align_index(
             q, k, asking, k_idx, chosen, x.sequences, CONFIG, lse)),
-        "edges": (0, lambda: reverse_union(
-            split_tiles(chosen, positions_of(GROUP)), chosen, tuning.KEY_TILES)),
-        "queries": (3, lambda: query_gradients(
+        "edges": (0, lambda: key_kernel(
+            q, k, v, chosen, SCALE, query_kernel(q, k, v, chosen, SCALE)[1])),
+        "queries": (3, lambda: run_queries(
             q, k, v, out, d_out, lse, none, union, chosen, SCALE)),
-        "keys": (4, lambda: key_gradients(q, k, v, d_out, lse, none, edges, SCALE)),
+        "keys": (4, lambda: run_keys(q, k, v, d_out, lse, none, edges, SCALE)),
     }  # fmt: skip
     product = cases.attention_flops(chosen) / 2
-    found: dict[str, Any] = {"mean_union": float(union.counts.float().mean())}
+    of_4 = split_tiles(chosen, positions_of(GROUP))
+    found: dict[str, Any] = {"mean_union": float(of_4.counts.float().mean())}
     for name, (products, call) in calls.items():
         times = timed(call)
         rate = {"tflops": products * product / times["ms"] / 1e9} if products else {}

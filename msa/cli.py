@@ -38,6 +38,7 @@ commands:
   bench decode        check and time a step of generation over a paged cache
   bench serving       check and time vLLM's and SGLang's sparse layers with and without plug-ins
   bench integrations  time torch operators, and Hugging Face's MiniMax-M3 on four attentions
+  bench parallel      time one layer on several GPUs, started by torchrun
   bench plots         draw the figures of a results file, without a GPU
 
 `msa COMMAND --help` shows the options of a command, `msa --version` the version.
@@ -59,6 +60,7 @@ COMMANDS = {
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
     "bench serving": ("benchmarks.serving", "ServingOptions", "all"),
     "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
+    "bench parallel": ("benchmarks.parallel", "ParallelOptions", "all"),
     "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
     "doctor": ("msa.doctor", "DoctorOptions", "torch"),
 }

@@ -155,9 +155,10 @@ def print_kernels(choice: dict[str, Any]) -> None:
     rules = (
         ("kernels", kernel_choice.rule()),
         ("walk", kernel_choice.walk_rule()),
+        ("kernel", kernel_choice.key_rule()),
         ("scores of pages", kernel_choice.page_rule()),
     )
-    table, walk, pages = (rule_table(name, rule) for name, rule in rules)
+    table, walk, keys, pages = (rule_table(name, rule) for name, rule in rules)
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
@@ -181,6 +182,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 walk,
+                Text(
+                    "In training, it forms the gradients of keys and values with a hopper kernel "
+                    "where all of this holds:",
+                    style="dim",
+                ),
+                keys,
                 Text("It decodes with the hopper scores where all of this holds:", style="dim"),
                 pages,
             ),

@@ -1,11 +1,11 @@
-"""The rule of `kernels="auto"`: which kernels of the triton backend select, walk unions, decode.
+"""The rule of `kernels="auto"`: which kernels of the triton backend select, attend, and so on.
 
     portable    the Triton kernels beside the spec's files: every shape, any GPU, the interpreter
     hopper      the Gluon kernels of msa/triton_impl/hopper: GPUs of compute capability 9.x, the
                 shapes below
-    auto        for the selection, and for the block scores of a step of decoding: hopper where
-                these kernels run, else portable
-                for the walk along unions: hopper where it runs and was measured to be faster
+    auto        for the selection: hopper where these kernels run, else portable
+                for the walk along unions, for the gradients of attention and for the block
+                scores of a step of decoding: hopper where it runs and was measured to be faster
 
 The hopper selection is the same bit for bit, and it was faster on every shape that was measured
 (docs/ladder.md). The hopper walk gives the same result up to rounding. It was faster on sequences
@@ -14,6 +14,10 @@ of 16K tokens, whatever their selection, and on 128K where neighbouring queries 
 whole union. For longer sequences it takes the portable walk, unless the caller names
 `loop_order="union"`. Then, where neighbours select nothing alike, the hopper walk may be slower:
 at 128K it takes up to 15 % longer than the portable walk.
+
+The gradients have two halves, dQ and dK with dV, and each half has its own choice. A caller who
+names "hopper" for an attention names the walk. The gradients then run on these kernels where they
+can.
 
 `choose` decides, and nothing else does: `msa explain` prints its rule, and benchmarks write its
 answer into their results.
@@ -31,6 +35,8 @@ from msa.config import MSAConfig
 from msa.ir import Array, PagedKV, Selection
 
 Kernels = Literal["auto", "portable", "hopper"]
+Half = Literal["queries", "keys"]
+"""A half of the gradients of attention: dQ, or dK and dV."""
 
 CAPABILITY = 9
 """The major number of the compute capability whose instructions the kernels use."""
@@ -64,6 +70,10 @@ multiprocessor: "auto" avoids it."""
 LARGEST_SCALE = 0.5
 """With a larger softmax scale, a logit may pass float32's range, and the hopper walk gives NaN for
 it, where the portable walk still weighs it right: "auto" avoids it."""
+KEY_GROUPS = (8, 16, 32, 64)
+"""Query heads of a group in the hopper kernel of dK and dV: whole queries fill its tile of rows."""
+SMALLEST_SCALE = 2.0**-64
+"""The kernel of dK and dV divides the LSE by the softmax scale."""
 LONGEST_WHOLE = 128
 """Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
 than "auto" on the portable kernels, for every selection."""
@@ -75,8 +85,24 @@ LARGEST_STEP = 32
 times over with pages of 8 bits, have to fit into registers."""
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a call runs; every choice depends on it."""
+
+    device: str
+    capability: tuple[int, int] | None
+    """None where the device is not a CUDA device."""
+    triton: str | None
+    """The version of triton; None where there is none."""
+    interpreted: bool
+    """Whether kernels run in Triton's interpreter."""
+    readable: bool = True
+    """Whether the copy engine can read the keys and values, or index keys, where they lie. Packed
+    ones that it cannot read are copied; pages are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Place):
     """What the choice for a selection depends on."""
 
     q_dtype: str
@@ -86,21 +112,11 @@ class Call:
     block_size: int
     places: int
     """top_k less the forced blocks."""
-    device: str
-    capability: tuple[int, int] | None
-    """None where the device is not a CUDA device."""
-    triton: str | None
-    """The version of triton; None where there is none."""
-    interpreted: bool
-    """Whether kernels run in Triton's interpreter."""
-    readable: bool = True
-    """Whether the copy engine can read the index keys where they lie. Packed keys that it cannot
-    read are copied; pages are not."""
 
 
-@dataclass(frozen=True)
-class WalkCall:
-    """What the choice for a walk along unions depends on."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall(Place):
+    """What every choice for an attention over a selection depends on."""
 
     q_dtype: str
     k_dtype: str
@@ -110,19 +126,42 @@ class WalkCall:
     group: int
     """Query heads of a group."""
     block_size: int
-    loop_order: str
     rows: int
     """Queries times heads."""
     blocks: int
     """Blocks of the longest sequence."""
     scale: float
     """The softmax scale."""
-    device: str
-    capability: tuple[int, int] | None
-    triton: str | None
-    interpreted: bool
-    readable: bool = True
-    """Whether the copy engine can read keys and values where they lie, as in `Call`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkCall(AttentionCall):
+    """What the choice for a walk along unions depends on."""
+
+    loop_order: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardCall(AttentionCall):
+    """What the choice for a half of the gradients depends on."""
+
+    half: Half
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageCall(Place):
+    """What the choice for the block scores of a step of decoding depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    """The dtype of the pages of index keys."""
+    index_dim: int
+    block_size: int
+    rows: int
+    """New queries of a sequence times groups."""
+
+
+AnyCall = Call | AttentionCall | PageCall
 
 
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
@@ -142,42 +181,33 @@ def walk_call_of(
     q: Array, k: Array, v: Array, selection: Selection, scale: float, loop_order: str
 ) -> WalkCall:
     """What the choice depends on, for these arguments of an attention over a selection."""
-    return WalkCall(
-        q_dtype=dtype_name(q),
-        k_dtype=dtype_name(k),
-        v_dtype=dtype_name(v),
-        dim=q.shape[-1],
-        dim_v=v.shape[-1],
-        group=q.shape[-2] // k.shape[-2],
-        block_size=selection.block_size,
-        loop_order=loop_order,
-        rows=selection.sequences.total_q * q.shape[-2],
-        blocks=longest(selection.sequences.cu_seqlens_k, selection.block_size),
-        scale=scale,
+    return WalkCall(loop_order=loop_order, **attention_of(q, k, v, selection, scale))
+
+
+def backward_call_of(
+    q: Array, k: Array, v: Array, selection: Selection, scale: float, half: Half
+) -> BackwardCall:
+    """What the choice depends on, for a half of the gradients of these arguments."""
+    return BackwardCall(half=half, **attention_of(q, k, v, selection, scale))
+
+
+def attention_of(
+    q: Array, k: Array, v: Array, selection: Selection, scale: float
+) -> dict[str, Any]:
+    """The fields of an `AttentionCall`."""
+    return {
+        "q_dtype": dtype_name(q),
+        "k_dtype": dtype_name(k),
+        "v_dtype": dtype_name(v),
+        "dim": q.shape[-1],
+        "dim_v": v.shape[-1],
+        "group": q.shape[-2] // k.shape[-2],
+        "block_size": selection.block_size,
+        "rows": selection.sequences.total_q * q.shape[-2],
+        "blocks": longest(selection.sequences.cu_seqlens_k, selection.block_size),
+        "scale": scale,
         **machine_of(q),
-    )
-
-
-@dataclass(frozen=True)
-class PageCall:
-    """What the choice for the block scores of a step of decoding depends on."""
-
-    q_dtype: str
-    k_dtype: str
-    """The dtype of the pages of index keys."""
-    index_dim: int
-    block_size: int
-    rows: int
-    """New queries of a sequence times groups."""
-    pages_in_rows: bool
-    """Whether the copy engine can read the pages of index keys, see `are_in_rows`."""
-    device: str
-    capability: tuple[int, int] | None
-    triton: str | None
-    interpreted: bool
-
-
-AnyCall = Call | WalkCall | PageCall
+    }
 
 
 def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
@@ -186,33 +216,9 @@ def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
         q_dtype=dtype_name(q_idx),
         k_dtype=dtype_name(cache.k_idx_pages),
         index_dim=q_idx.shape[-1],
-        rows=q_idx.shape[1] * q_idx.shape[2],
         block_size=cache.k_idx_pages.shape[1],
-        pages_in_rows=are_in_rows(cache.k_idx_pages),
+        rows=q_idx.shape[1] * q_idx.shape[2],
         **machine_of(q_idx),
-    )
-
-
-def are_in_rows(pages: Any) -> bool:
-    """Whether pages [pages, Bk, Di] are rows of memory for the copy engine.
-
-    All tokens lie at one distance, a multiple of 16 bytes, and a page begins a whole number of rows
-    behind the page before it. There may be other rows in between, and pages may overlap.
-    """
-    if not is_torch(pages) or 0 in pages.shape:
-        return False
-    (count, block, dim), (apart, step, one), size = (
-        pages.shape, pages.stride(), pages.element_size(),
-    )  # fmt: skip
-    one_row = step * size
-    return (
-        one == 1
-        and pages.data_ptr() % 16 == 0
-        and dim <= step
-        and one_row % 16 == 0
-        and one_row < 2**40
-        and (count == 1 or (apart > 0 and apart % step == 0))
-        and (count - 1) * apart // step + block < 2**31
     )
 
 
@@ -295,12 +301,14 @@ def obstacle(call: AnyCall) -> TypeError | ValueError | None:
 
     None if they can.
     """
-    if isinstance(call, WalkCall):
-        found = wrong_walk(call)
+    if isinstance(call, Call):
+        found = wrong_selection(call)
     elif isinstance(call, PageCall):
         found = wrong_pages(call)
+    elif isinstance(call, BackwardCall):
+        found = wrong_attention(call) or wrong_backward(call)
     else:
-        found = wrong_selection(call)
+        found = wrong_attention(call) or wrong_walk(call)
     return found or wrong_machine(call)
 
 
@@ -325,10 +333,8 @@ def wrong_selection(call: Call) -> TypeError | ValueError | None:
     return None
 
 
-def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
-    """What the hopper kernel cannot take of a walk along unions."""
-    if call.loop_order == "kv_outer":
-        return ValueError(must("loop_order", "be 'auto' or 'union'", "'kv_outer'"))
+def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
+    """What no hopper kernel of attention can take."""
     for name, dtype in (("q", call.q_dtype), ("k", call.k_dtype), ("v", call.v_dtype)):
         if dtype not in DTYPES:
             return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
@@ -346,6 +352,23 @@ def wrong_walk(call: WalkCall) -> TypeError | ValueError | None:
     return None
 
 
+def wrong_walk(call: AttentionCall) -> ValueError | None:
+    """What the hopper walk cannot take beside."""
+    if isinstance(call, WalkCall) and call.loop_order == "kv_outer":
+        return ValueError(must("loop_order", "be 'auto' or 'union'", "'kv_outer'"))
+    return None
+
+
+def wrong_backward(call: BackwardCall) -> ValueError | None:
+    """What the hopper kernel of dK and dV cannot take beside."""
+    if call.half == "keys" and call.group not in KEY_GROUPS:
+        return ValueError(must("q", f"have {either(KEY_GROUPS)} heads in a group", call.group))
+    if call.half == "keys" and not call.scale >= SMALLEST_SCALE:
+        least = f"be at least {SMALLEST_SCALE:g}"
+        return ValueError(must("softmax_scale", least, call.scale))
+    return None
+
+
 def wrong_pages(call: PageCall) -> TypeError | ValueError | None:
     """What the hopper kernel cannot take of a step of decoding."""
     if call.q_dtype not in DTYPES:
@@ -355,21 +378,20 @@ def wrong_pages(call: PageCall) -> TypeError | ValueError | None:
         return TypeError(must("cache.k_idx_pages", wanted, call.k_dtype))
     if call.index_dim not in INDEX_DIMS:
         return ValueError(must("q_idx", f"have Di = {either(INDEX_DIMS)}", call.index_dim))
+    if not call.readable:
+        return ValueError(must("cache.k_idx_pages", READABLE, "other strides"))
     if call.block_size not in BLOCK_SIZES:
         return ValueError(must("block_size", f"be {either(BLOCK_SIZES)}", call.block_size))
     if call.rows > LARGEST_STEP:
         wanted = f"have at most {LARGEST_STEP} new queries times groups"
         return ValueError(must("q_idx", wanted, call.rows))
-    if not call.pages_in_rows:
-        wanted = "have tokens at one distance, a multiple of 16 bytes, in all pages"
-        return ValueError(must("cache.k_idx_pages", wanted, "other strides"))
     return None
 
 
 def wrong_machine(call: AnyCall) -> ValueError | None:
     """What the machine lacks for hopper kernels."""
     if call.capability is None or call.capability[0] != CAPABILITY:
-        got, name = call.device, "q" if isinstance(call, WalkCall) else "q_idx"
+        got, name = call.device, "q" if isinstance(call, AttentionCall) else "q_idx"
         if call.capability is not None:
             got += " of {}.{}".format(*call.capability)
         return ValueError(must(name, f"be on a GPU of compute capability {CAPABILITY}.x", got))
@@ -383,7 +405,7 @@ def wrong_machine(call: AnyCall) -> ValueError | None:
 
 
 def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
-    """The kernels that select the blocks of a call, walk along its unions, or score its pages.
+    """The kernels for a call: a selection, a walk, half of the gradients, or scores of pages.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -400,11 +422,24 @@ def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
 
 def is_better(call: AnyCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
-    if not isinstance(call, WalkCall):
+    if isinstance(call, Call):
         return True
-    wanted = call.loop_order == "union" or call.blocks <= LONGEST_WHOLE
+    if isinstance(call, PageCall):
+        return call.k_dtype == EIGHT_BITS
+    if isinstance(call, BackwardCall) and call.half == "keys":
+        return call.scale <= LARGEST_SCALE
     fits = call.group >= SMALLEST_GROUP and call.rows >= FEWEST_ROWS
+    if isinstance(call, BackwardCall):
+        return fits
+    wanted = getattr(call, "loop_order", "auto") == "union" or call.blocks <= LONGEST_WHOLE
     return wanted and fits and call.scale <= LARGEST_SCALE
+
+
+def runs_on_hopper(kernels: Kernels, call: BackwardCall) -> bool:
+    """Whether a half of the gradients runs on a hopper kernel; "hopper" means where it can."""
+    if kernels == "hopper":
+        return obstacle(call) is None
+    return choose(kernels, call) == "hopper"
 
 
 def order_on_hopper(call: WalkCall) -> str:
@@ -442,10 +477,16 @@ def walk_rule() -> list[tuple[str, str]]:
     ]
 
 
+def key_rule() -> list[tuple[str, str]]:
+    """What an attention must have for the hopper kernel of dK and dV: names and wanted values."""
+    groups, scales = either(KEY_GROUPS), f"{SMALLEST_SCALE:.1e} to {LARGEST_SCALE:g}"
+    same = "compute capability, triton, dtypes, D, Dv and block_size"
+    return [(same, "as above"), ("query heads of a group", groups), ("softmax scale", scales)]
+
+
 def page_rule() -> list[tuple[str, str]]:
     """What a step of decoding must have for the hopper scores: pairs of a name and the values."""
     sizes = ("compute capability, triton, Di, block_size", "as for a selection")
-    kinds = ("dtype of cache.k_idx_pages", f"that of q_idx or {EIGHT_BITS}")
     rows = ("new queries times groups", f"at most {LARGEST_STEP}")
-    strides = ("strides of the pages", "tokens at one distance, a multiple of 16 bytes")
-    return [sizes, ("dtype of q_idx", either(DTYPES)), kinds, rows, strides]
+    dtypes = [("dtype of q_idx", either(DTYPES)), ("dtype of cache.k_idx_pages", EIGHT_BITS)]
+    return [sizes, *dtypes, rows]

@@ -16,7 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from msa.triton_impl.hopper import block_topk, index_scores, page_scores, union_walk
+from msa.triton_impl.hopper import (
+    block_topk,
+    index_scores,
+    key_gradients,
+    page_scores,
+    query_gradients,
+    union_walk,
+)
 from msa.triton_impl.hopper.plan import PIECE, ROWS
 from msa.triton_impl.launch import pad
 
@@ -70,14 +77,36 @@ def compile_walk(dtype, group, fold, paged=False):
     )  # fmt: skip
 
 
+def compile_keys(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    rows, keys = key_gradients.describe_rows(q, group), key_gradients.describe_keys(k)
+    floats = torch.zeros(256)
+    table, longs = (torch.zeros(64, dtype=kind) for kind in (torch.int32, torch.int64))
+    return key_gradients.hopper_key_gradients_kernel.warmup(
+        rows, keys, keys, rows, floats, floats, table, longs, longs, longs, table, table, floats,
+        floats, 0.1, -8.0, 64, 640, G=group, HKV=4, POS=key_gradients.ROWS // group, grid=(1,),
+        **key_gradients.OPTIONS,
+    )  # fmt: skip
+
+
+def compile_query_gradients(dtype, group):
+    q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
+    table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
+    keys, rows = union_walk.describe(k), query_gradients.describe_rows(q, group)
+    return query_gradients.hopper_query_gradients_kernel.warmup(
+        rows, keys, keys, rows, q, q, floats, floats, table, table, table, table, q, floats, 0.1,
+        0.1, 640, 20, G=group, HKV=4, HEADS=pad(group, 8), grid=(1,), **query_gradients.OPTIONS,
+    )  # fmt: skip
+
+
 def compile_pages(dtype, q_dtype, dim, block_size, rows, named=False):
     dtype, q_dtype = getattr(torch, dtype), getattr(torch, q_dtype)
     q, pages = torch.zeros(2, 1, rows, dim).to(q_dtype), torch.zeros(4, block_size, dim).to(dtype)
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys, page_rows = page_scores.describe(pages)
     return page_scores.page_scores_kernel.warmup(
-        q, pages, keys, table, table, table, floats, floats, table, 0.1, 2, 4, 64, 4, page_rows,
-        pages.stride(0), *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
+        q, keys, table, table, table, floats, floats, table, 0.1, 2, 4, 64, page_rows,
+        *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
         LOCAL=1, NAMED=named, launch_pdl=True, grid=(1,),
         **page_scores.options(dtype, q_dtype, rows, dim, block_size),
     )  # fmt: skip
@@ -98,6 +127,7 @@ def facts(kernel):
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", says))),
         "threads": int(re.search(r"\.reqntid (\d+)", ptx)[1]),
         "shared": kernel.metadata.shared,
+        "constants": re.findall(r"e4m3x2\.f32\s+%rs\d+, (%r\d+), \1;", ptx),  # twice the same
         "steps": re.findall(
             r"ldmatrix|wgmma\.mma_async|mbarrier\.arrive(?!\.expect)|bar\.sync|shfl", ptx
         ),
@@ -107,7 +137,7 @@ def facts(kernel):
 if __name__ == "__main__":
     driver.set_active(Hopper())
     makers = {
-        "scores": compile_scores, "topk": compile_topk, "walk": compile_walk,
-        "pages": compile_pages,
+        "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
+        "queries": compile_query_gradients, "pages": compile_pages,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

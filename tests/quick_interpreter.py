@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter three times as fast: it keeps what it would compute again.
+"""Makes Triton's interpreter several times as fast: it keeps what it would compute again.
 
 It runs the same operations on the same numbers, with less work around them. Without this file, the
 interpreter searches all of `triton.language` for functions to replace at every launch, and at every
@@ -44,7 +44,11 @@ def replace_functions_once() -> None:
         for owner in owners
     }
 
-    semantic, replacements = interpreter.interpreter_semantic, {}
+    from quick_functions import quick_functions  # these read names of this release, too
+    from quick_operators import quick_operators
+
+    semantic = interpreter.interpreter_semantic
+    replacements = quick_operators() | quick_functions()
 
     def replacement_of(member):
         if member not in replacements:
@@ -64,19 +68,45 @@ def replace_functions_once() -> None:
                 scope.set_attr(owner, name, replacement_of(member))
 
     replace_all, PlainScope = interpreter._patch_lang, interpreter._LangPatchScope
-    languages, done = {id(tl), id(tl.core)}, set()
+    languages, uses, done = {id(tl), id(tl.core)}, {}, set()
+    changes = {}  # the first launch with these modules lists them; later ones repeat the list
 
     class Scope(PlainScope):
         def restore(self):
+            for owner, name, original, _ in self.repeated:
+                if original is interpreter._MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, original)
             super().restore()
             done.clear()
 
+        repeated = ()
+
     def replace_what_is_left(fn):
-        used = languages.intersection(map(id, fn.__globals__.values()))
+        if fn not in uses:
+            uses[fn] = frozenset(languages.intersection(map(id, fn.__globals__.values())))
+        used = uses[fn]
         if used and used <= done:
             return PlainScope()  # with nothing to put back
+        is_first = not done
         done.update(used)
-        return replace_all(fn)
+        if is_first and used in changes:
+            scope = Scope()
+            scope.repeated = changes[used]
+            for owner, name, _, new in scope.repeated[::-1]:
+                setattr(owner, name, new)
+            return scope
+        scope = replace_all(fn)
+        if is_first and used:
+            made = {}
+            for owner, name, original in scope._changes:
+                made.setdefault((owner, name), original)
+            changes[used] = [
+                (owner, name, original, vars(owner)[name])
+                for (owner, name), original in made.items()
+            ]
+        return scope
 
     interpreter._patch_builtin = replace_builtins
     interpreter._LangPatchScope = Scope
@@ -111,7 +141,7 @@ def keep_shapes() -> None:
         if key not in broadcasts:
             pair = broadcast(self, lhs, rhs)
             broadcasts[key] = [
-                None if new is old else (new.type, new.handle.data.shape)
+                None if new is old else (new.type, new.handle.data.shape, old.type.is_block())
                 for old, new in zip((lhs, rhs), pair)
             ]
             return pair
@@ -120,8 +150,10 @@ def keep_shapes() -> None:
             for tensor, new in zip((lhs, rhs), broadcasts[key])
         ]
 
-    def spread(handle, type, shape):
-        data = np.broadcast_to(handle.data, shape)
+    def spread(handle, type, shape, is_block):
+        # a single number becomes an array in C order, which decides the order of results
+        data = handle.data
+        data = np.broadcast_to(data, shape) if is_block else np.full(shape, data, data.dtype)
         return tl.tensor(interpreter.TensorHandle(data, handle.dtype.scalar), type)
 
     tl.block_type.__init__ = init_block
@@ -175,6 +207,13 @@ def keep_operands() -> None:
         return number
 
     Semantic.binary_op_type_checking_impl = check_quickly
+
+    to_tensor = Semantic.to_tensor
+
+    def as_it_is(self, x, check_type=True):
+        return x if type(x) is tl.tensor else to_tensor(self, x, check_type)
+
+    Semantic.to_tensor = as_it_is
 
     def init_handle(self, data, dtype, attr=None):
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr

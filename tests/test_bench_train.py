@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ from rich.console import Console
 
 from benchmarks import cases, train, train_stages
 from benchmarks.checks import SCALE, Wrong
+from benchmarks.reading import committed
 from msa import torch_impl
 from msa.ir import Sequences
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "train_h100.json"
-FOUND = json.loads(RESULTS.read_text())
+FOUND = json.loads(committed("train").read_text())
 
 
 def test_the_table_shows_the_committed_results():

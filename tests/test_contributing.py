@@ -14,9 +14,9 @@ from docs.hooks import included
 ROOT = Path(__file__).parent.parent
 TEXTS = ("DESIGN.md", "CONTRIBUTING.md", "README.md")
 MADE = ("benchmarks/NAME", "msa/NAME", "msa/triton_impl/NAME", "msa/triton_impl/hopper/NAME",
-        "benchmarks/figures/NAME",
+        "benchmarks/figures/NAME", "benchmarks/run",
         "msa/reference/X", "msa/torch_impl/X", "msa/triton_impl/X")  # fmt: skip
-"""Prefixes of paths that mean new files, or the file of any step."""
+"""Prefixes of paths that mean new files, results of a run, or the file of any step."""
 FOLDERS = ("msa/", "docs/", "tests/", "benchmarks/", "examples/")
 
 

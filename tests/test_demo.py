@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 import msa
 from msa.demo import digits
-from msa.demo.digits import DigitsOptions
+from msa.demo.digits import DigitsOptions, classify
 from msa.demo.digits.experiment import keys_read, measure
 from msa.demo.digits.features import load_images, split
 from msa.demo.digits.stream import Stream, build_stream
@@ -155,7 +155,7 @@ def test_options_out_of_range_are_named(name, options):
 def test_poster_and_tables_are_written(results, tmp_path: Path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     path = tmp_path / "new folder" / "poster.png"
-    monkeypatch.setattr(digits, "compute", lambda options, console: results)
+    monkeypatch.setattr(classify, "compute", lambda options, console: results)
     assert digits.run(DigitsOptions(plot=path)) == 0
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.rstrip().endswith(b"IEND\xaeB`\x82")

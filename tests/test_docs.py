@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from benchmarks.reading import best_dense
+from docs.hooks import readme
 from msa import cli
 
 ROOT = Path(__file__).parent.parent
@@ -67,49 +66,20 @@ def test_python_blocks_run(code, capsys):
     assert capsys.readouterr().out
 
 
-def test_measured_figures_are_those_of_the_results():
-    results = ROOT / "benchmarks" / "results"
-    cpu = json.loads((results / "crossing_cpu.json").read_text())
-    assert f"{cpu['crossing_tokens']:,.0f} tokens" in README
-    gains = [
-        f"{t['dense']['median'] / t['msa']['median']:.1f}× at {int(n) // 1024}K"
-        for n, t in cpu["seconds"].items()
-        if int(n) >= 8192
-    ]
-    assert ", ".join(gains) in README
-    gpu = json.loads((results / "prefill_h100.json").read_text())
-    training = json.loads((results / "train_h100.json").read_text())
-    assert "H100" in gpu["device"] and "H100" in training["device"]
-    prompts = [
-        (row["n"], row["cudnn"]["ms"], stage["whole"]["ms"])
-        for row in gpu["lengths"] for stage in row["attention"]
-        if row["n"] >= 8192 and stage["keep"] == 0.95
-    ]  # fmt: skip
-    steps = [
-        (row["n"], row["dense"]["ms"], sparse["step"]["ms"])
-        for row in training["steps"] for sparse in row["sparse"] if sparse["keep"] == 0.95
-    ]  # fmt: skip
-    assert len(prompts) >= 3 and len(steps) == 3
-    for rows in (prompts, steps):
-        gains = [f"{dense / ours:.1f}× at {n // 1024}K" for n, dense, ours in rows]
-        assert ", ".join(gains) in README
-    decoding = json.loads((results / "decode_h100.json").read_text())
-    assert "H100" in decoding["device"]
-    gain = {
-        (row["batch"], row["context"], form): f"{best_dense(row) / row[form]['step']['us']:.1f}×"
-        for row in decoding["steps"]
-        for form in ("bf16", "fp8 index")
-    }
-    one, four = (gain[b, n, "bf16"] for b, n in ((1, 2**17), (4, 2**20)))
-    assert f"{one} at 128K, {gain[1, 2**20, 'bf16']} at 1M; {four} for four" in README
-    assert f"in 8 bits {gain[4, 2**20, 'fp8 index']}" in README
-    ways = json.loads((results / "integrations_h100.json").read_text())["lengths"]["ways"]
-    eager, sdpa, _, ours = ({row["n"]: row for row in rows} for rows in ways.values())
-    gains = [f"{x[8192]['time']['ms'] / ours[8192]['time']['ms']:.1f}×" for x in (eager, sdpa)]
-    assert f"{'; '.join(gains)} at 8K" in README
-    assert eager[16384]["ends"] == sdpa[16384]["ends"] == "out of memory"
-    last = ours[131072]
-    assert f"{last['time']['ms'] / 1000:.2f} s and {last['gib']:.1f} GiB at 128K" in README
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_measured_numbers_and_figures_are_those_of_the_results(page):
+    """`python -m docs.hooks.readme` writes them anew."""
+    text = (ROOT / page).read_text()
+    assert readme.renewed(text) == text
+    figures = [found[0] for found in readme.FIGURE.finditer(text)]
+    assert figures and all((ROOT / "docs" / name).exists() for name in figures)
+
+
+def test_the_readme_has_the_table_of_the_results():
+    table = readme.measured()
+    assert table in README and len(table.splitlines()) == 7
+    changed = README.replace("× at 128K", "× at 127K")
+    assert changed != README and readme.renewed(changed) == README
 
 
 def test_files_that_the_readme_names_exist():

@@ -18,6 +18,7 @@ from hypothesis import settings
 from msa.kernel_choice import (
     BLOCK_SIZES,
     INDEX_DIMS,
+    KEY_GROUPS,
     LARGEST_GROUPS,
     LARGEST_PLACES,
     LARGEST_STEP,
@@ -52,6 +53,10 @@ FEW_WALKS = [
     ("float16", 16, False, False),
     ("bfloat16", 16, False, True),
 ]
+KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a group
+FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
+QUERIES = [*product(("bfloat16", "float16"), HEADS)]  # dtype, heads
+FEW_QUERIES = [("bfloat16", 16), ("float16", 16)]
 
 PAGES = [  # dtypes of pages and queries, Di, block size, queries times groups
     *product(
@@ -84,9 +89,8 @@ def compiled(kernels):
     return json.loads(found.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_score_kernels_fit(dtype):
-    kernels = [options for options in chosen(FEW_SCORES, SCORES) if options[0] == dtype]
+def test_score_kernels_fit():
+    kernels = chosen(FEW_SCORES, SCORES)
     for options, found in zip(kernels, compiled([("scores", *k) for k in kernels]), strict=True):
         assert found["spilled"] == 0, options
         assert "C7514" not in found["says"], options  # products one after another
@@ -136,7 +140,7 @@ def test_scores_of_pages_of_a_serving_engine_fit():
     kernels = [("float8_e4m3fn", q_dtype, 128, 128, 4, named)
                for q_dtype, named in (("float8_e4m3fn", False), ("bfloat16", True))]  # fmt: skip
     for options, found in zip(kernels, compiled([("pages", *k) for k in kernels]), strict=True):
-        assert (found["spilled"], found["registers"] <= 64) == (0, True), options
+        assert (found["spilled"], found["registers"] <= 80) == (0, True), options
         assert "C75" not in found["says"], options
 
 
@@ -147,9 +151,35 @@ def test_scores_of_pages_fit():
         assert found["spilled"] == 0, options
         assert "C75" not in found["says"], options
         eight, rows = options[0] == "float8_e4m3fn", options[-1]
-        assert found["registers"] <= (64 if rows <= 8 or not eight else 128), options
+        assert found["registers"] <= (128 if eight and rows > 8 else 80 if eight else 64), options
         assert found["threads"] == 256, options
         assert found["shared"] <= SHARED_WITH_ATTENTION * 1024, options
+        assert not found["constants"], options  # see `load_queries`
         *_, dim, block_size, _ = options
         products = block_size // 64 * dim * (1 if eight else 2) // 32
+        products *= 2 if eight and rows <= 8 else 1  # two pages at a time
         assert found["steps"].count("wgmma.mma_async") == products, options
+
+
+def test_key_gradient_kernels_fit():
+    """Of each consumer: four products, in which a wait of the assembler's own would be C7517."""
+    kernels = chosen(FEW_KEYS, KEYS)
+    for options, found in zip(kernels, compiled([("keys", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 168, options
+        assert found["shared"] <= 227 * 1024, options
+        assert found["spilled"] == 0, options
+        assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 4 + 4), options
+
+
+def test_query_gradient_kernels_fit():
+    kernels = chosen(FEW_QUERIES, QUERIES)
+    found = compiled([("queries", *k) for k in kernels])
+    for options, facts in zip(kernels, found, strict=True):
+        assert "C75" not in facts["says"], options  # products one after another
+        assert facts["registers"] * facts["threads"] <= 65536, options
+        assert facts["registers"] <= 168, options
+        assert facts["shared"] <= 227 * 1024, options
+        assert facts["spilled"] <= 512, options  # numbers of an item, outside of the inner loop
+        assert facts["steps"].count("wgmma.mma_async") >= 6 * 8, options

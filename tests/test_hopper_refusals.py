@@ -12,12 +12,14 @@ import msa
 from msa import kernel_choice
 from msa.checks import is_interpreted
 from msa.kernel_choice import (
+    BackwardCall,
     Call,
     PageCall,
     WalkCall,
     choose,
     obstacle,
     order_on_hopper,
+    runs_on_hopper,
     usual_call,
 )
 
@@ -72,10 +74,23 @@ BAD_WALKS = [
       if changes.keys() <= {"capability", "device", "interpreted", "triton"}),
 ]  # fmt: skip
 
+KEYS = BackwardCall(
+    half="keys",
+    **{f.name: getattr(WALK, f.name) for f in fields(WalkCall) if f.name != "loop_order"},
+)
+BAD_KEYS = [
+    *(bad for bad in BAD_WALKS if "loop_order" not in bad[0]),
+    ({"group": 9}, ValueError, "q must have 8, 16, 32 or 64 heads in a group for kernels="),
+    ({"group": 4}, ValueError, "q must have 8, 16, 32 or 64 heads in a group for kernels="),
+    ({"scale": 1e-30}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+    ({"scale": 0.0}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+    ({"scale": -1.0}, ValueError, "softmax_scale must be at least 5.42101e-20 for kernels="),
+]  # fmt: skip
+
 
 PAGES = PageCall(
     q_dtype="bfloat16", k_dtype="float8_e4m3fn", index_dim=128, rows=4, block_size=128,
-    pages_in_rows=True, device="cuda:0", capability=(9, 0), triton="3.6.0", interpreted=False,
+    device="cuda:0", capability=(9, 0), triton="3.6.0", interpreted=False,
 )  # fmt: skip
 BAD_PAGES = [
     ({"q_dtype": "float32"}, TypeError, "q_idx must have dtype float16 or bfloat16 for kernels="),
@@ -84,17 +99,17 @@ BAD_PAGES = [
     ({"index_dim": 96}, ValueError, "q_idx must have Di = 64 or 128 for kernels='hopper', got 96"),
     ({"block_size": 32}, ValueError, "block_size must be 64 or 128 for kernels='hopper', got 32"),
     ({"rows": 33}, ValueError, "q_idx must have at most 32 new queries times groups for kernels="),
-    ({"pages_in_rows": False}, ValueError, "cache.k_idx_pages must have tokens at one distance, "),
+    ({"readable": False}, ValueError, "cache.k_idx_pages must start each token at a multiple of "),
     *(bad for bad in BAD if bad[0].keys() <= {"capability", "device", "interpreted", "triton"}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("good", "changes", "error", "message"),
-    [(GOOD, *bad) for bad in BAD]
-    + [(WALK, *bad) for bad in BAD_WALKS]
-    + [(PAGES, *bad) for bad in BAD_PAGES],
-)
+    [(good, *bad)
+     for good, every in ((GOOD, BAD), (WALK, BAD_WALKS), (KEYS, BAD_KEYS), (PAGES, BAD_PAGES))
+     for bad in every],
+)  # fmt: skip
 def test_what_hopper_kernels_cannot_take(good, changes, error, message):
     """Named, they are refused; left to the rule, the portable kernels do it."""
     call = replace(good, **changes)
@@ -118,6 +133,28 @@ def test_auto_takes_the_walk_where_it_is_faster(changes, auto):
     assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
 
 
+@pytest.mark.parametrize(("changes", "auto"), [
+    ({}, True), ({"group": 8}, True), ({"group": 64}, True), ({"blocks": 8192}, True),
+    ({"rows": 16}, True), ({"scale": 0.5}, True), ({"scale": 0.51}, False),
+])  # fmt: skip
+def test_auto_takes_the_kernel_of_keys_where_it_is_faster(changes, auto):
+    call = replace(KEYS, **changes)
+    assert runs_on_hopper("auto", call) == auto
+    assert runs_on_hopper("hopper", call) and not runs_on_hopper("portable", call)
+
+
+def test_gradients_of_a_named_walk_run_on_hopper_where_they_can():
+    """The name is that of the walk, so nothing is refused here."""
+    assert not runs_on_hopper("hopper", replace(KEYS, group=5))
+
+
+def test_the_halves_of_gradients_are_read_from_the_arguments():
+    q, k = (np.ones((300, heads, 128), "f2") for heads in (32, 2))
+    chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
+    call = kernel_choice.backward_call_of(q, k, k, chosen, 0.3, "keys")
+    assert call.half == "keys" and call.rows == 9600 and call.group == 16 and call.scale == 0.3
+
+
 def test_every_fact_of_a_walk_counts():
     refuse = {name for changes, *_ in BAD_WALKS for name in changes}
     assert refuse | {"rows", "blocks", "scale"} == {f.name for f in fields(WalkCall)}
@@ -133,30 +170,14 @@ def test_every_fact_can_refuse(call, bad):
     assert {name for changes, *_ in bad for name in changes} == {f.name for f in fields(call)}
 
 
-def test_what_the_scores_of_pages_take():
-    for changes in ({}, {"k_dtype": "bfloat16"}, {"q_dtype": "float16"}, {"index_dim": 64},
-                    {"rows": 32}, {"block_size": 64}):  # fmt: skip
-        call = replace(PAGES, **changes)
-        assert choose("auto", call) == choose("hopper", call) == "hopper"
-        assert choose("portable", call) == "portable"
-
-
-@pytest.mark.parametrize(("pages", "in_rows"), [
-    (torch.ones(5, 16, 64), True),
-    (torch.ones(5, 20, 80)[:, :16, :64], True),
-    (torch.ones(1, 16, 64).as_strided((1, 16, 64), (7, 64, 1)), True),
-    (torch.ones(9, 64).as_strided((6, 4, 64), (64, 64, 1)), True),  # a page at each token
-    (torch.ones(5, 16, 66)[..., :64], False),  # rows begin at multiples of 8 bytes
-    (torch.ones(5, 16, 64)[..., 1:], False),
-    (torch.ones(5, 64, 16).mT, False),
-    (torch.ones(1, 16, 64).expand(5, 16, 64), False),
-    (torch.ones(5, 1, 64).expand(5, 16, 64), False),
-    (torch.ones(400).as_strided((2, 2, 64), (96, 64, 1)), False),  # half a row apart
-    (torch.ones(0, 16, 64), False),
-    (np.ones((5, 16, 64)), False),
+@pytest.mark.parametrize(("changes", "auto"), [
+    ({}, "hopper"), ({"k_dtype": "bfloat16"}, "portable"), ({"q_dtype": "float16"}, "hopper"),
+    ({"index_dim": 64}, "hopper"), ({"rows": 32}, "hopper"), ({"block_size": 64}, "hopper"),
 ])  # fmt: skip
-def test_pages_that_the_copy_engine_can_read(pages, in_rows):
-    assert kernel_choice.are_in_rows(pages) == in_rows
+def test_auto_takes_the_scores_of_pages_where_they_are_faster(changes, auto):
+    call = replace(PAGES, **changes)
+    assert choose("auto", call) == auto
+    assert choose("hopper", call) == "hopper" and choose("portable", call) == "portable"
 
 
 def test_a_step_of_decoding_is_read_from_the_arguments():
@@ -164,8 +185,10 @@ def test_a_step_of_decoding_is_read_from_the_arguments():
     table, lengths = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     cache = msa.PagedKV(pages[:, :, None], pages[:, :, None], pages, table, lengths)
     call = kernel_choice.page_call_of(torch.ones(2, 3, 5, 128), cache)
-    assert call == PageCall("float32", "float16", 128, 64, 15, True, "cpu", None, call.triton,
-                            is_interpreted())  # fmt: skip
+    assert call == PageCall(
+        q_dtype="float32", k_dtype="float16", index_dim=128, block_size=64, rows=15,
+        device="cpu", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
 
 
 def test_what_they_take():
@@ -183,8 +206,10 @@ def test_the_call_is_read_from_the_arguments(batched):
     lead = (3, 7) if batched else (7,)
     q_idx, k_idx = np.ones((*lead, 5, 64), "f2"), np.ones((*lead, 64), "f4")
     call = kernel_choice.call_of(q_idx, k_idx, msa.MSAConfig(64, 20, 3, 2))
-    assert call == Call("float16", "float32", 64, 5, 64, 15, "the CPU", None, call.triton,
-                        is_interpreted())  # fmt: skip
+    assert call == Call(
+        q_dtype="float16", k_dtype="float32", index_dim=64, groups=5, block_size=64, places=15,
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
     tensor = torch.ones(*lead, 5, 64)
     assert kernel_choice.call_of(tensor, tensor, msa.MSAConfig()).device == "cpu"
 
@@ -197,7 +222,9 @@ def test_the_rule_names_its_own_numbers():
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
     told = dict(kernel_choice.page_rule())
-    assert told["new queries times groups"] == "at most 32" and len(told) == 5
+    assert told["new queries times groups"] == "at most 32" and len(told) == 4
+    told = dict(kernel_choice.key_rule())
+    assert told["query heads of a group"] == "8, 16, 32 or 64" and len(told) == 3
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -206,9 +233,11 @@ def test_a_walk_is_read_from_the_arguments(batched):
     q, k, v = (np.ones((*lead, heads, dim), "f2") for heads, dim in ((6, 64), (2, 64), (2, 32)))
     chosen = msa.Selection(np.zeros((300, 2, 1), np.int32), msa.Sequences.one(300, 300), 128)
     call = kernel_choice.walk_call_of(q, k, v, chosen, 0.3, "union")
-    sizes = 64, 32, 3, 128, "union", 1800, 3, 0.3
-    assert call == WalkCall(*["float16"] * 3, *sizes, "the CPU", None, call.triton,
-                            is_interpreted())  # fmt: skip
+    assert call == WalkCall(
+        q_dtype="float16", k_dtype="float16", v_dtype="float16", dim=64, dim_v=32, group=3,
+        block_size=128, rows=1800, blocks=3, scale=0.3, loop_order="union",
+        device="the CPU", capability=None, triton=call.triton, interpreted=is_interpreted(),
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU may run the hopper kernels")

@@ -49,7 +49,8 @@ def run_small(folder, ports=("", "")):
     first = os.environ.get("RANK", "0") == "0"
     for port in ports:
         os.environ["MASTER_PORT"] = port
-        train.train(TrainOptions(out=folder, seed=SEED), lambda line: first and line["step"] == 2)
+        options = TrainOptions(out=folder, seed=SEED, context_parallel=int(os.environ["CONTEXT"]))
+        train.train(options, lambda line: first and line["step"] == 2)
 
 
 if __name__ == "__main__":
@@ -57,15 +58,15 @@ if __name__ == "__main__":
     run_small(Path(sys.argv[1]), sys.argv[2:])
 
 
-def start(folder, processes):
-    """Start the processes as torchrun does."""
+def start(folder, processes, context=1):
+    """Start the processes as torchrun does; `context` of them read the same documents."""
     with socket.socket() as one, socket.socket() as two:
         for free in (one, two):
             free.bind(("127.0.0.1", 0))
         ports = [str(free.getsockname()[1]) for free in (one, two)]
     shared = {
         "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes),
-        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_RUN_ID": "test", "CONTEXT": str(context),
     }  # fmt: skip
     started = [
         subprocess.Popen(
@@ -90,12 +91,14 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "HELD_OUT", 2)
     monkeypatch.setitem(PRESETS, "tiny", SMALL)
     monkeypatch.setenv("MASTER_PORT", "")
+    monkeypatch.setenv("CONTEXT", "1")
     run_small(tmp_path / "alone")
     return tmp_path / "alone"
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path, alone):
-    start(tmp_path / "both", 2)
+@pytest.mark.parametrize("processes, context", [(2, 1), (2, 2), (4, 2)])
+def test_processes_take_the_steps_of_one(tmp_path, alone, processes, context):
+    start(tmp_path / "both", processes, context)
     one, two = lines(alone), lines(tmp_path / "both")
     assert [line["step"] for line in two] == list(range(6))
     assert {line["context"] for line in two} == {24, 48, 96}

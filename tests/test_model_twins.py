@@ -14,7 +14,8 @@ from test_model_train import MICRO, metrics
 import msa
 from msa import cli
 from msa.model import checkpoint
-from msa.model.attention import Mode, attend_densely
+from msa.model.attention import Mode
+from msa.model.dense import attend_densely
 from msa.training import train
 from msa.training.convert_dense import convert
 from msa.training.options import TrainOptions, read_preset
@@ -245,7 +246,7 @@ def test_a_converted_model_is_trained_on(dense, tmp_path):
     assert [line["mode"] for line in metrics(options.out)] == ["dense", "sparse", "sparse"]
     first = Trainer(read_preset(TrainOptions(attention="dense")), 0, dense)
     batch = first.batch(0)
-    wanted = first.losses(batch, "dense").language.item()
+    wanted = first.read(batch, "dense")[0].item()
     assert metrics(options.out)[0]["language"] == pytest.approx(wanted, abs=1e-5)
 
 

@@ -121,6 +121,17 @@ WALK_CASES = {
         WALK_BASE, sequences=msa.Sequences.one(60, 3000), picks=Picks("spread", 2)
     ),
 }  # fmt: skip
+KEY_CHECKS = {
+    "r18_gradients_in_every_dtype": {
+        "hopper_key_gradients_kernel", "hopper_query_gradients_kernel", "sum_items_kernel",
+    },
+}  # fmt: skip
+KEY_CASES = {
+    "one sequence": WALK_BASE,
+    "ragged": WALK_CASES["ragged"],
+    "float16 of eight heads": replace(WALK_CASES["ragged"], dtype="float16", group=8),
+    "64 heads": replace(WALK_BASE, group=64),
+}
 SCORES = {
     "few": ScoresCase(msa.MSAConfig(16, 3, 1), RAGGED.sequences, 2, Fill("ties", 0)),
     "many": ScoresCase(msa.MSAConfig(16, 5), msa.Sequences.one(3, 9700), 1, Fill("normal", 1)),
@@ -138,6 +149,7 @@ HOPPER_RUNS = [
     pytest.param(subject, name, case, id=f"hopper-{name.partition('_')[0]}-{label}")
     for tested, checks, cases in (
         (HOPPER, HOPPER_CHECKS, HOPPER_CASES), (WALK, WALK_CHECKS, WALK_CASES),
+        (WALK, KEY_CHECKS, KEY_CASES),
     )
     for subject in tested
     for name in checks
@@ -184,7 +196,7 @@ def test_hopper_kernels(subject, name, case, launched):
     PROPERTIES[name].check(subject, case)
     nothing_to_choose = case.config.forced_blocks == case.config.top_k
     left_out = {"block_scores_kernel"} if nothing_to_choose else set()
-    checks = WALK_CHECKS if subject in WALK else HOPPER_CHECKS
+    checks = WALK_CHECKS | KEY_CHECKS if subject in WALK else HOPPER_CHECKS
     assert checks[name] - left_out <= launched
 
 
@@ -281,5 +293,6 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 
 def test_no_kernel_is_left_out():
     named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
-    named.update(*(HOPPER_CHECKS | WALK_CHECKS).values() if GLUON else ())
+    checks = HOPPER_CHECKS | WALK_CHECKS | KEY_CHECKS
+    named.update(*checks.values() if GLUON else ())
     assert named == set(KERNELS)

@@ -317,9 +317,9 @@ def test_gradients_by_super_tiles(monkeypatch):
     keys = importlib.import_module("msa.triton_impl.key_gradients")
     part, add_up = attention.gradients_of_part, keys.sum_items
 
-    def noted(tensors, *args):
+    def noted(tensors, *args, **options):
         sizes.append(len(tensors[0]))
-        return part(tensors, *args)
+        return part(tensors, *args, **options)
 
     def held_by(parts, *args, **options):
         held.append(parts.nbytes)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
+from unittest import mock
 
-from msa.cli import HELP
+from msa import cli
+
+PAGE = {"COLUMNS": "88", "NO_COLOR": "1"}
 
 
 def ask(*words: str) -> str:
     """What `msa WORDS --help` prints.
 
     Raises:
-        subprocess.CalledProcessError: if the command fails.
+        ValueError: if the command fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "msa.cli", *words, "--help"], capture_output=True, text=True,
-        check=True, env=os.environ | {"COLUMNS": "88", "NO_COLOR": "1"},
-    )  # fmt: skip
-    return done.stdout.strip()
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # frames need its letters
+    with mock.patch.dict(os.environ, PAGE), contextlib.redirect_stdout(printed):
+        try:
+            code = cli.main([*words, "--help"])
+        except SystemExit as end:
+            code = end.code
+    if code:
+        raise ValueError(f"msa {' '.join(words)} --help must end with 0, got {code}")
+    printed.flush()
+    return printed.buffer.getvalue().decode().strip()
 
 
 def helps() -> str:
     """A heading and a listing for `msa` and each of its commands."""
-    names = re.findall(r"^  (\w+(?: \w+)?)   ", HELP, re.M)
+    names = re.findall(r"^  (\w+(?: \w+)?)   ", cli.HELP, re.M)
     parts = [f"```text\n{ask()}\n```"]
     parts += [f"## msa {name}\n\n```text\n{ask(*name.split())}\n```" for name in names]
     return "\n\n".join(parts)

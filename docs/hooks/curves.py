@@ -33,12 +33,12 @@ def decode_figure() -> str:
     """Microseconds of one decoding step, dense and sparse, for each batch and context."""
     caption = "One new token per sequence. The dense time is that of the faster of two kernels."
     alt = "bars of three kinds for each cache size, the dense ones longest"
-    return show("decode_h100", steps, caption, alt)
+    return show("decode", steps, caption, alt)
 
 
 def crossing_figure() -> str:
     """Seconds against tokens on a CPU."""
-    found = read("crossing_cpu")
+    found = read("crossing")
     lengths = [int(n) for n in found["seconds"]]
     with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
         figure, axis = pyplot.subplots(figsize=(8, 3.2))
@@ -54,7 +54,7 @@ def crossing_figure() -> str:
         axis.legend(frameon=False)
         caption = f"From {found['crossing_tokens']:,.0f} tokens on, MSA is faster (dashed line)."
         alt = "two lines that cross, the sparse one flatter"
-        return inline(figure, "crossing", caption, alt) + age("crossing_cpu")
+        return inline(figure, "crossing", caption, alt) + age("crossing")
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -65,13 +65,13 @@ def table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def findings_table(lines_of: Callable[[dict[str, Any]], list[tuple[str, ...]]]) -> str:
     """One of the tables of `msa findings`."""
-    columns, *rows = lines_of(read("findings_tiny"))
+    columns, *rows = lines_of(read("findings"))
     return f"{table(columns, rows)}\n"
 
 
 def selection_table() -> str:
     """Selection by length, and the stand-alone top-k against torch's."""
-    found = read("prefill_h100")
+    found = read("prefill")
     by_length = [
         (f"{row['n']:,}", f"{row['select']['bf16']['ms']:.3f}", f"{row['select']['bf16']['tflops']:.0f}",
          f"{row['select']['fp8_e4m3']['ms']:.3f}", f"{row['select']['fp8_e4m3']['tflops']:.0f}")
@@ -83,16 +83,16 @@ def selection_table() -> str:
     ]  # fmt: skip
     scan = table(("tokens", "bf16, ms", "TFLOP/s", "fp8, ms", "TFLOP/s"), by_length)
     rows = table(("rows", "scores each", "k", "torch.topk, ms", "here, ms"), topk)
-    return f"{scan}\n\nThis table shows the top-k alone, over scores that are in memory:\n\n{rows}\n\n{age('prefill_h100')}"
+    return f"{scan}\n\nThis table shows the top-k alone, over scores that are in memory:\n\n{rows}\n\n{age('prefill')}"
 
 
 def training_table() -> str:
     """A training step by length, against the dense one."""
-    found = read("train_h100")
+    found = read("train")
     rows = [
         (f"{row['n']:,}", f"{row['dense']['ms']:.1f}", f"{sparse['step']['ms']:.1f}",
          f"{row['dense']['ms'] / sparse['step']['ms']:.1f}×", f"{sparse['keep']:g}")
         for row in found["steps"] for sparse in row["sparse"]
     ]  # fmt: skip
     columns = ("tokens", "dense step, ms", "MSA step, ms", "gain", "ρ")
-    return f"{table(columns, rows)}\n\n{age('train_h100')}"
+    return f"{table(columns, rows)}\n\n{age('train')}"

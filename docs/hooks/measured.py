@@ -17,26 +17,26 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
+from benchmarks import reading
 from benchmarks.figures.style import BLUE, GREEN, GRID, INK, MUTED, ORANGE, QUIET, SKY, STYLE
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = reading.RESULTS
 FINDINGS = ROOT / "msa" / "ablations"
 """The folder of the ablations' results, which are part of the package."""
-SHARED = ("tile_verbs", "launch", "tables", "tuning")
+SHARED = ("tile_verbs", "launch", "tables", "tuning", "bits")
+HOPPER = ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
+          "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows")  # fmt: skip
 KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
-                "quantize", "tile_union", "reverse_index", "schedule", *SHARED),
+                "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
-              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", *SHARED),
-    "selection": ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hopper/plan",
-                  "hopper/ring", "quantize"),
-    "walk": ("hopper/union_walk", "hopper/walk_rows", "hopper/ring"),
+              "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
+              "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", *SHARED, *HOPPER),
     "serving": ("prefill", "decode", "page_scores", "page_attention", "selection", "union_walk",
-                "step_sequences", "hopper/index_scores", "hopper/page_scores", "hopper/union_walk",
-                *SHARED),
+                "step_sequences", "hopper/page_scores", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
-               "hopper/page_scores", "hopper/page_shares", "hopper/ring", *SHARED),
+               "hopper/page_scores", "hopper/page_queries", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
 """The files of `msa/triton_impl` whose speed each kind of results measures."""
 MODEL = ("model/model", "model/attention", "model/experts", "model/vision", "training/trainer",
@@ -47,9 +47,10 @@ NUMBER = (int, float)
 SHARE = (int, float, type(None))
 TIME = {"ms": NUMBER, "min": NUMBER, "max": NUMBER}
 MEDIAN = {"ms": NUMBER}
+RATE = {"ms": NUMBER, "tflops": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
-STEP = {"step": MICROS, "scores": MICROS}
+STEP = {"step": MICROS, "layer": MICROS, "scores": MICROS}
 RACES = {"by_calls": NUMBER, "shapes": [{"query_len": int, "kv_len": int, "times": NUMBER}]}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "prefill": {
@@ -62,6 +63,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         }],
         "topk": [{"rows": int, "blocks": int, "k": int, "torch": TIME, "ours": TIME}],
         "million": {"chunks": [{"prefix": int, "cudnn": TIME}], "whole_keep_0.95": dict},
+        "production": {"cases": [{"n_q": int, "n_k": int, "calls": int, **TIME}],
+                       "weighted_ms": NUMBER},
     },
     "selection": {
         "device": str, "torch": str, "triton": str, "date": str, "commit": str,
@@ -79,9 +82,16 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                   "portable_auto": TIME, "union_of_8": TIME}],
         "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
     },
+    "gradients": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str, "checks": dict,
+        "keys": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE}],
+        "queries": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE,
+                     "union_of_4": MEDIAN, "union_of_8": MEDIAN}],
+    },
     "train": {
         **MACHINE,
-        "steps": [{"n": int, "dense": TIME, "sparse": [{"keep": NUMBER, "step": TIME}]}],
+        "steps": [{"n": int, "dense": TIME, "sparse": [{"keep": NUMBER, "step": TIME, "stages": dict,
+                                                     "extra_gib": NUMBER}]}],
         "warm_up": {"n": int, "dense": TIME, "both": TIME},
     },
     "decode": {
@@ -154,20 +164,46 @@ def check(found: Any, schema: Any, where: str) -> None:
 
 
 def path_of(name: str) -> Path:
-    """The path of a results file such as "prefill_h100"."""
-    return (FINDINGS if name.startswith("findings") else RESULTS) / f"{name}.json"
+    """The path of results: of a benchmark such as "prefill", or of a file "history/prefill_h100".
+
+    >>> [path_of(name).name for name in ("crossing", "findings", "walk_hopper_h200")]
+    ['crossing_cpu.json', 'findings_tiny.json', 'walk_hopper_h200.json']
+    """
+    folder = FINDINGS if name.startswith("findings") else RESULTS
+    if "_" not in name:
+        return reading.committed(name, folder)
+    return folder / f"{name}.json"
+
+
+def kind_of(name: str) -> str:
+    """The benchmark that a name belongs to.
+
+    >>> [kind_of(name) for name in ("prefill", "history/train_h100")]
+    ['prefill', 'train']
+    """
+    return name.rpartition("/")[2].partition("_")[0]
 
 
 def read(name: str) -> dict[str, Any]:
-    """A results file such as "prefill_h100", checked.
+    """The results of a name (see `path_of`), checked.
 
     Raises:
         BadResults: if it is not of its form.
         FileNotFoundError: if there is none.
     """
     found = json.loads(path_of(name).read_text())
-    check(found, SCHEMAS[name.partition("_")[0]], name)
+    check(found, SCHEMAS[kind_of(name)], name)
     return found
+
+
+def device(name: str) -> str:
+    """The short name of the GPU of a results file, such as "H200"."""
+    return reading.device(read(name))
+
+
+def older() -> list[str]:
+    """The names of the results that newer ones have replaced."""
+    return [f"history/{path.stem}" for path in sorted((RESULTS / "history").glob("*.json"))]
 
 
 def last_change(*paths: str) -> str:
@@ -179,7 +215,7 @@ def last_change(*paths: str) -> str:
 
 def code_of(name: str) -> list[str]:
     """The files whose speed a results file measures."""
-    kind = name.partition("_")[0]
+    kind = kind_of(name)
     if kind == "findings":
         return [f"msa/{part}.py" for part in MODEL]
     if kind == "integrations":
@@ -188,16 +224,32 @@ def code_of(name: str) -> list[str]:
     return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
 
-def age(name: str) -> str:
-    """One paragraph: where a result comes from, and whether its kernels have changed since."""
+def source(name: str) -> str:
+    """One sentence: where a result comes from."""
     path = path_of(name)
-    measured, changed = last_change(str(path)), last_change(*code_of(name))
     found, digest = read(name), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     versions = found.get("versions", found)
-    words = (
+    commit = f", commit {found['commit']}" if "commit" in found else ""
+    return (
         f"Drawn from <code>{path.relative_to(ROOT)}</code> (sha256 {digest}…): "
-        f"{escape(found['device'])}, torch {escape(versions['torch'])}, {found['date'][:10]}."
+        f"{escape(found['device'])}, torch {escape(versions['torch'])}, {found['date'][:10]}{commit}."
     )
+
+
+def record(name: str) -> str:
+    """The same as a paragraph, for results that tell what was at that time, not what is."""
+    return f'<p class="age">{source(name)}</p>'
+
+
+def age(name: str) -> str:
+    """One paragraph: where a result comes from, and whether its kernels have changed since.
+
+    Results that newer ones have replaced are a record.
+    """
+    if name.startswith("history/"):
+        return record(name)
+    measured, changed = last_change(str(path_of(name))), last_change(*code_of(name))
+    words = source(name)
     if not measured or not changed:
         return f'<p class="age">{words} This build has no Git history, so its age is not known.</p>'
     if as_utc(measured) < as_utc(changed):

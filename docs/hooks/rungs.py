@@ -1,12 +1,13 @@
-"""The tables of the ladder that show the hopper kernels, from their measured results."""
+"""The tables of the ladder that show the hopper kernels, from the runs in which they were made."""
 
 from __future__ import annotations
 
 from docs.hooks.curves import table
-from docs.hooks.measured import age, read
+from docs.hooks.measured import read, record
 
 RESULTS = "selection_hopper_h200"
 WALK = "walk_hopper_h200"
+GRADIENTS = "gradients_hopper_h200"
 VERSIONS = {
     "portable": "portable", "hopper": "**hopper**", "plain": "not overlapped",
     "three_consumers": "three consumers, 64 keys", "steps_of_64": "overlapped, 64 keys",
@@ -23,7 +24,7 @@ def selection() -> str:
         for row in found["select"]
     ]  # fmt: skip
     columns = ("queries of keys", "index", "portable", "first version", "hopper", "gain")
-    return f"{table(columns, rows)}\n\n{age(RESULTS)}"
+    return f"{table(columns, rows)}\n\n{record(RESULTS)}"
 
 
 def scores() -> str:
@@ -72,7 +73,7 @@ def walk() -> str:
     ]  # fmt: skip
     columns = ("tokens", "ρ", *VERSIONS.values(), "hopper, raw", "auto of portable kernels, ms",
                "unions and hopper walk, ms")  # fmt: skip
-    return f"{table(columns, rows)}\n\n{age(WALK)}"
+    return f"{table(columns, rows)}\n\n{record(WALK)}"
 
 
 def whole() -> str:
@@ -98,6 +99,38 @@ def probes() -> str:
         for row in found["walk"] if row["keep"] == 0.95
     ]  # fmt: skip
     return table(("tokens", "hopper", "without softmax", "all keys from the L2 cache"), rows)
+
+
+def keys() -> str:
+    """dK and dV: milliseconds and useful TFLOP/s by the portable kernel and by the one for Hopper."""
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['keep']:g}",
+         *(f(row[name]) for f in (ms, rate) for name in ("portable", "hopper")),
+         f"{row['portable']['ms'] / row['hopper']['ms']:.1f}×")
+        for row in read(GRADIENTS)["keys"]
+    ]  # fmt: skip
+    columns = ("tokens", "ρ", "portable, ms", "hopper, ms", "portable, TFLOP/s",
+               "hopper, TFLOP/s", "gain")  # fmt: skip
+    return f"{table(columns, rows)}\n\n{record(GRADIENTS)}"
+
+
+def queries() -> str:
+    """dQ: useful TFLOP/s by the portable kernel, by the one for Hopper and by its variants."""
+    names = ("portable", "hopper", "one_wait", "stages_2_3", "stages_2_2")
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['keep']:g}",
+         *(rate(row[name]) if name in row else "" for name in names),
+         ms(row["union_of_4"]), ms(row["union_of_8"]))
+        for row in read(GRADIENTS)["queries"]
+    ]  # fmt: skip
+    columns = ("tokens", "ρ", "portable", "**hopper**", "one wait for S and dQ",
+               "2 stages of K, 3 of V", "2 and 2", "unions of 4, ms", "unions of 8, ms")  # fmt: skip
+    return table(columns, rows)
+
+
+def rate(time: dict[str, float]) -> str:
+    """Useful TFLOP/s."""
+    return f"{time['tflops']:.0f}"
 
 
 def ms(time: dict[str, float]) -> str:

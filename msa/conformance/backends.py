@@ -223,8 +223,7 @@ def hopper_subjects() -> list[Subject]:
 
     "triton-hopper" selects with them, in all sizes that the selection takes. "triton-hopper-walk"
     attends to a selection with them, in the one head size and block size of the walk.
-    "triton-hopper-pages" decodes, and its blocks are scored by them unless a step has many queries
-    and groups. The rest is left to the subject "triton".
+    "triton-hopper-pages" decodes, with scores by them. The rest is left to the subject "triton".
     """
     if not any(subject.device == "cuda" for subject in triton_subjects()):
         return []
@@ -246,7 +245,7 @@ def hopper_subjects() -> list[Subject]:
         domain,
         dims=(kernel_choice.WALK_DIM,),
         block_sizes=(kernel_choice.WALK_BLOCK_SIZE,),
-        missing=frozenset(STAGES) - walking | {"backward", "eight_bits"},
+        missing=frozenset(STAGES) - walking | {"eight_bits"},
         options=frozenset({"loop_order", "graphs"}) | cuda_places(),
     )
     page_domain = replace(
@@ -257,11 +256,11 @@ def hopper_subjects() -> list[Subject]:
     )
     module = load_backend("triton")
     return [
-        Subject(name, module, "torch", part, "cuda", kernels=kernels)
-        for name, part, kernels in (
-            ("triton-hopper", domain, "hopper"),
-            ("triton-hopper-walk", walk_domain, "hopper"),
-            ("triton-hopper-pages", page_domain, "auto"),
+        Subject(name, module, "torch", part, "cuda", kernels="hopper")
+        for name, part in (
+            ("triton-hopper", domain),
+            ("triton-hopper-walk", walk_domain),
+            ("triton-hopper-pages", page_domain),
         )
     ]
 

@@ -31,7 +31,8 @@ def attention_gradients(
     """The gradients of <out, d_out> + <lse, d_lse> in q, k and v; the selection is fixed (R18)."""
     tensors = leaves(subject, inputs.main, inputs.dtype)
     own = subject.give(selection, inputs.dtype)
-    output = subject.module.attend_selection(*tensors, own, inputs.scale)
+    named = subject.option("attend_selection")
+    output = subject.module.attend_selection(*tensors, own, inputs.scale, **named)
     upstream = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
     pull_back([output.out, output.lse], upstream)
     return {name: subject.read(x.grad) for name, x in zip("qkv", tensors)}
@@ -68,7 +69,8 @@ def attention_and_alignment(
     One call of attend with align=True makes all three outputs. The first result is its selection.
     """
     tensors = leaves(subject, (*inputs.main, *inputs.index), inputs.dtype)
-    output = subject.module.attend(*tensors, inputs.sequences, inputs.config, align=True)
+    named = subject.option("attend")
+    output = subject.module.attend(*tensors, inputs.sequences, inputs.config, align=True, **named)
     upstream = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
     upstream.append(output.kl.new_full((), d_kl))
     pull_back([output.out, output.lse, output.kl], upstream)

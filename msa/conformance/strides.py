@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -117,6 +118,7 @@ def permute(array: Any, order: list[int]) -> Any:
     return array.permute(order) if is_torch(array) else array.transpose(order)
 
 
+@cache
 def strides(kinds: tuple[StrideKind, ...] = KINDS) -> SearchStrategy[Stride]:
     """Any of these ways."""
     return st.builds(Stride, st.sampled_from(kinds), st.integers(0, 3))

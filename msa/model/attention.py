@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,6 +19,8 @@ from msa import moved
 from msa.dispatch import BackendName
 from msa.model.cache import LayerCache
 from msa.model.config import ModelConfig
+from msa.model.context import Context
+from msa.model.dense import attend_densely
 from msa.model.norm_rope import RMSNorm, Turns
 
 Mode = Literal["sparse", "dense"]
@@ -56,10 +57,14 @@ class LayerCall:
     """Whether to compute the loss of the index branch (R17)."""
     backend: BackendName
     watch: Watch | None = None
+    context: Context | None = None
+    """The tokens of the other processes, if there are any; then there is no cache."""
 
     @property
     def counts(self) -> list[int]:
-        """The number of new tokens of each sequence."""
+        """The number of new tokens of each sequence, or of each chunk of this process."""
+        if self.context is not None:
+            return [stop - start for start, stop in self.context.spans]
         return [queries.stop - queries.start for queries, _ in self.sequences.spans()]
 
     @property
@@ -166,7 +171,9 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(call.slots, call.counts, k, v, k_idx)
             q = q.to(cache.dtype)
-        if q_idx is None or k_idx is None:
+        if call.context is not None:
+            out, kl = self._attend_together(q, k, v, q_idx, k_idx, call, call.context)
+        elif q_idx is None or k_idx is None:
             if cache is not None:
                 k, v, _ = cache.packed(call.slots)
             out, kl = attend_densely(q, k, v, call.sequences, self._scale), None
@@ -212,42 +219,31 @@ class Attention(nn.Module):
             )  # fmt: skip
         return out, kl
 
+    def _attend_together(
+        self, q: Tensor, k: Tensor, v: Tensor, q_idx: Tensor | None, k_idx: Tensor | None,
+        call: LayerCall, context: Context,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The same, with the tokens of other processes."""
+        if q_idx is None or k_idx is None:
+            return context.dense(q, k, v, self._scale), None
+        if call.mode == "sparse":
+            return context.attention(
+                q, k, v, q_idx, k_idx, self.config, call.align, call.backend
+            )  # fmt: skip
+        out, kl = context.dense(q, k, v, self._scale), None
+        if call.align:
+            kl = context.align_densely(q, k, q_idx, k_idx, self.config, call.backend)
+        return out, kl
+
     def _mix(self, mixing: Mixing, x: Tensor, call: LayerCall, cache: LayerCache | None) -> Tensor:
         counts = call.counts
+        if call.context is not None:
+            return mixing(x, counts, call.context.before(x, len(mixing.weight)))[0]
         if cache is None:
             return mixing(x, counts, x.new_zeros(len(counts), len(mixing.weight), x.shape[1]))[0]
         x, last = mixing(x, counts, cache.tails[call.slots])
         cache.tails[call.slots] = last.detach().to(cache.dtype)
         return x
-
-
-def attend_densely(
-    q: Float[Tensor, "Tq Hq D"], k: Float[Tensor, "Tk Hkv D"], v: Float[Tensor, "Tk Hkv D"],
-    sequences: msa.Sequences, scale: float,
-) -> Float[Tensor, "Tq Hq D"]:  # fmt: skip
-    """Causal attention within each sequence, by PyTorch's SDPA. The queries are its last tokens.
-
-    >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
-    >>> attend_densely(torch.zeros(1, 1, 1), x, x, msa.Sequences.one(1, 3), 1.0).flatten()
-    tensor([2.])
-    """
-    spans = list(sequences.spans())
-    sizes = {(qs.stop - qs.start, ks.stop - ks.start) for qs, ks in spans}
-    if len(sizes) > 1:
-        parts = [
-            attend_densely(q[qs], k[ks], v[ks], msa.Sequences.one(len(q[qs]), len(k[ks])), scale)
-            for qs, ks in spans
-        ]
-        return torch.cat(parts)
-    ((n_q, n_k),) = sizes
-    q, k, v = (x.unflatten(0, (len(spans), -1)).transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if 1 < n_q < n_k:
-        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=n_q == n_k, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 __getattr__ = moved.names_of(__name__)

@@ -21,9 +21,12 @@ from msa.dispatch import BackendName
 from msa.model.attention import MODES, Attention, LayerCall, Mode, Watch
 from msa.model.cache import Cache, LayerCache
 from msa.model.config import ModelConfig
+from msa.model.context import Context
 from msa.model.experts import MLP, Experts, Router
 from msa.model.norm_rope import RMSNorm, text_turns
 from msa.model.vision import Pictures, VisionTower
+from msa.parallel.agreement import agree
+from msa.parallel.groups import Group
 
 IGNORE = -100
 """The target of a token that has no loss."""
@@ -100,7 +103,7 @@ class Model(nn.Module):
         tokens: Int[Tensor, " T"], cu_seqlens: Sequence[int] | Tensor | None = None, *,
         images: Pictures | Tensor | None = None, videos: Pictures | Tensor | None = None,
         cache: Cache | None = None, slots: Sequence[int] | None = None, mode: Mode = "sparse",
-        align: bool = False, watch: Watch | None = None,
+        align: bool = False, watch: Watch | None = None, group: Group | None = None,
     ) -> ModelOutput:  # fmt: skip
         """Read packed tokens: the new tokens of each sequence.
 
@@ -114,6 +117,9 @@ class Model(nn.Module):
             mode: with "dense", MSA layers attend to all tokens.
             align: also compute the KL of the index; in mode "dense" its warm-up form (R17).
             watch: a function that gets what each MSA layer attended with; see `Seen`.
+            group: the processes that read these sequences together (`msa.parallel`). Then tokens
+                are this process's rows, cu_seqlens the borders of the whole sequences, images those
+                of this process's image tokens, and the KL that of all tokens.
 
         Raises:
             TypeError, ValueError: naming the argument, what was wanted and what came.
@@ -121,7 +127,11 @@ class Model(nn.Module):
         _check_tokens(tokens, self.config.vocab_size)
         if mode not in MODES:
             raise ValueError(f"mode must be {' or '.join(MODES)}, got {mode!r}")
-        call = self._read_call(tokens, cu_seqlens, cache, slots, mode, align)
+        if group is None:
+            call = self._read_call(tokens, cu_seqlens, cache, slots, mode, align)
+        else:
+            check_absent_with_group(cache=cache, slots=slots, watch=watch)
+            call = self._read_shards(tokens, cu_seqlens, group, mode, align)
         call = call if watch is None else replace(call, watch=watch)
         x = self._embed(tokens, images, videos)
         kls: list[Tensor] = []
@@ -138,6 +148,7 @@ class Model(nn.Module):
         cu_seqlens: Sequence[int] | Tensor | None = None, *,
         images: Pictures | Tensor | None = None, videos: Pictures | Tensor | None = None,
         weights: Float[Tensor, " T"] | None = None, mode: Mode = "sparse",
+        group: Group | None = None,
     ) -> Losses:  # fmt: skip
         """The parts of the training loss. The other arguments are those of `forward`.
 
@@ -145,13 +156,16 @@ class Model(nn.Module):
             targets: the token that should follow each token, or IGNORE.
             weights: the weight of each target; None: all targets weigh the same.
             mode: "dense" for the index warm-up, then "sparse".
+            group: as in `forward`. The language loss is that of this process's targets.
         """
         if targets.shape != tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens = {list(tokens.shape)}, "
                 f"got {list(targets.shape)}"
             )
-        found = self(tokens, cu_seqlens, images=images, videos=videos, mode=mode, align=True)
+        found = self(
+            tokens, cu_seqlens, images=images, videos=videos, mode=mode, align=True, group=group
+        )
         each = F.cross_entropy(found.logits.float(), targets, ignore_index=IGNORE, reduction="none")
         counts = (targets != IGNORE).float()
         counts = counts if weights is None else counts * weights
@@ -182,6 +196,19 @@ class Model(nn.Module):
         positions = torch.cat([torch.arange(*span, device=tokens.device) for span in spans])
         turns = text_turns(positions, self.config.rotary_dim, self.config.rope_theta)
         return LayerCall(sequences, turns, own, mode, align, self.backend)
+
+    def _read_shards(
+        self, tokens: Tensor, cu_seqlens: Sequence[int] | Tensor | None, group: Group, mode: Mode,
+        align: bool,
+    ) -> LayerCall:  # fmt: skip
+        """What the layers are given if several processes read the sequences."""
+        block_size = self.config.msa.block_size
+        shards = agree(group, {"tokens": tokens}, cu_seqlens, block_size)
+        context = Context(group, shards)
+        spans = [torch.arange(*span, device=tokens.device) for span in context.spans]
+        turns = text_turns(torch.cat(spans), self.config.rotary_dim, self.config.rope_theta)
+        sequences = msa.Sequences(shards.cu_seqlens, shards.cu_seqlens)
+        return LayerCall(sequences, turns, [], mode, align, self.backend, context=context)
 
     def _embed(
         self, tokens: Tensor, images: Pictures | Tensor | None, videos: Pictures | Tensor | None
@@ -232,6 +259,13 @@ def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
             f"tokens must be from 0 to {vocab_size - 1}, got {int(tokens.min())} to "
             f"{int(tokens.max())}"
         )
+
+
+def check_absent_with_group(**others: object) -> None:
+    """What reads the tokens of one process alone is not given where several read them."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None where a group is given, got {kind(value)}")
 
 
 def _check_borders(sequences: msa.Sequences, tokens: Tensor) -> None:

@@ -30,7 +30,7 @@ from msa.ir import PagedKV, Selection
 from msa.kernel_choice import Kernels
 from msa.triton_impl import paged_keys
 from msa.triton_impl.attention import attend_super_tiles
-from msa.triton_impl.decode import counters, score_step
+from msa.triton_impl.decode import counters, score_call, score_step
 from msa.triton_impl.page_attention import attend_pages
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.selection import select_portable
@@ -160,7 +160,7 @@ def score(
     batch, n, groups, _ = q_idx.shape
     arrivals = counters(q_idx.new_empty((batch, n, heads, 0)), groups)
     cache = part.cache(pages.k_idx[:, :, None], pages.k_idx[:, :, None], pages.k_idx)
-    call = kernel_choice.page_call_of(q_idx, cache)
+    call = score_call(q_idx, cache)
     if q_idx.dtype.itemsize == 1:  # a product of two tensors of 8 bits
         call = replace(call, q_dtype="bfloat16")
     chosen = kernel_choice.choose(kernels, call)

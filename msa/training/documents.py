@@ -12,7 +12,7 @@ prose (`prose.py`).
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -25,6 +25,8 @@ from msa.checks import check_count
 from msa.model.config import ModelConfig, VisionConfig
 from msa.model.model import IGNORE
 from msa.model.vision import Pictures, cut
+from msa.parallel import Shards
+from msa.parallel.groups import Group, rank_and_count
 from msa.training.prose import TEST_SHARE, Side, own_prose
 
 IMAGE_TOKEN, VOCABULARY = 256, 257
@@ -179,20 +181,37 @@ class Batch:
         documents = len(self.cu_seqlens) - 1
         first, last = (documents * n // parts for n in (number, number + 1))
         start, stop = self.cu_seqlens[first], self.cu_seqlens[last]
-        patches, grids = self.images.patches, self.images.grids
-        seen = [int((self.tokens[:border] == IMAGE_TOKEN).sum()) for border in (start, stop)]
-        each = len(patches) // len(grids)
         asked = (self.places >= start) & (self.places < stop)
-        return Batch(
-            tokens=self.tokens[start:stop],
-            targets=self.targets[start:stop],
-            weights=self.weights[start:stop],
-            cu_seqlens=tuple(border - start for border in self.cu_seqlens[first : last + 1]),
-            images=Pictures(patches[each * seen[0] : each * seen[1]], grids[slice(*seen)]),
-            places=self.places[asked] - start,
-            digits=self.digits[asked],
+        borders = tuple(border - start for border in self.cu_seqlens[first : last + 1])
+        own = self.rows(torch.arange(start, stop, device=self.tokens.device))
+        return replace(
+            own, cu_seqlens=borders, places=self.places[asked] - start, digits=self.digits[asked],
             distances=self.distances[asked],
+        )  # fmt: skip
+
+    def sharded(self, group: Group, block_size: int) -> Batch:
+        """The tokens of this process, in a group that reads the batch together."""
+        rank, count = rank_and_count(group)
+        shards = Shards(self.cu_seqlens, count, block_size)
+        return self.rows(shards.tokens(rank).to(self.tokens.device))
+
+    def rows(self, tokens: Int[Tensor, " rows"]) -> Batch:
+        """Some tokens, by their packed positions, and the pictures in them.
+
+        Borders and questions stay those of the whole batch.
+        """
+        patches, grids = self.images.patches, self.images.grids
+        each = len(patches) // max(1, len(grids))
+        is_image = self.tokens == IMAGE_TOKEN
+        seen = (is_image.cumsum(0) - 1)[tokens][is_image[tokens]]
+        pictures = Pictures(
+            patches.unflatten(0, (-1, each))[seen].flatten(0, 1) if len(grids) else patches,
+            [grids[i] for i in seen.tolist()],
         )
+        return replace(
+            self, tokens=self.tokens[tokens], targets=self.targets[tokens],
+            weights=self.weights[tokens], images=pictures,
+        )  # fmt: skip
 
 
 def pack(

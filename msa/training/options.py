@@ -56,6 +56,9 @@ class TrainOptions:
     """The number of last visible blocks that are always kept. None: as in the preset."""
     start: Path | None = None
     """The folder of a trained model. Training starts from its sizes and weights."""
+    context_parallel: int = 1
+    """The number of processes that read the same documents, each a part of the tokens. It divides
+    the number of processes that torchrun starts; the others read other documents."""
     device: str | None = None
     """cpu or cuda. None: as in the preset."""
     backend: BackendName | None = None
@@ -108,6 +111,7 @@ def _check_options(options: TrainOptions) -> None:
     if options.preset not in PRESETS:
         raise ValueError(f"preset must be {' or '.join(PRESETS)}, got {options.preset!r}")
     check_seed("seed", options.seed)
+    check_count("context_parallel", options.context_parallel, 1)
     if options.backend == "reference":
         raise ValueError("backend must be one with gradients, torch or triton, got 'reference'")
     if options.steps is not None:

@@ -1,11 +1,10 @@
-"""Several processes that train one model, each on its own GPU, and the sums over all of them.
+"""Several processes that train one model, each on its own GPU.
 
     torchrun --nproc-per-node 4 -m msa.cli train --preset small --minutes 7 --out trained_small
 
-Gradients are added here and not by DistributedDataParallel, for three reasons. A step has two
-losses, which are means over different things. The weights have two parts, which are clipped
-separately. The loads of the experts are added too. After the sums, every process takes the same
-step.
+The processes form a mesh of two dimensions, "data" and "context". Processes along "data" read
+different documents. Those along "context" read the same documents, each a part of the tokens
+(`msa.parallel`). Gradients are added by DistributedDataParallel, over all processes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,22 @@ class Ranks:
     >>> ranks.add([x])
     >>> x, ranks.first, ranks.any(True), ranks.most([3.0])
     (tensor([1., 1.]), True, True, [3.0])
+    >>> Ranks(rank=3, count=4, context=2).share  # the second of two shares of the documents
+    (1, 2)
     """
 
     rank: int = 0
     count: int = 1
     device: str = "cpu"
+    context: int = 1
+    """How many processes read the same documents."""
+    context_group: dist.ProcessGroup | None = None
+    """Those that read the same documents as this process, if there are several."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which share of the documents this process reads, and how many shares there are."""
+        return self.rank // self.context, self.count // self.context
 
     @property
     def first(self) -> bool:
@@ -76,25 +87,41 @@ def read_ranks(device: str) -> Ranks:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def joined(device: str, context: int = 1) -> Iterator[Ranks]:
     """Connect the processes: by gloo on CPUs, by NCCL on GPUs, where each process uses one GPU.
 
+    `context` processes read the same documents together.
+
     Raises:
-        ValueError: more processes than GPUs.
+        ValueError: more processes than GPUs; processes that cannot be parted by `context`.
     """
     ranks = read_ranks(device)
+    check_context(context, ranks.count)
     if ranks.count == 1:
         yield ranks
         return
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu:
+    kind = torch.device(device).type
+    if kind == "cuda":
         check_processes(int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield ranks
+        mesh = init_device_mesh(
+            kind, (ranks.count // context, context), mesh_dim_names=("data", "context")
+        )
+        group = mesh["context"].get_group() if context > 1 else None
+        yield replace(ranks, context=context, context_group=group)
     finally:
         dist.destroy_process_group()
+
+
+def check_context(context: int, processes: int) -> None:
+    """The processes can be parted into groups of `context`."""
+    if processes % context:
+        raise ValueError(
+            f"context_parallel must divide the number of processes = {processes}, which torchrun "
+            f"starts, got {context}"
+        )
 
 
 def check_processes(processes: int, devices: int) -> None:

@@ -2,7 +2,9 @@
 
     torchrun --nproc-per-node N -m msa.cli train --preset small --minutes 7 --out DIR
 
-trains on N GPUs of one machine. The losses are those of a run on one GPU.
+trains on N GPUs of one machine, each with a share of the documents. With --context-parallel M,
+groups of M GPUs read the same documents, each GPU a part of the tokens. The losses are those of a
+run on one GPU.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def train(options: TrainOptions, watch: TrainWatch | None = None) -> Path:
         checkpoint.check_sizes(options.start, preset.model, weights)
     files.check_folder("out", folder)
     with (
-        joined(preset.device) as ranks,
+        joined(preset.device, options.context_parallel) as ranks,
         files.locked("out", folder) if ranks.first else nullcontext(),
     ):
         _train(options, preset, ranks, watch)

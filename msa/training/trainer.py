@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from msa import files
 from msa.model import checkpoint
@@ -29,6 +30,24 @@ ENTRIES = ("settings", "steps", "step", "model", "optimizer")
 PLANNED = 0.85
 """The share of the time that `Trainer.plan` fills with steps. The rest is for optimizer, tests and
 saving."""
+
+
+class Reading(nn.Module):
+    """The losses of a batch as a module, for DistributedDataParallel."""
+
+    def __init__(self, model: Model, preset: Preset, ranks: Ranks) -> None:
+        super().__init__()
+        self.model, self.half, self.group = model, preset.half, ranks.context_group
+        self.kind = torch.device(preset.device).type
+
+    def forward(self, batch: Batch, mode: Mode) -> tuple[Tensor, Tensor]:
+        """The language loss and the KL, computed in bfloat16 if the preset says so."""
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.half):
+            losses = self.model.losses(
+                batch.tokens, batch.targets, batch.cu_seqlens, weights=batch.weights, mode=mode,
+                images=batch.images if len(batch.images.grids) else None, group=self.group,
+            )  # fmt: skip
+        return losses.language, losses.kl
 
 
 class Trainer:
@@ -49,6 +68,12 @@ class Trainer:
         model = Model(preset.model, backend=preset.backend)
         self.start = None if start is None else checkpoint.load_weights(model, start)
         self.model = model.to(preset.device).train()
+        self.block = preset.model.msa.block_size
+        self.read: nn.Module = Reading(self.model, preset, self.ranks)
+        if self.ranks.count > 1:  # a rank without a picture has no gradient of the vision tower
+            self.read = DistributedDataParallel(
+                self.read, broadcast_buffers=False, find_unused_parameters=True
+            )
         self.parts = split_parameters(self.model)
         matrices = [w for w in self.model.parameters() if w.ndim >= 2]
         vectors = [w for w in self.model.parameters() if w.ndim < 2]
@@ -79,37 +104,30 @@ class Trainer:
         vision = vision_of(self.preset.model)
         return pack(documents, vision, schedule.answers, self.preset.device)
 
-    def losses(self, batch: Batch, mode: Mode) -> Losses:
-        """The losses of a batch, computed in bfloat16 if the preset says so."""
-        kind = torch.device(self.preset.device).type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.preset.half):
-            return self.model.losses(
-                batch.tokens, batch.targets, batch.cu_seqlens, images=batch.images,
-                weights=batch.weights, mode=mode,
-            )  # fmt: skip
-
     def learn(self, batch: Batch, mode: Mode) -> Losses:
         """Compute the losses, gradients and expert loads of the whole batch, over all processes.
 
         The language loss is a mean over the targets by their weights, the KL a mean over the
         queries. Each process scales its means by its share of the batch; the sum over all processes
-        is the mean of the batch.
+        is the mean of the batch. DistributedDataParallel takes the mean of the gradients of all
+        processes, so the loss is multiplied by their number.
         """
-        own = batch.part(self.ranks.rank, self.ranks.count)
-        language, kl = (torch.zeros((), device=batch.weights.device) for _ in range(2))
-        if len(own.tokens):
-            losses = self.losses(own, mode)
-            language = losses.language * (own.weights.sum() / batch.weights.sum())
-            kl = losses.kl * (len(own.tokens) / len(batch.tokens))
-            (language + self.schedule.kl * kl).backward()
-        told = Losses(language.detach(), kl.detach())
-        if self.ranks.count > 1:
-            weights = list(self.model.parameters())
-            for weight in weights:
-                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            loads = [router.load for router in self.model.routers()]
-            self.ranks.add([*gradients, told.language, told.kl, *loads])
+        ranks = self.ranks
+        own = batch.part(*ranks.share)
+        empty = not len(own.tokens)  # fewer documents than shares
+        if empty:  # take part in all messages, with a loss of weight 0
+            own = batch.part(ranks.share[1] - 1, ranks.share[1])  # the last one is never empty
+        queries = 0.0 if empty else len(own.tokens) / len(batch.tokens)
+        own = own if ranks.context_group is None else own.sharded(ranks.context_group, self.block)
+        targets = 0.0 if empty else float(own.weights.sum() / batch.weights.sum())
+        language, kl = self.read(own, mode)
+        language, kl = language * targets, kl * queries
+        (ranks.count * (language + self.schedule.kl * kl)).backward()
+        told = Losses(language.detach(), kl.detach() / ranks.context)
+        loads = [router.load for router in self.model.routers()]
+        for load in loads if empty else ():
+            load.zero_()
+        ranks.add([told.language, told.kl, *loads])
         return told
 
     def take_step(self) -> dict[str, Any]:

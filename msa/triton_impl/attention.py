@@ -38,6 +38,7 @@ super-tile. The sums of several are added in float32 and in order, so the bits s
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -49,7 +50,14 @@ from torch import Tensor
 from msa.autograd import differentiable_once
 from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
-from msa.kernel_choice import Kernels, obstacle, order_on_hopper, walk_call_of
+from msa.kernel_choice import (
+    Kernels,
+    backward_call_of,
+    obstacle,
+    order_on_hopper,
+    runs_on_hopper,
+    walk_call_of,
+)
 from msa.kernel_choice import choose as choose_kernels
 from msa.loop_order import LARGEST_SPLIT, MIN_EDGES, limits
 from msa.triton_impl import alignment, tuning
@@ -65,7 +73,7 @@ from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
 from msa.triton_impl.step_sequences import StepSequences
 from msa.triton_impl.tile_reverse_index import reverse_union, tile_sequences
-from msa.triton_impl.tile_union import split_tiles, union_width
+from msa.triton_impl.tile_union import SplitUnion, split_tiles, union_width
 from msa.triton_impl.union_walk import walk
 
 LoopOrder = Literal["auto", "kv_outer", "union"]
@@ -144,7 +152,7 @@ def attend_selection(
     Args:
         loop_order: "auto", "kv_outer" or "union"; the result is the same up to rounding (R16).
         kernels: which kernel walks along unions: "portable", "hopper", or "auto", which chooses by
-            `msa.kernel_choice`. The gradients have one set of kernels.
+            `msa.kernel_choice`. The gradients of "hopper" run on these kernels where they can.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
@@ -175,7 +183,7 @@ class SelectedAttention(torch.autograd.Function):
         """Keep what the backward needs."""
         out, lse = attend_super_tiles(q, k, v, selection, scale, loop_order, kernels)
         ctx.save_for_backward(q, k, v, out, lse, selection.indices)  # refuses ids written since
-        ctx.selection, ctx.scale = selection, scale
+        ctx.selection, ctx.scale, ctx.kernels = selection, scale, kernels
         return out, lse
 
     @staticmethod
@@ -184,8 +192,8 @@ class SelectedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         """dQ by a walk over unions, dK and dV KV-outer; none for the selection (R18)."""
         q, k, v, out, lse, _ = ctx.saved_tensors
-        fixed = ctx.selection, ctx.scale
-        grads = attend_selection_backward(d_out, d_lse, q, k, v, out, lse, *fixed)
+        fixed = ctx.selection, ctx.scale, ctx.kernels
+        grads = gradients(d_out, d_lse, q, k, v, out, lse, *fixed)
         return *grads, None, None, None, None
 
 
@@ -252,17 +260,26 @@ def attend_selection_backward(
     selection: Selection, softmax_scale: float,
 ) -> Three:  # fmt: skip
     """dQ by a walk over unions, dK and dV KV-outer, each in its input's dtype (R18)."""
+    return gradients(d_out, d_lse, q, k, v, out, lse, selection, softmax_scale, "auto")
+
+
+def gradients(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    selection: Selection, softmax_scale: float, kernels: Kernels,
+) -> Three:  # fmt: skip
+    """The same by the kernels that are named, super-tile by super-tile."""
     d_out, d_lse = d_out.contiguous(), d_lse.contiguous()
     size = gradient_tile(selection, q.shape[1], k.shape[1], k.shape[2] + v.shape[2])
     if size >= len(q):
         tensors = q, k, v, out, d_out, lse, d_lse
-        return gradients_of_part(tensors, selection, softmax_scale)
+        return gradients_of_part(tensors, selection, softmax_scale, kernels=kernels)
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     for queries, keys, sequences in super_tiles(selection.sequences, size):
         part = Selection(selection.indices[queries], sequences, selection.block_size)
         tensors = q[queries], k[keys], v[keys], *(x[queries] for x in (out, d_out, lse, d_lse))
-        gradients_of_part(tensors, part, softmax_scale, (d_q[queries], d_k[keys], d_v[keys]))
+        into = d_q[queries], d_k[keys], d_v[keys]
+        gradients_of_part(tensors, part, softmax_scale, into, kernels)
     return d_q, d_k.to(k.dtype), d_v.to(v.dtype)
 
 
@@ -289,15 +306,45 @@ def gradient_tile(selection: Selection, heads: int, groups: int, dims: int) -> i
 
 
 def gradients_of_part(
-    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None
-) -> Three:
+    tensors: tuple[Tensor, ...], selection: Selection, scale: float, into: Three | None = None,
+    kernels: Kernels = "auto",
+) -> Three:  # fmt: skip
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
-    union = split_tiles(selection, positions_of(q.shape[1] // k.shape[1]))
-    d_q, delta = query_gradients(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
-    edges = reverse_union(union, selection, tuning.KEY_TILES)
-    return d_q, *key_gradients(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
+    run, union = query_kernel(q, k, v, selection, scale, kernels)
+    d_q, delta = run(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
+    run, edges = key_kernel(q, k, v, selection, scale, union, kernels)
+    return d_q, *run(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
+
+
+def query_kernel(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, kernels: Kernels = "auto"
+) -> tuple[Callable[..., Any], SplitUnion]:
+    """The function that computes dQ, and the unions along which it walks."""
+    group = q.shape[1] // k.shape[1]
+    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "queries")):
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper import query_gradients as hopper
+
+        return hopper.query_gradients, split_tiles(selection, hopper.tile_size_of(group))
+    return query_gradients, split_tiles(selection, positions_of(group))
+
+
+def key_kernel(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, union: SplitUnion,
+    kernels: Kernels = "auto",
+) -> tuple[Callable[..., Any], Any]:  # fmt: skip
+    """The function that computes dK and dV, and its edges; `union` is used if it fits."""
+    positions = positions_of(q.shape[1] // k.shape[1])
+    if runs_on_hopper(kernels, backward_call_of(q, k, v, selection, scale, "keys")):
+        from msa.triton_impl.hopper import key_gradients as hopper
+        from msa.triton_impl.hopper.edge_shares import share_edges
+
+        return hopper.key_gradients, share_edges(selection, hopper.programs_of(q.device))
+    if union.tile_size != positions:
+        union = split_tiles(selection, positions)
+    return key_gradients, reverse_union(union, selection, tuning.KEY_TILES)
 
 
 @on_its_device

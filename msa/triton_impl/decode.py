@@ -10,6 +10,8 @@ CUDA graph; `decode_step` reads the lengths only to assign the selection to the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,6 +22,7 @@ from msa.ir import Output, PagedKV, Selection
 from msa.triton_impl.launch import require_kernels
 from msa.triton_impl.page_attention import attend_pages, head_tile
 from msa.triton_impl.page_scores import score_pages
+from msa.triton_impl.paged_keys import page_matrix
 from msa.triton_impl.places import on_its_device
 
 
@@ -41,14 +44,13 @@ def decode_step(
         length 0; the selection of the live sequences, packed.
     """
     q, n = q if q.stride(-1) == 1 else q.contiguous(), q.shape[1]
-    arrivals, scores = counters(q, cache.k_pages.shape[2]), None
+    arrivals, scores, given = counters(q, cache.k_pages.shape[2]), None, None
     if ids is None:
         assert q_idx is not None
         require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
         q_idx = q_idx if q_idx.stride(-1) == 1 else q_idx.contiguous()
-        call = kernel_choice.page_call_of(q_idx, cache)
-        scores = score_step(q_idx, cache, config, arrivals, kernel_choice.choose(kernels, call))
-        given = None
+        chosen = kernel_choice.choose(kernels, score_call(q_idx, cache))
+        scores = score_step(q_idx, cache, config, arrivals, chosen)
     else:
         require_kernels(config.block_size, ids.shape[-1], q=q)
         given, arrivals = ids.contiguous(), arrivals.zero_()
@@ -59,12 +61,18 @@ def decode_step(
     return Output(out, lse, Selection(ids[live].flatten(0, 1), sequences, config.block_size))
 
 
+def score_call(q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV) -> kernel_choice.PageCall:
+    """What the choice of the kernel for the scores depends on."""
+    readable = not len(cache.k_idx_pages) or page_matrix(cache.k_idx_pages) is not None
+    return replace(kernel_choice.page_call_of(q_idx, cache), readable=readable)
+
+
 def score_step(
     q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV, config: MSAConfig,
     arrivals: Int[Tensor, "B programs"], kernels: str, rows: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
     """The scores of blocks by the kernel that was chosen, "portable" or "hopper"."""
-    if kernels == "hopper":
+    if kernels == "hopper" and len(cache.k_idx_pages):  # without pages nothing is scored
         # imported here, because older releases of triton have no Gluon
         from msa.triton_impl.hopper.page_scores import score_pages_on_hopper
 

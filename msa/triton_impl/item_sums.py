@@ -15,21 +15,21 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa.ir import Schedule
+from msa.ir import Schedule, Sequences
 from msa.triton_impl.launch import pad
 from msa.triton_impl.tables import block_table
 from msa.triton_impl.tile_verbs import along
 
 
 @triton.jit
-def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blocks, stride_t,
-                     stride_h, SUM: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
+def sum_items_kernel(parts, item_starts, item_stops, first_keys, key_stops, out, scale, n_blocks,
+                     stride_t, stride_h, SUM: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
                      BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """BN tokens of one block and one head of out; each head is the sum of SUM groups.
 
     Parameters:
         parts: [items, Bk, D], float32
-        item_stops: [rows], int64; the number of items of the rows 0 ... x
+        item_starts, item_stops: [rows], int64; the items of a row of the reverse index
         first_keys, key_stops: [blocks], int32; a `block_table`
         out: [Tk, H, D], 16-bit or float32; written, or added to with ADD
         scale: float; factor of the sums
@@ -46,8 +46,7 @@ def sum_items_kernel(parts, item_stops, first_keys, key_stops, out, scale, n_blo
     b_sum = tl.zeros([BN, BD], tl.float32)
     for i_g in range(0, SUM):
         row = (i_h * SUM + i_g) * n_blocks + i_b
-        start = tl.load(item_stops + row - 1, mask=row > 0, other=0)
-        for i_item in range(start, tl.load(item_stops + row)):
+        for i_item in range(tl.load(item_starts + row), tl.load(item_stops + row)):
             p_x = parts + (i_item * BK + o_n)[:, None] * DIM + o_d[None, :]
             b_sum += tl.load(p_x, mask=m_d, other=0.0)
     o_t = tl.load(first_keys + i_b) + o_n
@@ -65,17 +64,27 @@ def sum_items(
 ) -> None:  # fmt: skip
     """Write, or add, scale * the sum of each block's items to its tokens; H divides the groups."""
     index = schedule.reverse_index
-    blocks = index.sequences.cu_blocks(index.block_size)[-1]
+    lengths = index.row_offsets.diff()
+    items = (lengths + (schedule.chunk_size - 1)) // schedule.chunk_size
+    stops = torch.cumsum(items, 0)
+    sum_parts(parts, stops - items, stops, index.sequences, index.block_size, out, scale, add)
+
+
+def sum_parts(
+    parts: Float[Tensor, "items Bk D"], item_starts: Int[Tensor, " rows"],
+    item_stops: Int[Tensor, " rows"], sequences: Sequences, block_size: int,
+    out: Float[Tensor, "Tk H D"], scale: float = 1.0, add: bool = False,
+) -> None:  # fmt: skip
+    """The same, for rows of a reverse index with the items item_starts ... item_stops."""
+    blocks = sequences.cu_blocks(block_size)[-1]
     heads, dim = out.shape[1:]
     if not blocks:
         return
-    lengths = index.row_offsets.diff()
-    item_stops = torch.cumsum((lengths + (schedule.chunk_size - 1)) // schedule.chunk_size, 0)
-    some = min(index.block_size, max(1, 4096 // pad(dim)))
-    sum_items_kernel[blocks, heads, index.block_size // some](
-        parts, item_stops, *block_table(index.sequences, index.block_size, out.device), out, scale,
-        blocks, *out.stride()[:2], SUM=len(lengths) // (blocks * heads), ADD=add, DIM=dim,
-        BD=pad(dim), BK=index.block_size, BN=some,
+    some = min(block_size, max(1, 4096 // pad(dim)))
+    sum_items_kernel[blocks, heads, block_size // some](
+        parts, item_starts, item_stops, *block_table(sequences, block_size, out.device), out,
+        scale, blocks, *out.stride()[:2], SUM=len(item_starts) // (blocks * heads), ADD=add,
+        DIM=dim, BD=pad(dim), BK=block_size, BN=some,
     )  # fmt: skip
 
 

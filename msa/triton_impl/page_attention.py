@@ -51,7 +51,11 @@ from msa.triton_impl.tuning import TileConfig, choose
 STEP = 64
 """Blocks of each piece that are held in registers at a time."""
 WIDE = 2**12
-"""Rows of so many scores or more get fewer splits, because every split reads the whole row."""
+"""Rows of so many scores or more get fewer splits, because every split reads the whole row, and
+more warps."""
+MANY = 264
+"""With more places of rows than this, two for each multiprocessor, programs have several blocks
+each, and two small programs to a multiprocessor are faster than one large one."""
 MOST_PLACES = 128
 """Most places for which each program selects by itself; for more, another kernel selects before."""
 
@@ -261,9 +265,12 @@ def attend_pages(
         width = scores.shape[-1]
         if ids is None:
             ids = torch.empty((batch, n, groups, top_k), dtype=torch.int32, device=device)
-    tile = tile or choose("paged", q.dtype, max(pad(dim), pad(dim_v)), block)
     some, slots = head_tile(group), pad(top_k, 2)
     tiles = triton.cdiv(group, some)
+    if tile is None:
+        kernel = "wide_paged" if width >= WIDE else "paged"
+        kernel = "many_paged" if count * tiles * slots > MANY else kernel
+        tile = choose(kernel, q.dtype, max(pad(dim), pad(dim_v)), block)
     splits = splits_of(count * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
     parts = torch.empty((count * group, splits, dim_v), dtype=q.dtype, device=device)
     tops, totals = torch.empty((2, count * group, splits), dtype=torch.float32, device=device)

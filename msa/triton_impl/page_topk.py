@@ -17,7 +17,7 @@ import triton.language as tl
 
 from msa.triton_impl.topk import NO_BLOCK, NO_SCORE, score_key
 
-HIGHEST_RANK = tl.constexpr(2**63 - 1)
+LOWEST_RANK, HIGHEST_RANK = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -32,19 +32,12 @@ def piece_maxima(p_score, first, stop, PIECES: tl.constexpr, LENGTH: tl.constexp
                  STEP: tl.constexpr):  # fmt: skip
     """The rank of each piece's best block among the blocks first ... stop [PIECES]."""
     o_p, o_l = tl.arange(0, PIECES), tl.arange(0, STEP)
-    b_top = tl.full([PIECES], float("-inf"), tl.float32)
-    b_id = tl.full([PIECES], NO_BLOCK, tl.int32)  # the first block that has the maximum
+    b_best = tl.full([PIECES], LOWEST_RANK, tl.int64)
     for i in range(0, LENGTH, STEP):
         o_b = (i + o_l)[:, None] * PIECES + o_p[None, :]
-        m_b = (o_b >= first) & (o_b < stop)
-        b_x = tl.load(p_score + o_b)
-        b_x = tl.where(m_b & (b_x == b_x), b_x, float("-inf"))
-        b_max = tl.max(b_x, 0)
-        b_at = tl.min(tl.where(m_b & (b_x == b_max[None, :]), o_b, NO_BLOCK), 0)
-        m_new = (b_max > b_top) | (b_id == NO_BLOCK)
-        b_top, b_id = tl.where(m_new, b_max, b_top), tl.where(m_new, b_at, b_id)
-    m_p = b_id < NO_BLOCK
-    return ranked(b_top, tl.where(m_p, b_id, o_p), m_p)
+        b_x = ranked(tl.load(p_score + o_b), o_b, (o_b >= first) & (o_b < stop))
+        b_best = tl.maximum(b_best, tl.max(b_x, 0))
+    return b_best
 
 
 @triton.jit
@@ -66,7 +59,7 @@ def best_of_scores(p_score, first, stop, PLACES: tl.constexpr, PP: tl.constexpr,
     o_p, o_x = tl.arange(0, PIECES), tl.arange(0, PP)
     b_piece = tl.sum(tl.where(b_above[None, :] == o_x[:, None], o_p[None, :], 0), 1)  # [PP]
     low = tl.min(tl.where(b_above < PLACES, b_best, HIGHEST_RANK), 0)
-    high = tl.max(b_best, 0)
+    high = tl.full((), HIGHEST_RANK, tl.int64)
 
     o_b = tl.arange(0, LENGTH)[None, :] * PIECES + b_piece[:, None]  # [PP, LENGTH]
     m_b = (o_b >= first) & (o_b < stop) & (o_x < min(PLACES, PIECES))[:, None]

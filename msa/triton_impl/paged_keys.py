@@ -45,14 +45,26 @@ def key_offset(page, first, i_n, stride_p, stride_t, PAGED: tl.constexpr):
 
 
 @triton.jit
+def whole_rows(offset, step):
+    """How many rows of a matrix end before an offset in its memory; a row begins every `step`."""
+    return offset // step
+
+
+@triton.jit
+def rest_of_row(offset, step):
+    """The column at which an offset in the memory of such a matrix lies."""
+    return offset % step
+
+
+@triton.jit
 def key_row(page, first, i_n, offset_h, stride_p, stride_t, PAGED: tl.constexpr):
     """Row and column of key i_n of a block in the matrix of a `page_matrix`, or of packed keys.
 
     offset_h: elements before the head, from the start of a token.
     """
     if PAGED:
-        row = page * (stride_p // stride_t) + offset_h // stride_t + i_n
-        return row.to(tl.int32), (offset_h % stride_t).to(tl.int32)
+        row = page * whole_rows(stride_p, stride_t) + whole_rows(offset_h, stride_t) + i_n
+        return row.to(tl.int32), rest_of_row(offset_h, stride_t).to(tl.int32)
     else:
         return first + i_n, offset_h.to(tl.int32)
 

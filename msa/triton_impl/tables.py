@@ -22,6 +22,14 @@ def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
     return np.repeat(values, np.diff(np.array(borders, np.int64)))
 
 
+def _first_keys(sequences: Sequences, block_size: int) -> np.ndarray:
+    """The first packed key of each block of all sequences."""
+    cu_k = np.array(sequences.cu_seqlens_k, np.int64)
+    cu_blocks = sequences.cu_blocks(block_size)
+    blocks = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
+    return _spread(cu_k[:-1], cu_blocks) + blocks * block_size
+
+
 @device_table
 def query_table(sequences: Sequences, block_size: int, device: torch.device) -> Int[Tensor, "3 Tq"]:
     """For each query: the packed index of its own key, its position (R2), its first block's number.
@@ -53,9 +61,27 @@ def block_table(
     """
     cu_k = np.array(sequences.cu_seqlens_k, np.int64)
     cu_blocks = sequences.cu_blocks(block_size)
-    blocks = np.arange(cu_blocks[-1]) - _spread(np.array(cu_blocks[:-1], np.int64), cu_blocks)
-    first_key = _spread(cu_k[:-1], cu_blocks) + blocks * block_size
-    table = to_device(np.stack([first_key, _spread(cu_k[1:], cu_blocks)]), device)
+    stops = _spread(cu_k[1:], cu_blocks)
+    table = to_device(np.stack([_first_keys(sequences, block_size), stops]), device)
+    lower(table[1], sequences, _spread(np.arange(sequences.batch), cu_blocks))
+    return table
+
+
+@device_table
+def own_key_table(
+    sequences: Sequences, block_size: int, device: torch.device
+) -> Int[Tensor, "2 blocks"]:
+    """For each block of all sequences: its first packed key, and own key less query.
+
+    The second number is the same for all queries of a sequence.
+
+    >>> own_key_table(Sequences((0, 2, 3), (0, 5, 6)), 2, torch.device("cpu")).tolist()
+    [[0, 2, 4, 5], [3, 3, 3, 3]]
+    """
+    cu_q, cu_k = (np.array(b, np.int64) for b in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
+    cu_blocks = sequences.cu_blocks(block_size)
+    ahead = _spread(cu_k[1:] - cu_q[1:], cu_blocks)
+    table = to_device(np.stack([_first_keys(sequences, block_size), ahead]), device)
     lower(table[1], sequences, _spread(np.arange(sequences.batch), cu_blocks))
     return table
 

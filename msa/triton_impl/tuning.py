@@ -77,8 +77,16 @@ TABLE: dict[str, dict[tuple[int, int], TileConfig]] = {
         (2, 64): TileConfig(rows=64, keys=128, stages=1, descriptors=True, programs=528),
     },
     "paged": {
+        (2, 128): TileConfig(rows=16, keys=128, warps=4, stages=3),
+        (2, 64): TileConfig(rows=16, keys=128, warps=4, stages=3),
+    },
+    "wide_paged": {
         (2, 128): TileConfig(rows=16, keys=128, warps=8, stages=3),
         (2, 64): TileConfig(rows=16, keys=128, warps=8, stages=3),
+    },
+    "many_paged": {
+        (2, 128): TileConfig(rows=16, keys=64, warps=4, stages=3, programs=264),
+        (2, 64): TileConfig(rows=16, keys=64, warps=4, stages=3, programs=264),
     },
 }
 DEFAULTS = {
@@ -92,6 +100,8 @@ DEFAULTS = {
     "index_loss": TileConfig(rows=32, keys=32, stages=1),
     "pages": TileConfig(rows=32, keys=32, stages=1, programs=528),
     "paged": TileConfig(rows=16, keys=32, stages=1),
+    "wide_paged": TileConfig(rows=16, keys=32, stages=1),
+    "many_paged": TileConfig(rows=16, keys=32, stages=1),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uin
 """The dtypes of borders, page tables and lengths."""
 
 
+@cache
 def integers_for(largest: int) -> SearchStrategy[str]:
     """Draw a dtype that can hold the largest of some integers."""
     return st.sampled_from([name for name in INTEGERS if np.iinfo(name).max >= largest])

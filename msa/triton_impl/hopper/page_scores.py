@@ -18,19 +18,18 @@ What the asynchronous form changes:
     the portable kernel). The parts are columns of one product, so the keys are read once from
     shared memory. The sums of the three parts are added in float32.
  5. The producer reads the ids of 32 pages by one load, and the consumers their scales likewise.
- 6. Before a program waits for the kernel in front of it, it asks the L2 cache to fetch its first
-    pages. While the kernel in front is busy with latencies, the memory is not idle. Lengths and
-    table may change until the wait ends. So they are read again behind it, and what was fetched
-    in vain costs time only. The early loads leave no line in the L1 cache, which would be stale.
+ 6. A maximum over the keys of a page is formed by all four warps, which wait for one another at
+    each step of it. So the maxima of two pages are formed at a time, where registers allow it.
+ 7. The barriers of the ring are set up while the kernel in front still runs.
 
 Who waits for whom (a ring of STAGES pages):
 
     kernel before   ............... ends
-    all warps       L2: fetch pages |wait| lengths, share
+    all warps            barriers   |wait| lengths, share
     producer warp                         | ids | K0 K1 K2 K3 ..wait.. K4 ....
                                                    |  |               ^ K0 is released
                                                    v  v               |
-    four warps                            | q     | K0 product, max, store | K1 product, max ..
+    four warps                            | q       | K0 K1 products, max, store | K2 K3 products ..
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -52,10 +50,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from msa.config import MSAConfig
 from msa.ir import PagedKV
-from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
-from msa.triton_impl.hopper.page_shares import LANES, fetch_early, find_share, next_blocks
+from msa.triton_impl.hopper.page_queries import load_queries
+from msa.triton_impl.hopper.page_shares import LANES, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
+from msa.triton_impl.paged_keys import matrix_sizes
 from msa.triton_impl.tile_verbs import along, table_row
 
 KINDS = {
@@ -65,8 +64,6 @@ KINDS = {
 }
 RING_BYTES = 96 * 2**10
 """The ring of one multiprocessor. It leaves room for a program of the next kernel."""
-FETCHED_BYTES = 192 * 2**10
-"""What a multiprocessor fetches into the L2 cache early: 24 MiB in all, half of that cache."""
 
 
 # -- a producer warp and four warps ---------------------------------------------------------------
@@ -109,58 +106,44 @@ def producer(k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, st
 
 
 @gluon.jit
-def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PARTS: gl.constexpr,
-                 L: gl.constexpr):  # fmt: skip
-    """Put the queries of a sequence into q_tile; return what undoes their stretch [rows].
-
-    With PARTS, q_tile has the high, the middle and the low part of every row, then zeros.
-    """
-    ROWS: gl.constexpr = q_tile.shape[0]
-    DIM: gl.constexpr = q_tile.shape[1]
-    EACH: gl.constexpr = ROWS // PARTS
-    o_x = gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
-    o_m = o_x % EACH
-    o_d = gl.arange(0, DIM, layout=gl.SliceLayout(0, L))
-    stride_qb, stride_qn, stride_qr = strides
-    p_q = q + along(i_s, stride_qb) + along(o_m // HKV, stride_qn) + along(o_m % HKV, stride_qr)
-    m_q = (o_m < N * HKV)[:, None]
-    b_q = gl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)
-    if PARTS > 1:
-        b_x = b_q.to(gl.float32)
-        largest = gl.max(finite_size(b_x), 1)
-        stretch = e4m3_stretch(largest.to(gl.int32, bitcast=True))
-        b_x = b_x * power_of_two(stretch)[:, None]
-        high = b_x.to(gl.float8e4nv).to(gl.float32)
-        b_x = b_x - high
-        middle = b_x.to(gl.float8e4nv).to(gl.float32)
-        part = (o_x // EACH)[:, None]
-        b_x = gl.where(part == 0, high, gl.where(part == 1, middle, b_x - middle))
-        b_x = gl.where(part == 3, 0.0, b_x)
-        q_tile.store(b_x.to(gl.float8e4nv))
-        shrink = power_of_two(254 - stretch)
-    else:
-        q_tile.store(b_q)
-        shrink = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, L))
-    fence_async_shared()
-    return shrink
+def best_of_block(acc, PARTS: gl.constexpr):
+    """The maximum of every column over the keys, the parts added up [EACH]."""
+    return gl.max(sum_of_parts(acc, PARTS), 0)
 
 
 @gluon.jit
-def best_of_block(acc, PARTS: gl.constexpr):
-    """The maximum of every column over the keys, the parts added up [EACH]."""
-    BK: gl.constexpr = acc.shape[0]
+def sum_of_parts(acc, PARTS: gl.constexpr):
+    """The parts of every column added up [BK, EACH]."""
     if PARTS > 1:
+        BK: gl.constexpr = acc.shape[0]
         acc = gl.sum(gl.reshape(acc, [BK, PARTS, acc.shape[1] // PARTS]), 1)
-    return gl.max(acc, 0)
+    return acc
+
+
+@gluon.jit
+def best_of_pair(first, second, PARTS: gl.constexpr):
+    """`best_of_block` of two pages [EACH, 2]: as many steps as for one."""
+    return gl.max(gl.join(sum_of_parts(first, PARTS), sum_of_parts(second, PARTS)), 0)
+
+
+@gluon.jit
+def multiply(k_tiles, step, q_tile, zero):
+    """Start the product of the page of this step, which has arrived, with the queries."""
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    return warpgroup_mma(k_tiles.index(step % STAGES), q_tile.permute((1, 0)), zero,
+                         use_acc=False, is_async=True)  # fmt: skip
 
 
 @gluon.jit
 def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
              q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
              SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-             NAMED: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr,
+             PAIRS: gl.constexpr, NAMED: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr,
              L: gl.constexpr):  # fmt: skip
-    """Multiply the pages of the share, take the maxima, write the scores."""
+    """Multiply the pages of the share, take the maxima, write the scores.
+
+    With PAIRS two pages at a time. The last page of an odd number is multiplied twice.
+    """
     k_tiles, full, empty = ring
     stride_ts, stride_tb, stride_ls, stride_sp = strides
     i_s, i_b, n, blocks = share
@@ -168,8 +151,13 @@ def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, sca
     ROWS: gl.constexpr = q_tile.shape[0]
     EACH: gl.constexpr = ROWS // PARTS
     zero = gl.zeros([BK, ROWS], gl.float32, layout=MMA)
-    like = best_of_block(zero, PARTS)
-    L_M: gl.constexpr = like.type.layout
+    if PAIRS:
+        like = best_of_pair(zero, zero, PARTS)
+        L_M: gl.constexpr = gl.SliceLayout(1, like.type.layout)
+        o_i = gl.arange(0, 2, layout=gl.SliceLayout(0, like.type.layout))
+    else:
+        like = best_of_block(zero, PARTS)
+        L_M: gl.constexpr = like.type.layout
     o_m = gl.arange(0, EACH, layout=L_M)
     m_m = o_m < N * HKV
     step = 0
@@ -188,38 +176,59 @@ def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, sca
         for first in range(i_b, stop, LANES):
             if EIGHT:
                 ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
-            for i in range(gl.minimum(stop - first, LANES)):
-                wait_full(full, step, STAGES)
-                acc = warpgroup_mma(k_tiles.index(step % STAGES), q_tile.permute((1, 0)), zero,
-                                    use_acc=False, is_async=True)  # fmt: skip
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                release(empty, step, STAGES)
-                best = gl.maximum(best_of_block(acc, PARTS), float("-inf")) * b_scale
-                if EIGHT:
-                    best *= pick(factors, i, L).to(gl.float32, bitcast=True)
-                gl.store(p_score + first + i, best, mask=m_m)
-                step += 1
+            count = gl.minimum(stop - first, LANES)
+            if PAIRS:
+                for i in range(0, count, 2):
+                    two = (i + 1 < count).to(gl.int32)
+                    wait_full(full, step, STAGES)
+                    wait_full(full, step + two, STAGES)
+                    acc = multiply(k_tiles, step, q_tile, zero)
+                    acc_2 = multiply(k_tiles, step + two, q_tile, zero)
+                    done = warpgroup_mma_wait(0, deps=[acc, acc_2])
+                    acc, acc_2 = done[0], done[1]
+                    release(empty, step, STAGES)
+                    if two > 0:
+                        release(empty, step + 1, STAGES)
+                    best = gl.maximum(best_of_pair(acc, acc_2, PARTS), float("-inf"))
+                    best *= b_scale[:, None]
+                    if EIGHT:
+                        factor = gl.where(o_i == 0, pick(factors, i, L), pick(factors, i + two, L))
+                        best *= factor.to(gl.float32, bitcast=True)[None, :]
+                    gl.store(p_score[:, None] + (first + i + o_i)[None, :], best,
+                             mask=m_m[:, None] & (o_i <= two)[None, :])  # fmt: skip
+                    step += 1 + two
+            else:
+                for i in range(count):
+                    wait_full(full, step, STAGES)
+                    acc = multiply(k_tiles, step, q_tile, zero)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    release(empty, step, STAGES)
+                    best = gl.maximum(best_of_block(acc, PARTS), float("-inf")) * b_scale
+                    if EIGHT:
+                        best *= pick(factors, i, L).to(gl.float32, bitcast=True)
+                    gl.store(p_score + first + i, best, mask=m_m)
+                    step += 1
             if EIGHT:
                 factors = gl.load(k_scales + along(ids, stride_sp)).to(gl.int32, bitcast=True)
         i_s, i_b = i_s + 1, 0
         blocks = next_blocks(lengths, i_s, step < n, stride_ls, BK, SINK, LOCAL)
 
 
-@gluon.jit(do_not_specialize=["batch", "n_arrivals", "n_pages"])  # so they compile nothing anew
-def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale,
-                       batch, n_arrivals, width, n_pages, page_rows, stride_kp, stride_qb,
-                       stride_qn, stride_qr, stride_ts, stride_tb, stride_ls, stride_sp,
-                       N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-                       LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
-                       ROWS: gl.constexpr, STAGES: gl.constexpr, FETCH: gl.constexpr,
-                       CHUNK: gl.constexpr, NAMED: gl.constexpr, Q_DTYPE: gl.constexpr,
-                       MMA: gl.constexpr, Q_SHARED: gl.constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["batch", "n_arrivals"])  # so they compile nothing anew
+def page_scores_kernel(q, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale, batch,
+                       n_arrivals, width, page_rows, stride_qb, stride_qn, stride_qr, stride_ts,
+                       stride_tb, stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr,
+                       BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+                       EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
+                       ROWS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
+                       NAMED: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
+                       Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
     Parameters:
         q: [B, n, Hkv, Di], 16-bit; index queries
-        k: [pages, Bk, Di], as q or e4m3; index keys, for addresses
-        k_desc: descriptor of k as rows of tokens, in tiles of BK rows
+        k_desc: descriptor of the index keys [pages, Bk, Di], as q or e4m3, as rows of tokens, in
+            tiles of BK rows
         table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
         rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
@@ -229,8 +238,7 @@ def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arr
         scale: float; index scale
         batch, n_arrivals: int; sequences, counters of a sequence
         width: int; row length of scores
-        n_pages, page_rows: int; pages, rows of k_desc from one page to the next
-        stride_kp: elements from one page of k to the next
+        page_rows: int; rows of k_desc from one page to the next
         stride_qb, stride_qn, stride_qr: elements from one sequence, query, group of q to the next
         stride_ts, stride_tb: elements from one sequence, block of table to the next
         stride_ls: elements from one sequence of lengths to the next
@@ -241,9 +249,9 @@ def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arr
         EIGHT: bool; pages have scales
         NAMED: bool; rows says which rows of the table to read
         PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
+        PAIRS: bool; the maxima of two pages are taken at a time
         ROWS: columns of a product: queries times groups, padded, times PARTS
         STAGES: pages in the ring
-        FETCH: pages that are fetched into the L2 cache early
         CHUNK: lengths that are read by one load
         Q_DTYPE: dtype of the queries in the product
         MMA: layout of a product [BK, ROWS]
@@ -255,10 +263,6 @@ def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arr
     L_1: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     L_C: gl.constexpr = gl.BlockedLayout([CHUNK // 32], [32], [WARPS], [0])  # each warp has all
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, DIM // 8], [4, 8], [WARPS, 1], [1, 0])
-    if FETCH:
-        BYTES: gl.constexpr = BK * DIM * k_desc.dtype.primitive_bitwidth // 8
-        fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
-                    BYTES, FETCH, BK, SINK, LOCAL, L, L_C, CHUNK)  # fmt: skip
     k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BK, DIM], k_desc.layout)
     q_tile = gl.allocate_shared_memory(Q_DTYPE, [ROWS, DIM], Q_SHARED)
     full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
@@ -273,7 +277,7 @@ def page_scores_kernel(q, k, k_desc, table, rows, lengths, k_scales, scores, arr
     strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
         (consumer, (ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
-                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, NAMED, MMA,
+                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, PAIRS, NAMED, MMA,
                     Q_LAYOUT, L)),
         (producer, (k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, stride_tb,
                     stride_ls, BK, SINK, LOCAL, NAMED, L_1)),
@@ -294,29 +298,27 @@ def options(dtype: torch.dtype, q_dtype: torch.dtype, rows: int, dim: int, block
     return {
         "EIGHT": eight,  # e4m3 pages have scales
         "PARTS": parts,
+        "PAIRS": eight and columns <= 32,  # more do not fit into registers
         "ROWS": columns,
         "STAGES": max(2, RING_BYTES // programs // page),
-        "FETCH": min(LANES.value, FETCHED_BYTES // programs // page),
         "CHUNK": 128,
         "Q_DTYPE": kind,
         "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 32 // dtype.itemsize]),
         "Q_SHARED": gl.NVMMASharedLayout.get_default_for([columns, dim], kind),
         "num_warps": 4,
-        "maxnreg": 64 if columns <= 32 else 128,  # 64: beside a program of the next kernel
+        # the usual ones leave room for a program of the next kernel
+        "maxnreg": 128 if columns > 32 else 80 if eight else 64,
     }
 
 
 def describe(pages: Float[Tensor, "pages Bk Di"]) -> tuple[TensorDescriptor, int]:
-    """The pages as rows of tokens for the copy engine, and the rows from one page to the next.
-
-    The engine sees rows of one distance, so a page has to begin a whole number of rows behind the
-    page before it, as `msa.kernel_choice` demands.
-    """
-    (count, block, dim), (stride_p, stride_t, _) = pages.shape, pages.stride()
-    apart = stride_p // stride_t if count > 1 else block
+    """The pages as a `page_matrix` for the copy engine, and the rows from one page to the next."""
+    _, block, dim = pages.shape
+    step_p, step_t, _ = pages.stride()
+    sizes = matrix_sizes(pages)
+    assert sizes is not None  # else `msa.kernel_choice` refuses them
     layout = gl.NVMMASharedLayout.get_default_for([block, dim], KINDS[pages.dtype])
-    shape = [(count - 1) * apart + block, dim]
-    return TensorDescriptor(pages, shape, [stride_t, 1], [block, dim], layout), apart
+    return TensorDescriptor(pages, list(sizes), [step_t, 1], [block, dim], layout), step_p // step_t
 
 
 def score_pages_on_hopper(
@@ -339,14 +341,11 @@ def score_pages_on_hopper(
     desc, page_rows = describe(pages)
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
     chosen["EIGHT"] = eight
-    if pages.stride(1) != dim or rows is not None:
-        chosen["FETCH"] = 0  # only pages in one piece; early, rows may still be those of before
     many = torch.cuda.get_device_properties(q_idx.device).multi_processor_count
     page_scores_kernel[(many * programs,)](
-        q_idx, pages, desc, cache.page_table, cache.lengths if rows is None else rows,
-        cache.lengths, scales, scores, arrivals,
-        config.index_scale_for(dim), batch, arrivals.shape[1], width, len(pages), page_rows,
-        pages.stride(0), *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
+        q_idx, desc, cache.page_table, cache.lengths if rows is None else rows, cache.lengths,
+        scales, scores, arrivals, config.index_scale_for(dim), batch, arrivals.shape[1], width,
+        page_rows, *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
         LOCAL=config.local_blocks, NAMED=rows is not None, launch_pdl=True, **chosen | changes,
     )  # fmt: skip

@@ -30,8 +30,7 @@ def load_blocks(lengths, first, batch, stride_ls, BK: gl.constexpr, SINK: gl.con
                 LOCAL: gl.constexpr, L: gl.constexpr, C: gl.constexpr):  # fmt: skip
     """Scored blocks of the sequences first ... first + C; 0 behind the last one [C]."""
     o_s = first + gl.arange(0, C, layout=L)
-    length = gl.load(lengths + along(o_s, stride_ls), mask=o_s < batch, other=0,
-                     cache_modifier=".cg")  # fmt: skip
+    length = gl.load(lengths + along(o_s, stride_ls), mask=o_s < batch, other=0)
     return scored_blocks(length.to(gl.int32), BK, SINK, LOCAL)
 
 
@@ -75,24 +74,3 @@ def next_blocks(lengths, i_s, there, stride_ls, BK: gl.constexpr, SINK: gl.const
     """Scored blocks of one sequence, if it is `there`."""
     length = gl.load(lengths + along(i_s, stride_ls), mask=there, other=0).to(gl.int32)
     return scored_blocks(length, BK, SINK, LOCAL)
-
-
-@gluon.jit
-def fetch_early(k, table, lengths, batch, n_pages, stride_kp, stride_ts, stride_tb, stride_ls,
-                BYTES: gl.constexpr, PAGES: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-                LOCAL: gl.constexpr, L: gl.constexpr, L_C: gl.constexpr,
-                C: gl.constexpr):  # fmt: skip
-    """Ask the L2 cache for the first PAGES pages of the share, as far as one sequence goes."""
-    i_s, i_b, n, blocks = find_share(lengths, batch, stride_ls, BK, SINK, LOCAL, L_C, C)
-    if n > 0:
-        o_b = gl.arange(0, LANES, layout=L)
-        m_b = o_b < gl.minimum(gl.minimum(n, blocks - i_b), PAGES)
-        p_id = table + along(i_s, stride_ts) + along(SINK + i_b + o_b, stride_tb)
-        page = gl.load(p_id, mask=m_b, other=0, cache_modifier=".cg").to(gl.int64)
-        m_b = m_b & (page >= 0) & (page < n_pages)
-        gl.inline_asm_elementwise(
-            "{.reg .pred p; setp.ne.b32 p, $2, 0;\n"
-            "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-            "=r,l,r,r", [k + along(page, stride_kp), m_b.to(gl.int32), BYTES], dtype=gl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip

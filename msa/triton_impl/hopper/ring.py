@@ -24,6 +24,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # 3.9; 3.6 to 3.8
+CALLED_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # 3.9
+
+
+@gluon.jit
+def in_parts(tiles, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as tiles of another shape and layout."""
+    if CALLED_REINTERPRET:
+        return tiles.reinterpret(tiles.dtype, shape, layout)
+    else:
+        return tiles._reinterpret(tiles.dtype, shape, layout)
 
 
 @gluon.jit
@@ -49,14 +59,20 @@ def wait_full(full, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def produce(desc, row, tiles, full, empty, step, STAGES: gl.constexpr, column=0):
-    """Producer: copy a tile of a matrix, from `row` and `column` on, into this step's stage.
+    """Producer: copy a tile of a matrix, from `row` and `column` on, into this step's stage."""
+    produce_at(desc, (row, column), tiles, full, empty, step, STAGES)
+
+
+@gluon.jit
+def produce_at(desc, place, tiles, full, empty, step, STAGES: gl.constexpr):
+    """Producer: copy the tile of a tensor that begins at `place` into this step's stage.
 
     The producer waits until the stage is empty.
     """
     wait_empty(empty, step, STAGES)
     s = step % STAGES
     mbarrier.expect(full.index(s), desc.block_type.nbytes)
-    copy_tile(desc, [row, column], full.index(s), tiles.index(s))
+    copy_tile(desc, place, full.index(s), tiles.index(s))
 
 
 @gluon.jit

@@ -94,13 +94,13 @@ OPTIONS = {
 
 
 @gluon.jit
-def skip(rings, step, STAGES: gl.constexpr):
+def skip(rings, step):
     """Release a block that none of the consumer's queries selected."""
-    _, _, k_full, k_empty, v_full, v_empty = rings
-    wait_full(k_full, step, STAGES)
-    release(k_empty, step, STAGES)
-    wait_full(v_full, step, STAGES)
-    release(v_empty, step, STAGES)
+    k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
+    wait_full(k_full, step, k_tiles.shape[0])
+    release(k_empty, step, k_tiles.shape[0])
+    wait_full(v_full, step, v_tiles.shape[0])
+    release(v_empty, step, v_tiles.shape[0])
 
 
 @gluon.jit
@@ -137,7 +137,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
         j = 0
         while j < n:
             if (bits & mine) == 0:
-                skip(rings, step, STAGES)
+                skip(rings, step)
                 step += 1
                 j += 1
                 bits = bits_next
@@ -183,7 +183,7 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
                         b_p = gl.convert_layout(p.to(b_q.dtype), A)
                         last = step
                     else:
-                        skip(rings, step, STAGES)
+                        skip(rings, step)
                     step += 1
                     j += 1
                     bits = bits_next
@@ -209,17 +209,16 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
 
 @gluon.jit
 def copy_blocks(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constexpr,
-                STAGES: gl.constexpr, BK: gl.constexpr, PAGED: gl.constexpr):  # fmt: skip
+                PAGED: gl.constexpr):  # fmt: skip
     """The producer: copy the blocks of every item's union, the last one first."""
     if PAGED:
-        copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES)
+        copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV)
     else:
-        copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV, STAGES, BK)
+        copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV)
 
 
 @gluon.jit
-def copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constexpr,
-               STAGES: gl.constexpr):  # fmt: skip
+def copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constexpr):
     """The producer over a paged cache."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     _tiles, ids, _unused, counts = tables
@@ -240,14 +239,13 @@ def copy_pages(k_desc, v_desc, rings, tables, pages, n_items, U, HKV: gl.constex
             from_v = row_v + page_row(page, stride_vp, stride_vt)
             page = load_page(p_table, ahead, stride_tb)
             ahead = gl.load(p_id + gl.maximum(n - 3 - j, 0))
-            produce(k_desc, from_k, k_tiles, k_full, k_empty, step, STAGES, column_k)
-            produce(v_desc, from_v, v_tiles, v_full, v_empty, step, STAGES, column_v)
+            produce(k_desc, from_k, k_tiles, k_full, k_empty, step, k_tiles.shape[0], column_k)
+            produce(v_desc, from_v, v_tiles, v_full, v_empty, step, v_tiles.shape[0], column_v)
             step += 1
 
 
 @gluon.jit
-def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
-                STAGES: gl.constexpr, BK: gl.constexpr):  # fmt: skip
+def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr):
     """The producer over packed keys."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     tiles, ids, _unused, counts = tables
@@ -259,10 +257,10 @@ def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr,
         column = (item % HKV) * k_tiles.shape[2]
         i_b = gl.load(p_id + gl.maximum(n - 1, 0))
         for j in range(n):
-            row = first_key + i_b * BK
+            row = first_key + i_b * k_tiles.shape[1]
             i_b = gl.load(p_id + gl.maximum(n - 2 - j, 0))
-            produce(k_desc, row, k_tiles, k_full, k_empty, step, STAGES, column)
-            produce(v_desc, row, v_tiles, v_full, v_empty, step, STAGES, column)
+            produce(k_desc, row, k_tiles, k_full, k_empty, step, k_tiles.shape[0], column)
+            produce(v_desc, row, v_tiles, v_full, v_empty, step, v_tiles.shape[0], column)
             step += 1
 
 
@@ -329,8 +327,7 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
         (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
                    stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, STAGES, BK,
-                       PAGED)),
+        (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
