@@ -51,8 +51,8 @@ class KVPages:
 
     k: Float[Tensor, "pages Bk Hkv D"]
     v: Float[Tensor, "pages Bk Hkv Dv"]
-    k_scale: Float[Tensor, "*one"] | None = None
-    v_scale: Float[Tensor, "*one"] | None = None
+    k_scale: Float[Tensor, "..."] | None = None
+    v_scale: Float[Tensor, "..."] | None = None
 
     def __post_init__(self) -> None:
         if (self.k_scale is None) != (self.v_scale is None):

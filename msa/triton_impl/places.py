@@ -120,7 +120,10 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         *others, device = args
         assert isinstance(device, torch.device) and not options
         if isinstance(others[0], StepSequences):
-            return others[0].table(self._make, *others[1:], device)
+            step, key = others[0], (self._make, (*others[1:], device))
+            if key not in step.tables and device.type == "cuda":
+                check_known_before_capture(torch.cuda.is_current_stream_capturing())
+            return step.table(self._make, *others[1:], device)
         if device.type != "cuda":
             return self._keep(*others, device).thing
         if device.index is None:
