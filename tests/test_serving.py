@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import msa
 
@@ -133,6 +135,30 @@ def test_a_prefill_takes_lengths_from_the_device(tables, order, loops, monkeypat
     near(out, want.out)
 
 
+@given(
+    st.lists(st.tuples(st.integers(1, 70), st.integers(0, 70), st.integers(0, 20)), min_size=1,
+             max_size=4).filter(lambda rows: any(new for _, new, _ in rows)),
+    st.integers(0, 999),
+)  # fmt: skip
+@settings(max_examples=8, deadline=None)
+@example([(1, 0, 0), (33, 33, 15), (16, 1, 17)], 0)
+def test_any_lengths_new_tokens_and_bounds_give_the_spec(rows, seed):
+    lengths = [length for length, *_ in rows]
+    new = [min(length, n) for length, n, _ in rows]
+    bounds = [length + slack for length, _, slack in rows]
+    engine = Engine(lengths, seed, spare=3)
+    borders = (0, *np.cumsum(new).tolist())
+    q, q_idx = engine.queries(borders[-1])
+    exact = msa.Sequences(borders, (0, *np.cumsum(lengths).tolist()))
+    args = (x.astype(np.float64) for x in (q, q_idx))
+    want = reference.prefill_chunk(*args, engine.spec(), exact, CONFIG)
+    part = serving.PrefillPart.of(give(engine.table), give(np.array(lengths)), borders, bounds)
+    chosen = serving.select(give(q_idx), engine.index_pages(), part, CONFIG)
+    out = serving.attend_selected(give(q), engine.kv(), part, chosen, DIM**-0.5)
+    assert (chosen.indices.cpu().numpy() == want.selection.indices).all()
+    near(out, want.out)
+
+
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_one_scale_for_all_pages(phase):
     """Scales of keys and values are numbers on the device, which are not read back."""
@@ -156,7 +182,8 @@ def test_one_scale_for_all_pages(phase):
 
 def test_steps_of_equal_borders_are_not_the_same():
     """Else the tables of the step before would be taken."""
-    one, two = (serving.PrefillPart.of(None, torch.tensor([n]), (0, 2), [9]) for n in (9, 8))
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    one, two = (serving.PrefillPart.of(table, torch.tensor([n]), (0, 2), [9]) for n in (9, 8))
     assert one.sequences != two.sequences and len({one.sequences, two.sequences}) == 2
 
 
