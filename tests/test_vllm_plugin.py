@@ -31,10 +31,10 @@ def engine(tmp_path_factory):
 class Step:
     """A layer with pages in one of vLLM's orders: NaN behind each sequence, stale columns."""
 
-    def __init__(self, engine, batch, order="LBNHC", sinks=0):
+    def __init__(self, engine, batch, order="LBNHC", sinks=0, heads=HEADS, groups=GROUPS):
         rng = torch.Generator().manual_seed(sum(batch.lengths))
         self.engine, self.batch, self.tokens = engine, batch, sum(batch.new)
-        layer = engine.layer(HEADS, GROUPS, DIM, TOP_K, 512, sinks=sinks, device="cpu")
+        layer = engine.layer(heads, groups, DIM, TOP_K, 512, sinks=sinks, device="cpu")
         self.layer = layer
         blocks = [-(-max(n, 1) // 128) for n in batch.lengths]
         pages = sum(blocks) + 3
@@ -49,11 +49,11 @@ class Step:
         def numbers(*shape):
             return torch.randn(shape, generator=rng)
 
-        kv, keys = numbers(pages, GROUPS, 128, 2 * DIM), numbers(pages, 1, 128, DIM)
+        kv, keys = numbers(pages, groups, 128, 2 * DIM), numbers(pages, 1, 128, DIM)
         if order == "LBNHC":
-            kv = numbers(pages, 128, GROUPS, 2 * DIM).transpose(1, 2)
+            kv = numbers(pages, 128, groups, 2 * DIM).transpose(1, 2)
         elif order == "BLHNC":
-            kv = numbers(pages, 3, GROUPS, 128, 2 * DIM)[:, 1]
+            kv = numbers(pages, 3, groups, 128, 2 * DIM)[:, 1]
             keys = numbers(pages, 2, 1, 128, DIM)[:, 1]
         unused = torch.ones(pages, 128, dtype=torch.bool)
         for s, n in enumerate(batch.lengths):
@@ -64,8 +64,8 @@ class Step:
         keys.masked_fill_(unused[:, None, :, None], 1e4)
         layer.kv_cache = kv
         layer.indexer.index_cache.bind_kv_cache(keys)
-        self.q = numbers(self.tokens, HEADS * DIM)
-        self.q_idx = numbers(self.tokens, GROUPS * DIM)
+        self.q = numbers(self.tokens, heads * DIM)
+        self.q_idx = numbers(self.tokens, groups * DIM)
 
     def run(self):
         self.layer.topk_indices_buffer.fill_(-7)
@@ -100,6 +100,16 @@ def test_the_plug_in_gives_what_vllm_gives(engine, kind, order):
     assert (ids[live] == their_ids[live]).all()
     torch.testing.assert_close(ours[live], theirs[live], rtol=1e-5, atol=3e-6)
     assert (ours[~live] == 0).all() and (ids[~live] == -1).all()
+
+
+@pytest.mark.parametrize("heads", [4, 3])  # of ranks that share KV heads, or have one each
+def test_a_rank_with_one_group(engine, heads):
+    step = Step(engine, Batch((1, 1, 10), (300, 129, 140)), heads=heads, groups=1)
+    theirs, their_ids = step.run()
+    engine.plug_in(step.layer)
+    ours, ids = step.run()
+    assert torch.equal(ids, their_ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=3e-6)
 
 
 def test_all_layers_of_a_step_share_its_tables(engine):
