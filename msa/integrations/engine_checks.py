@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -46,18 +46,19 @@ WARM: set[object] = set()
 """What was warmed up in this process."""
 
 
-def warm_up_once(key: object, warm_up: Callable[[], int]) -> float | None:
-    """Call `warm_up`, once for each key; the seconds that it took.
+def warm_up_once(key: object, warm_up: Callable[[], int], log: Callable[..., Any]) -> bool:
+    """Call `warm_up`, once for each key, and log the seconds that it took; whether this is over.
 
-    None if it was called before, MSA_WARM_UP is 0, kernels are interpreted, or a CUDA graph is
-    being captured (then a later call does it).
+    It is not over while a CUDA graph is captured: then a later call does it. Nothing is called if
+    MSA_WARM_UP is 0 or kernels are interpreted.
     """
     if key in WARM or os.environ.get("MSA_WARM_UP") == "0" or checks.is_interpreted():
-        return None
+        return True
     if torch.cuda.is_current_stream_capturing():
-        return None
+        return False
     WARM.add(key)
     start = time.perf_counter()
     warm_up()
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    log("msa-stack compiled its kernels in %.0f s", time.perf_counter() - start)
+    return True

@@ -13,6 +13,7 @@ Few new tokens of every request, such as drafts that are verified, take the way 
 
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -218,6 +219,7 @@ def prefill(
             lambda: serving.warm_up_layer(
                 pages, keys, part.table, q.shape[1], config, (q.dtype, idx_q.dtype)
             ),
+            logging.getLogger("sglang").info,
         )
         if cached_topk_idx is None:
             chosen = serving.select(idx_q, keys, part, config)

@@ -105,6 +105,7 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
     """Attends to the selected blocks."""
 
     msa_config: MSAConfig
+    msa_warm = False
     msa_batches: list[int]
     msa_queries: set[int]
 
@@ -120,7 +121,8 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
         first, stop = step.num_decode_tokens, step.num_actual_tokens
         q, out = (x[:stop].view(-1, self.num_heads, self.head_size) for x in (query, output))
         pages = self.msa_pages(layer, kv_cache)
-        warm_up(layer, pages, step, query.dtype)
+        if not self.msa_warm:
+            self.msa_warm = warm_up(layer, pages, step, query.dtype)
         indexer = layer.indexer.impl
         # taken away, so that a graph can use the memory of the scores for the next layer
         given, indexer.msa_pending = indexer.msa_pending, None
@@ -147,21 +149,20 @@ class MsaSparse(attention.MiniMaxM3SparseTritonImpl):
         return serving.KVPages(both[..., : self.head_size], both[..., self.head_size :], *scales)
 
 
-def warm_up(layer: Any, pages: serving.KVPages, step: Any, dtype: torch.dtype) -> None:
+def warm_up(layer: Any, pages: serving.KVPages, step: Any, dtype: torch.dtype) -> bool:
     """Compile all kernels of these pages, before vLLM's first graph and its first request."""
     impl, indexer = layer.impl, layer.indexer.impl
     keys = indexer.index_cache.kv_cache
     table = (step.decode or step.prefill).block_table
     key = (pages.k.device, pages.k.stride(), pages.k.dtype, keys.stride(), table.stride())
-    spent = warm_up_once(
+    return warm_up_once(
         key,
         lambda: serving.warm_up_layer(
             pages, serving.IndexPages(keys), table, impl.num_heads, impl.msa_config,
             (dtype, keys.dtype), batches=impl.msa_batches, queries=impl.msa_queries,
         ),
+        logger.info,
     )  # fmt: skip
-    if spent is not None:
-        logger.info("msa-stack compiled its kernels in %.0f s", spent)
 
 
 def decode_part(step: Any) -> tuple[serving.DecodePart, tuple[int, int]]:
