@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -230,3 +231,38 @@ def test_warm_up_of_a_layer_writes_nothing_into_the_engine():
     assert ran == 2 * 2 + 2
     for array, old in zip((engine.both, pages[1].k_idx), before):
         torch.testing.assert_close(array, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_engine_is_warmed_up_once_and_not_in_a_capture(monkeypatch):
+    from msa.integrations import engine_checks
+
+    made, said, capturing = [], [], [True]
+    monkeypatch.setattr(engine_checks.checks, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(engine_checks, "WARM", set())
+
+    def warm(key="layer"):
+        return engine_checks.warm_up_once(
+            key, lambda: made.append(key), lambda *line: said.append(line)
+        )
+
+    assert not warm() and not made
+    capturing[0] = False
+    assert warm() and warm() and made == ["layer"] and len(said) == 1
+    monkeypatch.setenv("MSA_WARM_UP", "0")
+    assert warm("another") and made == ["layer"]
+
+
+@pytest.mark.parametrize(("capability", "says"), [
+    (None, "a GPU of compute capability 9.0 is needed, got none"),
+    ((10, 0), "the GPU must have compute capability 9.0, got 10.0"),
+])  # fmt: skip
+def test_plug_ins_refuse_other_gpus(monkeypatch, capability, says):
+    from msa.integrations import engine_checks
+
+    monkeypatch.setattr(engine_checks.checks, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(RuntimeError, match=f"{re.escape(says)}.*unset MSA_SGLANG"):
+        engine_checks.check_gpu("SGLang")
