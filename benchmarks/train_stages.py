@@ -20,7 +20,7 @@ from benchmarks.timing import timed
 from msa import torch_impl
 from msa.ir import Selection, Sequences
 from msa.triton_impl import align_index, select_fused
-from msa.triton_impl.attention import attend_selection, key_kernel, query_kernel
+from msa.triton_impl.attention import attend_selection, prepare_keys, prepare_queries
 from msa.triton_impl.launch import positions_of
 from msa.triton_impl.tile_union import split_tiles
 
@@ -145,16 +145,16 @@ def stage_times(x: Inputs, chosen: Selection, d_out: Tensor) -> dict[str, Any]:
     output = attend_selection(q, k, v, chosen, SCALE)
     out, lse = output.out, output.lse
     none = torch.zeros_like(lse)
-    run_queries, union = query_kernel(q, k, v, chosen, SCALE)
-    run_keys, edges = key_kernel(q, k, v, chosen, SCALE, union)
+    run_queries, union = prepare_queries(q, k, v, chosen, SCALE)
+    run_keys, edges = prepare_keys(q, k, v, chosen, SCALE, union)
     asking = q_idx.clone().requires_grad_()
     calls: dict[str, tuple[float, Callable[[], Any]]] = {
         "select": (0, lambda: select_fused(q_idx, k_idx, x.sequences, CONFIG)),
         "forward": (2, lambda: attend_selection(q, k, v, chosen, SCALE)),
         "align": (1, lambda: align_index(
             q, k, asking, k_idx, chosen, x.sequences, CONFIG, lse)),
-        "edges": (0, lambda: key_kernel(
-            q, k, v, chosen, SCALE, query_kernel(q, k, v, chosen, SCALE)[1])),
+        "edges": (0, lambda: prepare_keys(
+            q, k, v, chosen, SCALE, prepare_queries(q, k, v, chosen, SCALE)[1])),
         "queries": (3, lambda: run_queries(
             q, k, v, out, d_out, lse, none, union, chosen, SCALE)),
         "keys": (4, lambda: run_keys(q, k, v, d_out, lse, none, edges, SCALE)),

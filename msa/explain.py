@@ -256,6 +256,7 @@ def choose_kernels() -> dict[str, Any]:
         "walk_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.walk_rule()],
         "page_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.page_rule()],
         "key_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.key_rule()],
+        "loss_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.loss_rule()],
         "chosen": kernel_choice.choose("auto", call),
         "reason": "" if found is None else str(found).partition(": ")[0],
     }

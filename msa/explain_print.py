@@ -150,15 +150,21 @@ def print_choice(choice: dict[str, Any]) -> None:
     )
 
 
+def wanted_by(kernels: str, rule: list[tuple[str, str]]) -> Table:
+    """A rule of `msa.kernel_choice` as a table."""
+    table = Table("what", f"wanted by {kernels}", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, wanted in rule:
+        table.add_row(name, wanted)
+    return table
+
+
 def print_kernels(choice: dict[str, Any]) -> None:
     """Print the rule of kernels="auto", and what it takes on this machine."""
-    rules = (
-        ("kernels", kernel_choice.rule()),
-        ("walk", kernel_choice.walk_rule()),
-        ("kernel", kernel_choice.key_rule()),
-        ("scores of pages", kernel_choice.page_rule()),
-    )
-    table, walk, keys, pages = (rule_table(name, rule) for name, rule in rules)
+    table = wanted_by("the hopper kernels", kernel_choice.rule())
+    walk = wanted_by("the hopper walk", kernel_choice.walk_rule())
+    keys = wanted_by("the hopper kernel", kernel_choice.key_rule())
+    loss = wanted_by("the hopper kernel", kernel_choice.loss_rule())
+    pages = wanted_by("the scores of pages", kernel_choice.page_rule())
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
@@ -188,6 +194,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 keys,
+                Text(
+                    "In training, it computes the alignment loss and its gradients with a hopper "
+                    "kernel where all of this holds:",
+                    style="dim",
+                ),
+                loss,
                 Text("It decodes with the hopper scores where all of this holds:", style="dim"),
                 pages,
             ),
@@ -195,14 +207,6 @@ def print_kernels(choice: dict[str, Any]) -> None:
             title_align="left",
         )
     )
-
-
-def rule_table(name: str, rule: list[tuple[str, str]]) -> Table:
-    """A rule as a table of what is wanted."""
-    table = Table("what", f"wanted by the hopper {name}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for what, wanted in rule:
-        table.add_row(what, wanted)
-    return table
 
 
 def spaced(picture: list[str]) -> str:

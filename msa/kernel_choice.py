@@ -61,6 +61,8 @@ WALK_DIM, WALK_BLOCK_SIZE = 128, 128
 """D and Dv, and the block size, of the hopper walk."""
 LARGEST_GROUP = 64
 """Query heads of a group: a consumer of the walk has so many rows, and at least one query."""
+LOSS_GROUPS = (8, 16, 32, 64)
+"""Query heads of a group in the hopper kernel of the alignment loss: it reads 64 rows at a time."""
 SMALLEST_GROUP = 9
 """With fewer query heads in a group, the hopper walk spills registers, and rows of it are empty:
 "auto" avoids it."""
@@ -161,7 +163,22 @@ class PageCall(Place):
     """New queries of a sequence times groups."""
 
 
-AnyCall = Call | AttentionCall | PageCall
+@dataclass(frozen=True, kw_only=True)
+class LossCall(Place):
+    """What the choice for an alignment loss depends on."""
+
+    q_dtype: str
+    k_dtype: str
+    q_idx_dtype: str
+    k_idx_dtype: str
+    dim: int
+    index_dim: int
+    group: int
+    """Query heads of a group."""
+    block_size: int
+
+
+AnyCall = Call | AttentionCall | PageCall | LossCall
 
 
 def call_of(q_idx: Array, k_idx: Array, config: MSAConfig) -> Call:
@@ -219,6 +236,21 @@ def page_call_of(q_idx: Array, cache: PagedKV) -> PageCall:
         block_size=cache.k_idx_pages.shape[1],
         rows=q_idx.shape[1] * q_idx.shape[2],
         **machine_of(q_idx),
+    )
+
+
+def loss_call_of(q: Array, k: Array, q_idx: Array, k_idx: Array, block_size: int) -> LossCall:
+    """What the choice depends on, for these arguments of an alignment loss."""
+    return LossCall(
+        q_dtype=dtype_name(q),
+        k_dtype=dtype_name(k),
+        q_idx_dtype=dtype_name(q_idx),
+        k_idx_dtype=dtype_name(k_idx),
+        dim=q.shape[-1],
+        index_dim=q_idx.shape[-1],
+        group=q.shape[-2] // k.shape[-2],
+        block_size=block_size,
+        **machine_of(q),
     )
 
 
@@ -305,6 +337,8 @@ def obstacle(call: AnyCall) -> TypeError | ValueError | None:
         found = wrong_selection(call)
     elif isinstance(call, PageCall):
         found = wrong_pages(call)
+    elif isinstance(call, LossCall):
+        found = wrong_loss(call)
     elif isinstance(call, BackwardCall):
         found = wrong_attention(call) or wrong_backward(call)
     else:
@@ -349,6 +383,25 @@ def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
         return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
     if call.group > LARGEST_GROUP:
         return ValueError(must("q", f"have at most {LARGEST_GROUP} heads in a group", call.group))
+    return None
+
+
+def wrong_loss(call: LossCall) -> TypeError | ValueError | None:
+    """What the hopper kernel cannot take of an alignment loss."""
+    dtypes = {"q": call.q_dtype, "k": call.k_dtype}
+    dtypes |= {"q_idx": call.q_idx_dtype, "k_idx": call.k_idx_dtype}
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
+        if dtype != call.q_dtype:
+            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
+    for name, symbol, size in (("q", "D", call.dim), ("q_idx", "Di", call.index_dim)):
+        if size != WALK_DIM:
+            return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if call.block_size != WALK_BLOCK_SIZE:
+        return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
+    if call.group not in LOSS_GROUPS:
+        return ValueError(must("q", f"have {either(LOSS_GROUPS)} heads in a group", call.group))
     return None
 
 
@@ -405,7 +458,7 @@ def wrong_machine(call: AnyCall) -> ValueError | None:
 
 
 def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
-    """The kernels for a call: a selection, a walk, half of the gradients, or scores of pages.
+    """The kernels for a call: a selection, a walk, half of the gradients, a loss, or page scores.
 
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
@@ -422,7 +475,7 @@ def choose(kernels: Kernels, call: AnyCall) -> Literal["portable", "hopper"]:
 
 def is_better(call: AnyCall) -> bool:
     """Whether the hopper kernels, which can take the call, are the better choice for it."""
-    if isinstance(call, Call):
+    if isinstance(call, Call | LossCall):
         return True
     if isinstance(call, PageCall):
         return call.k_dtype == EIGHT_BITS
@@ -490,3 +543,14 @@ def page_rule() -> list[tuple[str, str]]:
     rows = ("new queries times groups", f"at most {LARGEST_STEP}")
     dtypes = [("dtype of q_idx", either(DTYPES)), ("dtype of cache.k_idx_pages", EIGHT_BITS)]
     return [sizes, *dtypes, rows]
+
+
+def loss_rule() -> list[tuple[str, str]]:
+    """What an alignment loss must have for the hopper kernel: names and wanted values."""
+    return [
+        ("compute capability and triton", "as above"),
+        ("dtype of q, k, q_idx and k_idx", f"one of {either(DTYPES)} for all"),
+        ("D and Di", str(WALK_DIM)),
+        ("block_size", str(WALK_BLOCK_SIZE)),
+        ("query heads of a group", either(LOSS_GROUPS)),
+    ]

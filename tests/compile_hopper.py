@@ -18,6 +18,7 @@ from triton.runtime.driver import driver
 
 from msa.triton_impl.hopper import (
     block_topk,
+    index_loss,
     index_scores,
     key_gradients,
     page_scores,
@@ -112,6 +113,23 @@ def compile_pages(dtype, q_dtype, dim, block_size, rows, named=False):
     )  # fmt: skip
 
 
+def compile_loss(dtype, group, with_top, with_gradient):
+    dtype, table, floats = (
+        getattr(torch, dtype),
+        torch.zeros(64, dtype=torch.int32),
+        torch.zeros(256),
+    )
+    q, k = torch.zeros(64 * 4 * group, 128, dtype=dtype), torch.zeros(256, 4 * 128, dtype=dtype)
+    q_idx, edges = torch.zeros(64, 4, 128, dtype=dtype), table.long()
+    return index_loss.hopper_loss_kernel.warmup(
+        index_loss.describe(q, group, 64), index_loss.describe(k, 128, 128),
+        index_loss.describe(k[:, :128].contiguous(), 128, 64), q_idx, floats, floats, floats,
+        floats, table, edges, edges, table, table, table, table, table, floats, floats, floats, 0.1,
+        0.1, 100, 20, 640, 512, 128, G=group, HKV=4, TOP=with_top, TOP_K=16, GRADIENT=with_gradient,
+        STAGES=index_loss.stages_of(group, with_top), grid=(1,), **index_loss.OPTIONS,
+    )  # fmt: skip
+
+
 def facts(kernel):
     """What the assembler says about a kernel, and its PTX."""
     ptx = kernel.asm["ptx"]
@@ -138,6 +156,6 @@ if __name__ == "__main__":
     driver.set_active(Hopper())
     makers = {
         "scores": compile_scores, "topk": compile_topk, "walk": compile_walk, "keys": compile_keys,
-        "queries": compile_query_gradients, "pages": compile_pages,
+        "queries": compile_query_gradients, "pages": compile_pages, "loss": compile_loss,
     }  # fmt: skip
     print(json.dumps([facts(makers[what](*options)) for what, *options in json.loads(sys.argv[1])]))

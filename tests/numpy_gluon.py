@@ -58,11 +58,11 @@ def store(p, x, mask=None):
     shape = np.broadcast_shapes(
         p.offset.shape, np.shape(x), np.shape(True if mask is None else mask)
     )
-    where = np.broadcast_to(p.offset, shape)[np.broadcast_to(True if mask is None else mask, shape)]
+    mask = np.broadcast_to(True if mask is None else mask, shape)
+    where = np.broadcast_to(p.offset, shape)[mask]
     assert ((where >= 0) & (where < p.array.size)).all()
     assert len(np.unique(where)) == len(where), "two threads write one place"
-    x = np.broadcast_to(x, shape)
-    p.array[where] = x if mask is None else x[np.broadcast_to(mask, shape)]
+    p.array[where] = np.broadcast_to(x, shape)[mask]
 
 
 def language(program_id, num_programs):

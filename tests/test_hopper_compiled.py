@@ -22,6 +22,7 @@ from msa.kernel_choice import (
     LARGEST_GROUPS,
     LARGEST_PLACES,
     LARGEST_STEP,
+    LOSS_GROUPS,
     SMALLEST_GROUP,
 )
 
@@ -71,6 +72,8 @@ FEW_PAGES = [
 ]  # fmt: skip
 SHARED_WITH_ATTENTION = 227 - 74
 """KiB of shared memory that a program of `page_attention` leaves."""
+LOSSES = [*product(("bfloat16", "float16"), LOSS_GROUPS, (False, True), (False, True))]
+FEW_LOSSES = [("bfloat16", 16, False, True), ("bfloat16", 16, False, False)]  # heads, top, gradient
 
 
 def chosen(few, every):
@@ -159,6 +162,22 @@ def test_scores_of_pages_fit():
         products = block_size // 64 * dim * (1 if eight else 2) // 32
         products *= 2 if eight and rows <= 8 else 1  # two pages at a time
         assert found["steps"].count("wgmma.mma_async") == products, options
+
+
+def test_loss_kernels_fit():
+    kernels = chosen(FEW_LOSSES, LOSSES)
+    for options, found in zip(kernels, compiled([("loss", *k) for k in kernels]), strict=True):
+        assert "C75" not in found["says"], options  # products one after another
+        assert found["registers"] * found["threads"] <= 65536, options
+        assert found["registers"] <= 96, options  # 20 warps; setmaxnreg then moves registers
+        assert found["shared"] <= 227 * 1024, options
+        assert found["spilled"] <= 384, options  # numbers of an item, outside of the inner loops
+        assert found["steps"].count("wgmma.mma_async") >= 64 + 16, options
+        loads = [i for i, step in enumerate(found["steps"]) if step == "ldmatrix"]
+        assert loads
+        for i in loads:  # keys are given back after a product has read them
+            steps = [s for s in found["steps"][i:] if s in ("wgmma.mma_async", "mbarrier.arrive")]
+            assert steps[0] == "wgmma.mma_async"
 
 
 def test_key_gradient_kernels_fit():

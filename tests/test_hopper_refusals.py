@@ -225,6 +225,8 @@ def test_the_rule_names_its_own_numbers():
     assert told["new queries times groups"] == "at most 32" and len(told) == 4
     told = dict(kernel_choice.key_rule())
     assert told["query heads of a group"] == "8, 16, 32 or 64" and len(told) == 3
+    told = dict(kernel_choice.loss_rule())
+    assert told["query heads of a group"] == "8, 16, 32 or 64" and told["D and Di"] == "128"
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -17,7 +17,7 @@ import torch
 import triton
 
 import msa
-from msa import kernel_choice, triton_impl
+from msa import kernel_choice, torch_impl, triton_impl
 from msa.conformance import all_properties, subjects
 from msa.conformance.cases import Case, Fill, PagedCase, Picks, ScoresCase
 from msa.conformance.properties.prefill import EightBits
@@ -231,6 +231,36 @@ def test_hopper_prefilling(subject, case, launched):
     assert wanted <= launched
 
 
+LOSS_CASES = {  # sequences, groups, heads of a group, float16
+    "one sequence": (msa.Sequences.one(150, 150), 1, 16, False),
+    "ragged": (msa.Sequences((0, 37, 37, 40, 73), (0, 200, 200, 330, 470)), 2, 8, True),
+    "64 heads": (msa.Sequences.one(20, 300), 1, 64, False),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_CASES if HOPPER else [])
+@pytest.mark.parametrize("known", [False, True])
+def test_hopper_loss(name, known, launched):
+    sequences, groups, group, half = LOSS_CASES[name]
+    dtype, config = torch.float16 if half else torch.bfloat16, msa.MSAConfig(128, 2)
+    q, k, q_idx, k_idx = (
+        torch.randn(*shape, 128, device="cuda").to(dtype)
+        for shape in ((sequences.total_q, groups * group), (sequences.total_k, groups),
+                      (sequences.total_q, groups), (sequences.total_k,))
+    )  # fmt: skip
+    selection = triton_impl.select_blocks(q_idx, k_idx, sequences, config)
+    lse = triton_impl.attend_selection(q, k, k, selection, 128**-0.5).lse if known else None
+    leaves = [x.requires_grad_() for x in (q_idx, k_idx)]
+    given = (q, k, *leaves, selection, sequences, config, lse)
+    loss = triton_impl.align_index(*given, kernels="hopper")
+    loss.backward()
+    wanted = torch_impl.align_index(
+        *(x.detach().double() for x in given[:4]), selection, sequences, config
+    )
+    assert abs(float(loss) - float(wanted)) <= 1e-4 * float(wanted)
+    assert "hopper_loss_kernel" in launched
+
+
 DECODING = {"append_kernel", "page_scores_kernel", "page_attend_kernel"}
 
 
@@ -294,5 +324,6 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 def test_no_kernel_is_left_out():
     named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
     checks = HOPPER_CHECKS | WALK_CHECKS | KEY_CHECKS
-    named.update(*checks.values() if GLUON else ())
+    if GLUON:
+        named.update({"hopper_loss_kernel"}, *checks.values())
     assert named == set(KERNELS)

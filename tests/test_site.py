@@ -101,6 +101,7 @@ def test_results_of_a_wrong_form_are_refused():
         "selection_hopper_h200",
         "walk_hopper_h200",
         "gradients_hopper_h200",
+        "loss_hopper_h200",
         *measured.older(),
     ):
         found, schema = measured.read(name), measured.SCHEMAS[measured.kind_of(name)]

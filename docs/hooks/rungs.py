@@ -8,6 +8,7 @@ from docs.hooks.measured import read, record
 RESULTS = "selection_hopper_h200"
 WALK = "walk_hopper_h200"
 GRADIENTS = "gradients_hopper_h200"
+LOSS = "loss_hopper_h200"
 VERSIONS = {
     "portable": "portable", "hopper": "**hopper**", "plain": "not overlapped",
     "three_consumers": "three consumers, 64 keys", "steps_of_64": "overlapped, 64 keys",
@@ -131,6 +132,30 @@ def queries() -> str:
 def rate(time: dict[str, float]) -> str:
     """Useful TFLOP/s."""
     return f"{time['tflops']:.0f}"
+
+
+def loss() -> str:
+    """Milliseconds of the whole alignment loss with its gradients."""
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['keep']:g}", ms(row["portable"]), f"**{ms(row['hopper'])}**",
+         f"{row['portable']['ms'] / row['hopper']['ms']:.2f}×")
+        for row in read(LOSS)["loss"]
+    ]  # fmt: skip
+    return f"{table(('tokens', 'ρ', 'portable', 'hopper', 'gain'), rows)}\n\n{record(LOSS)}"
+
+
+def loss_stages() -> str:
+    """Milliseconds of the parts of the loss for the last 32K queries, or all, at ρ = 0.95."""
+    names = ("schedule", "student_sums", "kernel", "sum_slots", "sum_items", "loss_alone")
+    rows = []
+    for row in read(LOSS)["stages"]:
+        sums = row["sum_slots"]["ms"] + row["sum_items"]["ms"]
+        kernel = {"kernel": {"ms": row["kernel_with_sums"]["ms"] - sums}}
+        times = (ms((row | kernel)[name]) for name in names)
+        rows.append((f"{row['queries'] // 1024}K of {row['n'] // 1024}K", *times))
+    columns = ("queries", "edges", "sums of the index branch", "kernel", "sum over slots",
+               "sum over items", "kernel without gradients")  # fmt: skip
+    return table(columns, rows)
 
 
 def ms(time: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ memory grows with the length of the sequences, not with its square.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from msa.autograd import align_with_gradients
 from msa.config import MSAConfig
 from msa.ir import Array, Selection, Sequences
+from msa.kernel_choice import Kernels, choose, loss_call_of
 from msa.triton_impl import tuning
 from msa.triton_impl.index_loss import index_loss
 from msa.triton_impl.launch import positions_of, require_kernels
@@ -39,7 +41,7 @@ def align_index(
     q: Float[Array, "Tq Hq D"], k: Float[Array, "Tk Hkv D"],
     q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "Tk Di"],
     selection: Selection | None, sequences: Sequences, config: MSAConfig,
-    lse: Float[Array, "Tq Hq"] | None = None,
+    lse: Float[Array, "Tq Hq"] | None = None, kernels: Kernels = "auto",
 ) -> Float[Array, ""]:  # fmt: skip
     """KL(teacher || student), mean over queries and groups (eq. 9-10, R17); 0 if Tq = 0.
 
@@ -48,6 +50,7 @@ def align_index(
 
     Args:
         lse: the main branch's log-sum-exp over the same tokens; None computes it.
+        kernels: "portable", "hopper", or "auto", which chooses by `msa.kernel_choice`.
 
     Raises:
         TypeError, ValueError: see `require_kernels`.
@@ -55,16 +58,16 @@ def align_index(
     block_size = config.block_size if selection is None else selection.block_size
     top_k = 1 if selection is None else selection.top_k
     require_kernels(block_size, top_k, q=q, k=k, q_idx=q_idx, k_idx=k_idx)
-    return align(q, k, q_idx, k_idx, selection, sequences, config, lse)
+    return align(q, k, q_idx, k_idx, selection, sequences, config, lse, kernels)
 
 
 def align(
     q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, selection: Selection | None,
-    sequences: Sequences, config: MSAConfig, lse: Tensor | None,
+    sequences: Sequences, config: MSAConfig, lse: Tensor | None, kernels: Kernels = "auto",
 ) -> Tensor:  # fmt: skip
     """The same for arguments that are checked."""
     args = (q, k, q_idx, k_idx, selection, sequences, config, lse)
-    return align_with_gradients(align_index_sums, *args)
+    return align_with_gradients(partial(align_index_sums, kernels=kernels), *args)
 
 
 def all_blocks(sequences: Sequences, block_size: int, groups: int, device: Any) -> Selection:
@@ -100,6 +103,7 @@ def align_index_forward(
 def align_index_sums(
     q: Tensor, k: Tensor, q_idx: Tensor, k_idx: Tensor, selection: Selection | None,
     sequences: Sequences, config: MSAConfig, lse: Tensor | None, with_gradient: bool,
+    kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The super-tiles, added up in order (R19): the loss and, with_gradient, its gradients."""
     n_q, groups, dim = q_idx.shape
@@ -107,8 +111,9 @@ def align_index_sums(
     if selection is not None:
         block, top_k = selection.block_size, selection.top_k
     device = q.device
-    per_query = 4 * groups * max(1, top_k) * (block + dim)
-    per_query += mark_bytes(sequences, block, groups)
+    chosen_kernels = choose(kernels, loss_call_of(q, k, q_idx, k_idx, block))
+    kept = dim if chosen_kernels == "hopper" else block + dim
+    per_query = 4 * groups * max(1, top_k) * kept + mark_bytes(sequences, block, groups)
     size = max(1, tuning.TRAINING_BYTES // per_query)
     positions = positions_of(q.shape[1] // groups)
     scale, index_scale = config.softmax_scale_for(q.shape[-1]), config.index_scale_for(dim)
@@ -128,6 +133,15 @@ def align_index_sums(
             sums = None, lse[queries].float().contiguous()
         shared = ks_idx[:, None].expand(-1, groups, -1)
         student = softmax_sums(qs_idx, shared, schedule, index_scale, is_index=True)
+        gradients = (d_q[queries], d_k[keys]) if with_gradient else None
+        if chosen_kernels == "hopper":
+            # imported here, because older releases of triton have no Gluon
+            from msa.triton_impl.hopper.index_loss import index_loss as hopper_loss
+
+            tensors = qs, ks, qs_idx, ks_idx
+            scales = scale, index_scale
+            loss += hopper_loss(*tensors, sums, student, schedule, *scales, gradients)
+            continue
         if selection is None:
             union = unite_all(part, block, positions, groups, device)
         else:
@@ -136,7 +150,6 @@ def align_index_sums(
         teacher = teacher_probabilities(
             qs, ks, sums, chosen.indices, edges, scale, dense=selection is None
         )
-        gradients = (d_q[queries], d_k[keys]) if with_gradient else None
         loss += index_loss(qs_idx, ks_idx, teacher, *student, schedule, index_scale, gradients)
     count = max(1, n_q * groups)
     if with_gradient:

@@ -312,13 +312,13 @@ def gradients_of_part(
     """One super-tile: its dQ, dK and dV; `into` is written, added and added to instead."""
     q, k, v, out, d_out, lse, d_lse = tensors
     d_q, add_to = (None, None) if into is None else (into[0], into[1:])
-    run, union = query_kernel(q, k, v, selection, scale, kernels)
+    run, union = prepare_queries(q, k, v, selection, scale, kernels)
     d_q, delta = run(q, k, v, out, d_out, lse, d_lse, union, selection, scale, into=d_q)
-    run, edges = key_kernel(q, k, v, selection, scale, union, kernels)
+    run, edges = prepare_keys(q, k, v, selection, scale, union, kernels)
     return d_q, *run(q, k, v, d_out, lse, delta, edges, scale, add_to=add_to)
 
 
-def query_kernel(
+def prepare_queries(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, kernels: Kernels = "auto"
 ) -> tuple[Callable[..., Any], SplitUnion]:
     """The function that computes dQ, and the unions along which it walks."""
@@ -331,7 +331,7 @@ def query_kernel(
     return query_gradients, split_tiles(selection, positions_of(group))
 
 
-def key_kernel(
+def prepare_keys(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, union: SplitUnion,
     kernels: Kernels = "auto",
 ) -> tuple[Callable[..., Any], Any]:  # fmt: skip

@@ -62,7 +62,7 @@ KINDS = {
     torch.float16: gl.float16,
     torch.float8_e4m3fn: gl.float8e4nv,
 }
-RING_BYTES = 96 * 2**10
+RING_BYTES = 128 * 2**10
 """The ring of one multiprocessor. It leaves room for a program of the next kernel."""
 
 
