@@ -105,6 +105,17 @@ def test_a_decode_writes_into_memory_of_the_engine(n, named, order):
     assert (ids.cpu().numpy()[~live] == -1).all()
 
 
+def prefill_of(engine, new, bounds):
+    """Queries for new tokens of each sequence, what the spec gives for them, and their part."""
+    borders = (0, *np.cumsum(new).tolist())
+    q, q_idx = engine.queries(borders[-1])
+    exact = msa.Sequences(borders, (0, *np.cumsum(engine.lengths).tolist()))
+    args = (x.astype(np.float64) for x in (q, q_idx))
+    want = reference.prefill_chunk(*args, engine.spec(), exact, CONFIG)
+    lengths = give(np.array(engine.lengths))
+    return q, q_idx, want, serving.PrefillPart.of(give(engine.table), lengths, borders, bounds)
+
+
 @pytest.mark.parametrize("tables", ["exact", "bounds"])
 @pytest.mark.parametrize("order", ["tokens first", "heads first"])
 @pytest.mark.parametrize("loops", ["union", "kv_outer", "several tiles"])
@@ -119,14 +130,9 @@ def test_a_prefill_takes_lengths_from_the_device(tables, order, loops, monkeypat
     lengths, new = [40, 131, 5], [7, 30, 5]
     bounds = lengths if tables == "exact" else [57, 133, 38]
     engine = Engine(lengths, spare=3, order=order)
-    borders = (0, *np.cumsum(new).tolist())
-    q, q_idx = engine.queries(borders[-1])
-    exact = msa.Sequences(borders, (0, *np.cumsum(lengths).tolist()))
-    args = (x.astype(np.float64) for x in (q, q_idx))
-    want = reference.prefill_chunk(*args, engine.spec(), exact, CONFIG)
-    part = serving.PrefillPart.of(give(engine.table), give(np.array(lengths)), borders, bounds)
-    out = torch.full((borders[-1], GROUPS * GROUP, DIM), torch.nan, device=DEVICE)
-    ids = torch.full((borders[-1], GROUPS, 3), 77, dtype=torch.int32, device=DEVICE)
+    q, q_idx, want, part = prefill_of(engine, new, bounds)
+    out = torch.full((len(q), GROUPS * GROUP, DIM), torch.nan, device=DEVICE)
+    ids = torch.full((len(q), GROUPS, 3), 77, dtype=torch.int32, device=DEVICE)
     for _ in range(2):  # the second layer makes no table
         made = set(part.sequences.tables)
         chosen = serving.select(give(q_idx), engine.index_pages(), part, CONFIG, ids)
@@ -148,12 +154,7 @@ def test_any_lengths_new_tokens_and_bounds_give_the_spec(rows, seed):
     new = [min(length, n) for length, n, _ in rows]
     bounds = [length + slack for length, _, slack in rows]
     engine = Engine(lengths, seed, spare=3)
-    borders = (0, *np.cumsum(new).tolist())
-    q, q_idx = engine.queries(borders[-1])
-    exact = msa.Sequences(borders, (0, *np.cumsum(lengths).tolist()))
-    args = (x.astype(np.float64) for x in (q, q_idx))
-    want = reference.prefill_chunk(*args, engine.spec(), exact, CONFIG)
-    part = serving.PrefillPart.of(give(engine.table), give(np.array(lengths)), borders, bounds)
+    q, q_idx, want, part = prefill_of(engine, new, bounds)
     chosen = serving.select(give(q_idx), engine.index_pages(), part, CONFIG)
     out = serving.attend_selected(give(q), engine.kv(), part, chosen, DIM**-0.5)
     assert (chosen.indices.cpu().numpy() == want.selection.indices).all()

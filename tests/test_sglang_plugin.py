@@ -8,10 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
+import msa  # noqa: E402
 from benchmarks import engine_files, sglang_files  # noqa: E402
-from msa import reference  # noqa: E402
-from msa.config import MSAConfig  # noqa: E402
-from msa.ir import PagedKV, Sequences  # noqa: E402
 from tests.plugin_parts import entry_points_of_the_project, needs  # noqa: E402
 
 pytestmark = needs("sglang")
@@ -71,10 +69,11 @@ def spec(slots, new, q, q_idx):
     index = slots.k_idx.double().numpy().reshape(-1, 128, DIM)
     table = (slots.req_to_token[slots.slot_ids][:, ::128] // 128).numpy()
     lengths = torch.tensor(slots.lengths).numpy()
-    borders = [(0, *torch.tensor(x).cumsum(0).tolist()) for x in (new, slots.lengths)]
-    found = reference.prefill_chunk(
-        q.double().numpy(), q_idx.double().numpy(), PagedKV(*pages, index, table, lengths),
-        Sequences(*borders), MSAConfig(128, TOP_K, index_scale=1.0),
+    borders = (0, *torch.tensor(new).cumsum(0).tolist())
+    found = msa.prefill(
+        q.double().numpy(), q_idx.double().numpy(), msa.PagedKV(*pages, index, table, lengths),
+        cu_seqlens_q=borders, config=msa.MSAConfig(128, TOP_K, index_scale=1.0),
+        backend="reference",
     )  # fmt: skip
     return torch.from_numpy(found.out).float(), torch.from_numpy(found.selection.indices)
 
