@@ -119,7 +119,7 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         """The complete table, for kernels that are launched next on the current stream."""
         *others, device = args
         assert isinstance(device, torch.device) and not options
-        if isinstance(others[0], StepSequences):
+        if others and isinstance(others[0], StepSequences):
             step, key = others[0], (self._make, (*others[1:], device))
             if key not in step.tables and device.type == "cuda":
                 check_known_before_capture(torch.cuda.is_current_stream_capturing())

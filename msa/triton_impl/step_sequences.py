@@ -30,7 +30,11 @@ from msa.ir import Sequences
 
 
 def to_device(table: np.ndarray, device: torch.device) -> Int[Tensor, "..."]:
-    """Copy a table to the device as int32, on the current stream, without a wait for it."""
+    """Copy a table to the device as int32, on the current stream, without a wait for it.
+
+    From pageable memory CUDA copies a large table only when the stream has come so far. torch keeps
+    the pinned memory until the copy is done.
+    """
     made = torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32))
     if device.type != "cuda":
         return made.to(device)
