@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from msa.config import MSAConfig
-from msa.ir import Selection, Sequences
+from msa.ir import PagedKV, Selection, Sequences
+from msa.paging import PagePool
 
 HEADS, GROUPS, DIM = 64, 4, 128
 CONFIG = MSAConfig()
@@ -61,6 +62,26 @@ def make_inputs(sequences: Sequences, seed: int = 0) -> Inputs:
         normal(n_q, HEADS, DIM), normal(n_k, GROUPS, DIM), normal(n_k, GROUPS, DIM),
         normal(n_q, GROUPS, DIM), normal(n_k, DIM), sequences,
     )  # fmt: skip
+
+
+def make_cache(x: Inputs) -> tuple[PagedKV, Inputs]:
+    """Round keys, values and index keys to a cache of 8 bits; also the inputs that it stands for.
+
+    All factors are powers of two (`PagePool`), so the numbers are exact in bfloat16.
+    """
+    spans = [keys for _, keys in x.sequences.spans()]
+    block = CONFIG.block_size
+    blocks = sum(-(-(keys.stop - keys.start) // block) for keys in spans)
+    pages = (
+        torch.zeros((blocks, block, *y.shape[1:]), dtype=torch.float8_e4m3fn, device=y.device)
+        for y in (x.k, x.v, x.k_idx)
+    )
+    pool = PagePool(*pages, batch=len(spans))
+    for s, keys in enumerate(spans):
+        pool.append(s, x.k[keys], x.v[keys], x.k_idx[keys])
+    flat = zip(*(pool.cache.flat(s) for s in range(len(spans))))
+    k, v, k_idx = (torch.cat([part.bfloat16() for part in parts]) for parts in flat)
+    return pool.cache, replace(x, k=k, v=v, k_idx=k_idx)
 
 
 def make_selection(

@@ -104,6 +104,18 @@ def check_attention(x: Inputs, chosen: Selection, order: LoopOrder) -> float:
         Wrong: if it is beyond the rounding of bfloat16.
     """
     result = attend_selection(x.q, x.k, x.v, chosen, SCALE, order)
+    return check_output(x, chosen, result.out, result.lse, f"{order} attention")
+
+
+def check_output(
+    x: Inputs, chosen: Selection, out: Float[Tensor, "Tq Hq D"], lse: Float[Tensor, "Tq Hq"],
+    what: str,
+) -> float:  # fmt: skip
+    """Return the same for results of any attention over the selection.
+
+    Raises:
+        Wrong: if it is beyond the rounding of bfloat16.
+    """
     worst = 0.0
     for i in sampled(x.sequences.total_q):
         keys, position = place(x.sequences, i)
@@ -111,12 +123,12 @@ def check_attention(x: Inputs, chosen: Selection, order: LoopOrder) -> float:
             ids = chosen.indices[i, r]
             tokens = ids[ids >= 0].long()[:, None] * CONFIG.block_size
             tokens = (tokens + torch.arange(CONFIG.block_size, device=ids.device)).flatten()
-            wanted, lse = exact(x, i, r, tokens[tokens <= position] + keys.start)
+            wanted, wanted_lse = exact(x, i, r, tokens[tokens <= position] + keys.start)
             heads = slice(r * GROUP, (r + 1) * GROUP)
-            worst = max(worst, float((result.out[i, heads].double() - wanted).abs().max()))
-            worst = max(worst, float((result.lse[i, heads].double() - lse).abs().max()))
+            worst = max(worst, float((out[i, heads].double() - wanted).abs().max()))
+            worst = max(worst, float((lse[i, heads].double() - wanted_lse).abs().max()))
     if not worst < BOUND:
-        raise Wrong(f"{order} attention of {x.sequences} is off by {worst}")
+        raise Wrong(f"{what} of {x.sequences} is off by {worst}")
     return worst
 
 

@@ -119,7 +119,7 @@ def production(found: Found) -> Table:
     """Make the table of shapes seen in production, one layer each."""
     made = table(
         "Production shapes, select + attention, ms", "queries", "keys", "calls", "ms", "least",
-        "most", "fp8 index", "select", "cuDNN",
+        "most", "fp8 index", "8 bits", "select", "cuDNN",
     )  # fmt: skip
     for row in [*found["cases"], *found["ragged"]]:
         n_q, n_k = (
@@ -127,14 +127,22 @@ def production(found: Found) -> Table:
             for x in (row["n_q"], row["n_k"])
         )
         times = (f"{row[name]:.3f}" for name in ("ms", "min", "max"))
-        beside = (number(ms(row, name)) for name in ("fp8", "select", "cudnn"))
+        beside = (number(ms(row, name)) for name in ("fp8", "eight", "select", "cudnn"))
         made.add_row(n_q, n_k, str(row.get("calls", "–")), *times, *beside)
     means = (
         f"{words}{found[f'weighted_{name}']:.3f} ms"
-        for words, name in (("", "ms"), ("fp8 index ", "fp8_ms"), ("cuDNN ", "cudnn_ms"))
+        for words, name in (
+            ("", "ms"),
+            ("fp8 index ", "fp8_ms"),
+            ("all 8 bits ", "eight_ms"),
+            ("cuDNN ", "cudnn_ms"),
+        )
         if f"weighted_{name}" in found
     )
     made.caption = f"weighted by calls: {', '.join(means)}"
+    changed = [row["eight"]["rounding"] for row in found["cases"] if "eight" in row]
+    if changed:
+        made.caption += f"; rounding k and v to 8 bits changes outputs by up to {max(changed):.1%}"
     return made
 
 

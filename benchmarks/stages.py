@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cases, counts
 from benchmarks.cases import CONFIG, Inputs, make_inputs, make_selection
-from benchmarks.checks import SCALE, check_attention, check_select, score_lost
+from benchmarks.checks import SCALE, check_attention, check_output, check_select, score_lost
 from benchmarks.dense import baselines
 from benchmarks.reading import ms
 from benchmarks.timing import ceilings, timed
@@ -20,6 +20,7 @@ from msa.kernel_choice import Kernels, call_of, choose, walk_call_of
 from msa.loop_order import limits
 from msa.triton_impl import select_fused
 from msa.triton_impl.attention import LoopOrder, attend_selection
+from msa.triton_impl.prefill import attend_pages, select_pages
 from msa.triton_impl.reverse_index import reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.tile_union import split_tiles
@@ -194,6 +195,7 @@ def production() -> dict[str, Any]:
     means = {
         "weighted_ms": by_calls(rows, lambda row: row["ms"]),
         "weighted_fp8_ms": by_calls(rows, lambda row: ms(row, "fp8")),
+        "weighted_eight_ms": by_calls(rows, lambda row: ms(row, "eight")),
     }
     if all(isinstance(row["cudnn"], dict) for row in rows):
         means["weighted_cudnn_ms"] = by_calls(rows, lambda row: ms(row, "cudnn"))
@@ -210,18 +212,37 @@ def by_calls(rows: list[dict[str, Any]], measure: Callable[[dict[str, Any]], flo
 
 
 def one_layer(sequences: Sequences, dense: bool = False) -> dict[str, Any]:
-    """Time selection and attention of one layer, with an index in bfloat16 and in fp8."""
+    """Time selection and attention of one layer: in bfloat16, index in fp8, all in 8 bits."""
     x = make_inputs(sequences)
     chosen = make_selection(sequences, 0.0, every=32)
     check_select(sequences)
     error = check_attention(x, chosen, "auto")
     row: dict[str, Any] = timed(layer(x, chosen)) | {"error": error}
     row["fp8"] = timed(layer(x, chosen, "fp8_e4m3"))
+    row["eight"] = eight_bits(x, chosen)
     row["select"] = timed(lambda: select_fused(x.q_idx, x.k_idx, x.sequences, CONFIG))
     if dense:
         row |= baselines(x, flash=False)
     print(sequences.cu_seqlens_q, sequences.cu_seqlens_k, row, flush=True)
     return row
+
+
+def eight_bits(x: Inputs, chosen: Selection) -> dict[str, Any]:
+    """Time the same layer over a cache of 8 bits, with index queries of 8 bits.
+
+    `rounding` is what the rounding of keys and values changes: |out - out'| / |out|.
+    """
+    cache, rounded = cases.make_cache(x)
+    out, lse = attend_pages(x.q, cache, chosen, SCALE)
+    error = check_output(rounded, chosen, out, lse, "attention over 8 bits")
+    exact = attend_selection(x.q, x.k, x.v, chosen, SCALE).out.float()
+    rounding = float((out.float() - exact).norm() / exact.norm())
+
+    def run() -> None:
+        select_pages(x.q_idx, cache, x.sequences, CONFIG, "fp8_e4m3")
+        attend_pages(x.q, cache, chosen, SCALE)
+
+    return timed(run) | {"error": error, "rounding": rounding}
 
 
 PARTS: dict[str, Callable[[], Any]] = {

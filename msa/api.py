@@ -195,8 +195,9 @@ def prefill(
         cu_seqlens_q: borders of packed queries, integers [B + 1]; a sequence may have no queries.
             None means one sequence.
         config, backend: as in `attention`.
-        loop_order, kernels: triton only, as in `attention`. Pages of 8 bits have portable kernels.
-            Hopper kernels need pages that their copy engine can read (docs/howto/serve.md).
+        loop_order, kernels: triton only, as in `attention`. Hopper kernels need pages that their
+            copy engine can read (docs/howto/serve.md). They take keys and values of 8 bits for
+            queries in bfloat16, by pages that are widened to 16 bits (`msa.kernel_choice.widens`).
         index_dtype: triton only. "fp8_e4m3" rounds q_idx to 8 bits, where index keys have 8 bits.
 
     Returns:

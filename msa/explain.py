@@ -254,6 +254,7 @@ def choose_kernels() -> dict[str, Any]:
     return {
         "rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.rule()],
         "walk_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.walk_rule()],
+        "wide_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.wide_rule()],
         "page_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.page_rule()],
         "key_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.key_rule()],
         "loss_rule": [f"{name}: {wanted}" for name, wanted in kernel_choice.loss_rule()],

@@ -165,6 +165,7 @@ def print_kernels(choice: dict[str, Any]) -> None:
     keys = wanted_by("the hopper kernel", kernel_choice.key_rule())
     loss = wanted_by("the hopper kernel", kernel_choice.loss_rule())
     pages = wanted_by("the scores of pages", kernel_choice.page_rule())
+    wide = wanted_by("the widening", kernel_choice.wide_rule())
     reason = f": {choice['reason']}" if choice["reason"] else ""
     narrow_console().print(
         Panel(
@@ -188,6 +189,12 @@ def print_kernels(choice: dict[str, Any]) -> None:
                     style="dim",
                 ),
                 walk,
+                Text(
+                    "A prefill over a cache of 8 bits writes keys and values once in 16 bits where "
+                    "all of this holds. Elsewhere its kernels convert them for each tile:",
+                    style="dim",
+                ),
+                wide,
                 Text(
                     "In training, it forms the gradients of keys and values with a hopper kernel "
                     "where all of this holds:",

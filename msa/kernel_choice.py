@@ -15,6 +15,9 @@ whole union. For longer sequences it takes the portable walk, unless the caller 
 `loop_order="union"`. Then, where neighbours select nothing alike, the hopper walk may be slower:
 at 128K it takes up to 15 % longer than the portable walk.
 
+A prefill over pages of 8 bits may write their keys and values once in 16 bits (`widens`,
+`msa/triton_impl/wide_pages.py`). The walk then takes the kernels of 16 bits, with factors.
+
 The gradients have two halves, dQ and dK with dV, and each half has its own choice. A caller who
 names "hopper" for an attention names the walk. The gradients then run on these kernels where they
 can.
@@ -30,7 +33,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from msa.checks import dtype_name, either, is_interpreted, is_torch
+from msa.checks import dtype_name, either, is_eight_bits, is_interpreted, is_torch
 from msa.config import MSAConfig
 from msa.ir import Array, PagedKV, Selection
 
@@ -76,10 +79,23 @@ KEY_GROUPS = (8, 16, 32, 64)
 """Query heads of a group in the hopper kernel of dK and dV: whole queries fill its tile of rows."""
 SMALLEST_SCALE = 2.0**-64
 """The kernel of dK and dV divides the LSE by the softmax scale."""
+SCALED_DTYPE = "bfloat16"
+"""The dtype of the hopper walk over blocks with factors. Outputs are kept in units of a factor, and
+in float16 a factor may be of any size."""
 LONGEST_WHOLE = 128
 """Blocks of a sequence up to which the hopper walk along whole unions was measured to be faster
 than "auto" on the portable kernels, for every selection."""
 
+WIDE_BYTES = 2**30
+"""Bound on the memory of keys and values that are widened from 8 bits: 524,288 tokens of the usual
+shape. A call that needs more converts numbers in its kernels, each time that a tile reads them."""
+KEYS_PER_QUERY = 400
+"""Where a call has at most so many keys for each query, they are widened. Widening takes about a
+nanosecond for each key of the usual shape, and spares each query about 0.2 microseconds; it costs
+less where few blocks are selected."""
+MARKED_READERS = 32
+"""With fewer queries on average that select a block (of each group), only blocks that are selected
+are widened: neighbours often select alike, and leave blocks without a reader."""
 EIGHT_BITS = "float8_e4m3fn"
 """Pages of index keys may also have this dtype."""
 LARGEST_STEP = 32
@@ -134,6 +150,8 @@ class AttentionCall(Place):
     """Blocks of the longest sequence."""
     scale: float
     """The softmax scale."""
+    scaled: bool = False
+    """Whether blocks of keys and values have factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +395,9 @@ def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
     for name, symbol, size in (("q", "D", call.dim), ("v", "Dv", call.dim_v)):
         if size != WALK_DIM:
             return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    if call.scaled and call.q_dtype != SCALED_DTYPE:
+        wanted = f"have dtype {SCALED_DTYPE} where pages have 8 bits"
+        return TypeError(must("q", wanted, call.q_dtype))
     if not call.readable:
         return ValueError(must("cache.k_pages and cache.v_pages", READABLE, "other strides"))
     if call.block_size != WALK_BLOCK_SIZE:
@@ -503,6 +524,30 @@ def order_on_hopper(call: WalkCall) -> str:
     return "union" if call.blocks <= LONGEST_WHOLE else call.loop_order
 
 
+def widens(
+    q: Array, k_pages: Array, v_pages: Array, sequences: Sequences, kernels: Kernels
+) -> bool:
+    """Whether a prefill widens the keys and values of its pages from 8 to 16 bits.
+
+    Sequences without queries have no keys here. A caller who names "hopper" has them widened for
+    any number of queries, because the hopper walk needs 16 bits.
+    """
+    if not is_eight_bits(k_pages) or dtype_name(q) not in DTYPES or not sequences.total_q:
+        return False
+    block_size, groups, dim = k_pages.shape[1:]
+    blocks = sequences.cu_blocks(block_size)[-1]
+    fits = 2 * blocks * block_size * groups * (dim + v_pages.shape[-1]) <= WIDE_BYTES
+    many = sequences.total_k <= KEYS_PER_QUERY * sequences.total_q
+    return fits and (many or kernels == "hopper")
+
+
+def marks(selection: Selection) -> bool:
+    """Whether the blocks that are selected are marked first, and no others are widened."""
+    sequences, top_k = selection.sequences, selection.top_k
+    blocks = sequences.cu_blocks(selection.block_size)[-1]
+    return sequences.total_q * top_k < MARKED_READERS * blocks
+
+
 def rule() -> list[tuple[str, str]]:
     """What a selection must have for the hopper kernels: pairs of a name and the wanted values."""
     return [
@@ -527,6 +572,17 @@ def walk_rule() -> list[tuple[str, str]]:
         ("softmax scale", f"at most {LARGEST_SCALE:g}"),
         ("queries times heads", f"{FEWEST_ROWS} or more"),
         ("loop_order", f"'union'; or 'auto', at most {LONGEST_WHOLE} blocks in a sequence"),
+    ]
+
+
+def wide_rule() -> list[tuple[str, str]]:
+    """What a prefill over pages of 8 bits must have to be widened: names and wanted values."""
+    size = f"at most {WIDE_BYTES / 2**30:g} GiB in 16 bits"
+    return [
+        ("dtype of q", either(DTYPES)),
+        ("keys for each query", f"at most {KEYS_PER_QUERY}; any number with kernels='hopper'"),
+        ("keys and values of the sequences", size),
+        ("only blocks that are selected", f"below {MARKED_READERS} readers for each block"),
     ]
 
 

@@ -66,15 +66,15 @@ def compile_topk(places, long):
     )  # fmt: skip
 
 
-def compile_walk(dtype, group, fold, paged=False):
+def compile_walk(dtype, group, fold, paged=False, scaled=False):
     q, k = (torch.zeros(64, heads, 128, dtype=getattr(torch, dtype)) for heads in (4 * group, 4))
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys = union_walk.describe(k)
     return union_walk.hopper_walk_kernel.warmup(
         q, keys, keys, table, table, table, table, q, floats, floats, table, q, floats, table,
-        table, 0.1, 0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4,
-        HEADS=pad(group, 8), TOP_K=16 if fold else 1, FOLD=fold, PAGED=paged, grid=(1,),
-        **union_walk.OPTIONS,
+        table, floats, 0.1, 0.125, 640, 20, 8192, 128, *[129 * paged] * 8, G=group, HKV=4,
+        HEADS=pad(group, 8), TOP_K=16 if fold else 1, FOLD=fold, PAGED=paged, SCALED=scaled,
+        grid=(1,), **union_walk.OPTIONS,
     )  # fmt: skip
 
 

@@ -205,7 +205,12 @@ def test_the_table_shows_both_kinds_of_kernels():
         row["select"] |= {"kernels": "hopper"} | beside
     for row in found["topk"]:
         row["hopper"] = {"ms": row["torch"]["ms"] / 27}
+    for row in found["production"]["cases"]:
+        row["eight"] = {"ms": 55.5, "rounding": 0.0312}
+    found["production"]["weighted_eight_ms"] = 44.4
     text = shown(found)
+    assert text.count("55.5") == len(found["production"]["cases"])
+    assert "8 bits 44.400 ms" in text and "changes outputs by up to 3.1%" in text
     assert "(hopper kernels)" in text and text.count("77.7") == 2 * len(found["lengths"])
     assert text.count("27.0×") == len(found["topk"]) and "…" not in text
     for row in found["lengths"]:

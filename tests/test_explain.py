@@ -84,11 +84,13 @@ def test_the_choice_of_kernels_is_told(capsys):
     assert "D and Dv: 128" in shown["walk_rule"]
     assert "new queries times groups: at most 32" in shown["page_rule"]
     assert "query heads of a group: 8, 16, 32 or 64" in shown["key_rule"]
+    assert "keys and values of the sequences: at most 1 GiB in 16 bits" in shown["wide_rule"]
     assert "D and Di: 128" in shown["loss_rule"]
     assert cli.main(["explain"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert f"here, in bfloat16: {shown['chosen']}" in text and "block_size 64 or 128" in text
     assert "query heads of a group 9 to 64" in text
+    assert "keys for each query at most 400" in text
     assert "dtype of q_idx float16 or bfloat16" in text
     assert text.count("query heads of a group 8, 16, 32 or 64") == 2 and "D and Di 128" in text
     if not torch.cuda.is_available():

@@ -47,12 +47,16 @@ FEW_SCORES = [  # each dtype, size and number of operands in registers once
 TOPK = [*product((1, 15, 16, 32, LARGEST_PLACES), (True, False))]  # places, maxima first
 FEW_TOPK = [(15, True), (15, False), (LARGEST_PLACES, True)]
 HEADS = (1, 5, 8, 16, 64)
-WALKS = [*product(("bfloat16", "float16"), HEADS, *[(False, True)] * 2)]  # dtype, G, fold, pages
+WALKS = [  # dtype, heads of a group, fold, pages, factors of pages
+    *product(("bfloat16", "float16"), HEADS, *[(False, True)] * 2),
+    *product(("bfloat16",), HEADS, (False, True), (True,), (True,)),
+]
 FEW_WALKS = [
     ("bfloat16", 16, False, False),
     ("bfloat16", 16, True, False),
     ("float16", 16, False, False),
     ("bfloat16", 16, False, True),
+    ("bfloat16", 16, False, True, True),
 ]
 KEYS = [*product(("bfloat16", "float16"), KEY_GROUPS)]  # dtype, heads of a group
 FEW_KEYS = [("bfloat16", 16), ("float16", 64)]
@@ -132,7 +136,7 @@ def test_walk_kernels_fit():
         assert found["registers"] * found["threads"] <= 65536, options
         assert found["registers"] <= 168, options
         assert found["shared"] <= 227 * 1024, options
-        _, group, fold, _ = options
+        _, group, fold, *_ = options
         chosen_by_auto = group >= SMALLEST_GROUP and not fold
         assert found["spilled"] <= (0 if chosen_by_auto else 768), options
         assert found["steps"].count("wgmma.mma_async") >= 4, options

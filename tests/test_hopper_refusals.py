@@ -68,6 +68,8 @@ BAD_WALKS = [
     ({"readable": False}, ValueError,
      "cache.k_pages and cache.v_pages must start each token at a multiple of 16 bytes, and "),
     ({"block_size": 64}, ValueError, "block_size must be 128 for kernels='hopper', got 64: "),
+    ({"scaled": True} | {f"{x}_dtype": "float16" for x in "qkv"}, TypeError,
+     "q must have dtype bfloat16 where pages have 8 bits for kernels='hopper', got float16: "),
     ({"loop_order": "kv_outer"}, ValueError, "loop_order must be 'auto' or 'union' for kernels="),
     *((changes, error, message.replace("q_idx", "q"))
       for changes, error, message in BAD
@@ -221,6 +223,8 @@ def test_the_rule_names_its_own_numbers():
     told = dict(kernel_choice.walk_rule())
     assert told["D and Dv"] == told["block_size"] == "128"
     assert told["query heads of a group"] == "9 to 64" and len(told) == 8
+    told = dict(kernel_choice.wide_rule())
+    assert told["dtype of q"] == "float16 or bfloat16" and len(told) == 4
     told = dict(kernel_choice.page_rule())
     assert told["new queries times groups"] == "at most 32" and len(told) == 4
     told = dict(kernel_choice.key_rule())

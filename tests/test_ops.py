@@ -54,6 +54,7 @@ def test_opcheck_without_gradients():
     q, q_idx, c = decode_args()
     pages = c.k_pages, c.v_pages, c.k_idx_pages, c.page_table, c.lengths
     opcheck(OPS.decode, (q, q_idx, *pages, 2))
+    opcheck(OPS.prefill, (q[:, 0], q_idx[:, 0], *pages, [0, 2, 2, 3], 2))
 
 
 def test_gradcheck():
@@ -124,6 +125,20 @@ def test_decode_is_that_of_the_package():
     assert torch.equal(lse, output.lse)
 
 
+@pytest.mark.parametrize("borders", [None, (0, 1, 1, 3), torch.tensor([0, 2, 2, 3])])
+def test_prefill_is_that_of_the_package(borders):
+    q, q_idx, cache = decode_args()
+    q, q_idx = (x[[0, 2, 2]] if borders is None else x[:, 0] for x in (q, q_idx))
+    cache = msa.PagedKV(
+        *(getattr(cache, f"{name}_pages") for name in ("k", "v", "k_idx")), cache.page_table,
+        torch.tensor([20, 9, 13]) if borders is None else cache.lengths,
+    )  # fmt: skip
+    out, lse = msa.ops.prefill(q, q_idx, cache, borders, CONFIG)
+    output = msa.prefill(q, q_idx, cache, cu_seqlens_q=borders, config=CONFIG)
+    assert torch.equal(out, output.out) and out.shape == (*q.shape[:-1], 12)
+    assert torch.equal(lse, output.lse)
+
+
 def test_pages_of_8_bits():
     q, q_idx, cache = decode_args()
     small = [x.to(torch.float8_e4m3fn) for x in (cache.k_pages, cache.v_pages, cache.k_idx_pages)]
@@ -131,6 +146,9 @@ def test_pages_of_8_bits():
     cache = msa.PagedKV(*small, cache.page_table, cache.lengths, *scales)
     out, _ = msa.ops.decode(q, q_idx, cache, CONFIG)
     assert torch.equal(out, msa.decode(q, q_idx, cache, config=CONFIG).out)
+    q, q_idx, borders = q[:, 0], q_idx[:, 0], [0, 2, 2, 3]
+    out, _ = msa.ops.prefill(q, q_idx, cache, borders, CONFIG)
+    assert torch.equal(out, msa.prefill(q, q_idx, cache, cu_seqlens_q=borders, config=CONFIG).out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
@@ -204,6 +222,14 @@ def test_compiled_decode():
     compiled = torch.compile(msa.ops.decode, fullgraph=True, backend="aot_eager")
     wanted = msa.ops.decode(q, q_idx, cache, CONFIG)
     for mine, theirs in zip(compiled(q, q_idx, cache, CONFIG), wanted):
+        assert torch.equal(mine, theirs)
+
+
+def test_compiled_prefill():
+    q, q_idx, cache = decode_args()
+    compiled = torch.compile(msa.ops.prefill, fullgraph=True, backend="aot_eager")
+    args = q[:, 0], q_idx[:, 0], cache, (0, 1, 1, 3), CONFIG
+    for mine, theirs in zip(compiled(*args), msa.ops.prefill(*args)):
         assert torch.equal(mine, theirs)
 
 

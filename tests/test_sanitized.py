@@ -205,6 +205,9 @@ def in_pages(case):
     return PagedCase(case, (True,) * case.sequences.batch, seed=3, spare_pages=0, spare_columns=0)
 
 
+WIDENING = {"widen_kernel", "mark_kernel"}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("eight", [False, True])
 def test_prefilling(case, eight, launched):
@@ -215,6 +218,7 @@ def test_prefilling(case, eight, launched):
         PROPERTIES["r2_prefilling_is_the_same_rule"].check(TRITON, in_pages(case))
     scanned = {"scan_kernel"} if case.config.forced_blocks < case.config.top_k else set()
     assert {"walk_kernel", "chunk_kernel"} | scanned <= launched
+    assert (launched >= WIDENING) == (eight and case.dtype != "float32")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,9 @@ def test_long_rows_are_united_by_looking_up(monkeypatch, launched):
 
 
 def test_no_kernel_is_left_out():
-    named = {"long_union_kernel"}.union(*CHECKS.values(), *SCORE_CHECKS.values(), DECODING)
+    named = {"long_union_kernel"}.union(
+        *CHECKS.values(), *SCORE_CHECKS.values(), DECODING, WIDENING
+    )
     checks = HOPPER_CHECKS | WALK_CHECKS | KEY_CHECKS
     if GLUON:
         named.update({"hopper_loss_kernel"}, *checks.values())

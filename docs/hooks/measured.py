@@ -29,7 +29,8 @@ HOPPER = ("hopper/selection", "hopper/index_scores", "hopper/block_topk", "hoppe
           "hopper/ring", "hopper/union_walk", "hopper/walk_rows", "hopper/page_rows")  # fmt: skip
 KERNELS = {
     "prefill": ("union_walk", "tile_walk", "partials", "combine", "selection", "block_topk", "topk",
-                "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", *SHARED, *HOPPER),
+                "quantize", "tile_union", "reverse_index", "schedule", "paged_keys", "wide_pages",
+                *SHARED, *HOPPER),
     "train": ("key_gradients", "query_gradients", "item_sums", "tile_reverse_index", "alignment",
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
               "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", "hopper/index_loss",

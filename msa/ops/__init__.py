@@ -14,6 +14,7 @@ from msa.ops.functional import (
     align_index,
     attention,
     decode,
+    prefill,
     select_blocks,
     sparse_attention,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "align_index",
     "attention",
     "decode",
+    "prefill",
     "select_blocks",
     "sparse_attention",
 ]

@@ -28,7 +28,15 @@ from msa import checks
 from msa.config import MSAConfig
 from msa.ir import PagedKV
 from msa.ops import operators
-from msa.ops.arguments import Borders, Given, check_indices, check_step, enter
+from msa.ops.arguments import (
+    Borders,
+    Given,
+    check_indices,
+    check_step,
+    enter,
+    is_traced,
+    traced_borders,
+)
 
 
 class Attended(NamedTuple):
@@ -161,6 +169,40 @@ def decode(
         q, q_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages, cache.page_table, cache.lengths,
         config.top_k, config.sink_blocks, config.local_blocks, config.softmax_scale,
         config.index_scale, cache.k_scales, cache.v_scales, cache.k_idx_scales,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def prefill(
+    q: Tensor, q_idx: Tensor, cache: PagedKV, cu_seqlens_q: Given = None,
+    config: MSAConfig = MSAConfig(), *, index_dtype: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """MSA for many new tokens of each sequence of a paged cache: out and lse in q's layout (R2).
+
+    Arguments and rules are those of `msa.prefill`; nothing is recorded for gradients. The lengths
+    of the cache are read when it runs.
+
+    >>> pages = torch.arange(8.0).view(4, 2, 1, 1)  # four pages of two tokens
+    >>> table, lengths = torch.tensor([[3, 0], [2, 0]]), torch.tensor([3, 1])
+    >>> cache = msa.PagedKV(pages, pages, pages[..., 0], table, lengths)
+    >>> zero, config = torch.zeros(3, 1, 1), msa.MSAConfig(block_size=2, top_k=2)
+    >>> prefill(zero, zero, cache, (0, 2, 3), config)[0].flatten()
+    tensor([6.5000, 4.3333, 4.0000])
+    """
+    check_step(q, q_idx, cache, config)
+    borders = cu_seqlens_q
+    if borders is not None:
+        traced = is_traced(q, q_idx, cache.k_pages)
+        read = (
+            traced_borders(borders, 0, 0)
+            if traced
+            else checks.read_borders("cu_seqlens_q", borders)
+        )
+        borders = list(read)
+    return operators.prefill(
+        q, q_idx, cache.k_pages, cache.v_pages, cache.k_idx_pages, cache.page_table, cache.lengths,
+        borders, config.top_k, config.sink_blocks, config.local_blocks, config.softmax_scale,
+        config.index_scale, cache.k_scales, cache.v_scales, cache.k_idx_scales, index_dtype,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from msa.api import decode
+from msa.api import decode, prefill
 from msa.config import MSAConfig
 from msa.dispatch import resolve
 from msa.entry import Entry, enter
@@ -112,4 +112,17 @@ def decode_step(
 ) -> tuple[Tensor, Tensor]:
     """Out and lse of the last tokens of each cached sequence (R2)."""
     output = decode(q, q_idx, cache, config=config, backend=backend_of(q))
+    return output.out.contiguous(), output.lse.contiguous()
+
+
+def prefill_tokens(
+    q: Tensor, q_idx: Tensor, cache: PagedKV, cu_seqlens_q: Sequence[int] | None,
+    config: MSAConfig, index_dtype: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Out and lse of new tokens of each cached sequence (R2)."""
+    borders = None if cu_seqlens_q is None else tuple(cu_seqlens_q)
+    output = prefill(
+        q, q_idx, cache, cu_seqlens_q=borders, config=config, backend=backend_of(q),
+        index_dtype=cast(Literal["fp8_e4m3"] | None, index_dtype),  # which `prefill` checks
+    )  # fmt: skip
     return output.out.contiguous(), output.lse.contiguous()

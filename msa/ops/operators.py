@@ -1,13 +1,15 @@
 """torch.ops.msa.*: for each operator its schema, its shapes without data, and its gradient.
 
-All tensors are packed (R1). Borders of sequences and sizes are integers, so that they are part of a
-graph and no operator reads them from the device. The number of outputs is fixed:
+All tensors are packed (R1); the queries of decode are batched, those of prefill either. Borders of
+sequences and sizes are integers, so that they are part of a graph and no operator reads them from
+the device. (decode and prefill read the cache.) The number of outputs is fixed:
 
     select_blocks      -> indices                     no gradient (R18)
     sparse_attention   -> out, lse                    backward: sparse_attention_backward
     attention          -> out, lse, indices           backward: the same
     align_index        -> kl, d_q_idx, d_k_idx        backward: the two, scaled
     decode             -> out, lse                    no gradient
+    prefill            -> out, lse                    no gradient
 
 lse is float32, or float64 where q is.
 
@@ -227,3 +229,28 @@ def _(q: Tensor, q_idx: Tensor, k_pages: Tensor, v_pages: Tensor, *_: Any, **__:
       ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = q.new_empty((*q.shape[:3], v_pages.shape[-1]))
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@custom_op("msa::prefill", mutates_args=())
+def prefill(
+    q: Tensor, q_idx: Tensor, k_pages: Tensor, v_pages: Tensor, k_idx_pages: Tensor,
+    page_table: Tensor, lengths: Tensor, cu_seqlens_q: Sequence[int] | None, top_k: int,
+    sink_blocks: int = 0, local_blocks: int = 1, softmax_scale: float | None = None,
+    index_scale: float | None = None, k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None, k_idx_scales: Tensor | None = None,
+    index_dtype: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """MSA for new tokens of each sequence of a paged cache: out and lse in q's layout (R2)."""
+    cache = PagedKV(
+        k_pages, v_pages, k_idx_pages, page_table, lengths, k_scales, v_scales, k_idx_scales
+    )
+    block_size = k_pages.shape[1]
+    config = MSAConfig(block_size, top_k, sink_blocks, local_blocks, softmax_scale, index_scale)
+    return kernels.prefill_tokens(q, q_idx, cache, cu_seqlens_q, config, index_dtype)
+
+
+@prefill.register_fake
+def _(q: Tensor, q_idx: Tensor, k_pages: Tensor, v_pages: Tensor, *_: Any, **__: Any
+      ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = q.new_empty((*q.shape[:-1], v_pages.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)

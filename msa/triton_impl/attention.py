@@ -52,6 +52,7 @@ from msa.config import MSAConfig
 from msa.ir import Array, Output, Selection, Sequences
 from msa.kernel_choice import (
     Kernels,
+    WalkCall,
     backward_call_of,
     obstacle,
     order_on_hopper,
@@ -213,6 +214,12 @@ def attend_selection_forward(
     return attend_super_tiles(q, k, v, selection, softmax_scale, "auto", "auto")
 
 
+def paged_call(call: WalkCall, k: Tensor, v: Tensor, pages: Pages) -> WalkCall:
+    """The same call, where k and v are pages."""
+    readable = page_matrix(k) is not None and page_matrix(v) is not None
+    return replace(call, readable=readable, scaled=pages.k_scales is not None)
+
+
 def attend_super_tiles(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: str,
     kernels: Kernels, pages: Pages | None = None, out: Tensor | None = None,
@@ -224,7 +231,7 @@ def attend_super_tiles(
     (n_q, heads, _), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
     if pages is not None:
-        call = replace(call, readable=page_matrix(k) is not None and page_matrix(v) is not None)
+        call = paged_call(call, k, v, pages)
     walker = choose_kernels(kernels, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)

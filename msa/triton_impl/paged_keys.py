@@ -70,9 +70,9 @@ def key_row(page, first, i_n, offset_h, stride_p, stride_t, PAGED: tl.constexpr)
 
 
 @triton.jit
-def load_scale(scales, page, i_r, stride_p, stride_h, EIGHT: tl.constexpr):
+def load_scale(scales, page, i_r, stride_p, stride_h, SCALED: tl.constexpr):
     """The factor of a page and head; 1 where the numbers have none."""
-    if EIGHT:
+    if SCALED:
         return tl.load(scales + along(page, stride_p) + along(i_r, stride_h))
     else:
         return 1.0
@@ -84,8 +84,11 @@ class Pages:
 
     table: Int[Tensor, "B columns"]
     k_scales: Float32[Tensor, "pages Hkv"] | None
-    """None where the pages are not of 8 bits."""
+    """None where the pages have no factors."""
     v_scales: Float32[Tensor, "pages Hkv"] | None
+    mild: bool = False
+    """Whether the factors of values are at least 2^-32 and at most 4, as `widen_pages` leaves them
+    in bfloat16. Then outputs can be kept in units of one of them."""
 
     def after(self, sequence: int) -> Pages:
         """The same without the sequences before this one."""

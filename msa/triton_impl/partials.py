@@ -62,7 +62,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                  stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, G: tl.constexpr,
                  HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, BD: tl.constexpr,
                  BDV: tl.constexpr, TOP_K: tl.constexpr, HQ: tl.constexpr, BK: tl.constexpr,
-                 BN: tl.constexpr, BM: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
+                 BN: tl.constexpr, BM: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """One item; BM = query positions x HEADS rows at a time.
 
@@ -77,7 +77,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         first_keys, key_stops: [blocks], int32; a `block_table`
         places: [2, blocks], int32; `block_places`, read with PAGED only
         table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
-        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
+        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with SCALED only
         stride_kp, stride_vp: elements from one page of k, v to the next
         stride_ts, stride_tb: elements from one sequence, block of table to the next
         stride_ksp, stride_ksh: elements from one page, head of k_scales to the next
@@ -97,7 +97,7 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         BK, BN: keys of a block, keys of one product
         BM: rows of one product
         PAGED: bool; k and v are pages
-        EIGHT: bool; pages are of 8 bits
+        SCALED: bool; pages have factors
         PRECISION: input precision of the products
     """
     i_item = tl.program_id(0)
@@ -115,8 +115,9 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
         n_keys = key_stop - first  # keys of this block and of those behind it
         p_k = k + along(i_r, stride_kh) + key_offset(page, first, 0, stride_kp, stride_kt, PAGED)
         p_v = v + along(i_r, stride_vh) + key_offset(page, first, 0, stride_vp, stride_vt, PAGED)
-        k_scale = load_scale(k_scales, page, i_r, stride_ksp, stride_ksh, EIGHT)
-        v_scale = load_scale(v_scales, page, i_r, stride_vsp, stride_vsh, EIGHT)
+        k_scale = load_scale(k_scales, page, i_r, stride_ksp, stride_ksh, SCALED)
+        v_scale = load_scale(v_scales, page, i_r, stride_vsp, stride_vsh, SCALED)
+        scale *= k_scale  # all scores of an item have the same factor
         KIND: tl.constexpr = q.dtype.element_ty
         p_h = q + along(o_h, stride_qh)  # [BM]
         if BN == BK:
@@ -135,8 +136,6 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
             p_o = (b_t.to(tl.int64) * HQ + o_h) * TOP_K + b_slot  # [BM]
             if BN == BK:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BK]
-                if EIGHT:
-                    b_s *= k_scale
                 if masked:
                     o_n = first + tl.arange(0, BK)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
@@ -152,15 +151,14 @@ def chunk_kernel(q, k, v, rows, starts, stops, query_ids, slots, own_keys, first
                     b_kn = load_keys(p_k, i_n, n_keys, stride_kt, o_d, DIM, BN).to(KIND)
                     b_vn = load_keys(p_v, i_n, n_keys, stride_vt, o_dv, DIM_V, BN).to(KIND)
                     b_s = tl.dot(b_q, tl.trans(b_kn), input_precision=PRECISION)  # [BM, BN]
-                    if EIGHT:
-                        b_s *= k_scale
                     o_n = first + i_n + tl.arange(0, BN)
                     b_s = tl.where(o_n[None, :] <= b_own[:, None], b_s, float("-inf"))
                     b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale)
                     b_o = b_o * b_decay[:, None]
                     b_o += tl.dot(b_p.to(b_vn.dtype), b_vn, input_precision=PRECISION)
-            if EIGHT:
+            if SCALED:
                 b_o *= v_scale
+                b_top = tl.maximum(b_top * k_scale, LOWEST)
             b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # 0 if all scores are -inf
             store_tile(out + p_o * DIM_V, m_m, o_dv, b_o, DIM_V)
             tl.store(tops + p_o, b_top, mask=m_m)
@@ -199,7 +197,7 @@ def fill_slots(
             *k.stride()[-3:-1], *v.stride()[-3:-1],
             G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v),
             TOP_K=index.top_k, HQ=heads, BK=block, BN=tile.keys, BM=max(tile.rows, some),
-            PAGED=pages is not None, EIGHT=pages is not None and pages.k_scales is not None,
+            PAGED=pages is not None, SCALED=pages is not None and pages.k_scales is not None,
             PRECISION=is_exact(q), **tile.launch(),
         )  # fmt: skip
     return Slots(out, tops, totals, index.counts)

@@ -4,7 +4,9 @@
     out, lse  = attend(q, pages of k and v, selection) # attention.py: union, kv_outer, or both
 
 These are the kernels of `attend`, which find each block of keys through the page table
-(`paged_keys.py`). Nothing is gathered, and the memory beside the results is that of `attend`.
+(`paged_keys.py`). Nothing is gathered, and the memory beside the results is that of `attend`. Only
+keys and values of 8 bits are written once more, in 16 bits, where queries are many
+(`wide_pages.py`); `msa.kernel_choice.widens` decides this.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from torch import Tensor
 
 from msa.config import MSAConfig
 from msa.ir import Output, PagedKV, Selection, Sequences
-from msa.kernel_choice import Kernels, call_of, choose, obstacle, walk_call_of
-from msa.triton_impl.attention import LoopOrder, attend_super_tiles
+from msa.kernel_choice import Kernels, call_of, choose, obstacle, walk_call_of, widens
+from msa.triton_impl.attention import LoopOrder, attend_super_tiles, paged_call
 from msa.triton_impl.launch import require_kernels
 from msa.triton_impl.paged_keys import IndexPages, Pages, page_matrix
 from msa.triton_impl.places import on_its_device
 from msa.triton_impl.quantize import to_fp8
 from msa.triton_impl.selection import select_portable
+from msa.triton_impl.wide_pages import widen_pages, with_queries
 
 
 @on_its_device
@@ -49,16 +52,28 @@ def prefill_chunk(
     require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
     q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
     selection = select_pages(q_idx, cache, sequences, config, index_dtype, kernels)
-    pages = Pages(cache.page_table, cache.k_scales, cache.v_scales)
     scale = config.softmax_scale_for(q.shape[-1])
-    call = walk_call_of(q, cache.k_pages, cache.v_pages, selection, scale, loop_order)
-    readable = all(page_matrix(x) is not None for x in (cache.k_pages, cache.v_pages))
-    if kernels == "hopper" and obstacle(replace(call, readable=readable)) is not None:
-        kernels = "portable"
-    out, lse = attend_super_tiles(
-        q, cache.k_pages, cache.v_pages, selection, scale, loop_order, kernels, pages
-    )
+    out, lse = attend_pages(q, cache, selection, scale, loop_order, kernels)
     return Output(out, lse, selection)
+
+
+def attend_pages(
+    q: Float[Tensor, "Tq Hq D"], cache: PagedKV, selection: Selection, scale: float,
+    loop_order: LoopOrder = "auto", kernels: Kernels = "auto",
+) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
+    """Out and lse of attention over selected blocks of a cache, which is widened where that pays.
+
+    The walk runs on the kernels that are named where it can.
+    """
+    k, v, sequences = cache.k_pages, cache.v_pages, with_queries(selection.sequences)
+    pages = Pages(cache.page_table, cache.k_scales, cache.v_scales)
+    selection = replace(selection, indices=selection.indices.contiguous())
+    if widens(q, k, v, sequences, kernels):
+        k, v, pages = widen_pages(k, v, pages, selection, q.dtype)
+    call = paged_call(walk_call_of(q, k, v, selection, scale, loop_order), k, v, pages)
+    if kernels == "hopper" and obstacle(call) is not None:
+        kernels = "portable"
+    return attend_super_tiles(q, k, v, selection, scale, loop_order, kernels, pages)
 
 
 def select_pages(

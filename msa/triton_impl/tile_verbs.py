@@ -127,6 +127,23 @@ def online_softmax_step(b_s, b_top, b_sum, scale, m_row=None):
 
 
 @triton.jit
+def scaled_softmax_step(b_s, b_top, b_sum, scale, by, m_row):
+    """The same for scores that have yet to be multiplied by a positive number `by`.
+
+    b_top is the highest product so far. Within b_s the maximum is taken off before it is multiplied
+    on, so at the maximum the difference is exactly 0. The distance to the highest product of other
+    calls is part of a fused multiply-add. So a score costs no more than in `online_softmax_step`.
+    """
+    b_peak = tl.maximum(tl.max(b_s, 1), LOWEST)
+    b_high = tl.maximum(b_peak * by, LOWEST)
+    b_new = tl.where(m_row, tl.maximum(b_top, b_high), b_top)
+    b_less = tl.where(m_row, (b_high - b_new) * scale, float("-inf"))
+    b_p = tl.exp2((b_s - b_peak[:, None]) * (scale * by) + b_less[:, None])
+    b_decay = tl.exp2((b_top - b_new) * scale)
+    return b_new, b_sum * b_decay + tl.sum(b_p, 1), b_p, b_decay
+
+
+@triton.jit
 def slot_weight(b_tops, b_totals, b_most, scale):
     """What a slot adds to the sum of its row's softmax, whose highest score is b_most (R16).
 

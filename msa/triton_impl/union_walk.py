@@ -60,6 +60,7 @@ from msa.triton_impl.tile_verbs import (
     load_keys,
     load_tile,
     online_softmax_step,
+    scaled_softmax_step,
     slot_weight,
     store_tile,
 )
@@ -75,20 +76,21 @@ from msa.triton_impl.tuning import TileConfig, choose
 
 
 @triton.jit
-def attend_step(b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v, page, first,
-                i_n, key_stop, b_own, m_row, scale, p_k_scale, p_v_scale, stride_kp, stride_kt,
-                stride_vp, stride_vt, stride_ksp, stride_vsp, DIM: tl.constexpr,
+def attend_step(b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
+                first, i_n, key_stop, b_own, m_row, scale, p_k_scale, p_v_scale, stride_kp,
+                stride_kt, stride_vp, stride_vt, stride_ksp, stride_vsp, DIM: tl.constexpr,
                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr,
-                EDGE: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                EDGE: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
+                UNITS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Keys i_n ... i_n + BN of a block, for the rows in m_row [BM]; EDGE with a token mask.
 
     offset_k, offset_v: elements before the head; page, first: where the block lies in pages, in
-    packed keys; p_k_scale, p_v_scale: where the factors of the head's first page lie.
+    packed keys; p_k_scale, p_v_scale: where the factors of the head's first page lie; unit: with
+    UNITS the factor in which b_o is kept.
     """
     o_n, o_d, o_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    k_scale = load_scale(p_k_scale, page, 0, stride_ksp, 0, EIGHT)
-    v_scale = load_scale(p_v_scale, page, 0, stride_vsp, 0, EIGHT)
+    k_scale = load_scale(p_k_scale, page, 0, stride_ksp, 0, SCALED)
+    v_scale = load_scale(p_v_scale, page, 0, stride_vsp, 0, SCALED)
     if TMA:
         row_k, column_k = key_row(page, first, i_n, offset_k, stride_kp, stride_kt, PAGED)
         row_v, column_v = key_row(page, first, i_n, offset_v, stride_vp, stride_vt, PAGED)
@@ -105,17 +107,21 @@ def attend_step(b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset
             b_v = tl.load(p_v + along(o_n, stride_vt)[:, None] + o_dv[None, :])
     b_v = b_v.to(b_q.dtype)
     b_s = tl.dot(b_q, tl.trans(b_k.to(b_q.dtype)), input_precision=PRECISION)  # [BM, BN]
-    if EIGHT:
-        b_s *= k_scale
     if EDGE:
         b_s = tl.where((first + i_n + o_n)[None, :] <= b_own[:, None], b_s, float("-inf"))
-    b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale, m_row)
+    if SCALED:
+        b_top, b_sum, b_p, b_decay = scaled_softmax_step(b_s, b_top, b_sum, scale, k_scale, m_row)
+    else:
+        b_top, b_sum, b_p, b_decay = online_softmax_step(b_s, b_top, b_sum, scale, m_row)
+    if UNITS:
+        b_decay *= unit / v_scale
+        unit = v_scale
     b_o = b_o * b_decay[:, None]
-    if EIGHT:
+    if SCALED and not UNITS:
         b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * v_scale
     else:
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision=PRECISION)
-    return b_top, b_sum, b_o
+    return b_top, b_sum, b_o, unit
 
 
 @triton.jit
@@ -126,8 +132,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
                 G: tl.constexpr, HEADS: tl.constexpr, HKV: tl.constexpr, DIM: tl.constexpr,
                 DIM_V: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr,
                 BN: tl.constexpr, BM: tl.constexpr, TOP_K: tl.constexpr, P: tl.constexpr,
-                FOLD: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, EIGHT: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                FOLD: tl.constexpr, TMA: tl.constexpr, PAGED: tl.constexpr, SCALED: tl.constexpr,
+                UNITS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of query positions x HEADS = BM rows.
 
     Parameters:
@@ -141,7 +147,7 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
         counts: [tiles, Hkv], int32; blocks of each union
         owners: [tiles], int32; `tile_owners`, read with PAGED only
         table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
-        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
+        k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with SCALED only
         stride_kp, stride_vp: elements from one page of k, v to the next
         stride_ts, stride_tb: elements from one sequence, block of table to the next
         stride_ksp, stride_ksh: elements from one page, head of k_scales to the next
@@ -166,7 +172,8 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
         FOLD: bool; fold in the parts
         TMA: bool; blocks without a token mask come by the bulk copy engine
         PAGED: bool; k and v are pages
-        EIGHT: bool; pages are of 8 bits
+        SCALED: bool; pages have factors
+        UNITS: bool; outputs are kept in units of a block's factor, which none can overflow
         PRECISION: input precision of the products
     """
     i_t, i_r = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -185,6 +192,7 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
     b_top = tl.full([BM], LOWEST, tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BDV], tl.float32)
+    unit = tl.full((), 1.0, tl.float32)
     inner = inner_blocks(p_id, count, first_key, own, BK)
     STEPS: tl.constexpr = BK // BN  # products per block
     i_b, b_bits = load_block(p_id, p_mask, 0)
@@ -194,11 +202,12 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
     for i in range(0, inner * STEPS):
         next_b, next_bits = load_block(p_id, p_mask, tl.minimum(i // STEPS + 1, count - 1))
         next_page = load_page(p_table, ahead, stride_tb, PAGED)
-        b_top, b_sum, b_o = attend_step(
-            b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
+        b_top, b_sum, b_o, unit = attend_step(
+            b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v, page,
             first_key + i_b * BK, (i % STEPS) * BN, key_stop, b_own, selects(b_bits, o_i), scale,
             p_k_scale, p_v_scale, stride_kp, stride_kt, stride_vp, stride_vt, stride_ksp,
-            stride_vsp, DIM, DIM_V, BD, BDV, BN, False, TMA, PAGED, EIGHT, PRECISION)  # fmt: skip
+            stride_vsp, DIM, DIM_V, BD, BDV, BN, False, TMA, PAGED, SCALED, UNITS,
+            PRECISION)  # fmt: skip
         last = i % STEPS == STEPS - 1
         if PAGED:
             page = tl.where(last, next_page, page)
@@ -209,13 +218,15 @@ def walk_kernel(q, k, v, k_tiles, v_tiles, tiles, ids, masks, counts, owners, ta
             i_b, b_bits = tl.where(last, next_b, i_b), tl.where(last, next_bits, b_bits)
     for i in range(inner * STEPS, count * STEPS):
         i_b, b_bits = load_block(p_id, p_mask, i // STEPS)
-        b_top, b_sum, b_o = attend_step(
-            b_q, b_top, b_sum, b_o, k, v, k_tiles, v_tiles, offset_k, offset_v,
+        b_top, b_sum, b_o, unit = attend_step(
+            b_q, b_top, b_sum, b_o, unit, k, v, k_tiles, v_tiles, offset_k, offset_v,
             load_page(p_table, i_b, stride_tb, PAGED), first_key + i_b * BK, (i % STEPS) * BN,
             key_stop, b_own, selects(b_bits, o_i), scale, p_k_scale, p_v_scale, stride_kp,
             stride_kt, stride_vp, stride_vt, stride_ksp, stride_vsp, DIM, DIM_V, BD, BDV, BN, True,
-            False, PAGED, EIGHT, PRECISION)  # fmt: skip
+            False, PAGED, SCALED, UNITS, PRECISION)  # fmt: skip
 
+    if UNITS:
+        b_o *= unit
     o_x = o_t * (HKV * G) + o_h  # [BM] row of out
     if FOLD:
         o_s = tl.arange(0, P)
@@ -280,8 +291,8 @@ def walk(
         HEADS=some, HKV=groups, DIM=dim, DIM_V=dim_v, BD=pad(dim), BDV=pad(dim_v), BK=block_size,
         BN=tile.keys, BM=positions * some, TOP_K=top_k, P=pad(top_k, 1), FOLD=fold,
         TMA=key_tiles is not None, PAGED=pages is not None,
-        EIGHT=pages is not None and pages.k_scales is not None, PRECISION=is_exact(q),
-        **tile.launch(),
+        SCALED=pages is not None and pages.k_scales is not None,
+        UNITS=pages is not None and pages.mild, PRECISION=is_exact(q), **tile.launch(),
     )  # fmt: skip
     return into
 

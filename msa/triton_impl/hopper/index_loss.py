@@ -82,7 +82,9 @@ KINDS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 BLOCK, DIM, BATCH, ROWS = 128, 128, 16, 64  # keys of a block, D, edges of a batch, rows of a chunk
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=["n_items", "n_blocks", "nowhere"]
+)  # so other sizes compile nothing anew
 def hopper_loss_kernel(q_desc, k_desc, k_idx_desc, q_idx, top, log_total, top_idx, log_total_idx,
                        rows, starts, stops, query_ids, slots, own_keys, first_keys, key_stops,
                        losses, d_q, d_k, scale, index_scale, n_items, n_blocks, nowhere, stride_qt,

@@ -241,7 +241,7 @@ def copy_rows_and_blocks(q_desc, k_desc, v_desc, do_desc, rows, rings, tables, n
                     turn += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_items", "U"])  # so other sizes compile nothing anew
 def hopper_query_gradients_kernel(q_desc, k_desc, v_desc, do_desc, out, d_out, lse, d_lse, tiles,
                                   ids, masks, counts, d_q, delta, scale, softmax_scale, n_items, U,
                                   G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,

@@ -31,6 +31,9 @@ What the asynchronous form changes:
     consumers nothing changes.
 10. A partial last block is followed by another sequence's values. They are overwritten with zeros
     in shared memory: 0 times NaN would be NaN.
+11. Pages that were widened from 8 bits (`wide_pages.py`) have factors. A consumer loads the two
+    numbers of a block while the block's products run. They become part of the scale and of the
+    decay (`walk_rows.py`).
 
 Who waits for whom (K, V: rings of STAGES tiles; a consumer releases each tile exactly once):
 
@@ -68,6 +71,8 @@ from msa.triton_impl.hopper.walk_rows import (
     clear_foreign,
     finish,
     load_bits,
+    load_factors,
+    load_first,
     load_item,
     load_rows,
     mask_tokens,
@@ -104,10 +109,11 @@ def skip(rings, step):
 
 
 @gluon.jit
-def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U,
-            stride_qt, stride_qh, G: gl.constexpr, HKV: gl.constexpr, HEADS: gl.constexpr,
-            TOP_K: gl.constexpr, FOLD: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
-            MMA: gl.constexpr, S_MMA: gl.constexpr):  # fmt: skip
+def consume(W: gl.constexpr, q, rings, tables, wide, folded, out, lse, scale, scale_up,
+            n_items, U, stride_qt, stride_qh, G: gl.constexpr, HKV: gl.constexpr,
+            HEADS: gl.constexpr, TOP_K: gl.constexpr, FOLD: gl.constexpr, SCALED: gl.constexpr,
+            STAGES: gl.constexpr, BK: gl.constexpr, MMA: gl.constexpr,
+            S_MMA: gl.constexpr):  # fmt: skip
     """Consumer W: its rows of every item; the next block's scores before this block's values."""
     k_tiles, v_tiles, k_full, k_empty, v_full, v_empty = rings
     tiles, ids, masks, _unused = tables
@@ -134,6 +140,9 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
         shift, _, _ = shift_of(top, scale, scale_up)
         total = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_MMA))
         acc = gl.zeros([ROWS, DIM], gl.float32, layout=MMA)
+        p_first = load_first(wide, item, HKV, SCALED)
+        if SCALED:  # the sum of weights times values is acc * unit
+            unit = gl.to_tensor(1.0)
         j = 0
         while j < n:
             if (bits & mine) == 0:
@@ -151,13 +160,18 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
                 release(k_empty, step, STAGES)
                 s = mask_tokens(s, first, own, s_i, BK, S_MMA)
                 m_row = ((bits >> s_i) & 1) != 0
+                by, next_unit = load_factors(p_first, ids, base, n, j, HKV, SCALED)
                 top, shift, total, p, decay = softmax_step(s, top, shift, total, m_row, scale,
-                                                           scale_up)  # fmt: skip
+                                                           scale_up, by, SCALED)  # fmt: skip
+                if SCALED:
+                    decay = decay * (unit / next_unit)
+                    unit = next_unit
                 acc = acc * along_rows(decay, MMA)
                 b_p = gl.convert_layout(p.to(b_q.dtype), A)
-                if first + BK > key_stop:
-                    wait_full(v_full, step, STAGES)
-                    clear_foreign(v_tiles.index(step % STAGES), first, key_stop)
+                if not SCALED:  # noqa: SIM102 known to the compiler; widened pages have zeros there
+                    if first + BK > key_stop:
+                        wait_full(v_full, step, STAGES)
+                        clear_foreign(v_tiles.index(step % STAGES), first, key_stop)
                 last = step
                 step += 1
                 j += 1
@@ -172,10 +186,14 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
                         acc_next = warpgroup_mma(b_p, v_tiles.index(last % STAGES), acc,
                                                  is_async=True)  # fmt: skip
                         m_row = ((bits >> s_i) & 1) != 0
+                        by, next_unit = load_factors(p_first, ids, base, n, j, HKV, SCALED)
                         s = warpgroup_mma_wait(1, deps=[s_next])
                         release(k_empty, step, STAGES)
                         top, shift, total, p, decay = softmax_step(
-                            s, top, shift, total, m_row, scale, scale_up)  # fmt: skip
+                            s, top, shift, total, m_row, scale, scale_up, by, SCALED)  # fmt: skip
+                        if SCALED:
+                            decay = decay * (unit / next_unit)
+                            unit = next_unit
                         wait_full(v_full, last, STAGES)  # keeps the softmax above; see 5
                         acc = warpgroup_mma_wait(0, deps=[acc_next])
                         release(v_empty, last, STAGES)
@@ -196,6 +214,8 @@ def consume(W: gl.constexpr, q, rings, tables, folded, out, lse, scale, scale_up
         if not FOLD:  # the rows of the next item arrive while this one is written
             b_q = load_rows(q, tiles, following, a_m, a_d, W, POS, HEADS, G, HKV, stride_qt,
                             stride_qh)  # fmt: skip
+        if SCALED:
+            acc = acc * unit
         record = tiles + (item // HKV) * 5
         t = gl.load(record) + o_i
         real = (t < gl.load(record + 1)) & (o_h < G)
@@ -264,14 +284,14 @@ def copy_packed(k_desc, v_desc, rings, tables, n_items, U, HKV: gl.constexpr):
             step += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_items", "U"])  # so other sizes compile nothing anew
 def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part_tops, part_totals,
-                       part_counts, out, lse, owners, table, scale, scale_up, n_items, U, stride_qt,
-                       stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
-                       stride_ts, stride_tb, G: gl.constexpr, HKV: gl.constexpr,
+                       part_counts, out, lse, owners, table, factors, scale, scale_up, n_items, U,
+                       stride_qt, stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt,
+                       stride_vh, stride_ts, stride_tb, G: gl.constexpr, HKV: gl.constexpr,
                        HEADS: gl.constexpr, TOP_K: gl.constexpr, FOLD: gl.constexpr,
-                       PAGED: gl.constexpr, STAGES: gl.constexpr, BK: gl.constexpr,
-                       MMA: gl.constexpr, S_MMA: gl.constexpr,
+                       PAGED: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr,
+                       BK: gl.constexpr, MMA: gl.constexpr, S_MMA: gl.constexpr,
                        REGISTERS: gl.constexpr):  # fmt: skip
     """Items p, p + programs, ... of program p; an item is a tile of queries and a group.
 
@@ -291,6 +311,7 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         lse: [Tq, Hq], float32, natural logarithm; written
         owners: [tiles], int32; `tile_owners`, read with PAGED only
         table: [B, columns], int32 or int64; a sequence's pages in order, read with PAGED only
+        factors: [pages, Hkv, 2], float32; of keys and of values, read with SCALED only
         scale: float; softmax scale times log2(e)
         scale_up: float; scale rounded up to a power of two
         n_items: int; tiles times groups
@@ -305,6 +326,7 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
         TOP_K: k of the parts
         FOLD: bool; fold in the parts
         PAGED: bool; k and v are pages
+        SCALED: bool; the pages have factors, and the blocks of a sequence are neighbours
         STAGES: tiles of keys in their ring, and of values in theirs
         BK: keys of a block
         MMA: layout of the outputs of a consumer, [64, 128]
@@ -322,11 +344,14 @@ def hopper_walk_kernel(q, k_desc, v_desc, tiles, ids, masks, counts, parts, part
     folded = (parts, part_tops, part_totals, part_counts)
     pages = (owners, table, stride_ts, stride_tb, (stride_kp, stride_kt, stride_kh),
              (stride_vp, stride_vt, stride_vh))  # fmt: skip
+    wide = owners, table, stride_ts, factors
     gl.warp_specialize([
-        (consume, (0, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
-                   stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
-        (consume, (1, q, rings, tables, folded, out, lse, scale, scale_up, n_items, U, stride_qt,
-                   stride_qh, G, HKV, HEADS, TOP_K, FOLD, STAGES, BK, MMA, S_MMA)),
+        (consume, (0, q, rings, tables, wide, folded, out, lse, scale, scale_up, n_items, U,
+                   stride_qt, stride_qh, G, HKV, HEADS, TOP_K, FOLD, SCALED, STAGES, BK, MMA,
+                   S_MMA)),
+        (consume, (1, q, rings, tables, wide, folded, out, lse, scale, scale_up, n_items, U,
+                   stride_qt, stride_qh, G, HKV, HEADS, TOP_K, FOLD, SCALED, STAGES, BK, MMA,
+                   S_MMA)),
         (copy_blocks, (k_desc, v_desc, rings, tables, pages, n_items, U, HKV, PAGED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
@@ -373,7 +398,7 @@ def walk(
     """Walk the first `counts` blocks of each tile; then fold in the slots of other blocks.
 
     For arguments that `msa.kernel_choice` takes, in tiles of `tile_size_of` queries. With `pages`,
-    k and v are pages that have a `page_matrix`.
+    k and v are pages that have a `page_matrix`. If these have factors, `widen_pages` made them.
     """
     heads, groups = q.shape[1], k.shape[-2]
     group = heads // groups
@@ -384,15 +409,18 @@ def walk(
     unused = into.out, into.lse, into.lse, counts
     parts = (slots.out, slots.top, slots.total, slots.counts) if fold else unused
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    owners, table, steps = counts, counts, [0] * 8  # not read
+    owners, table, factors, steps = counts, counts, into.lse, [0] * 8  # not read
     if pages is not None:
         owners, table = tile_owners(sequences, tile_size_of(group), q.device), pages.table
         steps = [x.stride(i) for x in (k, v) for i in range(3)] + list(table.stride())
+        factors = into.lse if pages.k_scales is None else pages.k_scales
     descriptor = describe if pages is None else describe_pages
+    scale_up = 2.0 ** min(127, math.ceil(math.log2(scale)))
     hopper_walk_kernel[(min(programs, items),)](
         q, descriptor(k), descriptor(v), tiles, block_ids, row_masks, counts, *parts, into.out,
-        into.lse, owners, table, scale, 2.0 ** min(127, math.ceil(math.log2(scale))), items,
+        into.lse, owners, table, factors, scale, scale_up, items,
         block_ids.shape[2], *q.stride()[:2], *steps, G=group, HKV=groups, HEADS=pad(group, 8),
-        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, PAGED=pages is not None, **OPTIONS,
+        TOP_K=slots.top.shape[-1] if fold else 1, FOLD=fold, PAGED=pages is not None,
+        SCALED=pages is not None and pages.k_scales is not None, **OPTIONS,
     )  # fmt: skip
     return into

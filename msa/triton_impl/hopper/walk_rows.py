@@ -10,6 +10,14 @@ weights allow. There the scale is rounded up to a power of two, whose products a
 that is not at the maximum has a weight of next to nothing with either scale. A logit beyond
 float32's range gives NaN, which a softmax scale of at most LARGEST_SCALE (`msa.kernel_choice`)
 rules out.
+
+Where the keys and values of a block have factors (`wide_pages.py`), the scores of the block are
+multiplied by the first one. It is part of the scale: s * (factor * scale) - shift, so it costs
+nothing for a score. `top` is the rounded product of a score and its factor. Where logits are large,
+the block's own highest score is subtracted before, without the factor: the difference of 0 at the
+maximum is then exact again. The second factor stands outside of the sum over a block's tokens. The
+outputs are kept in units of the last block's factor, and a step to another unit is part of the
+decay.
 """
 
 from __future__ import annotations
@@ -43,11 +51,22 @@ def shift_of(top, scale, scale_up):
 
 
 @gluon.jit
-def softmax_step(s, top, shift, total, m_row, scale, scale_up):
-    """Take in the scores s [rows, BK]: the new top, shift and total, the weights, the decay."""
-    new = gl.where(m_row, gl.maximum(top, gl.max(s, 1)), top)
+def softmax_step(s, top, shift, total, m_row, scale, scale_up, by, SCALED: gl.constexpr):
+    """Take in the scores s [rows, BK]: the new top, shift and total, the weights, the decay.
+
+    by: the factor of the scores, used with SCALED only.
+    """
+    peak = gl.max(s, 1)
+    high = peak
+    if SCALED:
+        high = rounded_product(peak, by + gl.zeros_like(peak))
+    new = gl.where(m_row, gl.maximum(top, high), top)
     new_shift, factor, large = shift_of(new, scale, scale_up)
-    less = gl.where(m_row, -new_shift, float("-inf"))
+    less = -new_shift
+    if SCALED:
+        less = gl.where(large, (high - new) * scale_up - peak * scale_up, less)
+        factor = gl.where(large, scale_up, scale * by)
+    less = gl.where(m_row, less, float("-inf"))
     p = gl.exp2(gl.fma(s, gl.expand_dims(factor, 1).broadcast_to(s.shape),
                        gl.expand_dims(less, 1).broadcast_to(s.shape)))  # fmt: skip
     decay = gl.exp2(gl.where(large, (top - new) * scale, shift - new_shift))
@@ -94,6 +113,31 @@ def load_item(tables, item, U, HKV: gl.constexpr, BK: gl.constexpr):
 def load_bits(masks, base, n, j):
     """Bits of the queries that selected the block of step j; blocks come in descending order."""
     return gl.load(masks + base + gl.maximum(n - 1 - j, 0))
+
+
+@gluon.jit
+def load_first(wide, item, HKV: gl.constexpr, SCALED: gl.constexpr):
+    """Where the factors of a sequence's first block lie, for the group of this item.
+
+    The blocks of a sequence are neighbours among pages that were widened.
+    """
+    owners, table, stride_ts, factors = wide
+    if SCALED:
+        p_table = table + gl.load(owners + item // HKV).to(gl.int64) * stride_ts
+        return factors + (gl.load(p_table).to(gl.int64) * HKV + item % HKV) * 2
+    else:
+        return factors
+
+
+@gluon.jit
+def load_factors(p_first, ids, base, n, j, HKV: gl.constexpr, SCALED: gl.constexpr):
+    """The factors of the keys and of the values of the block of step j; 1 without SCALED."""
+    if SCALED:
+        i_b = gl.load(ids + base + n - 1 - j)
+        p_factor = p_first + i_b.to(gl.int64) * (2 * HKV)
+        return gl.load(p_factor), gl.load(p_factor + 1)
+    else:
+        return 1.0, 1.0
 
 
 @gluon.jit
