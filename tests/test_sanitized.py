@@ -205,7 +205,7 @@ def in_pages(case):
     return PagedCase(case, (True,) * case.sequences.batch, seed=3, spare_pages=0, spare_columns=0)
 
 
-WIDENING = {"widen_kernel", "mark_kernel"}
+WIDENING = {"widen_kernel", "mark_pages_kernel"}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -57,7 +57,7 @@ VECTOR = 8  # neighbouring numbers of a thread: 16 bytes of 16 bits
 
 
 @triton.jit
-def mark_kernel(ids, first_blocks, marks, n_edges, HKV: tl.constexpr, TOP_K: tl.constexpr,
+def mark_pages_kernel(ids, first_blocks, marks, n_edges, HKV: tl.constexpr, TOP_K: tl.constexpr,
                 B: tl.constexpr):  # fmt: skip
     """Mark the blocks of B edges.
 
@@ -197,7 +197,7 @@ def marked_blocks(
     ids = selection.indices
     marks = torch.zeros((blocks, ids.shape[1]), dtype=torch.uint8, device=ids.device)
     first_blocks = query_table(sequences, selection.block_size, ids.device)[2]
-    mark_kernel[triton.cdiv(ids.numel(), EDGES),](
+    mark_pages_kernel[triton.cdiv(ids.numel(), EDGES),](
         ids, first_blocks, marks, ids.numel(), HKV=ids.shape[1], TOP_K=ids.shape[2], B=EDGES
     )
     return marks
