@@ -182,6 +182,22 @@ def test_one_scale_for_all_pages(phase):
     near(out.reshape(want.out.shape), want.out)
 
 
+@pytest.mark.parametrize("scale", [None, 1.25])
+def test_a_prefill_over_pages_of_8_bits_takes_lengths_from_the_device(scale):
+    """They are widened first: what lies between a length and its bound must not get there."""
+    engine = Engine([40, 131, 5], spare=3)
+    engine.both = engine.both.to(torch.float8_e4m3fn)
+    wide = engine.both.float() * (scale or 1.0)
+    one = None if scale is None else torch.tensor(scale, device=DEVICE)
+    kv = engine.kv(k_scale=one, v_scale=one)
+    engine.both = wide
+    q, q_idx, want, part = prefill_of(engine, [7, 30, 5], [57, 133, 38])
+    chosen = serving.select(give(q_idx), engine.index_pages(), part, CONFIG)
+    assert (chosen.indices.cpu().numpy() == want.selection.indices).all()
+    out = serving.attend_selected(give(q).half(), kv, part, chosen, DIM**-0.5)
+    np.testing.assert_allclose(out.float().cpu().numpy(), want.out, rtol=2e-3, atol=4e-3)
+
+
 def test_steps_of_equal_borders_are_not_the_same():
     """Else the tables of the step before would be taken."""
     table = torch.zeros(1, 1, dtype=torch.int32)

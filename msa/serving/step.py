@@ -29,10 +29,10 @@ from msa.config import MSAConfig
 from msa.ir import PagedKV, Selection
 from msa.kernel_choice import Kernels
 from msa.triton_impl import paged_keys
-from msa.triton_impl.attention import attend_super_tiles
 from msa.triton_impl.decode import counters, score_call, score_step
 from msa.triton_impl.page_attention import attend_pages
 from msa.triton_impl.places import on_its_device
+from msa.triton_impl.prefill import attend_pages as attend_prefill
 from msa.triton_impl.selection import select_portable
 from msa.triton_impl.step_sequences import StepSequences
 
@@ -266,5 +266,16 @@ def attend_selected(
     Raises:
         TypeError, ValueError: "hopper" is named, and these kernels cannot take the call (R20).
     """
-    table = paged_keys.Pages(part.table, *pages.scales())
-    return attend_super_tiles(q, pages.k, pages.v, selection, scale, "auto", kernels, table, out)[0]
+    if pages.k_scale is None and pages.k.dtype == torch.float8_e4m3fn:
+        one = part.sequences.table(unit_scale)  # pages of 8 bits are widened, with their scales
+        pages = replace(pages, k_scale=one, v_scale=one)
+    # lengths are in the sequences: those of the cache are not read
+    cache = PagedKV(pages.k, pages.v, pages.k[:, :, 0], part.table, part.sequences.shortfall)
+    return attend_prefill(
+        q, _with_scales(cache, pages), selection, scale, kernels=kernels, out=out
+    )[0]
+
+
+def unit_scale(sequences: StepSequences) -> Float[Tensor, ""]:
+    """A scale of 1, made once for a step."""
+    return torch.ones((), device=sequences.shortfall.device)
