@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from msa.checks import dtype_name, either, is_eight_bits, is_interpreted, is_torch
 from msa.config import MSAConfig
-from msa.ir import Array, PagedKV, Selection
+from msa.ir import Array, PagedKV, Selection, Sequences
 
 Kernels = Literal["auto", "portable", "hopper"]
 Half = Literal["queries", "keys"]

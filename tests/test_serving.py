@@ -283,3 +283,25 @@ def test_plug_ins_refuse_other_gpus(monkeypatch, capability, says):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(RuntimeError, match=f"{re.escape(says)}.*unset MSA_SGLANG"):
         engine_checks.check_gpu("SGLang")
+
+
+def test_widened_pages_are_zero_behind_a_sequences_end():
+    """The hopper walk reads whole blocks, and the host knows only a bound of where they end."""
+    from msa.triton_impl.paged_keys import Pages
+    from msa.triton_impl.wide_pages import widen_pages
+
+    engine = Engine([40, 5], spare=3)
+    pages = engine.both.to(torch.float8_e4m3fn)
+    ones = torch.ones((), device=DEVICE).expand(len(pages), GROUPS)
+    part = serving.PrefillPart.of(
+        give(engine.table), give(np.array(engine.lengths)), (0, 1, 2), [57, 38]
+    )
+    ids = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE).expand(2, GROUPS, 3)
+    chosen = serving.given(ids, part, CONFIG)
+    k, v = pages[..., :DIM], pages[..., DIM:]
+    wide = widen_pages(k, v, Pages(give(engine.table), ones, ones), chosen, torch.float16)
+    for found, narrow in zip(wide, (k, v)):
+        rows = found.float().flatten(0, 1)  # blocks of 57 tokens, then of 38
+        want = narrow.float()[give(engine.table[0, :3]).long()].flatten(0, 1)[:40]
+        torch.testing.assert_close(rows[:40], want, rtol=0, atol=0)
+        assert (rows[40:48] == 0).all() and (rows[64 + 5 : 80] == 0).all()
