@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := pip install --quiet --disable-pip-version-check
 SEED := $(shell date +%s)
 
-.PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look package \
+.PHONY: demo test test-seeds test-shuffled test-newest lint docs docs-serve docs-look \
+	docs-zensical package \
 	sanitize install bench bench-crossing clean
 .NOTPARALLEL:  # there is one .venv
 unexport PYTHONDONTWRITEBYTECODE  # images of containers set it; then each process compiles again
@@ -51,7 +52,18 @@ lint: install
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m docs.hooks.build
 docs: install
 	$(SITE) build --strict
+	$(BIN)/python -m docs.hooks.notebooks
 	$(BIN)/python -m docs.hooks.links
+
+# The same with the generator's successor, to see what differs. It decides nothing: `-` ignores errors.
+ZENSICAL := .venv/zensical
+docs-zensical: install
+	$(PYTHON) -m venv $(ZENSICAL)
+	$(ZENSICAL)/bin/$(PIP) zensical
+	sed 's/^site_dir: .*/site_dir: site-zensical/' mkdocs.yml > zensical.yml
+	-TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		PYTHONPATH=.:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		$(ZENSICAL)/bin/zensical build -f zensical.yml
 
 docs-serve: install
 	$(SITE) serve

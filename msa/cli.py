@@ -33,6 +33,7 @@ commands:
   convert FOLDER      add index branches to a dense model of msa train, to train them there
   findings            show the ablations of the paper, repeated with the tiny model
   findings run        run the trainings of these ablations: twelve rows, three seeds
+  exercise            check the code that you wrote for a chapter's exercise
   bench prefill       check, then time on a GPU: selection, attention and dense baselines
   bench train         check and time a training step: forward, backward and alignment loss
   bench decode        check and time a step of generation over a paged cache
@@ -55,6 +56,7 @@ COMMANDS = {
     "convert FOLDER": ("msa.training.convert_dense", "ConvertDenseOptions", "model,demo"),
     "findings": ("msa.ablations.tables", "FindingsOptions", "model,demo"),
     "findings run": ("msa.ablations.run", "RunOptions", "model,demo"),
+    "exercise": ("exercises.run", "ExerciseOptions", "all"),
     "bench prefill": ("benchmarks.prefill", "PrefillOptions", "all"),
     "bench train": ("benchmarks.train", "TrainOptions", "all"),
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
@@ -65,6 +67,8 @@ COMMANDS = {
     "doctor": ("msa.doctor", "DoctorOptions", "torch"),
 }
 """The module that runs each command, the name of its options there, and the extras it needs."""
+CHECKOUT = ("benchmarks", "exercises", "docs")
+"""Packages that a checkout has, and an installed wheel has not."""
 REFUSED, INTERRUPTED, CLOSED = 2, 130, 141
 """Exit codes for input that is refused, for Ctrl-C, and for an output that its reader closed."""
 
@@ -128,9 +132,10 @@ def supplied(name: str, call: Callable[[], int]) -> int:
     try:
         return call()
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "benchmarks":
+        folder = (error.name or "").split(".")[0]
+        if folder in CHECKOUT:
             raise ValueError(
-                f"msa {name} runs from a checkout, which has the folder benchmarks; there "
+                f"msa {name} runs from a checkout, which has the folder {folder}; there "
                 "pip install -e '.[all]' brings what it needs"
             ) from None
         extras = COMMANDS[name][-1]
@@ -209,7 +214,7 @@ def is_refusal(trace: TracebackType | None) -> bool:
     spec = trace.tb_frame.f_globals.get("__spec__")  # its name stays where python -m runs a module
     package = getattr(spec, "name", "").split(".")[0]
     instruction = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    return package in ("msa", "benchmarks") and dis.opname[instruction] == "RAISE_VARARGS"
+    return package in ("msa", *CHECKOUT) and dis.opname[instruction] == "RAISE_VARARGS"
 
 
 def say(sentence: str, code: int) -> int:

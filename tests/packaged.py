@@ -21,6 +21,7 @@ WHEEL = ("msa/py.typed", "msa/model/trained/tiny/model.safetensors",
 SMALL = "trained/small/model.safetensors"  # in the source, not in the wheel
 SOURCES = ("LICENSE", "README.md", "CITATION.cff", "pyproject.toml", "constraints.txt", "Makefile",
            "tests/conftest.py", "docs/spec.md", "mkdocs.yml", "examples/generate_loop.py",
+           "exercises/run.py",
            "benchmarks/results/crossing_cpu.json", SMALL, *WHEEL)  # fmt: skip
 
 

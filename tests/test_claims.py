@@ -32,7 +32,7 @@ def both_kinds():
 
 
 def test_hopper_selects_faster_on_every_shape():
-    """README, msa/kernel_choice.py, chapter 9."""
+    """README, msa/kernel_choice.py, chapter 10."""
     timed = [row for row in SELECTIONS if row.get("kernels") == "hopper"]
     for row in timed:
         for kind in ("bf16", "fp8_e4m3"):
@@ -55,7 +55,7 @@ def test_union_is_faster_than_auto_where_neighbours_agree():
 
 
 def test_the_union_decides_the_speed_of_the_walk_but_not_of_kv_outer():
-    """Chapter 8, lowering/7: a short union is fast; KV-outer is alike for every ρ."""
+    """Chapter 9, lowering/7: a short union is fast; KV-outer is alike for every ρ."""
     for row in prompts():
         walks = [at(row, keep)["union"]["tflops"] for keep in sorted(PERSISTENCE)]
         assert walks == sorted(walks)
@@ -84,7 +84,7 @@ def test_msa_is_ahead_from_8k_tokens_on():
 
 
 def test_selection_is_most_of_a_million_tokens():
-    """Chapter 11: how much of a million tokens goes into selection."""
+    """Chapters 10 and 13: most of a million tokens goes into selection."""
     million = PREFILL["million"]
     select = over_million(million, lambda chunk: chunk["select"]["bf16"]["ms"])
     assert 0.5 < select / million["whole_keep_0.95"]["bf16"]["ms"] < 1
@@ -99,7 +99,7 @@ def test_top_k_is_faster_than_torchs():
 
 @pytest.mark.parametrize("form", ["bf16", "fp8 index"])
 def test_decoding_is_faster_than_dense_and_faster_in_8_bits(form):
-    """README, chapter 12. The README names one dense kernel for all shapes."""
+    """README, chapter 14. The README names one dense kernel for all shapes."""
     rows = measured.read("decode")["steps"]
     assert {(row["batch"], row["context"]) for row in rows} >= {(1, 2**17), (4, MILLION)}
     for row in rows:

@@ -301,6 +301,7 @@ def test_the_version(capsys):
     ("findings run", "torch", "msa findings run needs torch; pip install 'msa-stack[model,demo]'"),
     ("convert --model x", "transformers", "needs transformers; pip install 'msa-stack[transformer"),
     ("bench plots", "benchmarks.plots", "runs from a checkout"),
+    ("exercise 1", "exercises", "runs from a checkout, which has the folder exercises"),
 ])  # fmt: skip
 def test_a_missing_library_is_named_with_its_extra(command, missing, message, monkeypatch, capsys):
     def lack(module):

@@ -17,7 +17,7 @@ MADE = ("benchmarks/NAME", "msa/NAME", "msa/triton_impl/NAME", "msa/triton_impl/
         "benchmarks/figures/NAME", "benchmarks/run",
         "msa/reference/X", "msa/torch_impl/X", "msa/triton_impl/X")  # fmt: skip
 """Prefixes of paths that mean new files, results of a run, or the file of any step."""
-FOLDERS = ("msa/", "docs/", "tests/", "benchmarks/", "examples/")
+FOLDERS = ("msa/", "docs/", "tests/", "exercises/", "benchmarks/", "examples/")
 
 
 def paths(text: str) -> list[str]:

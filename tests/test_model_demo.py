@@ -145,7 +145,10 @@ def test_the_page_draws_what_was_opened(shown, tmp_path, capsys):
     for question in shown.questions:
         assert f"?{question.key}=" in told
         assert f"?{question.key}=" in text
-    assert f"MSA for {shown.right(shown.sparse)}" in " ".join(told.split())
+    right = shown.right(shown.sparse)
+    assert f"read with MSA, as they were trained, for {right}, with" in " ".join(told.split())
+    assert "dense twin: trained" in told and "The fair control" in told
+    assert "The fair control is a dense twin" in text
     assert (tmp_path / "deep" / "demo.png").stat().st_size > 10_000
 
 

@@ -17,6 +17,7 @@ from docs.hooks import (
     claims,
     curves,
     diagrams,
+    heads,
     links,
     little,
     measured,
@@ -46,6 +47,12 @@ def test_a_chapter_has_all_its_parts(path):
     ]
     assert order == sorted(order)
     assert "figure" in text or "measured.show" in text
+    assert f"exercises.section({int(path.stem[:2])})" in text
+    assert f'notebooks.links("{path.stem}")' in text
+    head = " ".join(text[text.index('<p class="head"') : order[1]].partition("</p>")[0].split())
+    for part in ("**You will be able to**", "**Needs**", "**Time**"):
+        assert part in head
+    assert heads.renewed(text) == text, "python -m docs.hooks.heads writes the minutes anew"
     assert "sources.links(" in text[order[-1] :]
     questions = re.split(r"^\?\?\? question ", text, flags=re.M)[1:]
     assert len(questions) >= 3
@@ -83,7 +90,9 @@ def test_every_page_is_in_the_navigation_once():
 
 def test_there_are_forty_exercises_and_ten_bugs():
     exercises = re.findall(r"^\?\?\? question", "\n".join(p.read_text() for p in PAGES), re.M)
-    bugs = re.findall(r"^### ", (DOCS / "chapters" / "13-testing.md").read_text(), re.M)
+    bugs = re.findall(
+        r"^(?:### |\?\?\? bug)", (DOCS / "chapters" / "15-testing.md").read_text(), re.M
+    )
     assert len(exercises) >= 40 and len(bugs) >= 10
 
 
@@ -120,12 +129,30 @@ def test_results_of_a_wrong_form_are_refused():
     ],
 )
 def test_a_result_older_than_its_kernels_says_so(measured_at, changed_at, old):
-    moments = iter((measured_at, changed_at))
-    with mock.patch("docs.hooks.measured.last_change", lambda *paths: next(moments)):
-        assert ("changed since" in measured.age("prefill")) == old
+    for differs in (True, False):
+        moments = iter((measured_at, changed_at))
+        with (
+            mock.patch("docs.hooks.measured.last_change", lambda *p, m=moments: next(m)),
+            mock.patch("docs.hooks.measured.code_differs", lambda name, d=differs: d),
+        ):
+            assert ("changed since" in measured.age("prefill")) == (old and differs)
+    with mock.patch("docs.hooks.measured.last_change", lambda *paths: measured_at):
         assert "changed since" not in measured.age(measured.older()[0])
     with mock.patch("docs.hooks.measured.last_change", lambda *paths: ""):
         assert "age is not known" in measured.age("prefill")
+
+
+def test_code_differs_only_if_a_machine_reads_it_otherwise(tmp_path):
+    files = {
+        "a": "def f(x):\n    return x\n",
+        "b": 'def f(x):\n    """Say it."""\n    return x  # it\n',
+    }
+    assert measured.meaning(files["a"]) == measured.meaning(files["b"])
+    assert measured.meaning(files["a"]) != measured.meaning("def f(x):\n    return -x\n")
+    with mock.patch("docs.hooks.measured.read_at", lambda commit, path: path.read_text()):
+        assert not measured.code_differs("prefill")
+    with mock.patch("docs.hooks.measured.read_at", lambda commit, path: ""):
+        assert measured.code_differs("prefill")
 
 
 def test_the_files_that_results_speak_of_exist():
@@ -176,12 +203,24 @@ def test_a_claim_is_judged_by_the_ranges_of_its_seeds(tmp_path):
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.3)})
         far, _, prose, gradient = claims.table().splitlines()[2:6]
         assert far.endswith("| no-kl: 25% (20–30%) | base: 85% (80–90%) | yes: lower |")
-        assert prose.endswith("| base: 2.00 (2.00–2.00) | yes: equal |")
+        assert prose.endswith("| base: 2.00 (2.00–2.00) | cannot tell |")
         assert gradient.endswith("| gradient: not run | base: 2.00 (2.00–2.00) | not known |")
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2, 0.85)})
-        assert "| no: equal |" in claims.table().splitlines()[2]
+        assert "| cannot tell |" in claims.table().splitlines()[2]
         findings(tmp_path, **{"base": (0.8, 0.9), "no-kl": (0.2,)})
         assert "| not known |" in claims.table().splitlines()[2]
+
+
+def test_a_claim_that_does_not_hold_fails_the_build():
+    claims.hold("one is less than two", 1 < 2)
+    with pytest.raises(claims.NotSo, match="two is less than one"):
+        claims.hold("two is less than one", 2 < 1)
+
+
+def test_the_dense_twin_stands_beside_msa():
+    lines = claims.twins().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:4]] == ["512", "1,024"]
+    assert all(line.count("%)") == 3 for line in lines[2:])
 
 
 def test_two_figures_of_one_page_keep_their_pictures_apart():

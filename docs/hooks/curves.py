@@ -16,7 +16,7 @@ def learning_figure(history: list[tuple[int, float, float]], border: int) -> str
     """KL and block recall against steps; the warm-up ends at `border`."""
     steps, losses, recalls = zip(*history)
     with pyplot.rc_context(STYLE | {"svg.fonttype": "none"}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.6))
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.6), layout="constrained")
         left.plot(steps, losses, color=BLUE)
         left.set_title("KL", loc="left", fontweight="bold", fontsize=10)
         right.plot(steps, recalls, color=GREEN)

@@ -176,8 +176,8 @@ def tile_figure() -> str:
 
 
 def threshold_figure() -> str:
-    """A threshold that rises as candidates fill a buffer, over random scores."""
-    rng, drawing = np.random.default_rng(5), Drawing(660, 208)
+    """A threshold that rises as candidates fill a buffer, over random scores; the buffer below."""
+    rng, drawing = np.random.default_rng(5), Drawing(660, 298)
     scores, places, room = rng.standard_normal(210), 6, 18
     bar, held, last = -9.0, [], 0
     for b, score in enumerate(scores):
@@ -185,17 +185,23 @@ def threshold_figure() -> str:
         if score > bar:
             held.append(float(score))
         drawing.rect(x, y, 4, 4, "d-own" if score > bar else "d-quiet", r=2)
+        full = 60 * len(held) / room
+        drawing.rect(x, 278 - full, 2.6, full, "d-own", r=0)
         if len(held) == room or b == len(scores) - 1:
             level = 100 - max(bar, -2.9) * 30
             drawing.line((4 + last * 3.1, level), (x, level), style="d-rule")
             held = sorted(held)[-places:]
             bar, last = held[0], b
-    drawing.text(4, 202, "blocks, in the order in which they are scored", "d-muted", 11)
+    drawing.line((4, 218), (656, 218), style="d-dashed")
+    drawing.text(656, 212, f"room for {room}", "d-muted", 11, "end")
+    drawing.text(4, 212, "candidates in the buffer", "d-ink", 11)
+    drawing.text(4, 294, "blocks, in the order in which they are scored", "d-muted", 11)
     drawing.text(656, 14, "threshold", "d-ink", 11, "end")
     return drawing.figure(
-        "Orange scores are above the threshold and enter the buffer; grey ones are dropped at once. If "
-        "the buffer is full, only the best scores are kept, and the threshold rises.",
-        "points, fewer and fewer of which lie above a line that rises in steps",
+        "Above: orange scores are above the threshold and enter the buffer; grey ones are dropped at once. "
+        f"Below: the buffer fills. When it is full, only the best {places} candidates are kept, and the "
+        "threshold rises to the worst of them.",
+        "points, fewer and fewer of which lie above a line that rises in steps; a buffer that fills below",
     )
 
 
@@ -219,31 +225,6 @@ def backward_figure() -> str:
         "The same seven edges on both sides. On the left, at most k arrows lead to a query. On the right, "
         "thousands of arrows may lead to a block that many queries read.",
         "arrows from blocks to queries, and from queries to blocks",
-    )
-
-
-def pages_figure() -> str:
-    """Two sequences whose blocks lie in pages in any order."""
-    drawing = Drawing(620, 150)
-    owner = {0: (1, 1), 1: (0, 0), 2: (1, 0), 4: (1, 2), 5: (0, 1)}
-    for s, blocks in ((0, 2), (1, 3)):
-        drawing.text(0, 34 + s * 80, f"sequence {s}", "d-ink", 12)
-        for b in range(blocks):
-            drawing.box(
-                86 + b * 52, 16 + s * 80, 46, 28, f"b{b}", "d-own" if s else "d-remote", 12, r=4
-            )
-    for page in range(6):
-        x = 290 + page * 54
-        s, b = owner.get(page, (None, None))
-        style = "d-dashed" if s is None else "d-own" if s else "d-remote"
-        drawing.rect(x, 56, 48, 30, style, r=4)
-        words = "free" if s is None else f"s{s} b{b}"
-        drawing.text(x + 24, 76, words, "d-muted" if s is None else "d-on d-bold", 11, "middle")
-        drawing.text(x + 24, 104, f"page {page}", "d-muted", 10, "middle")
-    return drawing.figure(
-        "Left: the blocks of two sequences. Right: the pages where these blocks lie. A page table holds "
-        "the number of the page for each block.",
-        "blocks of two sequences, and six pages that hold them in mixed order",
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from benchmarks.figures.style import BLUE, GREEN, INK, MUTED, ORANGE, SKY, STYLE
 from docs.hooks.measured import inline
 from docs.hooks.svg import Drawing
-from msa.demo import demo_html
+from msa.demo import demo, demo_html
 from msa.demo.questions import Comparison
 from msa.model.checkpoint import TRAINED
 from msa.model.config import ModelConfig, VisionConfig
@@ -199,6 +199,15 @@ def document_figure(document: Document) -> str:
         f"<figcaption>{caption}</figcaption></figure>"
     )
     return with_pictures(html, document.images, "document")
+
+
+def demo_frame() -> str:
+    """The page of `msa demo` as it is shipped, in a frame that holds the whole page itself."""
+    page = demo_html.draw(demo.compute(demo.DemoOptions(backend="torch")))
+    return (
+        f'<iframe class="demo" title="The page of msa demo" loading="lazy" '
+        f'srcdoc="{escape(page, quote=True)}"></iframe>'
+    )
 
 
 def opened_figure(comparison: Comparison, question: int) -> str:

@@ -140,4 +140,21 @@ def look_at_widgets(browser: Browser, root: str) -> list[str]:
             faults.append(f"{kind}: what stands there without scripts must be where it starts")
         faults += [f"{kind}: {fault}" for fault in LOOKS[kind](tab, box)]
         context.close()
-    return faults
+    return [*faults, *look_at_taps(browser, root)]
+
+
+def look_at_taps(browser: Browser, root: str) -> Iterator[str]:
+    """On a phone, a tap on an abbreviation opens its words, and a tap beside it closes them."""
+    context = browser.new_context(has_touch=True, viewport={"width": 390, "height": 900})
+    tab = context.new_page()
+    tab.goto(f"{root}/chapters/02-gqa.html")
+    word, box = tab.locator("article abbr").first, tab.locator(".tap")
+    if not tab.evaluate("matchMedia('(pointer: coarse)').matches || navigator.maxTouchPoints > 0"):
+        yield "taps: the browser does not act as a phone"
+    word.tap()
+    if "grouped-query attention" not in box.inner_text():
+        yield f"taps: the words of GQA must open, got {box.inner_text()!r}"
+    tab.locator("h1").tap()
+    if box.is_visible():
+        yield "taps: a tap beside the word must close the box"
+    context.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -234,6 +235,48 @@ def code_of(name: str) -> list[str]:
     return [f"msa/triton_impl/{k}.py" for k in kernels] if kernels else ["msa/torch_impl"]
 
 
+def code_differs(name: str) -> bool:
+    """Whether the measured code computes something else than when its results were committed.
+
+    Comments, docstrings and layout do not count.
+    """
+    command = ["git", "log", "-1", "--format=%H", "--", str(path_of(name))]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return any(
+        meaning(read_at(commit, path)) != meaning(path.read_text()) for path in files_of(name)
+    )
+
+
+def files_of(name: str) -> list[Path]:
+    """The Python files of `code_of`, those of folders included."""
+    paths = [ROOT / path for path in code_of(name)]
+    return [
+        file for path in paths for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])
+    ]
+
+
+def read_at(commit: str, path: Path) -> str:
+    """A file as it was at a commit; empty if it was not there."""
+    command = ["git", "show", f"{commit}:{path.relative_to(ROOT)}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def meaning(code: str) -> str:
+    """Code without what a machine does not read: layout, comments, docstrings.
+
+    >>> meaning("x = 1  # one") == meaning('x = (\\n    1\\n)')
+    True
+    """
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+            node.body = [
+                line for line in node.body
+                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]  # fmt: skip
+    return ast.dump(tree)
+
+
 def source(name: str) -> str:
     """One sentence: where a result comes from."""
     path = path_of(name)
@@ -262,7 +305,7 @@ def age(name: str) -> str:
     words = source(name)
     if not measured or not changed:
         return f'<p class="age">{words} This build has no Git history, so its age is not known.</p>'
-    if as_utc(measured) < as_utc(changed):
+    if as_utc(measured) < as_utc(changed) and code_differs(name):
         note = (
             f"The measured code has changed since, at {changed[:16].replace('T', ' ')}: "
             "these numbers are those of the older code."

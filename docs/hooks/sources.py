@@ -77,7 +77,7 @@ def excerpt(path: str, name: str, skip_docstring: bool = False) -> str:
         doc = body.body[0]
         kept = code.splitlines()
         code = "\n".join(kept[: doc.lineno - 1] + kept[doc.end_lineno :]) + "\n"
-    html = highlight(code, PythonLexer(), HtmlFormatter(cssclass="highlight"))
+    html = highlight(code, PythonLexer(), HtmlFormatter(cssclass="highlight", wrapcode=True))
     return f'<div class="listing">{html}</div><p class="source">{link(path, name)}</p>'
 
 

@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 from jaxtyping import Float, Int
 
+from msa.demo import control
 from msa.demo.answers import Answer
 from msa.demo.questions import Comparison
 from msa.training.documents import IMAGE_TOKEN
@@ -79,10 +80,13 @@ def introduce(comparison: Comparison) -> str:
         dense = f" and is right for <b>{comparison.right(comparison.dense)} of {asked}</b>"
         sparse = f", and is right for <b>{comparison.right(comparison.sparse)} of {asked}</b>"
         unseen = " The prose, the pictures and the keys were not in training."
+    fair = f" {control.sentence(comparison.tokens)}" if comparison.known else ""
     return (
-        "Pictures of digits are hidden in prose, each after a key of three letters. Dense "
-        f"attention reads all tokens{dense}. MSA uses the same weights, reads a few blocks of "
+        "Pictures of digits are hidden in prose, each after a key of three letters. One model, "
+        "which was trained with MSA, reads them twice. Dense attention "
+        f"reads all tokens{dense}. MSA reads a few blocks of "
         f"{comparison.block_size} tokens, {comparison.keys[1]:.0f} keys on average{sparse}.{unseen}"
+        f"{fair}"
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msa import files
-from msa.demo import demo_html
+from msa.demo import control, demo_html
 from msa.demo.answers import Answer
 from msa.demo.options import ReadingOptions
 from msa.demo.questions import Comparison, DemoQuestion
@@ -21,6 +21,8 @@ def present(comparison: Comparison, options: ReadingOptions, console: Console) -
     """Print a table. Write the page and the figure, if the options name files for them."""
     console.print(table_of(comparison))
     console.print(summary(comparison))
+    if comparison.known and options.model == "tiny":
+        console.print(control.table())
     if options.html is not None:
         files.write(options.html, demo_html.draw(comparison).encode())
         console.print(f"The blocks that were opened: {options.html}", markup=False, soft_wrap=True)
@@ -66,10 +68,10 @@ def summary(comparison: Comparison) -> str:
     asked = f"{len(comparison.questions)} question{'s' if len(comparison.questions) > 1 else ''}"
     same = sum(a.digit == b.digit for a, b in zip(comparison.dense, comparison.sparse))
     result = (
-        f"dense attention is right for {comparison.right(comparison.dense)}, MSA for "
-        f"{comparison.right(comparison.sparse)}, reading"
+        f"read densely, these weights are right for {comparison.right(comparison.dense)}; read "
+        f"with MSA, as they were trained, for {comparison.right(comparison.sparse)}, with"
         if comparison.known
-        else f"MSA answers as dense attention does to {same}, reading"
+        else f"MSA answers as dense attention does to {same}, with"
     )
     return (
         f"{comparison.tokens:,} tokens, {asked}: {result} {sparse_keys / dense_keys:.1%} of the "

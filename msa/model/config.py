@@ -134,7 +134,7 @@ class ModelConfig:
     """The token that stands where the tokens of a video go."""
     mixed_tokens: int = 1
     """The number of neighbouring tokens that are mixed into the input of an attention layer. The
-    released model mixes none: 1. See docs/chapters/14-model.md."""
+    released model mixes none: 1. See docs/chapters/16-model.md."""
     index_gradient: bool = False
     """Whether the loss of the index branch also trains the backbone. Eq. 11 of the paper says
     no."""

@@ -1,0 +1,1 @@
+"""Exercises with starter code, their checks and their solutions; `msa exercise` runs the checks."""
