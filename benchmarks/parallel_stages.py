@@ -110,7 +110,7 @@ def check_prefill(n: int) -> None:
     """All GPUs together select what one GPU selects, and attend to it."""
     whole = whole_tensors(n)
     one, found = alone(whole), together(tuple(shard(x, everyone()) for x in whole))
-    rows = found.shards.tokens(dist.get_rank()).cuda()
+    rows = found.shards.tokens(dist.get_rank(), "cuda")
     ids = torch.cat([selection.indices for selection in found.selections])
     if one.selection is None or not torch.equal(ids, one.selection.indices[rows]):
         raise Wrong(f"selections of {n} tokens differ")

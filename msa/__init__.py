@@ -28,6 +28,7 @@ from msa.page_arrays import SequencePages
 from msa.paging import PagePool
 from msa.pipeline import Trace
 from msa.quality import CacheQuality, cache_quality
+from msa.warming import ServingShapes, warm_up
 
 moved.install()
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __all__ = [
     "Selection",
     "SequencePages",
     "Sequences",
+    "ServingShapes",
     "TileUnion",
     "Trace",
     "align_index",
@@ -57,4 +59,5 @@ __all__ = [
     "prefill",
     "select",
     "sparse_attention",
+    "warm_up",
 ]

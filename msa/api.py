@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from msa import checks, pipeline
 from msa.config import MSAConfig
@@ -222,9 +222,9 @@ def prefill(
 
 
 def decode(
-    q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
+    q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"] | None,
     cache: PagedKV, *, config: MSAConfig = MSAConfig(), backend: BackendName = "auto",
-    kernels: Kernels = "auto",
+    kernels: Kernels = "auto", selection: Int[Array, "B n Hkv k"] | None = None,
 ) -> Output:  # fmt: skip
     """MSA for the last n tokens of each sequence of a paged cache, which has to hold them (R2).
 
@@ -241,6 +241,11 @@ def decode(
     "hopper" for GPUs of compute capability 9.x, or "auto", which takes it where it can run. The
     scores are the same up to rounding.
 
+    selection gives the blocks, for example those of another layer or those that several devices
+    chose together. Then q_idx is None, index keys are not read, and of config only the block size
+    and the softmax scale count. Each row holds block ids in R8's form: ascending, then -1, the last
+    id the query's own block. They are validated, but not during capture, and not for empty slots.
+
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
 
@@ -249,11 +254,16 @@ def decode(
     >>> cache = msa.PagedKV(pages, pages, pages[..., 0],
     ...                     page_table=np.array([[3, 0], [2, 0]]), lengths=np.array([3, 0]))
     >>> zero = np.zeros((2, 1, 1, 1))  # tokens 6, 7 and 0 lie in pages 3 and 0
-    >>> msa.decode(zero, zero, cache, config=msa.MSAConfig(block_size=2, top_k=2)).out[:, 0, 0, 0]
+    >>> config = msa.MSAConfig(block_size=2, top_k=2)
+    >>> msa.decode(zero, zero, cache, config=config).out[:, 0, 0, 0]
     array([4.33333333, 0.        ])
+    >>> own_block = np.array([1, -1], np.int32).reshape(2, 1, 1, 1)
+    >>> msa.decode(zero, None, cache, config=config, selection=own_block).out[:, 0, 0, 0]
+    array([0., 0.])
     """
-    entry, args = enter_cache(q, q_idx, cache, backend, config, {"kernels": kernels})
-    return entry.run(entry.module.decode_step, *args, config, **entry.options)
+    entry, args = enter_cache(q, q_idx, cache, backend, config, {"kernels": kernels}, selection)
+    q, q_idx, cache, ids = args
+    return entry.run(entry.module.decode_step, q, q_idx, cache, config, ids, **entry.options)
 
 
 def append_tokens(

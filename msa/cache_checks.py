@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from msa.paged_kv import (
     check_row,
     check_scaled,
 )
-from msa.sequences import check_borders
+from msa.selection import Selection, check_canonical
+from msa.sequences import Sequences, check_borders
 
 
 # -- shapes, dtypes and places --------------------------------------------------------------------
@@ -52,22 +54,45 @@ def check_scales(cache: PagedKV, sizes: dict[str, int]) -> None:
         checks.check_shape(f"cache.{name}_scales", scales, dims, sizes)
 
 
-def check_queries(cache: PagedKV, q: Any, q_idx: Any) -> None:
+def check_queries(cache: PagedKV, q: Any, q_idx: Any | None) -> None:
     """Queries have the dtype of the pages, or any dtype where these have 8 bits.
 
-    All arrays are on one device. Keys and values have 8 bits together or not at all.
+    All arrays are on one device. Keys and values have 8 bits together or not at all. Without q_idx
+    index keys may have any dtype.
     """
     pages = {f"cache.{name}": getattr(cache, name) for name in PAGE_DIMS}
     k, v, k_idx = pages.values()
     main = {"cache.k_pages": k, "cache.v_pages": v}
     wide = not (checks.is_eight_bits(k) or checks.is_eight_bits(v))
     checks.check_same_dtype(**({"q": q} | main if wide else main))
-    if not checks.is_eight_bits(k_idx):
+    if q_idx is not None and not checks.is_eight_bits(k_idx):
         checks.check_same_dtype(q_idx=q_idx, **{"cache.k_idx_pages": k_idx})
     names = (*CACHE_DIMS, *(f"{name}_scales" for name in SCALE_DIMS))
     parts = {f"cache.{name}": getattr(cache, name) for name in names}
     parts = {name: array for name, array in parts.items() if array is not None}
-    checks.check_same_place(q=q, q_idx=q_idx, **parts)
+    queries = {"q": q} if q_idx is None else {"q": q, "q_idx": q_idx}
+    checks.check_same_place(**queries, **parts)
+
+
+def check_given_ids(ids: Any, q: Any, sizes: dict[str, int]) -> None:
+    """Block ids for a step of decoding fit its queries; what they hold is not read."""
+    checks.check_plain("selection", ids)
+    if checks.dtype_name(ids) != "int32":
+        raise TypeError(f"selection must have dtype int32, got {ids.dtype}")
+    checks.check_shape("selection", ids, "B n Hkv k", sizes)
+    checks.check_at_most("selection.shape[3]", sizes["k"], LARGEST_TOP_K=checks.LARGEST_TOP_K)
+    checks.check_same_place(q=q, selection=ids)
+
+
+def check_id_contents(ids: Any, lengths: list[int], block_size: int) -> None:
+    """Ids [B, n, Hkv, k] of the sequences that are not empty have R8's form."""
+    slots = [s for s, length in enumerate(lengths) if length > 0]
+    n = ids.shape[1]
+    cu_k = tuple(accumulate((lengths[s] for s in slots), initial=0))
+    sequences = Sequences(tuple(n * i for i in range(len(slots) + 1)), cu_k)
+    live = ids[checks.beside(ids, np.array(slots, np.int64))]
+    packed = live.reshape(-1, *ids.shape[2:])
+    check_canonical(Selection(packed, sequences, block_size), "selection")
 
 
 def check_index_pages(cache: PagedKV) -> None:

@@ -37,6 +37,7 @@ commands:
   bench prefill       check, then time on a GPU: selection, attention and dense baselines
   bench train         check and time a training step: forward, backward and alignment loss
   bench decode        check and time a step of generation over a paged cache
+  bench serving       check and time vLLM's and SGLang's sparse layers with and without plug-ins
   bench integrations  time torch operators, and Hugging Face's MiniMax-M3 on four attentions
   bench parallel      time one layer on several GPUs, started by torchrun
   bench plots         draw the figures of a results file, without a GPU
@@ -59,6 +60,7 @@ COMMANDS = {
     "bench prefill": ("benchmarks.prefill", "PrefillOptions", "all"),
     "bench train": ("benchmarks.train", "TrainOptions", "all"),
     "bench decode": ("benchmarks.decode", "DecodeOptions", "all"),
+    "bench serving": ("benchmarks.serving", "ServingOptions", "all"),
     "bench integrations": ("benchmarks.integrations", "IntegrationsOptions", "all"),
     "bench parallel": ("benchmarks.parallel", "ParallelOptions", "all"),
     "bench plots": ("benchmarks.plots", "PlotsOptions", "all"),
@@ -108,8 +110,8 @@ def run(arguments: list[str]) -> int:
 def no_such_command(arguments: Sequence[str]) -> str:
     """The message about a command that does not exist, or that lacks its second word.
 
-    >>> no_such_command(["bench"])[24:]
-    'behind bench must be prefill, train, decode, integrations, parallel or plots'
+    >>> no_such_command(["bench"])[:61]
+    'no such command: bench; behind bench must be prefill, train, '
     >>> no_such_command(["nothing"])
     'no such command: nothing; msa --help lists all commands'
     """

@@ -133,48 +133,69 @@ def enter(
 
 
 def check_shapes(
-    q: Array, q_idx: Array, cache: PagedKV, config: MSAConfig, lead: str
-) -> dict[str, int]:
-    """Queries fit a cache; give the sizes. `lead` names the dims of q before its heads.
+    q: Array, q_idx: Array | None, cache: PagedKV, config: MSAConfig, lead: str,
+    ids: Array | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Queries, and given block ids, fit a cache; give the sizes.
+
+    `lead` names the dims of q before its heads. Either q_idx or ids is given.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     checks.check_type("cache", cache, PagedKV)
     checks.check_type("config", config, MSAConfig)
-    for name, array in (("q", q), ("q_idx", q_idx)):
+    if ids is not None:
+        checks.check_absent("q_idx", q_idx, "a selection is given")
+    for name, array in queries_of(q, q_idx, ids).items():
         checks.check_array(name, array)
     sizes: dict[str, int] = {"Bk": config.block_size}
     checks.check_shape("q", q, f"{lead} Hq D", sizes)
     cache_checks.check_cache(cache, sizes)
-    checks.check_shape("q_idx", q_idx, f"{lead} Hkv Di", sizes)
+    if ids is None:
+        checks.check_shape("q_idx", q_idx, f"{lead} Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     cache_checks.check_queries(cache, q, q_idx)
+    if ids is not None:
+        cache_checks.check_given_ids(ids, q, sizes)
     return sizes
 
 
+def queries_of(q: Array, q_idx: Array | None, ids: Array | None) -> dict[str, Array]:
+    """The queries by name, without index queries where ids are given."""
+    return {"q": q} if ids is not None else {"q": q, "q_idx": q_idx}
+
+
 def enter_cache(
-    q: Array, q_idx: Array, cache: PagedKV, backend: BackendName, config: MSAConfig,
-    options: dict[str, Any] | None = None,
+    q: Array, q_idx: Array | None, cache: PagedKV, backend: BackendName, config: MSAConfig,
+    options: dict[str, Any], ids: Array | None,
 ) -> tuple[Entry, list[Any]]:  # fmt: skip
-    """Check a step of decoding; give its entry, and q, q_idx and cache of the backend's kind.
+    """Check a step of decoding; give its entry, and q, q_idx, cache and ids of the backend's kind.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
-    sizes = check_shapes(q, q_idx, cache, config, "B n")
+    sizes = check_shapes(q, q_idx, cache, config, "B n", ids)
     entry = Entry(backend, q, options)
     if checks.is_captured(q):
         checks.check_capturable(entry.name)
     else:
-        cache_checks.check_contents(cache, sizes)
-    entry.check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+        lengths = cache_checks.check_contents(cache, sizes)
+        if ids is not None:
+            cache_checks.check_id_contents(ids, lengths, config.block_size)
+    top_k = config.top_k if ids is None else sizes["k"]
+    entry.check_kernels(config.block_size, top_k, queries_of(q, q_idx, ids))
     if entry.name == "triton":
         cache_checks.check_chip(cache)
     if entry.options.get("kernels") == "hopper":
+        if q_idx is None:
+            raise ValueError(
+                "kernels must be 'auto' or 'portable' where a selection is given, got 'hopper': "
+                "no block is scored"
+            )
         kernel_choice.choose("hopper", kernel_choice.page_call_of(q_idx, cache))
     cache = cache_checks.with_index_dtypes(cache)
-    return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache)
+    return entry, entry.carrier.take(q=q, q_idx=q_idx, cache=cache, ids=ids)
 
 
 def enter_prefill(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from msa.config import MSAConfig
 from msa.ir import (
@@ -146,15 +146,15 @@ class Backend(Protocol):
         ...
 
     def decode_step(
-        self, q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"],
-        cache: PagedKV, config: MSAConfig,
+        self, q: Float[Array, "B n Hq D"], q_idx: Float[Array, "B n Hkv Di"] | None,
+        cache: PagedKV, config: MSAConfig, ids: Int[Array, "B n Hkv k"] | None = None,
     ) -> Output:  # fmt: skip
         """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-        A sequence of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block.
-        The returned selection covers the live sequences, packed. If pages have scales, the numbers
-        are
-        number * scale (R12).
+        The blocks are those of `ids`, in R8's form, or else they are selected by q_idx. A sequence
+        of length 0 is an empty slot of the batch: zeros, LSE -inf, no selected block, and its ids
+        are not read. The returned selection covers the live sequences, packed. If pages have
+        scales, the numbers are number * scale (R12).
         """
         ...
 

@@ -248,7 +248,7 @@ def attention_of(
         "group": q.shape[-2] // k.shape[-2],
         "block_size": selection.block_size,
         "rows": selection.sequences.total_q * q.shape[-2],
-        "blocks": longest(selection.sequences, selection.block_size),
+        "blocks": longest(selection.sequences.cu_seqlens_k, selection.block_size),
         "scale": scale,
         **machine_of(q),
     }
@@ -282,9 +282,10 @@ def loss_call_of(q: Array, k: Array, q_idx: Array, k_idx: Array, block_size: int
 
 
 @lru_cache(maxsize=64)
-def longest(sequences: Sequences, block_size: int) -> int:
-    """Blocks of the longest sequence, kept for shapes that come again."""
-    return sequences.max_blocks(block_size)
+def longest(cu_seqlens_k: tuple[int, ...], block_size: int) -> int:
+    """Blocks of the longest sequence, kept for borders that come again."""
+    keys = (stop - start for start, stop in zip(cu_seqlens_k, cu_seqlens_k[1:]))
+    return max((-(-n // block_size) for n in keys), default=0)
 
 
 def machine_of(array: Array) -> dict[str, Any]:

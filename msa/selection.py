@@ -133,8 +133,10 @@ def check_ids(selection: Selection) -> None:
     )
 
 
-def check_canonical(selection: Selection) -> None:
+def check_canonical(selection: Selection, name: str = "selection.indices") -> None:
     """Check the canonical form (R8), with one wait for the device if the ids lie on one.
+
+    Messages call the ids `name`.
 
     The largest id of each row is the own block. Each id behind the first is -1, or larger than the
     id before it, which is not -1. These two conditions are R8. The first bad entry is searched for
@@ -145,10 +147,10 @@ def check_canonical(selection: Selection) -> None:
     before, after = ids[..., :-1], ids[..., 1:]
     disordered = (after != -1) & ((before < 0) | (after <= before))
     if (largest != own).any() | disordered.any():
-        refuse(selection, own)
+        refuse(selection, own, name)
 
 
-def refuse(selection: Selection, own: Int[Array, "Tq 1"]) -> None:
+def refuse(selection: Selection, own: Int[Array, "Tq 1"], name: str) -> None:
     """Name the first entry of the ids that breaks R8."""
     ids = checks.to_numpy(selection.indices)
     own = checks.to_numpy(own)
@@ -163,7 +165,7 @@ def refuse(selection: Selection, own: Int[Array, "Tq 1"]) -> None:
     wanted, bad, shown = next(rule for rule in rules if rule[1].any())
     where = np.argwhere(bad)[0].tolist()
     raise ValueError(
-        f"selection.indices must {wanted} (R8), got {int(shown[tuple(where)])} "
+        f"{name} must {wanted} (R8), got {int(shown[tuple(where)])} "
         f"at query {where[0]}, group {where[1]}, own block {int(own[where[0], 0])}: "
         f"{ids[where[0], where[1]].tolist()}"
     )

@@ -50,6 +50,11 @@ MUTANTS = [  # the property that sees it, the functions that are spoiled, a case
         PagedCase(case(2, queries=(1,)), live=(True,), seed=0, spare_pages=0, spare_columns=0),
     ),
     (
+        "r2_decoding_takes_given_blocks",
+        {"decode_step": steps.blocks_of_its_own},
+        PagedCase(case(3, queries=(1,), top_k=3), (True,), 0, 0, 0),
+    ),
+    (
         "r2_prefilling_is_the_same_rule",
         {"prefill_chunk": steps.the_chunk_is_not_there_yet},
         PagedCase(case(2, queries=(1,), v=Fill("normal")), (True,), 0, 0, 0),

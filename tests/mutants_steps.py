@@ -87,11 +87,19 @@ def one_place_too_few(q, k, v, q_idx, k_idx, sequences, config):
     return reference.attend(q, k, v, q_idx, k_idx, sequences, small)
 
 
-def stale_lengths(q, q_idx, cache, config):
+def stale_lengths(q, q_idx, cache, config, ids=None):
     """The lengths of the step before: the newest token of each sequence is not there yet."""
     n = q.shape[1]
     stale = np.where(cache.lengths > n, cache.lengths - 1, cache.lengths)
-    return reference.decode_step(q, q_idx, replace(cache, lengths=stale), config)
+    return reference.decode_step(q, q_idx, replace(cache, lengths=stale), config, ids)
+
+
+def blocks_of_its_own(q, q_idx, cache, config, ids=None):
+    """Of the given ids only the last one is read, which is the own block."""
+    if ids is not None:
+        ids = np.where(ids == ids.max(-1, keepdims=True), ids, -1)
+        ids = -np.sort(-ids, axis=-1)
+    return reference.decode_step(q, q_idx, cache, config, ids)
 
 
 def the_chunk_is_not_there_yet(q, q_idx, cache, sequences, config, loop_order="auto"):

@@ -17,6 +17,7 @@ BENCHES = {
     "prefill": "stages",
     "train": "train_stages",
     "decode": "decode_stages",
+    "serving": "serving_stages",
     "integrations": "integration_stages",
 }
 """Each benchmark and the module of its parts."""
@@ -57,6 +58,8 @@ def test_what_is_wrong_ends_the_run(bench, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(report, "machine", lambda: {"device": "NVIDIA H100 80GB HBM3"})
     monkeypatch.setitem(stages.PARTS, first, lambda: {"measured": 1})
     monkeypatch.setitem(stages.PARTS, second, wrong)
+    (tmp_path / "vllm-0.33.0-none.whl").touch()  # `serving` reads files of this wheel
+    monkeypatch.setenv("MSA_ENGINE_WHEELS", str(tmp_path))
     out = tmp_path / "results.json"
     options = getattr(module, f"{name.capitalize()}Options")(out, (first, second))
     assert module.run(options) == 1

@@ -233,7 +233,7 @@ def test_other_errors_keep_their_traceback(error):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["bench"], "no such command: bench; behind bench must be prefill, train, decode, integ"),
+        (["bench"], "no such command: bench; behind bench must be prefill, train, decode, servi"),
         (["bench", "nothing"], "no such command: bench nothing; behind bench must be prefill"),
         ([""], "no such command: ''; msa --help lists all commands"),
         (["pretrain", "--out", "x"], "no such command: pretrain; msa --help lists all commands"),

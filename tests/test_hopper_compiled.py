@@ -160,6 +160,15 @@ def test_chunk_kernels_fit():
         assert found["steps"].count("wgmma.mma_async") == 2 * (8 + 8 + 8), options  # S; halves of o
 
 
+def test_scores_of_pages_of_a_serving_engine_fit():
+    """Rows of the table have names, and queries have 8 bits, as in engines (`msa.serving`)."""
+    kernels = [("float8_e4m3fn", q_dtype, 128, 128, 4, named)
+               for q_dtype, named in (("float8_e4m3fn", False), ("bfloat16", True))]  # fmt: skip
+    for options, found in zip(kernels, compiled([("pages", *k) for k in kernels]), strict=True):
+        assert (found["spilled"], found["registers"] <= 80) == (0, True), options
+        assert "C75" not in found["says"], options
+
+
 def test_scores_of_pages_fit():
     """The usual ones beside a program of the next kernel, which is set up at the same time."""
     kernels = chosen(FEW_PAGES, PAGES)

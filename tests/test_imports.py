@@ -22,7 +22,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "sequences": {"checks"},
     "selection": {"checks", "sequences"},
     "paged_kv": {"checks", "sequences"},
-    "cache_checks": {"checks", "chips", "paged_kv", "sequences"},
+    "cache_checks": {"checks", "chips", "paged_kv", "selection", "sequences"},
     "chips": set(),
     "ir": {"checks", "paged_kv", "selection", "sequences"},
     "eight_bits": {"checks"},
@@ -54,6 +54,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "recall": {"checks", "ir", "layout", "selection"},
     "files": set(),
     "moved": set(),
+    "warming": {"api", "checks", "config", "ir"},
     "doctor": {"chips", "doctor_trials", "files"},
     "doctor_trials": {"chips"},
     "explain": {"api", "chips", "config", "dispatch", "ir", "kernel_choice", "loop_order", "moved",
@@ -61,7 +62,7 @@ OWN = {  # modules directly under msa/, and what each of them may import of msa 
     "explain_print": {"dispatch", "explain", "kernel_choice", "loop_order"},
     "cli": set(),
     "__init__": {"api", "config", "dispatch", "ir", "moved", "page_arrays", "paging", "pipeline",
-                 "quality"},
+                 "quality", "warming"},
 }  # fmt: skip
 GRAPH = arrows.imports()
 CIRCLES = arrows.circles(GRAPH)
@@ -199,6 +200,15 @@ def test_layouts_need_no_library(name):
 def test_integrations_know_the_public_interface_and_the_operators():
     known = {"checks", "config", "dispatch", "files", "integrations", "ir", "ops", "recall"}
     for path in (PACKAGE / "integrations").glob("*.py"):
+        own = (
+            {"serving", "warming"} if path.name in ("vllm_layers.py", "sglang_layers.py") else set()
+        )
+        assert inside_msa(imported(path)) <= known | own, path
+
+
+def test_serving_knows_the_triton_backend_and_the_forms():
+    known = {"config", "ir", "kernel_choice", "serving", "triton_impl", "warming"}
+    for path in (PACKAGE / "serving").glob("*.py"):
         assert inside_msa(imported(path)) <= known, path
 
 

@@ -37,6 +37,8 @@ KERNELS = {
               "index_loss", "teacher", "softmax_sums", "union_walk", "tile_walk", "hopper/key_gradients",
               "hopper/query_gradients", "hopper/edge_rows", "hopper/edge_shares", "hopper/index_loss",
               "hopper/teacher", "hopper/student", "hopper/loss_rows", *SHARED, *HOPPER),
+    "serving": ("prefill", "decode", "page_scores", "page_attention", "selection", "union_walk",
+                "step_sequences", "hopper/page_scores", *SHARED, *HOPPER),
     "decode": ("decode", "page_scores", "page_attention", "page_topk", "dependent_launch", "append",
                "hopper/page_scores", "hopper/page_queries", "hopper/page_shares", "hopper/ring", *SHARED),
 }  # fmt: skip
@@ -53,6 +55,7 @@ RATE = {"ms": NUMBER, "tflops": NUMBER}
 MICROS = {"us": NUMBER, "min": NUMBER, "max": NUMBER}
 MACHINE = {"device": str, "multiprocessors": int, "torch": str, "triton": str, "date": str}
 STEP = {"step": MICROS, "layer": MICROS, "scores": MICROS}
+RACES = {"by_calls": NUMBER, "shapes": [{"query_len": int, "kv_len": int, "times": NUMBER}]}
 SCHEMAS: dict[str, dict[str, Any]] = {
     "prefill": {
         **MACHINE,
@@ -109,6 +112,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                    "fp8 all": STEP}],
         "quality": dict,
     },
+    "serving": {**MACHINE, "checks": dict, "prefill": {"bf16": RACES, "fp8": RACES},
+                "mixed": dict, "decode": dict, "sglang": dict},
     "integrations": {
         **MACHINE,
         "operators": [{"name": str, "function": TIME, "operator": TIME, "compiled": TIME,

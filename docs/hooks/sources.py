@@ -20,7 +20,8 @@ FOLDERS = {
     "msa/model": "source-model",
     "msa/training": "source-training", "msa/ablations": "source-ablations",
     "msa/demo": "source-demo",
-    "msa/integrations": "source-integrations", "msa": "source-package", "tests": "source-tests",
+    "msa/serving": "source-serving", "msa/integrations": "source-integrations",
+    "msa": "source-package", "tests": "source-tests",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from msa.parallel.agreement import agree
 from msa.parallel.gathering import Attached, Gathered, Rows, SumOverRanks, start_gather
 from msa.parallel.groups import Group, process_group
 from msa.parallel.prefixes import half_rows
-from msa.parallel.shards import Shards, device_indices
+from msa.parallel.shards import Shards, key_places
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def context_parallel_attention(
     rank = ranks.rank()
     keys = {"k_idx": k_idx, "k": k, "v": v}
     gathers = {name: start_gather(x, shards, ranks) for name, x in keys.items()}
+    places = key_places(shards, rank, q.device)
     selections = select_halves(
-        q_idx, gathers["k_idx"], shards, rank, config=config, backend=backend,
+        q_idx, gathers["k_idx"], places, shards, rank, config=config, backend=backend,
         index_dtype=index_dtype, kernels=kernels,
     )  # fmt: skip
     used = list(keys) if align else ["k", "v"]
-    _, *places = device_indices(shards, rank, q.device)
     taken = Rows.apply(
         [gathers[name] for name in used], places, shards, ranks, *(keys[name] for name in used)
     )
@@ -146,10 +146,9 @@ def context_parallel_attention(
 
 
 def select_halves(
-    q_idx: Tensor, gather: Gathered, shards: Shards, rank: int, **options: Any
+    q_idx: Tensor, gather: Gathered, places: list[Tensor], shards: Shards, rank: int, **options: Any
 ) -> list[Selection | None]:
     """The selection of each half; None for a half without queries."""
-    _, *halves = device_indices(shards, rank, q_idx.device)
     selections: list[Selection | None] = []
     for half, rows in enumerate(half_rows(shards, rank)):
         if rows.start == rows.stop:
@@ -158,7 +157,7 @@ def select_halves(
         sequences = shards.half(rank, half)
         selections.append(
             api.select(
-                q_idx[rows].detach(), gather.take(halves[half]),
+                q_idx[rows].detach(), gather.take(places[half]),
                 cu_seqlens_q=sequences.cu_seqlens_q, cu_seqlens_k=sequences.cu_seqlens_k, **options,
             )
         )  # fmt: skip

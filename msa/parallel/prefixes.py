@@ -10,7 +10,7 @@ from torch import Tensor
 from msa.parallel.agreement import agree
 from msa.parallel.gathering import Attached, Rows, start_gather
 from msa.parallel.groups import Group, process_group
-from msa.parallel.shards import HALVES, Shards, device_indices
+from msa.parallel.shards import HALVES, Shards, key_places
 from msa.sequences import Sequences
 
 
@@ -44,7 +44,7 @@ def key_prefixes(
     named = {f"tensors[{i}]": x for i, x in enumerate(tensors)}
     shards = agree(group, named, cu_seqlens, block_size)
     ranks = process_group(group)
-    _, *places = device_indices(shards, ranks.rank(), tensors[0].device)
+    places = key_places(shards, ranks.rank(), tensors[0].device)
     gathers = [start_gather(x, shards, ranks) for x in tensors]
     taken = Rows.apply(gathers, places, shards, ranks, *tensors)
     early, late = (

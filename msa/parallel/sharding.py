@@ -11,7 +11,7 @@ from msa import checks
 from msa.parallel.agreement import agree
 from msa.parallel.gathering import start_gather
 from msa.parallel.groups import Group, process_group, rank_and_count
-from msa.parallel.shards import device_indices, shards_of
+from msa.parallel.shards import shards_of
 
 
 def shard(
@@ -35,7 +35,7 @@ def shard(
     checks.check_torch("x", x)
     rank, count = rank_and_count(group)
     shards = shards_of(len(x), count, cu_seqlens, block_size)
-    return x[shards.tokens(rank).to(x.device)]
+    return x[shards.tokens(rank, x.device)]
 
 
 @torch.no_grad()
@@ -54,5 +54,4 @@ def unshard(
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     shards = agree(group, {"x": x}, cu_seqlens, block_size)
-    places = device_indices(shards, rank_and_count(group)[0], x.device)[0]
-    return start_gather(x, shards, process_group(group)).take(places)
+    return start_gather(x, shards, process_group(group)).take(shards.places(x.device))

@@ -15,7 +15,7 @@ attention over a half is an ordinary call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -96,48 +96,50 @@ class Shards:
         keys = accumulate((b if b > a else 0 for a, b in spans), initial=0)
         return Sequences(tuple(queries), tuple(keys))
 
-    def tokens(self, rank: int) -> Tensor:
-        """The packed positions of a rank's tokens, int64 on the CPU, in the order of its rows."""
-        starts = self.cu_seqlens
-        pieces = [
-            torch.arange(start + a, start + b)
-            for half in HALVES
-            for start, (a, b) in zip(starts, self.spans(rank, half))
-        ]
-        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    def tokens(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
+        """The packed positions of a rank's tokens, int64, in the order of its rows."""
+        spans = [span for half in HALVES for span in self.spans(rank, half)]
+        starts = self.cu_seqlens[:-1] * len(HALVES)
+        return ranges([(start + a, start + b) for start, (a, b) in zip(starts, spans)], device)
 
-    def prefixes(self, rank: int, half: int) -> Tensor:
-        """The packed positions of a half's keys, int64 on the CPU, in the order of the call."""
-        pieces = [
-            torch.arange(start, start + b)
-            for start, (a, b) in zip(self.cu_seqlens, self.spans(rank, half))
-            if b > a
-        ]
-        return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    def prefixes(self, rank: int, half: int, device: torch.device | str = "cpu") -> Tensor:
+        """The packed positions of a half's keys, int64, in the order of the call."""
+        spans = self.spans(rank, half)
+        starts = zip(self.cu_seqlens, spans)
+        return ranges([(start, start + b) for start, (a, b) in starts if b > a], device)
 
-    def places(self) -> Tensor:
+    def places(self, device: torch.device | str = "cpu") -> Tensor:
         """Where each packed token lies among the ranks' rows, each rank's padded to the most rows.
 
         >>> Shards((0, 10), ranks=2, block_size=2).places().tolist()
         [0, 1, 6, 7, 8, 9, 2, 3, 4, 5]
         """
         most = max(self.rows(rank) for rank in range(self.ranks))
-        places = torch.empty(self.total, dtype=torch.int64)
+        places = torch.empty(self.total, dtype=torch.int64, device=device)
         for rank in range(self.ranks):
-            tokens = self.tokens(rank)
-            places[tokens] = rank * most + torch.arange(len(tokens))
+            tokens = self.tokens(rank, device)
+            places[tokens] = rank * most + torch.arange(len(tokens), device=device)
         return places
 
 
-@lru_cache(maxsize=64)
-def device_indices(shards: Shards, rank: int, device: torch.device) -> tuple[Tensor, ...]:
-    """On the device: each packed token's place, then those of the keys of the two halves.
+def ranges(spans: list[tuple[int, int]], device: torch.device | str) -> Tensor:
+    """The integers of several ranges, one after another, int64.
 
-    They are kept, because every layer of a model reads the same ones.
+    >>> ranges([(2, 4), (7, 8)], "cpu").tolist()
+    [2, 3, 7]
     """
-    places = shards.places()
-    halves = (places[shards.prefixes(rank, half)] for half in HALVES)
-    return tuple(index.to(device) for index in (places, *halves))
+    pieces = [torch.arange(start, stop, device=device) for start, stop in spans if stop > start]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def key_places(shards: Shards, rank: int, device: torch.device) -> list[Tensor]:
+    """Where the keys of the rank's two halves lie among the gathered rows.
+
+    Made on the device for each call, some tens of small kernels: a tensor that is kept would have
+    to be safe on every stream.
+    """
+    places = shards.places(device)
+    return [places[shards.prefixes(rank, half, device)] for half in HALVES]
 
 
 def shards_of(total: int, ranks: int, cu_seqlens: Any, block_size: int) -> Shards:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.config import MSAConfig
-from msa.ir import Output, PagedKV, Sequences
+from msa.ir import Output, PagedKV, Selection, Sequences
 from msa.torch_impl.numerics import working_dtype
 from msa.torch_impl.scheduled_tiles import queries_per_tile, trimmed
 from msa.torch_impl.selection import select_fused
@@ -21,12 +21,12 @@ from msa.torch_impl.tiles import borders, owners, query_positions
 
 @torch.no_grad()
 def decode_step(
-    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"],
-    cache: PagedKV, config: MSAConfig,
+    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"] | None,
+    cache: PagedKV, config: MSAConfig, ids: Int[Tensor, "B n Hkv k"] | None = None,
 ) -> Output:  # fmt: skip
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-    Not recorded by autograd.
+    The blocks are those of `ids`, or they are selected by q_idx. Not recorded by autograd.
 
     Returns:
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
@@ -43,15 +43,19 @@ def decode_step(
     live, sequences = cache.live(n)
     slots = torch.tensor(live, dtype=torch.int64, device=q.device)
     queries = q[slots].flatten(0, 1)
-    k_idx = packed_keys("k_idx", cache, slots, sequences)
-    selection = select_fused(q_idx[slots].flatten(0, 1), k_idx, sequences, config)
+    if ids is None:
+        assert q_idx is not None
+        k_idx = packed_keys("k_idx", cache, slots, sequences)
+        selection = select_fused(q_idx[slots].flatten(0, 1), k_idx, sequences, config)
+    else:
+        selection = Selection(ids[slots].flatten(0, 1), sequences, config.block_size)
     tables = cache.page_table[slots].repeat_interleave(n, 0)
     positions, scale = query_positions(sequences, q.device), config.softmax_scale_for(q.shape[-1])
     value_dim = cache.v_pages.shape[-1]
-    ids = trimmed(selection).indices
-    tokens = ids[0].numel() * config.block_size if len(ids) else 1
+    chosen = trimmed(selection).indices
+    tokens = chosen[0].numel() * config.block_size if len(chosen) else 1
     size = queries_per_tile(tokens * (q.shape[-1] + value_dim), queries)
-    tiles = zip(*(x.split(size) for x in (queries, ids, tables, positions)))
+    tiles = zip(*(x.split(size) for x in (queries, chosen, tables, positions)))
     outs, lses = zip(*(attend_pages(q, i, t, p, cache, scale) for q, i, t, p in tiles))
     out = q.new_zeros(batch, n, heads, value_dim)
     lse = torch.full((batch, n, heads), -torch.inf, dtype=torch.float32, device=q.device)

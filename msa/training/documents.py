@@ -193,7 +193,7 @@ class Batch:
         """The tokens of this process, in a group that reads the batch together."""
         rank, count = rank_and_count(group)
         shards = Shards(self.cu_seqlens, count, block_size)
-        return self.rows(shards.tokens(rank).to(self.tokens.device))
+        return self.rows(shards.tokens(rank, self.tokens.device))
 
     def rows(self, tokens: Int[Tensor, " rows"]) -> Batch:
         """Some tokens, by their packed positions, and the pictures in them.

@@ -77,6 +77,7 @@ from msa.triton_impl.query_gradients import query_gradients
 from msa.triton_impl.reverse_index import mark_bytes, reverse_edges
 from msa.triton_impl.schedule import schedule_edges
 from msa.triton_impl.selection import select_fused
+from msa.triton_impl.step_sequences import StepSequences
 from msa.triton_impl.tile_reverse_index import reverse_union, tile_sequences
 from msa.triton_impl.tile_union import SplitUnion, split_tiles, union_width
 from msa.triton_impl.union_walk import walk
@@ -84,9 +85,16 @@ from msa.triton_impl.union_walk import walk
 LoopOrder = Literal["auto", "kv_outer", "union"]
 
 
-@lru_cache(maxsize=64)
 def super_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
-    """`Sequences.tiles`, kept for shapes that come again."""
+    """`Sequences.tiles`, kept for shapes that come again, or with the step."""
+    if isinstance(sequences, StepSequences):
+        return sequences.table(StepSequences.parts, size)
+    return kept_tiles(sequences, size)
+
+
+@lru_cache(maxsize=64)
+def kept_tiles(sequences: Sequences, size: int) -> tuple[tuple[slice, slice, Sequences], ...]:
+    """`Sequences.tiles`, kept."""
     return tuple(sequences.tiles(size))
 
 
@@ -237,9 +245,12 @@ def paged_call(call: WalkCall, k: Tensor, v: Tensor, pages: Pages) -> WalkCall:
 
 def attend_super_tiles(
     q: Tensor, k: Tensor, v: Tensor, selection: Selection, scale: float, loop_order: str,
-    kernels: Kernels, pages: Pages | None = None,
+    kernels: Kernels, pages: Pages | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Super-tile by super-tile, each in the order that pays. With `pages`, k and v are pages."""
+    """Super-tile by super-tile, each in the order that pays. With `pages`, k and v are pages.
+
+    `out` is contiguous memory for the result; None makes it.
+    """
     (n_q, heads, _), groups, dim_v = q.shape, k.shape[-2], v.shape[-1]
     call = walk_call_of(q, k, v, selection, scale, loop_order)
     if pages is not None:
@@ -248,7 +259,8 @@ def attend_super_tiles(
     chunks = chunks_of(walker, call)
     if walker == "hopper":
         loop_order = order_on_hopper(call)
-    out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((n_q, heads, dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((n_q, heads), dtype=torch.float32, device=q.device)
     per_query = heads * selection.top_k * (dim_v * q.element_size() + 8)
     per_query += mark_bytes(selection.sequences, selection.block_size, groups)

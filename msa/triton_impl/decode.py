@@ -29,35 +29,55 @@ from msa.triton_impl.places import on_its_device
 @on_its_device
 @torch.no_grad()
 def decode_step(
-    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"],
-    cache: PagedKV, config: MSAConfig, kernels: kernel_choice.Kernels = "auto",
+    q: Float[Tensor, "B n Hq D"], q_idx: Float[Tensor, "B n Hkv Di"] | None,
+    cache: PagedKV, config: MSAConfig, ids: Int[Tensor, "B n Hkv k"] | None = None,
+    kernels: kernel_choice.Kernels = "auto",
 ) -> Output:  # fmt: skip
     """MSA for the last n tokens of each cached sequence (R2), which the cache holds already.
 
-    Not recorded by autograd. While a CUDA graph is captured the selection is None: which sequences
-    are live is not known before the graph is replayed.
+    The blocks are those of `ids`, or they are selected by q_idx. Not recorded by autograd.
+    While a CUDA graph is captured the selection is None: which sequences are live is not known
+    before the graph is replayed.
 
     Returns:
         out [B, n, Hq, Dv] in q's dtype, lse float32 [B, n, Hq]: zeros and -inf for a sequence of
         length 0; the selection of the live sequences, packed.
     """
-    require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
-    q, q_idx = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, q_idx))
-    n, arrivals = q.shape[1], counters(q, q_idx.shape[2])
-    some = len(cache.k_idx_pages) > 0  # without pages nothing is scored
-    readable = not some or page_matrix(cache.k_idx_pages) is not None
-    call = replace(kernel_choice.page_call_of(q_idx, cache), readable=readable)
-    if kernel_choice.choose(kernels, call) == "hopper" and some:
-        from msa.triton_impl.hopper.page_scores import score_pages_on_hopper
-
-        scores = score_pages_on_hopper(q_idx, cache, config, arrivals)
+    q, n = q if q.stride(-1) == 1 else q.contiguous(), q.shape[1]
+    arrivals, scores, given = counters(q, cache.k_pages.shape[2]), None, None
+    if ids is None:
+        assert q_idx is not None
+        require_kernels(config.block_size, config.top_k, q=q, q_idx=q_idx)
+        q_idx = q_idx if q_idx.stride(-1) == 1 else q_idx.contiguous()
+        chosen = kernel_choice.choose(kernels, score_call(q_idx, cache))
+        scores = score_step(q_idx, cache, config, arrivals, chosen)
     else:
-        scores = score_pages(q_idx, cache, config, arrivals)
-    out, lse, ids = attend_pages(q, cache, config, scores, arrivals)
+        require_kernels(config.block_size, ids.shape[-1], q=q)
+        given, arrivals = ids.contiguous(), arrivals.zero_()
+    out, lse, ids = attend_pages(q, cache, config, scores, arrivals, given=given)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         return Output(out, lse)
     live, sequences = cache.live(n)
     return Output(out, lse, Selection(ids[live].flatten(0, 1), sequences, config.block_size))
+
+
+def score_call(q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV) -> kernel_choice.PageCall:
+    """What the choice of the kernel for the scores depends on."""
+    readable = not len(cache.k_idx_pages) or page_matrix(cache.k_idx_pages) is not None
+    return replace(kernel_choice.page_call_of(q_idx, cache), readable=readable)
+
+
+def score_step(
+    q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV, config: MSAConfig,
+    arrivals: Int[Tensor, "B programs"], kernels: str, rows: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
+    """The scores of blocks by the kernel that was chosen, "portable" or "hopper"."""
+    if kernels == "hopper" and len(cache.k_idx_pages):  # without pages nothing is scored
+        # imported here, because older releases of triton have no Gluon
+        from msa.triton_impl.hopper.page_scores import score_pages_on_hopper
+
+        return score_pages_on_hopper(q_idx, cache, config, arrivals, rows=rows)
+    return score_pages(q_idx, cache, config, arrivals, rows=rows)
 
 
 def counters(q: Float[Tensor, "B n Hq D"], groups: int) -> Int[Tensor, "B programs"]:

@@ -43,6 +43,7 @@ from msa.triton_impl.tile_verbs import (
     online_softmax_step,
     slot_weight,
     store_tile,
+    table_row,
     wait_for_threads,
 )
 from msa.triton_impl.tuning import TileConfig, choose
@@ -93,9 +94,9 @@ def add_up(parts, part_tops, part_totals, o_x, m_x, scale, DIM_V: tl.constexpr, 
 
 
 @triton.jit
-def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids, parts, part_tops,
-                       part_totals, arrivals, out, lse, scale, stride_qb, stride_qn, stride_qh,
-                       stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
+def page_attend_kernel(q, k, v, k_scales, v_scales, table, rows, lengths, scores, ids, parts,
+                       part_tops, part_totals, arrivals, out, lse, scale, stride_qb, stride_qn,
+                       stride_qh, stride_kp, stride_kt, stride_kh, stride_vp, stride_vt, stride_vh,
                        stride_ts, stride_tb, stride_ls, stride_ksp, stride_ksh, stride_vsp,
                        stride_vsh, N: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr,
                        HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
@@ -104,7 +105,8 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
                        LOCAL: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr,
                        LENGTH: tl.constexpr, STEP: tl.constexpr, PP: tl.constexpr,
                        SPLITS: tl.constexpr, KNOWN: tl.constexpr, EIGHT: tl.constexpr,
-                       PDL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       NAMED: tl.constexpr, PDL: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
     """HEADS heads of one query and group, and every SPLITS-th part of its selected blocks.
 
     Parameters:
@@ -112,7 +114,8 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         k: [pages, Bk, Hkv, D], as q or e4m3
         v: [pages, Bk, Hkv, Dv], as k
         k_scales, v_scales: [pages, Hkv], float32; factors of the pages, read with EIGHT only
-        table: [B, columns], int32 or int64; a sequence's pages in order
+        table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
+        rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
         scores: [B, n, Hkv, PIECES * LENGTH], float32; read unless KNOWN
         ids: [B, n, Hkv, k], int32; the selection, read with KNOWN, else written
@@ -141,7 +144,8 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         PIECES, LENGTH, STEP: see `best_of_scores`
         SPLITS: programs that share the blocks of a row
         KNOWN: bool; the selection is in ids already
-        EIGHT: bool; pages are of 8 bits
+        EIGHT: bool; pages have factors
+        NAMED: bool; rows says which rows of the table to read
         PDL: bool; see `wait_for_previous`
         PRECISION: input precision of the products
     """
@@ -163,7 +167,8 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
         if i_c == 0:
             store_tile(p_out, m_g, o_dv, tl.zeros([HEADS, BDV], tl.float32), DIM_V)
             tl.store(lse + o_x, tl.full([HEADS], float("-inf"), tl.float32), mask=m_g)
-            tl.store(p_id + o_j, tl.full([P], -1, tl.int32), mask=o_j < TOP_K)
+            if not KNOWN:
+                tl.store(p_id + o_j, tl.full([P], -1, tl.int32), mask=o_j < TOP_K)
     else:
         own = position // BK
         n_first = tl.minimum(own + 1, SINK)  # forced first blocks
@@ -176,7 +181,7 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
             b_rank = tl.cumsum(m_best.to(tl.int32), 1) + (tl.cumsum(b_count, 0) - b_count)[:, None]
         p_k, p_v = k + along(i_r, stride_kh), v + along(i_r, stride_vh)
         p_k_scale, p_v_scale = k_scales + along(i_r, stride_ksh), v_scales + along(i_r, stride_vsh)
-        p_table = table + along(i_s, stride_ts)
+        p_table = table + along(table_row(rows, i_s, NAMED), stride_ts)
         o_nk, o_nv = along(o_n, stride_kt), along(o_n, stride_vt)  # [BN]
         b_top = tl.full([HEADS], LOWEST, tl.float32)
         b_sum = tl.zeros([HEADS], tl.float32)
@@ -229,65 +234,82 @@ def page_attend_kernel(q, k, v, k_scales, v_scales, table, lengths, scores, ids,
 
 def attend_pages(
     q: Float[Tensor, "B n Hq D"],
-    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"],
+    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"] | None,
     arrivals: Int[Tensor, "B programs"], tile: TileConfig | None = None,
+    given: Int[Tensor, "B n Hkv k"] | None = None, out: Float[Tensor, "B n Hq Dv"] | None = None,
+    ids: Int[Tensor, "B n Hkv k"] | None = None, rows: Int[Tensor, " B"] | None = None,
 ) -> tuple[
     Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"], Int[Tensor, "B n Hkv k"]
 ]:  # fmt: skip
-    """out in q's dtype, lse float32, and the selected ids: 0, -inf and -1 for an empty slot."""
+    """out in q's dtype, lse float32, and the selected ids: 0, -inf and -1 for an empty slot.
+
+    Args:
+        scores: None where `given` says the ids; then arrivals have to be 0.
+        given: contiguous ids to attend to, in any order, -1 for no block.
+        out, ids: contiguous memory for the results; None makes it. No ids are written with `given`.
+        rows: the row of the table of each sequence; None means that row s is that of sequence s.
+    """
     (batch, n, heads, dim), (_, block, groups, dim_v) = q.shape, cache.v_pages.shape
-    group, rows, width, device = heads // groups, batch * n * groups, scores.shape[-1], q.device
-    out = torch.empty((batch, n, heads, dim_v), dtype=q.dtype, device=device)
+    group, count, device = heads // groups, batch * n * groups, q.device
+    if out is None:
+        out = torch.empty((batch, n, heads, dim_v), dtype=q.dtype, device=device)
     lse = torch.empty((batch, n, heads), dtype=torch.float32, device=device)
-    places = config.top_k - config.forced_blocks
-    known = places > MOST_PLACES
-    if known:
-        ids = best_pages(cache, config, scores)
-        places = 1  # nothing is left to select
+    places, top_k = config.top_k - config.forced_blocks, config.top_k
+    if given is None and places > MOST_PLACES:
+        assert scores is not None
+        given = best_pages(cache, config, scores, ids)
+    if given is not None:
+        ids, places, top_k, width = given, 1, given.shape[-1], 32  # nothing is left to select
     else:
-        ids = torch.empty((batch, n, groups, config.top_k), dtype=torch.int32, device=device)
-    some, slots = head_tile(group), pad(config.top_k, 2)
+        assert scores is not None
+        width = scores.shape[-1]
+        if ids is None:
+            ids = torch.empty((batch, n, groups, top_k), dtype=torch.int32, device=device)
+    some, slots = head_tile(group), pad(top_k, 2)
     tiles = triton.cdiv(group, some)
     if tile is None:
         kernel = "wide_paged" if width >= WIDE else "paged"
-        kernel = "many_paged" if rows * tiles * slots > MANY else kernel
+        kernel = "many_paged" if count * tiles * slots > MANY else kernel
         tile = choose(kernel, q.dtype, max(pad(dim), pad(dim_v)), block)
-    splits = splits_of(rows * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
-    parts = torch.empty((rows * group, splits, dim_v), dtype=q.dtype, device=device)
-    tops, totals = torch.empty((2, rows * group, splits), dtype=torch.float32, device=device)
+    splits = splits_of(count * tiles, slots if width < WIDE else max(1, slots // 2), tile.programs)
+    parts = torch.empty((count * group, splits, dim_v), dtype=q.dtype, device=device)
+    tops, totals = torch.empty((2, count * group, splits), dtype=torch.float32, device=device)
     pieces = min(width, pad(isqrt(width), max(64, pad(places))))
-    if rows:
+    if count:
         eight = cache.k_scales is not None
         unread = out[0, 0]  # where there are no scales
         scales = (cache.k_scales, cache.v_scales) if eight else (unread, unread)
         launch = tile.launch() | {"num_stages": min(tile.stages, 1 + slots // splits)}
-        page_attend_kernel[rows, splits, tiles](
-            q, cache.k_pages, cache.v_pages, *scales, cache.page_table, cache.lengths, scores, ids,
-            parts, tops, totals, arrivals, out, lse, config.softmax_scale_for(dim) * LOG2E.value,
+        page_attend_kernel[count, splits, tiles](
+            q, cache.k_pages, cache.v_pages, *scales, cache.page_table,
+            cache.lengths if rows is None else rows, cache.lengths,
+            ids if scores is None else scores, ids, parts, tops, totals, arrivals, out, lse,
+            config.softmax_scale_for(dim) * LOG2E.value,
             *q.stride()[:3], *cache.k_pages.stride()[:3], *cache.v_pages.stride()[:3],
             *cache.page_table.stride(), cache.lengths.stride(0), *scales[0].stride(),
             *scales[1].stride(), G=group, HEADS=some, DIM=dim, DIM_V=dim_v, BD=pad(dim),
-            BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=config.top_k, P=slots,
+            BDV=pad(dim_v), BK=block, BN=tile.keys, N=n, HKV=groups, TOP_K=top_k, P=slots,
             SINK=config.sink_blocks, LOCAL=config.local_blocks, PLACES=places, PP=pad(places, 1),
             PIECES=pieces, LENGTH=width // pieces, STEP=min(width // pieces, STEP), SPLITS=splits,
-            KNOWN=known, EIGHT=eight, PRECISION=is_exact(q), **dependent_launch(device), **launch,
+            KNOWN=given is not None, EIGHT=eight, NAMED=rows is not None, PRECISION=is_exact(q),
+            **dependent_launch(device), **launch,
         )  # fmt: skip
     return out, lse, ids
 
 
 def best_pages(
-    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"]
-) -> Int[Tensor, "B n Hkv k"]:
-    """The selected ids of each row, by the kernel of `block_topk`.
-
-    The ids of an empty slot of the batch mean nothing.
-    """
+    cache: PagedKV, config: MSAConfig, scores: Float[Tensor, "B n Hkv width"],
+    into: Int[Tensor, "B n Hkv k"] | None = None,
+) -> Int[Tensor, "B n Hkv k"]:  # fmt: skip
+    """The selected ids of each row, by the kernel of `block_topk`; -1 for an empty slot."""
     batch, n, groups, width = scores.shape
     new = torch.arange(n, dtype=torch.int32, device=scores.device) - n
     positions = (cache.lengths[:, None] + new).int().flatten()
     block = cache.k_pages.shape[1]
     ids = select_rows(scores.view(batch * n, groups, width), positions, block, config)
-    return ids.view(batch, n, groups, config.top_k)
+    ids.masked_fill_((positions < 0)[:, None, None], -1)
+    ids = ids.view(batch, n, groups, config.top_k)
+    return ids if into is None else into.copy_(ids)
 
 
 def head_tile(group: int) -> int:

@@ -31,7 +31,7 @@ from msa.ir import PagedKV
 from msa.triton_impl.bits import e4m3_stretch, finite_size, power_of_two
 from msa.triton_impl.dependent_launch import can_overlap, dependent_launch, wait_for_previous
 from msa.triton_impl.launch import can_describe, describe, is_exact, pad
-from msa.triton_impl.tile_verbs import along, load_tile
+from msa.triton_impl.tile_verbs import along, load_tile, table_row
 from msa.triton_impl.tuning import TileConfig, choose
 
 MOST_PROGRAMS = 2**15
@@ -57,13 +57,13 @@ def three_parts(b_q):
 
 
 @triton.jit
-def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, n_arrivals,
+def page_scores_kernel(q, k, k_scales, table, rows, lengths, scores, arrivals, scale, n_arrivals,
                        width, stride_qb, stride_qn, stride_qr, stride_kp, stride_kt, stride_ts,
                        stride_tb, stride_ls, stride_sp, N: tl.constexpr, HKV: tl.constexpr,
                        DIM: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                        BN: tl.constexpr, SINK: tl.constexpr, LOCAL: tl.constexpr,
                        EIGHT: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
-                       PDL: tl.constexpr, A: tl.constexpr,
+                       NAMED: tl.constexpr, PDL: tl.constexpr, A: tl.constexpr,
                        PRECISION: tl.constexpr):  # fmt: skip
     """Every n-th block of one sequence, for BM rows of (query, group).
 
@@ -71,7 +71,8 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
         q: [B, n, Hkv, Di], 16-bit or float32; index queries
         k: [pages, Bk, Di], as q or e4m3; index keys, with TMA their descriptor, tiles of BN rows
         k_scales: [pages], float32; factors of the pages, read with EIGHT only
-        table: [B, columns], int32 or int64; a sequence's pages in order
+        table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
+        rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
         scores: [B, n, Hkv, width], float32; written for blocks that are not forced
         arrivals: [B, n_arrivals], int32; counters of the next kernel, set to 0
@@ -88,9 +89,10 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
         BM: rows of one program: queries times groups
         BK, BN: keys of a block, keys of one product
         SINK, LOCAL: forced first and recent blocks
-        EIGHT: bool; pages are of 8 bits
+        EIGHT: bool; pages have factors
         PARTS: bool; queries are split into three e4m3 tensors
         TMA: bool; keys come by the bulk copy engine
+        NAMED: bool; rows says which rows of the table to read
         PDL: bool; see `wait_for_previous`
         A: n_arrivals rounded up to a power of two
         PRECISION: input precision of the products
@@ -111,7 +113,7 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
         b_q = load_tile(p_q, m_m, o_d, DIM)  # [BM, BD]
         if PARTS:
             b_high, b_middle, b_low, b_shrink = three_parts(b_q)
-        p_table = table + along(i_s, stride_ts)
+        p_table = table + along(table_row(rows, i_s, NAMED), stride_ts)
         o_nk = along(o_n, stride_kt)  # [BN]
         p_score = scores + (i_s.to(tl.int64) * (N * HKV) + o_m) * width
         STEPS: tl.constexpr = BK // BN  # products per block
@@ -141,7 +143,7 @@ def page_scores_kernel(q, k, k_scales, table, lengths, scores, arrivals, scale, 
 def score_pages(
     q_idx: Float[Tensor, "B n Hkv Di"],
     cache: PagedKV, config: MSAConfig, arrivals: Int[Tensor, "B programs"],
-    tile: TileConfig | None = None,
+    tile: TileConfig | None = None, rows: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
     """The score of each block that is not forced; other places hold anything.
 
@@ -149,6 +151,7 @@ def score_pages(
 
     Args:
         arrivals: counters of the next kernel, set to 0 here.
+        rows: the row of the table of each sequence; None means that row s is that of sequence s.
     """
     (batch, n, groups, dim), pages = q_idx.shape, cache.k_idx_pages
     block, columns = pages.shape[1], cache.page_table.shape[1]
@@ -156,21 +159,22 @@ def score_pages(
     scores = torch.empty((batch, n, groups, width), dtype=torch.float32, device=q_idx.device)
     wide = q_idx.dtype == torch.float32
     tile = tile or choose("pages", q_idx.dtype if wide else pages.dtype, pad(dim), block)
-    rows = min(pad(n * groups), tile.rows)
+    some = min(pad(n * groups), tile.rows)
     programs = max(1, min(columns, programs_for(batch * columns, tile) // max(batch, 1)))
     eight = cache.k_idx_scales is not None
     scales = cache.k_idx_scales if eight else pages  # not read
     parts = eight and not wide and can_overlap(q_idx.device)
     tokens = pages.view(-1, dim) if pages.is_contiguous() else pages
     tma = tile.descriptors and tokens.dim() == 2 and can_describe(tokens, dim)
-    page_scores_kernel[programs, batch, triton.cdiv(n * groups, rows)](
+    page_scores_kernel[programs, batch, triton.cdiv(n * groups, some)](
         q_idx, describe(tokens, tile.keys) if tma else pages, scales, cache.page_table,
-        cache.lengths, scores, arrivals, config.index_scale_for(dim), arrivals.shape[1], width,
+        cache.lengths if rows is None else rows, cache.lengths, scores, arrivals,
+        config.index_scale_for(dim), arrivals.shape[1], width,
         *q_idx.stride()[:3], *pages.stride()[:2], *cache.page_table.stride(),
         cache.lengths.stride(0), scales.stride(0), N=n, HKV=groups, DIM=dim,
-        BD=pad(dim, 32 if parts else 16), BM=rows, BK=block, BN=tile.keys,
+        BD=pad(dim, 32 if parts else 16), BM=some, BK=block, BN=tile.keys,
         SINK=config.sink_blocks, LOCAL=config.local_blocks, EIGHT=eight, PARTS=parts, TMA=tma,
-        A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
+        NAMED=rows is not None, A=pad(arrivals.shape[1], 1), PRECISION=is_exact(q_idx),
         **dependent_launch(q_idx.device), **tile.launch(),
     )  # fmt: skip
     return scores

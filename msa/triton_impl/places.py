@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from msa.checks import check_known_before_capture
+from msa.triton_impl.step_sequences import StepSequences
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +104,10 @@ IN_GRAPHS: dict[int, Kept] = {}
 
 
 class device_table(Generic[P, R]):  # a decorator, so named like a function
-    """Keep what a function returns for the same arguments (see above); the last is the device."""
+    """Keep what a function returns for the same arguments (see above); the last is the device.
+
+    `StepSequences` keep their tables themselves.
+    """
 
     def __init__(self, make: Callable[P, R]) -> None:
         update_wrapper(self, make)
@@ -115,6 +119,11 @@ class device_table(Generic[P, R]):  # a decorator, so named like a function
         """The complete table, for kernels that are launched next on the current stream."""
         *others, device = args
         assert isinstance(device, torch.device) and not options
+        if others and isinstance(others[0], StepSequences):
+            step, key = others[0], (self._make, (*others[1:], device))
+            if key not in step.tables and device.type == "cuda":
+                check_known_before_capture(torch.cuda.is_current_stream_capturing())
+            return step.table(self._make, *others[1:], device)
         if device.type != "cuda":
             return self._keep(*others, device).thing
         if device.index is None:

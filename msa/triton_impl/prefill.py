@@ -60,10 +60,12 @@ def prefill_chunk(
 def attend_pages(
     q: Float[Tensor, "Tq Hq D"], cache: PagedKV, selection: Selection, scale: float,
     loop_order: LoopOrder = "auto", kernels: Kernels = "auto",
+    out: Float[Tensor, "Tq Hq Dv"] | None = None,
 ) -> tuple[Float[Tensor, "Tq Hq Dv"], Float[Tensor, "Tq Hq"]]:  # fmt: skip
     """Out and lse of attention over selected blocks of a cache, which is widened where that pays.
 
-    The walk runs on the kernels that are named where it can.
+    The walk runs on the kernels that are named where it can. `out` is contiguous memory for the
+    output; None makes it.
     """
     k, v, sequences = cache.k_pages, cache.v_pages, with_queries(selection.sequences)
     pages = Pages(cache.page_table, cache.k_scales, cache.v_scales)
@@ -73,7 +75,7 @@ def attend_pages(
     call = paged_call(walk_call_of(q, k, v, selection, scale, loop_order), k, v, pages)
     if kernels == "hopper" and obstacle(call) is not None:
         kernels = "portable"
-    return attend_super_tiles(q, k, v, selection, scale, loop_order, kernels, pages)
+    return attend_super_tiles(q, k, v, selection, scale, loop_order, kernels, pages, out)
 
 
 def select_pages(

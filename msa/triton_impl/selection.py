@@ -58,7 +58,7 @@ from msa.triton_impl.paged_keys import (
 )
 from msa.triton_impl.places import device_table, on_its_device
 from msa.triton_impl.quantize import to_fp8
-from msa.triton_impl.tables import to_device
+from msa.triton_impl.step_sequences import lower, to_device
 from msa.triton_impl.tile_verbs import along, load_tile, wait_for_threads
 from msa.triton_impl.topk import (
     NO_BLOCK,
@@ -155,7 +155,10 @@ def scan_kernel(q, k, items, keys, ids, fills, lows, table, k_scales, scale, str
     p_item = items + tl.program_id(0).to(tl.int64) * 8
     start, stop, position, first_key = (tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2),
                                         tl.load(p_item + 3))  # fmt: skip
-    b_first, b_stop = tl.load(p_item + 4), tl.load(p_item + 5)
+    b_first = tl.load(p_item + 4)
+    # a step may know only a bound of the position: no block behind the last row's limit is read
+    b_stop = (position + stop - start - 1) // BK - LOCAL + 1
+    b_stop = tl.minimum(tl.load(p_item + 5), tl.maximum(b_stop, b_first))
     slot = tl.load(p_item + 6).to(tl.int64)
     p_table = table + along(tl.load(p_item + 7), stride_ts)
     o_m = tl.arange(0, BM)
@@ -305,7 +308,10 @@ def plan_scan(
     tiles = np.column_stack([table[:, :3], first_slot, splits])
     most = int(splits.max()) if len(splits) else 0
     longest = int((end - begin).max()) if len(items) else 0
-    return ScanPlan(to_device(items, device), to_device(tiles, device), most, longest)
+    on_device = to_device(items, device), to_device(tiles, device)
+    for made, owners in zip(on_device, (items[:, 7], table[:, 5])):
+        lower(made.T[2:3], sequences, owners)
+    return ScanPlan(*on_device, most, longest)
 
 
 @on_its_device
@@ -337,7 +343,7 @@ def select_fused(
 def select_portable(
     q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, tile: TileConfig | None = None,
-    pages: IndexPages | None = None,
+    pages: IndexPages | None = None, out: Int[Tensor, "Tq Hkv k"] | None = None,
 ) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this file, for checked arguments; writes no scores.
 
@@ -345,12 +351,14 @@ def select_portable(
         k_idx: with `pages` [pages, Bk, Di], in the dtype of q_idx or in e4m3.
         index_dtype: for packed index keys.
         tile: launch parameters; None takes the measured ones.
+        out: contiguous memory for the ids; None makes it.
     """
     n_q, groups, dim = q_idx.shape
     scale = config.index_scale_for(dim)
     if index_dtype is not None:
         q_idx, k_idx = to_fp8(q_idx, k_idx)
-    out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
+    if out is None:
+        out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
     tile = tile or choose("select", q_idx.dtype, pad(dim), config.block_size)
     rows = max(tile.rows, pad(groups))
     plan = plan_scan(sequences, config, rows // groups, q_idx.device)

@@ -14,11 +14,7 @@ from torch import Tensor
 
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
-
-
-def to_device(table: np.ndarray, device: torch.device) -> Int[Tensor, "..."]:
-    """Copy a table to the device as int32. Only functions marked `device_table` may call this."""
-    return torch.from_numpy(np.ascontiguousarray(table, dtype=np.int32)).to(device)
+from msa.triton_impl.step_sequences import lower, to_device
 
 
 def _spread(values: np.ndarray, borders: tuple[int, ...]) -> np.ndarray:
@@ -49,7 +45,9 @@ def query_table(sequences: Sequences, block_size: int, device: torch.device) -> 
     own = index + _spread(cu_k[1:] - cu_q[1:], sequences.cu_seqlens_q)
     position = own - _spread(cu_k[:-1], sequences.cu_seqlens_q)
     first_block = _spread(cu_blocks[:-1], sequences.cu_seqlens_q)
-    return to_device(np.stack([own, position, first_block]), device)
+    table = to_device(np.stack([own, position, first_block]), device)
+    lower(table[:2], sequences, _spread(np.arange(sequences.batch), sequences.cu_seqlens_q))
+    return table
 
 
 @device_table
@@ -62,8 +60,11 @@ def block_table(
     [[0, 2, 4, 5], [5, 5, 5, 6]]
     """
     cu_k = np.array(sequences.cu_seqlens_k, np.int64)
-    stops = _spread(cu_k[1:], sequences.cu_blocks(block_size))
-    return to_device(np.stack([_first_keys(sequences, block_size), stops]), device)
+    cu_blocks = sequences.cu_blocks(block_size)
+    stops = _spread(cu_k[1:], cu_blocks)
+    table = to_device(np.stack([_first_keys(sequences, block_size), stops]), device)
+    lower(table[1], sequences, _spread(np.arange(sequences.batch), cu_blocks))
+    return table
 
 
 @device_table
@@ -78,8 +79,11 @@ def own_key_table(
     [[0, 2, 4, 5], [3, 3, 3, 3]]
     """
     cu_q, cu_k = (np.array(b, np.int64) for b in (sequences.cu_seqlens_q, sequences.cu_seqlens_k))
-    ahead = _spread(cu_k[1:] - cu_q[1:], sequences.cu_blocks(block_size))
-    return to_device(np.stack([_first_keys(sequences, block_size), ahead]), device)
+    cu_blocks = sequences.cu_blocks(block_size)
+    ahead = _spread(cu_k[1:] - cu_q[1:], cu_blocks)
+    table = to_device(np.stack([_first_keys(sequences, block_size), ahead]), device)
+    lower(table[1], sequences, _spread(np.arange(sequences.batch), cu_blocks))
+    return table
 
 
 @device_table
@@ -106,8 +110,13 @@ def tile_owners(
     >>> tile_owners(Sequences((0, 3, 3, 4), (0, 5, 5, 6)), 2, torch.device("cpu")).tolist()
     [0, 0, 2]
     """
+    return to_device(owners_of_tiles(sequences, tile_size), device)
+
+
+def owners_of_tiles(sequences: Sequences, tile_size: int) -> np.ndarray:
+    """For each tile of a `tile_table` its sequence, on the host."""
     lengths = np.diff(np.array(sequences.cu_seqlens_q, np.int64))
-    return to_device(np.repeat(np.arange(sequences.batch), -(-lengths // tile_size)), device)
+    return np.repeat(np.arange(sequences.batch), -(-lengths // tile_size))
 
 
 @device_table
@@ -128,4 +137,6 @@ def tile_table(
         own = start + (ks.stop - qs.stop)
         ends = np.broadcast_to(np.array([[ks.start, ks.stop]]), (len(start), 2))
         rows.append(np.column_stack([start, stop, own, ends]))
-    return to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)
+    table = to_device(np.concatenate(rows) if rows else np.zeros((0, 5)), device)
+    lower(table.T[2::2], sequences, owners_of_tiles(sequences, tile_size))
+    return table

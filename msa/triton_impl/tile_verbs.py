@@ -39,6 +39,15 @@ def along(o_x, stride):
 
 
 @triton.jit
+def table_row(rows, i_s, NAMED: tl.constexpr):
+    """The row of the page table of sequence i_s: rows[i_s] if rows are NAMED, else i_s."""
+    if NAMED:
+        return tl.load(rows + i_s)
+    else:
+        return i_s
+
+
+@triton.jit
 def load_tile(p_row, m_row, o_d, DIM: tl.constexpr):
     """Rows that start at p_row [R] as [R, BD]; zeros where m_row is False and from DIM on."""
     m_x = m_row[:, None] & (o_d < DIM)[None, :]

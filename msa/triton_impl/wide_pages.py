@@ -48,7 +48,8 @@ from msa.triton_impl.bits import power_of_two
 from msa.triton_impl.launch import pad
 from msa.triton_impl.paged_keys import Pages
 from msa.triton_impl.places import device_table
-from msa.triton_impl.tables import block_places, block_table, query_table, to_device
+from msa.triton_impl.step_sequences import StepSequences, to_device
+from msa.triton_impl.tables import block_places, block_table, query_table
 from msa.triton_impl.tile_verbs import along
 from msa.triton_impl.tuning import EVERY_LAUNCH
 
@@ -163,18 +164,35 @@ def widen_kernel(k, v, k_scales, v_scales, places, keys, table, marks, wide_k, w
 
 
 # -- host -----------------------------------------------------------------------------------------
-@lru_cache(maxsize=64)
 def with_queries(sequences: Sequences) -> Sequences:
     """The same sequences; those without queries have no keys.
 
     >>> with_queries(Sequences((0, 2, 2, 3), (0, 5, 9, 16))).cu_seqlens_k
     (0, 5, 5, 12)
     """
+    if isinstance(sequences, StepSequences):
+        return sequences.table(step_with_queries)
+    return Sequences(sequences.cu_seqlens_q, visible_borders(sequences))
+
+
+def step_with_queries(sequences: StepSequences) -> StepSequences:
+    """The same of a step, whose lengths the device knows."""
+    borders = visible_borders(sequences)
+    return StepSequences(sequences.cu_seqlens_q, borders, sequences.shortfall)
+
+
+def visible_borders(sequences: Sequences) -> tuple[int, ...]:
+    """Borders of the keys of sequences that have queries."""
+    return kept_borders(sequences.cu_seqlens_q, sequences.cu_seqlens_k)
+
+
+@lru_cache(maxsize=64)
+def kept_borders(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> tuple[int, ...]:
+    """The same for borders that come again."""
     borders = [0]
-    for queries, keys in sequences.spans():
-        visible = keys.stop - keys.start if queries.stop > queries.start else 0
-        borders.append(borders[-1] + visible)
-    return Sequences(sequences.cu_seqlens_q, tuple(borders))
+    for first, stop, first_key, key_stop in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        borders.append(borders[-1] + (key_stop - first_key if stop > first else 0))
+    return tuple(borders)
 
 
 @device_table

@@ -6,6 +6,33 @@ import numpy as np
 
 from msa.conformance.bad_input import BadInput
 
+GIVEN_CASES = [
+    BadInput("index queries beside given blocks", ValueError,
+             ("q_idx", "None where a selection is given"),
+             lambda kit: kit.decode(selection=kit.integers([[[[1], [1]]], [[[0], [0]]]]))),
+    BadInput("given blocks of 64 bits", TypeError, ("selection", "int32", "int64"),
+             lambda kit: kit.decode(q_idx=None, selection=kit.integers(
+                 [[[[1], [1]]], [[[0], [0]]]], "int64"))),
+    BadInput("a list of given blocks", TypeError, ("selection", "list"),
+             lambda kit: kit.decode(q_idx=None, selection=[[[[1], [1]]], [[[0], [0]]]])),
+    BadInput("given blocks of one group", ValueError,
+             ("selection", "[2, 1, 2, any]", "[2, 1, 1, 1]"),
+             lambda kit: kit.decode(q_idx=None, selection=kit.integers(
+                 [[[[1]]], [[[0]]]]))),
+    BadInput("no given block", ValueError, ("selection", "[2, 1, 2, any]", "[2, 1, 2, 0]"),
+             lambda kit: kit.decode(q_idx=None, selection=kit.integers(np.ones((2, 1, 2, 0))))),
+    BadInput("a given block of the future", ValueError,
+             ("selection", "visible blocks only", "got 2", "own block 1"),
+             lambda kit: kit.decode(q_idx=None, selection=kit.integers(
+                 [[[[1, 2], [1, -1]]], [[[0, -1], [0, -1]]]]))),
+    BadInput("given blocks without the own one", ValueError,
+             ("selection", "own block", "got 0"),
+             lambda kit: kit.decode(q_idx=None, selection=kit.integers(
+                 [[[[1, -1], [0, -1]]], [[[0, -1], [0, -1]]]]))),
+    BadInput("given blocks and no queries at all", TypeError, ("q_idx", "array", "None"),
+             lambda kit: kit.decode(q_idx=None)),
+]  # fmt: skip
+
 CACHE_CASES = [
     BadInput("page table too short", ValueError, ("cache.page_table", "2 entries", "got 1"),
              lambda kit: kit.decode({"page_table": kit.integers([[0], [1]])})),
@@ -45,6 +72,7 @@ CACHE_CASES = [
     BadInput("scales beside pages of 32 bits", ValueError,
              ("cache.v_scales", "None where cache.v_pages has dtype", "float32", "got"),
              lambda kit: kit.decode({"v_scales": kit.array(3, 2)})),
+    *GIVEN_CASES,
     BadInput("a dictionary as cache", TypeError, ("cache", "PagedKV", "dict"),
              lambda kit: kit.decode(cache={})),
 ]  # fmt: skip

@@ -136,6 +136,33 @@ def r2_decoding_is_the_same_rule(subject: Subject, paged: PagedCase) -> Measure:
     return compare_output(subject, inputs, flat, want)
 
 
+@holds_for(strategies.paged_cases, needs=("decode_step", "select_fused"), seeds=(LOW_PAGES,))
+def r2_decoding_takes_given_blocks(subject: Subject, paged: PagedCase) -> Measure:
+    """With ids decoding attends to just these blocks; it reads no index key and no empty slot.
+
+    The ids are the forced blocks and every second one of the others that a query selected.
+    """
+    inputs, live = paged.case.inputs, np.array(paged.live, bool)
+    chosen = selected(attend(spec(subject), inputs))
+    thinned = np.full_like(chosen, -1)
+    for row, ids in zip(*(x.reshape(-1, chosen.shape[-1]) for x in (thinned, chosen))):
+        kept = ids[ids >= 0][::-2][::-1]  # the own block is the last
+        row[: len(kept)] = kept
+    given = np.full((len(live), paged.n, *chosen.shape[1:]), 10**6, np.int32)
+    given[live] = thinned.reshape(-1, *given.shape[1:])
+    blind = replace(paged.cache, k_idx_pages=np.full_like(paged.cache.k_idx_pages, np.nan))
+    args = (paged.queries[0], None, blind, inputs.config, given)
+    stepped = subject.run("decode_step", *args, cast=inputs.dtype)
+    same("selection", selected(stepped), thinned)
+    same("out of empty slots", stepped.out[~live], np.zeros_like(stepped.out[~live]))
+    same("lse of empty slots", stepped.lse[~live], np.full_like(stepped.lse[~live], -np.inf))
+    want = dense(inputs, thinned)
+    flat = Output(
+        stepped.out[live].reshape(want.out.shape), stepped.lse[live].reshape(want.lse.shape)
+    )
+    return compare_output(subject, inputs, flat, want)
+
+
 @holds_for(strategies.cases, needs=("attend",))
 def r3_the_future_does_not_matter(subject: Subject, case: Case) -> Measure:
     """Changes of keys, values and index keys after a position change no result up to it."""

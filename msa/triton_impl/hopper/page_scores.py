@@ -56,7 +56,7 @@ from msa.triton_impl.hopper.page_shares import LANES, find_share, next_blocks
 from msa.triton_impl.hopper.ring import make_barriers, produce, release, wait_full
 from msa.triton_impl.launch import pad
 from msa.triton_impl.paged_keys import matrix_sizes
-from msa.triton_impl.tile_verbs import along
+from msa.triton_impl.tile_verbs import along, table_row
 from msa.triton_impl.tuning import EVERY_LAUNCH
 
 KINDS = {
@@ -83,8 +83,8 @@ def pick(x, i, L: gl.constexpr):
 
 
 @gluon.jit
-def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb, stride_ls,
-             BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+def producer(k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, stride_tb, stride_ls,
+             BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr, NAMED: gl.constexpr,
              L: gl.constexpr):  # fmt: skip
     """Copy the pages of the share, one after another."""
     i_s, i_b, n, blocks = share
@@ -94,7 +94,7 @@ def producer(k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_t
     step = 0
     while step < n:
         stop = gl.minimum(blocks, i_b + n - step)
-        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        p_id = table + along(table_row(rows, i_s, NAMED), stride_ts) + along(SINK, stride_tb)
         ids = load_ids(p_id, i_b, stop, stride_tb, L)
         for first in range(i_b, stop, LANES):
             next_ids = load_ids(p_id, first + LANES, stop, stride_tb, L)
@@ -137,10 +137,11 @@ def multiply(k_tiles, step, q_tile, zero):
 
 
 @gluon.jit
-def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width, q_strides,
-             strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr, SINK: gl.constexpr,
-             LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
-             MMA: gl.constexpr, Q_LAYOUT: gl.constexpr, L: gl.constexpr):  # fmt: skip
+def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
+             q_strides, strides, N: gl.constexpr, HKV: gl.constexpr, BK: gl.constexpr,
+             SINK: gl.constexpr, LOCAL: gl.constexpr, EIGHT: gl.constexpr, PARTS: gl.constexpr,
+             PAIRS: gl.constexpr, NAMED: gl.constexpr, MMA: gl.constexpr, Q_LAYOUT: gl.constexpr,
+             L: gl.constexpr):  # fmt: skip
     """Multiply the pages of the share, take the maxima, write the scores.
 
     With PAIRS two pages at a time. The last page of an odd number is multiplied twice.
@@ -164,7 +165,7 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
     step = 0
     while step < n:
         stop = gl.minimum(blocks, i_b + n - step)
-        p_id = table + along(i_s, stride_ts) + along(SINK, stride_tb)
+        p_id = table + along(table_row(rows, i_s, NAMED), stride_ts) + along(SINK, stride_tb)
         p_score = scores + (i_s.to(gl.int64) * (N * HKV) + o_m) * width + SINK
         shrink = load_queries(q, i_s, q_tile, q_strides, N, HKV, PARTS, Q_LAYOUT)
         if PARTS > 1:  # all parts of a row were stretched alike
@@ -216,13 +217,13 @@ def consumer(ring, share, q_tile, q, k_scales, table, lengths, scores, scale, wi
 
 
 @gluon.jit(do_not_specialize=["batch", "n_arrivals"])  # so they compile nothing anew
-def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, scale, batch,
+def page_scores_kernel(q, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale, batch,
                        n_arrivals, width, page_rows, stride_qb, stride_qn, stride_qr, stride_ts,
                        stride_tb, stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr,
                        BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
                        EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
                        ROWS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
-                       Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
+                       NAMED: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
                        Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
@@ -230,7 +231,8 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
         q: [B, n, Hkv, Di], 16-bit; index queries
         k_desc: descriptor of the index keys [pages, Bk, Di], as q or e4m3, as rows of tokens, in
             tiles of BK rows
-        table: [B, columns], int32 or int64; a sequence's pages in order
+        table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
+        rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
         k_scales: [pages], float32; factors of the pages, read with EIGHT only
         scores: [B, n, Hkv, width], float32; written for blocks that are not forced
@@ -247,6 +249,7 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
         BK: keys of a block
         SINK, LOCAL: forced first and recent blocks
         EIGHT: bool; pages have scales
+        NAMED: bool; rows says which rows of the table to read
         PARTS: e4m3 tensors whose sum is a query, and one of zeros: 4 for e4m3 keys, else 1
         PAIRS: bool; the maxima of two pages are taken at a time
         ROWS: columns of a product: queries times groups, padded, times PARTS
@@ -275,11 +278,11 @@ def page_scores_kernel(q, k_desc, table, lengths, k_scales, scores, arrivals, sc
     q_strides = (stride_qb, stride_qn, stride_qr)
     strides = (stride_ts, stride_tb, stride_ls, stride_sp)
     gl.warp_specialize([
-        (consumer, (ring, share, q_tile, q, k_scales, table, lengths, scores, scale, width,
-                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, PAIRS, MMA,
+        (consumer, (ring, share, q_tile, q, k_scales, table, rows, lengths, scores, scale, width,
+                    q_strides, strides, N, HKV, BK, SINK, LOCAL, EIGHT, PARTS, PAIRS, NAMED, MMA,
                     Q_LAYOUT, L)),
-        (producer, (k_desc, ring, share, table, lengths, page_rows, stride_ts, stride_tb,
-                    stride_ls, BK, SINK, LOCAL, L_1)),
+        (producer, (k_desc, ring, share, table, rows, lengths, page_rows, stride_ts, stride_tb,
+                    stride_ls, BK, SINK, LOCAL, NAMED, L_1)),
     ], [1], [40])  # fmt: skip
 
 
@@ -323,13 +326,14 @@ def describe(pages: Float[Tensor, "pages Bk Di"]) -> tuple[TensorDescriptor, int
 def score_pages_on_hopper(
     q_idx: Float[Tensor, "B n Hkv Di"],
     cache: PagedKV, config: MSAConfig, arrivals: Int[Tensor, "B programs"], programs: int = 1,
-    **changes: Any,
+    rows: Int[Tensor, " B"] | None = None, **changes: Any,
 ) -> Float[Tensor, "B n Hkv width"]:  # fmt: skip
     """`score_pages` by the kernel of this file, for arguments that `msa.kernel_choice` takes.
 
     Args:
         arrivals: counters of the next kernel, set to 0 here.
         programs: programs of a multiprocessor; `changes` replace `options`.
+        rows: as in `score_pages`.
     """
     (batch, n, groups, dim), pages = q_idx.shape, cache.k_idx_pages
     block, width = pages.shape[1], pad(cache.page_table.shape[1], 32)
@@ -341,11 +345,11 @@ def score_pages_on_hopper(
     chosen["EIGHT"] = eight
     many = chips.current().multiprocessors
     page_scores_kernel[(many * programs,)](
-        q_idx, desc, cache.page_table, cache.lengths, scales, scores, arrivals,
-        config.index_scale_for(dim), batch, arrivals.shape[1], width, page_rows,
-        *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
+        q_idx, desc, cache.page_table, cache.lengths if rows is None else rows, cache.lengths,
+        scales, scores, arrivals, config.index_scale_for(dim), batch, arrivals.shape[1], width,
+        page_rows, *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
         scales.stride(0), N=n, HKV=groups, BK=block, SINK=config.sink_blocks,
-        LOCAL=config.local_blocks, launch_pdl=True, **chosen | changes,
+        LOCAL=config.local_blocks, NAMED=rows is not None, launch_pdl=True, **chosen | changes,
         **EVERY_LAUNCH,
     )  # fmt: skip
     return scores

@@ -25,7 +25,7 @@ from msa import chips
 from msa.config import MSAConfig
 from msa.ir import Sequences
 from msa.triton_impl.places import device_table
-from msa.triton_impl.tables import to_device
+from msa.triton_impl.step_sequences import lower, to_device
 
 ROWS = 256
 """Rows of one tile: (query, group) pairs."""
@@ -175,8 +175,10 @@ def plan_scores(
         bounds = np.minimum(np.arange(n_runs), programs)
         runs.append(np.searchsorted(program, bounds) + n_segments)
         n_segments += len(program)
-    tables = (to_device(np.concatenate(x), device) for x in (rows, segments, runs))
-    return ScorePlan(*tables, programs, tuple(parts))
+    on_device = [to_device(np.concatenate(x), device) for x in (rows, segments, runs)]
+    lower(on_device[0].T[2:3], sequences, every[:, 5])
+    lower(on_device[1].T[4:5], sequences, np.concatenate(segments)[:, 7])
+    return ScorePlan(*on_device, programs, tuple(parts))
 
 
 def describe_segments(

@@ -19,7 +19,7 @@ super-tile overwrite those of this one, after the top-k of this one has read the
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from msa.config import MSAConfig
@@ -45,20 +45,22 @@ def as_matrix(x: Float[Tensor, "*shape dim"]) -> Float[Tensor, "rows dim"]:
 def select_on_hopper(
     q_idx: Float[Array, "Tq Hkv Di"], k_idx: Float[Array, "*where Di"], sequences: Sequences,
     config: MSAConfig, index_dtype: str | None = None, score_bytes: int = SCORE_BYTES,
-    pages: IndexPages | None = None,
+    pages: IndexPages | None = None, out: Int[Tensor, "Tq Hkv k"] | None = None,
 ) -> Selection:  # fmt: skip
     """`select_fused` by the kernels of this package, for arguments that `msa.kernel_choice` takes.
 
     Args:
         k_idx: with `pages` [pages, Bk, Di], of the dtype of q_idx, with a `page_matrix`.
         index_dtype: see `triton_impl.select_fused`; for packed index keys.
+        out: contiguous memory for the ids; None makes it.
         score_bytes: bound on the memory of the scores; queries are taken in super-tiles below it.
     """
     n_q, groups, dim = q_idx.shape
     scale = config.index_scale_for(dim)
     if index_dtype is not None:
         q_idx, k_idx = to_fp8(q_idx, k_idx)
-    out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
+    if out is None:
+        out = torch.empty((n_q, groups, config.top_k), dtype=torch.int32, device=q_idx.device)
     token_bytes = dim * k_idx.dtype.itemsize
     plan = plan_scores(sequences, config, groups, token_bytes, score_bytes, q_idx.device)
     most = max((part.blocks for part in plan.parts), default=0) // PIECE
