@@ -15,6 +15,7 @@ torchrun. See docs/howto/parallel.md.
 
 from msa.parallel.alignment import context_parallel_align_index
 from msa.parallel.attention import ContextOutput, context_parallel_attention
+from msa.parallel.decoding import context_parallel_decode
 from msa.parallel.prefixes import Half, attach, key_prefixes
 from msa.parallel.sharding import shard, unshard
 from msa.parallel.shards import Shards
@@ -26,6 +27,7 @@ __all__ = [
     "attach",
     "context_parallel_align_index",
     "context_parallel_attention",
+    "context_parallel_decode",
     "key_prefixes",
     "shard",
     "unshard",

@@ -37,26 +37,15 @@ def agree(
         RuntimeError: another rank's arguments are wrong.
     """
     count = rank_and_count(group)[1]
-    facts: dict[str, Any] = {}
-    refused: Exception | None = None
-    try:
+
+    def facts() -> dict[str, Any]:
         for name, tensor in tensors.items():
             checks.check_plain(name, tensor)
             checks.check_torch(name, tensor)
         check()
-        facts = facts_of(tensors, cu_seqlens, block_size, options or {})
-    except (TypeError, ValueError) as error:
-        refused = error
-    others: list[Any] = [None] * count
-    said = None if refused is None else f"{type(refused).__name__}: {refused}"
-    dist.all_gather_object(others, (said, facts), group=host_group(group))
-    if refused is not None:
-        raise refused
-    for other, (words, _) in enumerate(others):
-        if words is not None:
-            raise RuntimeError(f"rank {other} refused its arguments, so no rank can go on: {words}")
-    compare([facts for _, facts in others])
-    rows = [facts["rows"] for _, facts in others]
+        return facts_of(tensors, cu_seqlens, block_size, options or {})
+
+    rows = [found["rows"] for found in exchange(group, facts)]
     shards = shards_of(sum(rows), count, cu_seqlens, block_size)
     for other, found in enumerate(rows):
         if found != shards.rows(other):
@@ -66,6 +55,35 @@ def agree(
                 f"msa.parallel.shard gives it, got {found}"
             )
     return shards
+
+
+def exchange(group: Group | None, facts: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each rank is about to do; raises where ranks differ in more than "rows".
+
+    Args:
+        facts: checks this rank's arguments, and gives what has to be the same on every rank.
+
+    Raises:
+        TypeError, ValueError: this rank's arguments are wrong, or ranks differ.
+        RuntimeError: another rank's arguments are wrong.
+    """
+    own: dict[str, Any] = {}
+    refused: Exception | None = None
+    try:
+        own = facts()
+    except (TypeError, ValueError) as error:
+        refused = error
+    others: list[Any] = [None] * rank_and_count(group)[1]
+    said = None if refused is None else f"{type(refused).__name__}: {refused}"
+    dist.all_gather_object(others, (said, own), group=host_group(group))
+    if refused is not None:
+        raise refused
+    for other, (words, _) in enumerate(others):
+        if words is not None:
+            raise RuntimeError(f"rank {other} refused its arguments, so no rank can go on: {words}")
+    found = [facts for _, facts in others]
+    compare(found)
+    return found
 
 
 def facts_of(
