@@ -127,7 +127,8 @@ def make_selection(
         first = torch.where(own > 0, 0, 2**30)
         ids = torch.cat([first, far, own], 2).sort(2).values
         parts.append(torch.where(ids < 2**30, ids, -1).int())
-    return Selection(torch.cat(parts), sequences, config.block_size)
+    empty = torch.empty((0, groups, config.top_k), dtype=torch.int32, device=device)
+    return Selection(torch.cat([empty, *parts]), sequences, config.block_size)
 
 
 def attention_flops(selection: Selection, heads: int = HEADS, dim: int = DIM) -> float:

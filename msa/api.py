@@ -135,7 +135,7 @@ def align_index(
     q_idx: Float[Array, "*q Hkv Di"], k_idx: Float[Array, "*k Di"],
     selection: Selection | None = None, *, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None,
     lse: Float[Array, "*q Hq"] | None = None, config: MSAConfig = MSAConfig(),
-    backend: BackendName = "auto",
+    backend: BackendName = "auto", kernels: Kernels = "auto",
 ) -> Float[Array, ""]:  # fmt: skip
     """KL(main branch || index branch), the loss that trains the index branch (eq. 9-10).
 
@@ -148,6 +148,9 @@ def align_index(
     lse, float32 or float64 in q's layout, is the LSE of an attention of q and k over the same
     tokens: `attention`, `sparse_attention`, or in the warm-up form any causal attention. Without
     it, the LSE is computed here.
+
+    kernels, triton only, says which kernels compute the loss and its gradients; if "hopper" is
+    named, its Gluon kernel has to be able to.
 
     >>> import numpy as np, msa
     >>> x = np.array([[[1.0]], [[2.0]], [[4.0]]])
@@ -166,11 +169,11 @@ def align_index(
         arrays["lse"] = lse
     entry = enter(
         arrays, backend, cu_seqlens_q, cu_seqlens_k, config=config, selection=selection,
-        top_k=1 if selection is None else None,
+        top_k=1 if selection is None else None, options={"kernels": kernels},
     )  # fmt: skip
     q, k, q_idx, k_idx, *known = entry.arrays
     args = (q, k, q_idx, k_idx, entry.selection, entry.sequences, config, *known)
-    return entry.run(entry.module.align_index, *args)
+    return entry.run(entry.module.align_index, *args, **entry.options)
 
 
 def prefill(

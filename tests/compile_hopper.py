@@ -119,7 +119,7 @@ def compile_pages(dtype, q_dtype, dim, block_size, rows, named=False):
     q, pages = torch.zeros(2, 1, rows, dim).to(q_dtype), torch.zeros(4, block_size, dim).to(dtype)
     table, floats = torch.zeros(64, dtype=torch.int32), torch.zeros(256)
     keys, page_rows = page_scores.describe(pages)
-    return page_scores.page_scores_kernel.warmup(
+    return page_scores.hopper_page_scores_kernel.warmup(
         q, keys, table, table, table, floats, floats, table, 0.1, 2, 4, 64, page_rows,
         *q.stride()[:3], 32, 1, 1, 1, N=1, HKV=rows, BK=block_size, SINK=0,
         LOCAL=1, NAMED=named, launch_pdl=True, grid=(1,),

@@ -198,7 +198,7 @@ def test_a_captured_step_follows_lengths_and_table():
         shown.lengths.copy_(of.lengths)
 
     def step(kernels):
-        return decode.decode_step(q, q_idx, shown, msa.MSAConfig(), kernels)
+        return decode.decode_step(q, q_idx, shown, msa.MSAConfig(), kernels=kernels)
 
     show(cache)
     step("hopper")

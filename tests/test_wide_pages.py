@@ -38,7 +38,9 @@ def factors(random, shape, kind):
     return found
 
 
-def make_cache(kind="numbers", seed=0, block=BLOCK, dims=(DIM, DIM_V), dtype=torch.float16):
+def make_cache(
+    kind="numbers", seed=0, block=BLOCK, dims=(DIM, DIM_V), dtype=torch.float16, index_dim=DIM
+):
     """Pages of e4m3 in any order, with NaN behind each sequence's last token."""
     random = torch.Generator().manual_seed(seed)
     blocks = [-(-n // block) for n in LENGTHS]
@@ -47,7 +49,7 @@ def make_cache(kind="numbers", seed=0, block=BLOCK, dims=(DIM, DIM_V), dtype=tor
     for s, first in enumerate([0, *accumulate(blocks)][:-1]):
         table[s, : blocks[s]] = order[first : first + blocks[s]].int()
     pages = [torch.randn(len(order), block, GROUPS, dim, generator=random).to(E4M3) for dim in dims]
-    k_idx = torch.randint(-2, 3, (len(order), block, DIM), generator=random).to(dtype)
+    k_idx = torch.randint(-2, 3, (len(order), block, index_dim), generator=random).to(dtype)
     for s, n in enumerate(LENGTHS):
         if n % block:
             for x in pages:
@@ -72,10 +74,10 @@ def meaning(cache, name, block=BLOCK):
     return torch.cat(parts)
 
 
-def queries(dtype=torch.float16, dim=DIM, group=GROUP, seed=1):
+def queries(dtype=torch.float16, dim=DIM, group=GROUP, seed=1, index_dim=DIM):
     random = torch.Generator().manual_seed(seed)
     q = torch.randn(sum(COUNTS), GROUPS * group, dim, generator=random).to(DEVICE, dtype)
-    q_idx = torch.randint(-2, 3, (sum(COUNTS), GROUPS, DIM), generator=random)
+    q_idx = torch.randint(-2, 3, (sum(COUNTS), GROUPS, index_dim), generator=random)
     return q, q_idx.to(DEVICE, dtype)
 
 
@@ -238,8 +240,8 @@ def test_where_pages_are_widened(monkeypatch):
 def test_the_hopper_walk_takes_factors(kind, readers, monkeypatch):
     """A hundred times, without waiting in between."""
     monkeypatch.setattr(kernel_choice, "MARKED_READERS", readers)
-    cache = make_cache(kind, block=128, dims=(128, 128), dtype=torch.bfloat16)
-    q, q_idx = queries(torch.bfloat16, dim=128, group=16)
+    cache = make_cache(kind, block=128, dims=(128, 128), dtype=torch.bfloat16, index_dim=128)
+    q, q_idx = queries(torch.bfloat16, dim=128, group=16, index_dim=128)
     config = msa.MSAConfig(128, 4)
     options = {"cu_seqlens_q": SEQUENCES.cu_seqlens_q, "config": config}
     found = [

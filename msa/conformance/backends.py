@@ -118,8 +118,9 @@ class Subject:
 
     def option(self, function: str) -> dict[str, Any]:
         """The kernels to name, if the function takes this option."""
-        takes = ("attention", "select", "sparse_attention", "prefill", "decode", "attend",
-                 "select_fused", "attend_selection", "prefill_chunk", "decode_step")  # fmt: skip
+        takes = ("attention", "select", "sparse_attention", "align_index", "prefill", "decode",
+                 "attend", "select_fused", "attend_selection", "prefill_chunk",
+                 "decode_step")  # fmt: skip
         return {"kernels": self.kernels} if self.kernels and function in takes else {}
 
     @property

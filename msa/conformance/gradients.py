@@ -49,7 +49,8 @@ def alignment_gradients(
     tensors = leaves(subject, (q, k, *inputs.index), inputs.dtype)
     known = leaves(subject, () if lse is None else (lse,), "float32")
     own = subject.give(selection, inputs.dtype)
-    loss = subject.module.align_index(*tensors, own, inputs.sequences, inputs.config, *known)
+    args = (*tensors, own, inputs.sequences, inputs.config, *known)
+    loss = subject.module.align_index(*args, **subject.option("align_index"))
     if loss.requires_grad:
         loss.backward()
     grads = gradients_left(subject, [*tensors, *known])

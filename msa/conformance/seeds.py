@@ -124,8 +124,10 @@ def bug_of(case: Any, domain: Domain) -> str:
 def fits(case: Any, domain: Domain) -> bool:
     """Whether the domain supports the block size, head sizes and dtype of a case.
 
-    Objects of other classes than Case always fit.
+    A case of pages holds a Case. Objects that hold none always fit.
     """
+    while not isinstance(case, Case) and hasattr(case, "case"):
+        case = case.case
     if not isinstance(case, Case):
         return True
     return (

@@ -400,5 +400,6 @@ def attend(
     output = attend_checked(q, k, v, selection, scale, loop_order, kernels)
     if not align:
         return output
-    kl = alignment.align(q, k, q_idx, k_idx, selection, sequences, config, output.lse)
+    by = "portable" if kernels == "portable" else "auto"
+    kl = alignment.align(q, k, q_idx, k_idx, selection, sequences, config, output.lse, by)
     return replace(output, kl=kl)

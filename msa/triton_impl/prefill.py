@@ -84,13 +84,14 @@ def select_pages(
 ) -> Selection:  # fmt: skip
     """The selected blocks, straight from index queries and pages of index keys (R4-R8)."""
     keys, pages = cache.k_idx_pages, IndexPages(cache.page_table, cache.k_idx_scales)
-    call = replace(call_of(q_idx, keys, config), readable=page_matrix(keys) is not None)
+    readable = not len(keys) or page_matrix(keys) is not None  # without pages nothing is read
+    call = replace(call_of(q_idx, keys, config), readable=readable)
     if index_dtype is not None:  # then both are of 8 bits
         call = replace(call, k_dtype=call.q_dtype)
     chosen = choose(kernels, call)
     if index_dtype is not None:
         q_idx, _ = to_fp8(q_idx, q_idx[:0])
-    if chosen == "hopper":
+    if chosen == "hopper" and len(keys):
         # imported here, because older releases of triton have no Gluon
         from msa.triton_impl.hopper.selection import select_on_hopper
 

@@ -67,7 +67,8 @@ def loss_of(
     args = (*inputs.main[:2], *inputs.index, selection)
     given = [subject.give(x, inputs.dtype) for x in args]
     known = () if lse is None else (subject.give(lse, dtype_name(lse)),)
-    loss = subject.module.align_index(*given, inputs.sequences, inputs.config, *known)
+    args = (*given, inputs.sequences, inputs.config, *known)
+    loss = subject.module.align_index(*args, **subject.option("align_index"))
     return subject.read(loss)
 
 

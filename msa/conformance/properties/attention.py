@@ -142,7 +142,8 @@ def r12_out_has_the_dtype_of_q(subject: Subject, case: Case) -> Measure:
     """The backend returns out in the dtype of q, lse in float32 and indices in int32."""
     inputs = case.inputs
     given = [subject.give(x, case.dtype) for x in (*inputs.main, *inputs.index)]
-    output = subject.module.attend(*given, inputs.sequences, inputs.config)
+    named = subject.option("attend")
+    output = subject.module.attend(*given, inputs.sequences, inputs.config, **named)
     heads = case.groups * case.group
     for name, array, shape, dtype in (
         ("out", output.out, (case.sequences.total_q, heads, case.dims[1]), case.dtype),

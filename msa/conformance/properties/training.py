@@ -180,7 +180,8 @@ def r18_selection_has_no_gradient(subject: Subject, case: Case) -> Measure:
     """The whole path has gradients in q, k and v, and none in q_idx and k_idx."""
     inputs = case.inputs
     tensors = leaves(subject, (*inputs.main, *inputs.index), inputs.dtype)
-    output = subject.module.attend(*tensors, inputs.sequences, inputs.config)
+    named = subject.option("attend")
+    output = subject.module.attend(*tensors, inputs.sequences, inputs.config, **named)
     d_out, d_lse = upstream(case)
     given = [subject.give(d_out, inputs.dtype), subject.give(d_lse, "float32")]
     pull_back([output.out, output.lse], given)

@@ -217,20 +217,20 @@ def consumer(ring, share, q_tile, q, k_scales, table, rows, lengths, scores, sca
 
 
 @gluon.jit(do_not_specialize=["batch", "n_arrivals"])  # so they compile nothing anew
-def page_scores_kernel(q, k_desc, table, rows, lengths, k_scales, scores, arrivals, scale, batch,
-                       n_arrivals, width, page_rows, stride_qb, stride_qn, stride_qr, stride_ts,
-                       stride_tb, stride_ls, stride_sp, N: gl.constexpr, HKV: gl.constexpr,
-                       BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
-                       EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
-                       ROWS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
-                       NAMED: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
-                       Q_SHARED: gl.constexpr):  # fmt: skip
+def hopper_page_scores_kernel(q, k_desc, table, rows, lengths, k_scales, scores, arrivals,
+                              scale, batch, n_arrivals, width, page_rows, stride_qb,
+                              stride_qn, stride_qr, stride_ts, stride_tb, stride_ls,
+                              stride_sp, N: gl.constexpr, HKV: gl.constexpr,
+                              BK: gl.constexpr, SINK: gl.constexpr, LOCAL: gl.constexpr,
+                              EIGHT: gl.constexpr, PARTS: gl.constexpr, PAIRS: gl.constexpr,
+                              ROWS: gl.constexpr, STAGES: gl.constexpr, CHUNK: gl.constexpr,
+                              NAMED: gl.constexpr, Q_DTYPE: gl.constexpr, MMA: gl.constexpr,
+                              Q_SHARED: gl.constexpr):  # fmt: skip
     """A share of the scored blocks of all sequences, for all new queries and groups.
 
     Parameters:
         q: [B, n, Hkv, Di], 16-bit; index queries
-        k_desc: descriptor of the index keys [pages, Bk, Di], as q or e4m3, as rows of tokens, in
-            tiles of BK rows
+        k_desc: descriptor of [rows of all pages, Di], as q or e4m3; index keys, in tiles of BK rows
         table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
         rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
@@ -344,7 +344,7 @@ def score_pages_on_hopper(
     chosen = options(pages.dtype, q_idx.dtype, n * groups, dim, block, programs)
     chosen["EIGHT"] = eight
     many = chips.current().multiprocessors
-    page_scores_kernel[(many * programs,)](
+    hopper_page_scores_kernel[(many * programs,)](
         q_idx, desc, cache.page_table, cache.lengths if rows is None else rows, cache.lengths,
         scales, scores, arrivals, config.index_scale_for(dim), batch, arrivals.shape[1], width,
         page_rows, *q_idx.stride()[:3], *cache.page_table.stride(), cache.lengths.stride(0),
