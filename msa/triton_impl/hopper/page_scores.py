@@ -230,7 +230,7 @@ def hopper_page_scores_kernel(q, k_desc, table, rows, lengths, k_scales, scores,
 
     Parameters:
         q: [B, n, Hkv, Di], 16-bit; index queries
-        k_desc: descriptor of [rows of all pages, Di], as q or e4m3; index keys, in tiles of BK rows
+        k_desc: descriptors of [rows of all pages, Di], as q or e4m3; index keys, in tiles of BK
         table: [B, columns], int32 or int64; a sequence's pages in order. With NAMED [any, columns]
         rows: [B], int32 or int64; the row of table of each sequence, read with NAMED only
         lengths: [B], int32 or int64; tokens of a sequence, 0 for an empty slot of the batch
