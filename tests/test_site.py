@@ -110,6 +110,8 @@ def test_results_of_a_wrong_form_are_refused():
         "selection_hopper_h200",
         "walk_hopper_h200",
         "gradients_hopper_h200",
+        "orders_hopper_h200",
+        "steps_hopper_h200",
         "loss_hopper_h200",
         *measured.older(),
     ):

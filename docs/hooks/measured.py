@@ -86,6 +86,17 @@ SCHEMAS: dict[str, dict[str, Any]] = {
                   "portable_auto": TIME, "union_of_8": TIME}],
         "probes": [{"without": str, "n": int, "keep": NUMBER, "version": str, "ms": NUMBER}],
     },
+    "orders": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str,
+        "attention": [{"n": int, "keep": NUMBER, "portable_auto": RATE, "auto": RATE,
+                       "union": RATE, "kv_outer": RATE}],
+        "scores": [{"shape": str, "plain": dict, "before": RATE, "hopper": RATE}],
+    },
+    "steps": {
+        "device": str, "torch": str, "triton": str, "date": str, "commit": str,
+        "steps": [{"n": int, "keep": NUMBER, "dense": MEDIAN, "step": MEDIAN, "times": NUMBER,
+                   "stages": dict}],
+    },
     "gradients": {
         "device": str, "torch": str, "triton": str, "date": str, "commit": str, "checks": dict,
         "keys": [{"n": int, "keep": NUMBER, "portable": RATE, "hopper": RATE}],

@@ -8,6 +8,8 @@ from docs.hooks.measured import read, record
 RESULTS = "selection_hopper_h200"
 WALK = "walk_hopper_h200"
 GRADIENTS = "gradients_hopper_h200"
+ORDERS = "orders_hopper_h200"
+STEPS = "steps_hopper_h200"
 LOSS = "loss_hopper_h200"
 VERSIONS = {
     "portable": "portable", "hopper": "**hopper**", "plain": "not overlapped",
@@ -100,6 +102,42 @@ def probes() -> str:
         for row in found["walk"] if row["keep"] == 0.95
     ]  # fmt: skip
     return table(("tokens", "hopper", "without softmax", "all keys from the L2 cache"), rows)
+
+
+def orders() -> str:
+    """Useful TFLOP/s of the whole attention by loop order, and of the portable kernels."""
+    ways = ("portable_auto", "auto", "union", "kv_outer")
+    rows = [
+        (f"{row['n'] // 1024}K", f"{row['keep']:g}", *(rate(row[way]) for way in ways))
+        for row in read(ORDERS)["attention"]
+    ]  # fmt: skip
+    columns = ("tokens", "ρ", "auto of portable kernels", "**auto**", "union", "KV-outer")
+    return f"{table(columns, rows)}\n\n{record(ORDERS)}"
+
+
+def integers() -> str:
+    """Milliseconds of scores in 8 bits, by floats and by integers."""
+    ways = ("before", "hopper", "integers", "integers_all_negative")
+    rows = [
+        (row["shape"], *(ms(row[way]) for way in ways),
+         f"{row['hopper']['tflops'] / row['plain']['tflops']:.2f}")
+        for row in read(ORDERS)["scores"]
+    ]  # fmt: skip
+    columns = ("queries of keys", "before", "**limits once per piece**", "integer maxima",
+               "integer maxima, all scores negative", "share of a product")  # fmt: skip
+    return table(columns, rows)
+
+
+def steps() -> str:
+    """A training step with all hopper kernels: milliseconds, and how many times dense."""
+    stages = ("select", "forward", "align", "queries", "keys")
+    rows = [
+        (f"{row['n'] // 1024}K", ms(row["dense"]), ms(row["step"]), f"**{row['times']:.1f}×**",
+         *(ms(row["stages"][stage]) for stage in stages))
+        for row in read(STEPS)["steps"]
+    ]  # fmt: skip
+    columns = ("tokens", "dense", "MSA", "gain", "selection", "forward", "loss", "dQ", "dK, dV")
+    return f"{table(columns, rows)}\n\n{record(STEPS)}"
 
 
 def keys() -> str:

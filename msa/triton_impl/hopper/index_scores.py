@@ -32,11 +32,6 @@ What the asynchronous form changes:
  9. In a paged cache the producer finds each block through the page table (`page_rows.py`). A page's
     factor multiplies its maximum, and is loaded while the block before it is multiplied.
 10. NaN is written as -inf (R4) and -0 as 0, so that the top-k compares plain numbers.
-11. With 8 bits the maxima take longer than the products. There the bits of the scores are compared
-    as signed integers, because the maximum of three integers is one instruction. This is the
-    maximum of a row, unless all its scores are negative or one is NaN: a larger negative number has
-    a smaller integer, and NaN has the largest. If a row of the consumer is so, it takes the maxima
-    of the same products as numbers.
 
 Who waits for whom (K: ring of STAGES tiles of keys, Q: ring of one stage of 256 rows):
 
@@ -84,28 +79,13 @@ KINDS = {
     torch.float8_e4m3fn: gl.float8e4nv,
 }
 """The dtypes of index queries and keys that the kernel multiplies."""
-INFINITE = gl.constexpr(0x7F800000)  # the bits of +inf: more is NaN, or negative
-
-
-@gluon.jit
-def row_maxima(part, INTEGERS: gl.constexpr):
-    """The maximum of each row of scores; NaN only where a row has nothing else."""
-    if INTEGERS:
-        bits = gl.max(part.to(gl.int32, bitcast=True), 1)
-        wrong = bits.to(gl.uint32, bitcast=True) > INFINITE  # all are negative, or one is NaN
-        best = bits.to(gl.float32, bitcast=True)
-        if gl.max(wrong.to(gl.int32), 0) != 0:
-            best = gl.max(part, 1)
-        return best
-    else:
-        return gl.max(part, 1)
 
 
 @gluon.jit
 def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, pages, scale, HKV: gl.constexpr, BK: gl.constexpr,
                LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr,
-               WIDTH: gl.constexpr, INTEGERS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
+               WIDTH: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
                PAGED: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """Consumer W: rows 128 * W ... 128 * W + 128 of every segment."""
     HALF: gl.constexpr = q_tile.shape[1]
@@ -151,7 +131,7 @@ def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empt
                 if i == 0:  # the product has read all of q, so every load of q has ended
                     fence_async_shared()
                     release(q_empty, item - first, 1)
-                best = gl.convert_layout(row_maxima(part, INTEGERS), gl.SliceLayout(1, EIGHT))
+                best = gl.convert_layout(gl.max(part, 1), gl.SliceLayout(1, EIGHT))
                 if SCALED:
                     best = best * factor
                 eight = gl.where(column == (slab + i) % PIECE, best[:, None], eight)
@@ -173,11 +153,11 @@ def score_rows(W: gl.constexpr, q_tile, k_tiles, q_full, q_empty, k_full, k_empt
 def consumer_0(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, pages, scale, HKV: gl.constexpr, BK: gl.constexpr,
                LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr,
-               WIDTH: gl.constexpr, INTEGERS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
+               WIDTH: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
                PAGED: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """The first half of the rows."""
     score_rows(0, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
-               pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, INTEGERS, MMA, EIGHT,
+               pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT,
                PAGED, SCALED)  # fmt: skip
 
 
@@ -185,11 +165,11 @@ def consumer_0(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty
 def consumer_1(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
                scores, maxima, pages, scale, HKV: gl.constexpr, BK: gl.constexpr,
                LOCAL: gl.constexpr, LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr,
-               WIDTH: gl.constexpr, INTEGERS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
+               WIDTH: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
                PAGED: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
     """The second half of the rows."""
     score_rows(1, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs, scores, maxima,
-               pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, INTEGERS, MMA, EIGHT,
+               pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH, MMA, EIGHT,
                PAGED, SCALED)  # fmt: skip
 
 
@@ -197,7 +177,7 @@ def consumer_1(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty
 def producer(q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments, runs,
              scores, maxima, pages, scale, HKV: gl.constexpr, BK: gl.constexpr, LOCAL: gl.constexpr,
              LONG: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-             INTEGERS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr, PAGED: gl.constexpr,
+             MMA: gl.constexpr, EIGHT: gl.constexpr, PAGED: gl.constexpr,
              SCALED: gl.constexpr):  # fmt: skip
     """Copy the rows of each segment, then its blocks of keys one after another."""
     HALF: gl.constexpr = q_tile.shape[1]
@@ -236,7 +216,7 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, table, k
                         stride_kp, stride_kt, stride_ts, stride_tb, stride_sp, HKV: gl.constexpr,
                         BK: gl.constexpr, LOCAL: gl.constexpr, LONG: gl.constexpr,
                         STAGES: gl.constexpr, PIECE: gl.constexpr, WIDTH: gl.constexpr,
-                        INTEGERS: gl.constexpr, MMA: gl.constexpr, EIGHT: gl.constexpr,
+                        MMA: gl.constexpr, EIGHT: gl.constexpr,
                         PAGED: gl.constexpr, SCALED: gl.constexpr,
                         REGISTERS: gl.constexpr):  # fmt: skip
     """The segments runs[p] ... runs[p + 1] of program p.
@@ -262,7 +242,6 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, table, k
         STAGES: tiles of keys in the ring
         PIECE: blocks of a piece
         WIDTH: numbers of the first operand that lie side by side in 32 bits
-        INTEGERS: bool; maxima are those of the scores' bits, wherever they are the same
         MMA: layout of a product [128, BK]
         EIGHT: layout of the scores of a piece [128, PIECE]
         PAGED: bool; index keys are pages
@@ -279,13 +258,13 @@ def block_scores_kernel(q_desc, k_desc, segments, runs, scores, maxima, table, k
     gl.warp_specialize([
         (consumer_0, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
                       runs, scores, maxima, pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE,
-                      WIDTH, INTEGERS, MMA, EIGHT, PAGED, SCALED)),
+                      WIDTH, MMA, EIGHT, PAGED, SCALED)),
         (consumer_1, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
                       runs, scores, maxima, pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE,
-                      WIDTH, INTEGERS, MMA, EIGHT, PAGED, SCALED)),
+                      WIDTH, MMA, EIGHT, PAGED, SCALED)),
         (producer, (q_desc, k_desc, q_tile, k_tiles, q_full, q_empty, k_full, k_empty, segments,
                     runs, scores, maxima, pages, scale, HKV, BK, LOCAL, LONG, STAGES, PIECE, WIDTH,
-                    INTEGERS, MMA, EIGHT, PAGED, SCALED)),
+                    MMA, EIGHT, PAGED, SCALED)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -308,7 +287,6 @@ def options(dtype: torch.dtype, dim: int, block_size: int) -> dict[str, Any]:
     return {
         "STAGES": stages,
         "WIDTH": 4 // size,
-        "INTEGERS": size == 1,
         "MMA": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, block_size, 32 // size]),
         "EIGHT": gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32 // size]),
         "REGISTERS": 240,
