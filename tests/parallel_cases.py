@@ -6,7 +6,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import msa
-from msa.parallel import context_parallel_attention, shard, unshard
+from msa.parallel import (
+    context_parallel_attention,
+    context_parallel_decode,
+    shard,
+    unshard,
+)
 
 NAMES = ("q", "k", "v", "q_idx", "k_idx")
 
@@ -90,3 +95,76 @@ def on_a_mesh(group, heads):
     out = unshard(output.out.detach(), context, **places)
     d_k = unshard(own[1].grad, context, **places)
     return part, out, d_k, output.kl.item()
+
+
+def cache_of(lengths, block, groups, dtype, seed, whole_numbers):
+    """Whole keys, values and index keys of each sequence, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        k, v = (torch.randn(length, groups, 8, generator=generator, dtype=dtype) for _ in "kv")
+        k_idx = torch.randn(length, 4, generator=generator, dtype=dtype)
+        made.append((k, v, (2 * k_idx).round() if whole_numbers else k_idx))
+    return made
+
+
+def dealt_out(sequences, block, rank, count, groups, dtype, columns):
+    """This rank's blocks of each sequence in pages in reverse order; unused places hold NaN."""
+    blocks = [range(rank, -(-len(k) // block), count) for k, _, _ in sequences]
+    total = sum(map(len, blocks)) + 1
+    k, v = (torch.full((total, block, groups, 8), torch.nan, dtype=dtype) for _ in "kv")
+    k_idx = torch.full((total, block, 4), torch.nan, dtype=dtype)
+    table = torch.full((len(sequences), columns), total - 1, dtype=torch.int32)
+    page = total - 1
+    for s, (own, tensors) in enumerate(zip(blocks, sequences)):
+        for column, b in enumerate(own):
+            page -= 1
+            table[s, column] = page
+            for pages, whole in zip((k, v, k_idx), tensors):
+                part = whole[b * block : (b + 1) * block]
+                pages[page, : len(part)] = part
+    lengths = torch.zeros(len(sequences), dtype=torch.int32)
+    return msa.PagedKV(k, v, k_idx, table, lengths)
+
+
+def step_of(case):
+    """The queries of a step and the whole cache of a case, the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    batch, n, (heads, groups) = len(case["lengths"]), case["n"], case["heads"]
+    q = torch.randn(batch, n, heads, 8, generator=generator, dtype=case["dtype"])
+    q_idx = torch.randn(batch, n, groups, 4, generator=generator, dtype=case["dtype"])
+    if case["whole_numbers"]:
+        q_idx = (2 * q_idx).round()
+    block = case["config"].block_size
+    sequences = cache_of(case["lengths"], block, groups, case["dtype"], 2, case["whole_numbers"])
+    return q, q_idx, sequences, 1 + max(-(-length // block) for length in case["lengths"])
+
+
+def decode_alone(case):
+    """out and lse of one process, and the ids of the live sequences."""
+    q, q_idx, sequences, columns = step_of(case)
+    config, groups = case["config"], case["heads"][1]
+    cache = dealt_out(sequences, config.block_size, 0, 1, groups, case["dtype"], columns)
+    cache.lengths.copy_(torch.tensor(case["lengths"]))
+    output = msa.decode(q, q_idx, cache, config=config)
+    return output.out, output.lse, output.selection.indices
+
+
+def decode_together(group, case):
+    """The same by all ranks: out, lse and ids of every slot."""
+    q, q_idx, sequences, columns = step_of(case)
+    config, groups = case["config"], case["heads"][1]
+    rank, count = group.rank(), group.size()
+    cache = dealt_out(sequences, config.block_size, rank, count, groups, case["dtype"], columns)
+    lengths = torch.tensor(case["lengths"])
+    return context_parallel_decode(q, q_idx, cache, lengths, group=group, config=config)
+
+
+def decode_with_other_lengths(group):
+    """Rank 1 has the lengths of another batch."""
+    case = {"lengths": (9, 5), "n": 1, "heads": (2, 1), "dtype": torch.float32,
+            "whole_numbers": False, "config": msa.MSAConfig(block_size=4, top_k=2)}  # fmt: skip
+    q, q_idx, sequences, columns = step_of(case)
+    cache = dealt_out(sequences, 4, group.rank(), group.size(), 1, torch.float32, columns)
+    lengths = torch.tensor([9, 5, 3] if group.rank() == 1 else [9, 5])
+    return context_parallel_decode(q, q_idx, cache, lengths, group=group, config=case["config"])

@@ -232,9 +232,9 @@ def weigh(
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks, side by side in the last dim, rank after rank."""
-    whole = x.new_empty(group.size(), *x.shape)
+    whole = x.new_empty(group.size() * len(x), *x.shape[1:])
     all_gather(whole, x.contiguous(), group=group)
-    return whole.movedim(0, -2).flatten(-2)
+    return whole.unflatten(0, (group.size(), len(x))).movedim(0, -2).flatten(-2)
 
 
 def wide(x: Tensor) -> torch.dtype:
