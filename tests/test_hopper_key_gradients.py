@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(CANNOT is not None, reason=str
 PROPERTIES = {p.name: p.check for p in all_properties()}
 LARGER = {
     "several items of a row": replace(
-        KEY_CASES["one sequence"], sequences=Sequences.one(900, 900), config=msa.MSAConfig(128, 5)
+        KEY_CASES["one sequence"], sequences=Sequences.one(300, 300), config=msa.MSAConfig(128, 5)
     ),
     "one token": replace(KEY_CASES["one sequence"], sequences=Sequences.one(1, 1)),
     "32 heads": replace(KEY_CASES["one sequence"], group=32, dtype="float16"),
