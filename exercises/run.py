@@ -92,8 +92,9 @@ def fault(chapter: int, path: Path) -> str:
             check(load(path))
     except Wrong as error:
         return f"exercise {chapter}: {error}"
-    except Exception as error:  # of the reader's code: where, and what Python says
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    except (Exception, SystemExit) as error:  # of the reader's code: where, and what Python says
+        own = {str(path), str(path.resolve())}
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in own]
         line = f", line {frames[-1].lineno}: {frames[-1].line}" if frames else ""
         return f"exercise {chapter}: {type(error).__name__}: {error}\n  {path.name}{line}"
     return ""

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import msa
 from msa.parallel import (
+    context_parallel_align_index,
     context_parallel_attention,
     context_parallel_decode,
+    key_prefixes,
     shard,
     unshard,
 )
+
+
+def far_pages(cache):
+    return cache.page_table + 99
+
+
+def no_table(cache):
+    return None
+
+
+def narrow_values(cache):
+    return cache.v_pages[..., :7]
+
 
 NAMES = ("q", "k", "v", "q_idx", "k_idx")
 
@@ -104,7 +121,9 @@ def cache_of(lengths, block, groups, dtype, seed, whole_numbers):
     for length in lengths:
         k, v = (torch.randn(length, groups, 8, generator=generator, dtype=dtype) for _ in "kv")
         k_idx = torch.randn(length, 4, generator=generator, dtype=dtype)
-        made.append((k, v, (2 * k_idx).round() if whole_numbers else k_idx))
+        k_idx = (2 * k_idx).round() if whole_numbers else k_idx
+        k_idx[block : 2 * block] = torch.nan  # a NaN score counts as -inf (R4)
+        made.append((k, v, k_idx))
     return made
 
 
@@ -146,7 +165,7 @@ def decode_alone(case):
     config, groups = case["config"], case["heads"][1]
     cache = dealt_out(sequences, config.block_size, 0, 1, groups, case["dtype"], columns)
     cache.lengths.copy_(torch.tensor(case["lengths"]))
-    output = msa.decode(q, q_idx, cache, config=config)
+    output = msa.decode(q, q_idx, cache, config=config, backend="torch")
     return output.out, output.lse, output.selection.indices
 
 
@@ -157,14 +176,37 @@ def decode_together(group, case):
     rank, count = group.rank(), group.size()
     cache = dealt_out(sequences, config.block_size, rank, count, groups, case["dtype"], columns)
     lengths = torch.tensor(case["lengths"])
-    return context_parallel_decode(q, q_idx, cache, lengths, group=group, config=config)
+    cache = replace(cache, page_table=cache.page_table.to(case.get("table", torch.int32)))
+    return context_parallel_decode(
+        q, q_idx, cache, lengths, group=group, config=config, backend=case.get("backend", "torch")
+    )
 
 
-def decode_with_other_lengths(group):
-    """Rank 1 has the lengths of another batch."""
+def decode_with_changes(group, changes):
+    """Rank 1 has other lengths, another page, or other values than the other ranks."""
     case = {"lengths": (9, 5), "n": 1, "heads": (2, 1), "dtype": torch.float32,
             "whole_numbers": False, "config": msa.MSAConfig(block_size=4, top_k=2)}  # fmt: skip
     q, q_idx, sequences, columns = step_of(case)
     cache = dealt_out(sequences, 4, group.rank(), group.size(), 1, torch.float32, columns)
-    lengths = torch.tensor([9, 5, 3] if group.rank() == 1 else [9, 5])
+    lengths = torch.tensor([9, 5])
+    if group.rank() == 1:
+        lengths = torch.tensor(changes.pop("lengths", [9, 5]))
+        cache = replace(cache, **{name: change(cache) for name, change in changes.items()})
     return context_parallel_decode(q, q_idx, cache, lengths, group=group, config=case["config"])
+
+
+def warm_up(group, rows, softmax_scale=None):
+    """The loss of the warm-up; rank 1 has other rows of q, or another scale."""
+    whole, _ = tensors(24, (2, 1), torch.float32, False)
+    own = [shard(x.detach(), group, block_size=4) for x in whole]
+    config = msa.MSAConfig(block_size=4, top_k=2)
+    if group.rank() == 1:
+        own[0] = own[0][:rows]
+        config = msa.MSAConfig(block_size=4, top_k=2, softmax_scale=softmax_scale)
+    args = own[0], own[1], own[3], own[4]
+    return float(context_parallel_align_index(*args, group=group, config=config))
+
+
+def uneven_prefixes(group):
+    """Two tensors with other numbers of rows."""
+    return key_prefixes(torch.ones(8, 2), torch.ones(7, 2), group=group)

@@ -106,7 +106,7 @@ class OnNumpy:
         self.modules = walk_rows, ring, teacher, student, loss_rows, SimpleNamespace(**vars(module))
 
     def __getitem__(self, grid):
-        def run(*args, num_warps, **options):
+        def run(*args, num_warps, enable_fp_fusion, **options):
             arrays = [x.numpy() if isinstance(x, torch.Tensor) else x for x in args]
             log2 = {"fast_log2": lambda x: value(np.log2(x))}
             launch(self.modules, "hopper_loss_kernel", *grid, *arrays, others=log2, **options)

@@ -28,7 +28,18 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 def test_the_model_knows_the_public_interface_and_only_the_command_line_knows_the_model():
     package = Path(msa.__file__).parent
-    public = {"checks", "cli", "config", "dispatch", "files", "ir", "model", "moved", "recall"}
+    public = {
+        "checks",
+        "cli",
+        "config",
+        "dispatch",
+        "files",
+        "ir",
+        "model",
+        "moved",
+        "parallel",
+        "recall",
+    }
     public |= set(msa.__all__)
     for path in package.rglob("*.py"):
         known = inside_msa(imported(path))

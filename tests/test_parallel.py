@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parallel_cases import alone, call, fewer_rows, half_precision, on_a_mesh, tensors, together
+from parallel_cases import (
+    alone,
+    call,
+    fewer_rows,
+    half_precision,
+    on_a_mesh,
+    tensors,
+    together,
+    uneven_prefixes,
+    warm_up,
+)
 from rank_pool import RankPool
 
 import msa
@@ -144,3 +154,21 @@ def test_every_rank_raises(ranks, changes, only, kind, words):
             assert words in str(answer)
     good = ranks.results(3, call, [])  # the ranks are not out of step
     assert all(isinstance(x, float) for x in good)
+
+
+def test_the_loss_of_the_warm_up_checks_every_argument(ranks):
+    own = tensors(24, (2, 1), torch.float32, False)[0]
+    whole = msa.align_index(own[0], own[1], own[3], own[4], config=msa.MSAConfig(4, 2)).item()
+    for found in ranks.results(2, warm_up, 99):
+        assert found == pytest.approx(whole, rel=1e-5)
+    told, refused = ranks.run(2, warm_up, 3)
+    assert isinstance(refused, ValueError) and "k must have shape" in str(refused)
+    assert isinstance(told, RuntimeError)
+    for answer in ranks.run(2, warm_up, 99, 0.3):
+        assert isinstance(answer, ValueError) and "config must be the same" in str(answer)
+
+
+def test_tensors_of_other_lengths_are_refused(ranks):
+    for answer in ranks.run(2, uneven_prefixes):
+        assert isinstance(answer, ValueError)
+        assert "tensors[1] must have as many rows as tensors[0] = 8, got 7" in str(answer)

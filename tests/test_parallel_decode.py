@@ -6,7 +6,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from parallel_cases import decode_alone, decode_together, decode_with_other_lengths
+from parallel_cases import (
+    decode_alone,
+    decode_together,
+    decode_with_changes,
+    far_pages,
+    narrow_values,
+    no_table,
+)
 from rank_pool import RankPool
 
 import msa
@@ -38,11 +45,14 @@ def cases(draw):
     }  # fmt: skip
 
 
-def case_of(*lengths, n=1, top_k=3):
+def case_of(*lengths, n=1, top_k=3, sink=0, block=4):
     return {
         "lengths": lengths, "n": n, "heads": (4, 2), "dtype": torch.float64, "whole_numbers": True,
-        "config": msa.MSAConfig(block_size=4, top_k=top_k),
+        "config": msa.MSAConfig(block_size=block, top_k=top_k + sink, sink_blocks=sink),
     }  # fmt: skip
+
+
+INTERPRETED = {"backend": "triton", "dtype": torch.float32}
 
 
 @settings(max_examples=25)
@@ -51,6 +61,9 @@ def case_of(*lengths, n=1, top_k=3):
 @example(case_of(0, 33, 7), 3)  # an empty slot
 @example(case_of(57, n=3), 2)  # queries on both sides of a block's border
 @example(case_of(40, top_k=16), 3)  # more places than blocks
+@example(case_of(200) | {"table": torch.int8}, 1)  # more tokens than the table's dtype can count
+@example(case_of(233, n=2, sink=1, block=16) | INTERPRETED, 2)  # scored blocks lie behind sinks
+@example(case_of(210, 0, 75, n=3, sink=2, block=16) | INTERPRETED, 3)
 def test_ranks_together_decode_what_one_process_does(ranks, case, count):
     out, lse, ids = decode_alone(case)
     live = torch.tensor(case["lengths"]) > 0
@@ -65,9 +78,22 @@ def test_ranks_together_decode_what_one_process_does(ranks, case, count):
         assert gap <= max(BUDGET[case["dtype"]], 1e-6)
 
 
-def test_ranks_with_other_lengths_are_told(ranks):
-    own, other = ranks.run(2, decode_with_other_lengths)
-    assert isinstance(own, RuntimeError) and "rank 1 refused its arguments" in str(own)
-    assert isinstance(other, ValueError) and "lengths must have shape [B] = [2], got [3]" in str(
-        other
-    )
+@pytest.mark.parametrize("changes, kind, words", [
+    ({"lengths": [9, 5, 3]}, ValueError, "lengths must have shape [B] = [2], got [3]"),
+    ({"lengths": [9, 500]}, ValueError, "cache.page_table must have 62 entries"),
+    ({"page_table": far_pages}, ValueError, "page_table"),
+    ({"page_table": no_table}, TypeError, "page_table must be a NumPy array or a torch tensor"),
+])  # fmt: skip
+def test_what_one_rank_cannot_read_all_ranks_are_told(ranks, changes, kind, words):
+    other, own = ranks.run(2, decode_with_changes, changes)
+    assert isinstance(own, kind) and words in str(own), own
+    assert isinstance(other, RuntimeError) and "rank 1 refused its arguments" in str(other)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"lengths": [9, 6]}, "lengths must be the same on every rank, got [9, 5] on rank 0 and"),
+    ({"v_pages": narrow_values}, "cache.v_pages must be the same on every rank"),
+])  # fmt: skip
+def test_ranks_that_differ_are_told(ranks, changes, words):
+    for answer in ranks.run(2, decode_with_changes, changes):
+        assert isinstance(answer, ValueError) and words in str(answer), answer

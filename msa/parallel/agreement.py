@@ -43,6 +43,7 @@ def agree(
             checks.check_plain(name, tensor)
             checks.check_torch(name, tensor)
         check()
+        check_rows(tensors)
         return facts_of(tensors, cu_seqlens, block_size, options or {})
 
     rows = [found["rows"] for found in exchange(group, facts)]
@@ -71,7 +72,7 @@ def exchange(group: Group | None, facts: Callable[[], dict[str, Any]]) -> list[d
     refused: Exception | None = None
     try:
         own = facts()
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of any kind: the other ranks must not wait
         refused = error
     others: list[Any] = [None] * rank_and_count(group)[1]
     said = None if refused is None else f"{type(refused).__name__}: {refused}"
@@ -84,6 +85,21 @@ def exchange(group: Group | None, facts: Callable[[], dict[str, Any]]) -> list[d
     found = [facts for _, facts in others]
     compare(found)
     return found
+
+
+def check_rows(tensors: dict[str, Tensor]) -> None:
+    """All tensors have the same number of rows."""
+    if not tensors:
+        raise ValueError("tensors must hold at least one, got none")
+    (first, model), *others = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.ndim == 0:
+            raise ValueError(f"{name} must have shape [rows, ...], got []")
+    for name, tensor in others:
+        if len(tensor) != len(model):
+            raise ValueError(
+                f"{name} must have as many rows as {first} = {len(model)}, got {len(tensor)}"
+            )
 
 
 def facts_of(

@@ -182,5 +182,5 @@ def check_own(tensors: dict[str, Tensor], config: MSAConfig, align: bool) -> Non
         checks.check_shape(name, tensor, dims[name], sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
     checks.check_same_place(**tensors)
-    checks.check_same_dtype(**{name: tensors[name] for name in ("q", "k", "v")})
-    checks.check_same_dtype(**{name: tensors[name] for name in ("q_idx", "k_idx")})
+    for names in (("q", "k", "v"), ("q_idx", "k_idx")):
+        checks.check_same_dtype(**{name: tensors[name] for name in names if name in tensors})

@@ -16,6 +16,7 @@ spends its time. It pays for two exchanges of a few KiB with their latency.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from msa import checks
+from msa import cache_checks, checks
 from msa.config import MSAConfig
 from msa.dispatch import BackendName, load_backend, resolve
+from msa.entry import Entry
 from msa.ir import PagedKV
 from msa.parallel.agreement import exchange
 from msa.parallel.gathering import all_gather
@@ -50,16 +52,18 @@ def context_parallel_decode(
 
     Args:
         q, q_idx: the new queries, the same on every rank.
-        cache: this rank's pages, in 16 or 32 bits; new tokens are in them already, on the rank that
-            holds their block.
+        cache: this rank's pages; new tokens are in them already, on the rank that holds their
+            block.
         lengths: tokens of each whole sequence, the same on every rank; 0 for an empty slot.
         group, config, backend: as in `context_parallel_attention`; the backends are torch, triton.
-        check: exchange sizes and options between the hosts first, so that ranks that differ raise.
-            False for steps whose sizes were checked before: the exchange takes about a millisecond.
+        check: check the contents of tables and lengths, which waits for the device, and exchange
+            sizes, lengths and options between the hosts, so that ranks that differ raise. False for
+            steps whose tables are known to be right: this takes about a millisecond.
 
     Returns:
         out in q's dtype and lse float32, as `msa.decode` gives them, and the selected block ids in
-        R8's form, int32; all the same on every rank. 0, -inf and -1 for an empty slot.
+        R8's form, int32; all the same on every rank. 0, -inf and -1 for an empty slot. The parts of
+        the ranks are weighted by a float32 LSE, so float64 has an error of about 1e-7.
 
     Raises:
         TypeError, ValueError: naming the argument, what was wanted and what came (R20); also where
@@ -67,8 +71,9 @@ def context_parallel_decode(
     """
     ranks = process_group(group)
     if check:
-        exchange(ranks, lambda: checked_step(q, q_idx, cache, lengths, config, backend))
+        exchange(ranks, lambda: checked_step(q, q_idx, cache, lengths, config, backend, ranks))
     rank, count, n = ranks.rank(), ranks.size(), q.shape[1]
+    cache = cache_checks.with_index_dtypes(cache)
     new = torch.arange(n, device=q.device) - n
     positions = lengths.long()[:, None] + new  # [B, n], negative in an empty slot
     name = resolve(backend, q)
@@ -78,7 +83,9 @@ def context_parallel_decode(
     mine = in_order(mine)
     visible = visible_tokens(positions, config.block_size, rank, count)
     out, lse = attend_rows(q, cache, mine, visible, config, name)
-    return *weigh(out, lse, ranks, q.dtype), ids.int()
+    out, lse = weigh(out, lse, ranks)
+    unknown = (lse == -torch.inf) & (positions >= 0)[..., None]  # all products are -inf (R9)
+    return out.masked_fill(unknown[..., None], torch.nan).to(q.dtype), lse, ids.int()
 
 
 def block_scores(
@@ -93,31 +100,35 @@ def block_scores(
     blocks = columns * count + rank
     recent = (positions // config.block_size - config.local_blocks + 1)[..., None]
     free = (blocks >= config.sink_blocks) & (blocks < recent)  # [B, n, table]
+    if not len(columns) or not len(cache.k_idx_pages):  # this rank holds nothing
+        return torch.full((*q_idx.shape[:3], len(columns)), -torch.inf, device=q_idx.device,
+                          dtype=wide(q_idx))  # fmt: skip
     if backend == "triton":
-        scores = kernel_scores(q_idx, cache, free.sum(2), config)
+        scores = kernel_scores(q_idx, cache, (free.any(1) * (columns + 1)).amax(1), config)
     else:
         used = torch.where(free.any(1), cache.page_table.long(), 0)
         keys = cache.read("k_idx", (used,)).to(wide(q_idx))  # [B, table, Bk, Di]
         scores = torch.einsum("bngd,btkd->bngtk", q_idx.to(keys.dtype), keys)
-        scores = (scores * config.index_scale_for(q_idx.shape[-1])).nan_to_num(nan=-torch.inf,
-            posinf=torch.inf, neginf=-torch.inf).amax(-1)  # fmt: skip
-    return scores.masked_fill(~free[:, :, None], -torch.inf)
+        scores = scores * config.index_scale_for(q_idx.shape[-1])
+        scores = scores.masked_fill(scores.isnan(), -torch.inf).amax(-1)
+    return scores.masked_fill(~free[:, :, None] | scores.isnan(), -torch.inf)
 
 
 def kernel_scores(
-    q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV, free: Int[Tensor, "B n"],
+    q_idx: Float[Tensor, "B n Hkv Di"], cache: PagedKV, columns: Int[Tensor, " B"],
     config: MSAConfig,
 ) -> Float[Tensor, "B n Hkv table"]:  # fmt: skip
     """The scores by the kernels of decoding: this rank's blocks as if they were a whole sequence.
 
-    The token after the last block that is not forced stands for the query's own block.
+    `columns` of the table are scored, up to the last block that is not forced. A token behind them
+    stands for the query's own block.
     """
     from msa.triton_impl import decode as kernels
 
     block = cache.k_idx_pages.shape[1]
     as_whole = PagedKV(
         cache.k_pages, cache.v_pages, cache.k_idx_pages, cache.page_table,
-        (free.amax(1) * block + 1).int(), cache.k_scales, cache.v_scales, cache.k_idx_scales,
+        (columns * block + 1).int(), cache.k_scales, cache.v_scales, cache.k_idx_scales,
     )  # fmt: skip
     plain = MSAConfig(block, 1, index_scale=config.index_scale_for(q_idx.shape[-1]))
     arrivals = torch.empty((len(q_idx), 1), dtype=torch.int32, device=q_idx.device)
@@ -199,14 +210,14 @@ def attend_rows(
     q: Float[Tensor, "B n Hq D"], cache: PagedKV, ids: Int[Tensor, "B n Hkv k"],
     visible: Int[Tensor, "B n"], config: MSAConfig, backend: str,
 ) -> tuple[Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"]]:  # fmt: skip
-    """out in float32 and lse over this rank's selected blocks; 0 and -inf where there are none.
+    """out in float32 and lse over this rank's selected blocks; 0 and -inf where nothing has weight.
 
     Each query is a sequence of its own here, since this rank's part of it has its own length.
     """
     (batch, n), table = q.shape[:2], cache.page_table
     rows = PagedKV(
         cache.k_pages, cache.v_pages, cache.k_idx_pages, table.repeat_interleave(n, 0),
-        visible.flatten().to(table.dtype), cache.k_scales, cache.v_scales, cache.k_idx_scales,
+        visible.flatten().int(), cache.k_scales, cache.v_scales, cache.k_idx_scales,
     )  # fmt: skip
     module: Any = load_backend("triton" if backend == "triton" else "torch")
     found = module.decode_step(
@@ -218,16 +229,14 @@ def attend_rows(
 
 
 def weigh(
-    out: Float[Tensor, "B n Hq Dv"], lse: Float[Tensor, "B n Hq"], group: dist.ProcessGroup,
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"]]:  # fmt: skip
+    out: Float[Tensor, "B n Hq Dv"], lse: Float[Tensor, "B n Hq"], group: dist.ProcessGroup
+) -> tuple[Float[Tensor, "B n Hq Dv"], Float[Tensor, "B n Hq"]]:
     """The results of all ranks, weighted by their LSE (R16)."""
     outs = gathered(out[..., None], group)  # [..., Dv, P]
     lses = gathered(lse[..., None], group)
     lse = lses.logsumexp(-1)
     shares = (lses - lse[..., None].nan_to_num(neginf=0.0, posinf=torch.inf)).exp()
-    out = (outs * shares[..., None, :]).sum(-1)
-    return out.to(dtype), lse
+    return (outs * shares[..., None, :]).sum(-1), lse
 
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -243,24 +252,42 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def checked_step(
-    q: Tensor, q_idx: Tensor, cache: PagedKV, lengths: Tensor, config: MSAConfig, backend: str
-) -> dict[str, Any]:
-    """What has to be the same on every rank; raises if this rank's arguments do not fit."""
+    q: Tensor, q_idx: Tensor, cache: PagedKV, lengths: Tensor, config: MSAConfig,
+    backend: BackendName, group: dist.ProcessGroup,
+) -> dict[str, Any]:  # fmt: skip
+    """What has to be the same on every rank; raises if this rank's arguments do not fit.
+
+    This rank's pages are checked as those of `msa.decode` are: they have to hold its blocks.
+    """
     checks.check_type("config", config, MSAConfig)
     checks.check_type("cache", cache, PagedKV)
-    if backend == "reference":
-        raise ValueError("backend must be auto, torch or triton, got 'reference'")
-    sizes: dict[str, int] = {"Bk": config.block_size}
-    for name, x, dims in (("q", q, "B n Hq D"), ("q_idx", q_idx, "B n Hkv Di")):
+    for name, x in (("q", q), ("q_idx", q_idx)):
         checks.check_array(name, x)
         checks.check_torch(name, x)
-        checks.check_shape(name, x, dims, sizes)
-    checks.check_shape("cache.k_pages", cache.k_pages, "pages Bk Hkv D", sizes)
-    checks.check_shape("cache.k_idx_pages", cache.k_idx_pages, "pages Bk Di", sizes)
-    checks.check_shape("cache.page_table", cache.page_table, "B table", sizes)
-    checks.check_integers("lengths", lengths)
-    checks.check_shape("lengths", lengths, "B", sizes)
+    if backend == "reference":
+        raise ValueError("backend must be auto, torch or triton, got 'reference'")
+    Entry(backend, q).check_kernels(config.block_size, config.top_k, {"q": q, "q_idx": q_idx})
+    sizes: dict[str, int] = {"Bk": config.block_size}
+    checks.check_shape("q", q, "B n Hq D", sizes)
+    checks.check_count("n", sizes["n"], 1)
+    cache_checks.check_cache(cache, sizes)
+    checks.check_shape("q_idx", q_idx, "B n Hkv Di", sizes)
     checks.check_heads(sizes["Hq"], sizes["Hkv"])
-    own = {"q": q, "q_idx": q_idx, "lengths": lengths}
-    facts: dict[str, Any] = {name: (tuple(x.shape), str(x.dtype)) for name, x in own.items()}
-    return facts | {"config": config, "backend": backend}
+    cache_checks.check_queries(cache, q, q_idx)
+    checks.check_integers("lengths", lengths)
+    checks.check_torch("lengths", lengths)
+    checks.check_shape("lengths", lengths, "B", sizes)
+    whole = [int(length) for length in lengths.tolist()]
+    for s, length in enumerate(whole):
+        if length < 0 or 0 < length < sizes["n"]:
+            raise ValueError(
+                f"lengths[{s}] must be 0 or at least n = {sizes['n']}, the new tokens, got {length}"
+            )
+    last = torch.tensor(whole, dtype=torch.int64)[:, None] - 1
+    own = visible_tokens(last, config.block_size, group.rank(), group.size())[:, 0]
+    held = replace(cache_checks.with_index_dtypes(cache), lengths=own.to(cache.lengths.device))
+    cache_checks.check_contents(held, sizes | {"n": 0})
+    arrays = {"q": q, "q_idx": q_idx, "cache.v_pages": cache.v_pages[0:0]}
+    arrays |= {"cache.k_pages": cache.k_pages[0:0], "cache.k_idx_pages": cache.k_idx_pages[0:0]}
+    facts: dict[str, Any] = {n: (tuple(x.shape), str(x.dtype)) for n, x in arrays.items()}
+    return facts | {"config": config, "backend": backend, "lengths": whole}
