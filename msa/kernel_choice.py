@@ -396,16 +396,30 @@ def wrong_selection(call: Call) -> TypeError | ValueError | None:
     return None
 
 
-def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
-    """What no hopper kernel of attention can take."""
-    for name, dtype in (("q", call.q_dtype), ("k", call.k_dtype), ("v", call.v_dtype)):
+def wrong_dtypes(q: str, **others: str) -> TypeError | None:
+    """The first dtype that is not of 16 bits, or not that of q."""
+    for name, dtype in {"q": q, **others}.items():
         if dtype not in DTYPES:
             return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
-        if dtype != call.q_dtype:
-            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
-    for name, symbol, size in (("q", "D", call.dim), ("v", "Dv", call.dim_v)):
+        if dtype != q:
+            return TypeError(must(name, f"have dtype {q} as q has", dtype))
+    return None
+
+
+def wrong_dims(*dims: tuple[str, str, int]) -> ValueError | None:
+    """The first size that is not WALK_DIM; each is given with its argument and its letter."""
+    for name, symbol, size in dims:
         if size != WALK_DIM:
             return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    return None
+
+
+def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
+    """What no hopper kernel of attention can take."""
+    found = wrong_dtypes(q=call.q_dtype, k=call.k_dtype, v=call.v_dtype)
+    found = found or wrong_dims(("q", "D", call.dim), ("v", "Dv", call.dim_v))
+    if found:
+        return found
     if call.scaled and call.q_dtype != SCALED_DTYPE:
         wanted = f"have dtype {SCALED_DTYPE} where pages have 8 bits"
         return TypeError(must("q", wanted, call.q_dtype))
@@ -420,16 +434,12 @@ def wrong_attention(call: AttentionCall) -> TypeError | ValueError | None:
 
 def wrong_loss(call: LossCall) -> TypeError | ValueError | None:
     """What the hopper kernel cannot take of an alignment loss."""
-    dtypes = {"q": call.q_dtype, "k": call.k_dtype}
-    dtypes |= {"q_idx": call.q_idx_dtype, "k_idx": call.k_idx_dtype}
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            return TypeError(must(name, f"have dtype {either(DTYPES)}", dtype))
-        if dtype != call.q_dtype:
-            return TypeError(must(name, f"have dtype {call.q_dtype} as q has", dtype))
-    for name, symbol, size in (("q", "D", call.dim), ("q_idx", "Di", call.index_dim)):
-        if size != WALK_DIM:
-            return ValueError(must(name, f"have {symbol} = {WALK_DIM}", size))
+    found = wrong_dtypes(
+        q=call.q_dtype, k=call.k_dtype, q_idx=call.q_idx_dtype, k_idx=call.k_idx_dtype
+    )
+    found = found or wrong_dims(("q", "D", call.dim), ("q_idx", "Di", call.index_dim))
+    if found:
+        return found
     if call.block_size != WALK_BLOCK_SIZE:
         return ValueError(must("block_size", f"be {WALK_BLOCK_SIZE}", call.block_size))
     if call.group not in LOSS_GROUPS:

@@ -113,6 +113,16 @@ def one_large_test_at_a_time(request):
             torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def ranks():
+    """Processes that are the ranks of a gloo group; see `rank_pool.py`."""
+    from rank_pool import MOST, RankPool
+
+    pool = RankPool(MOST)
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def as_users_run_it():
     """Switch off the checks of shapes, so that the messages of the library itself are tested."""

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+MOST = 4
+"""Ranks of the pool that the fixture `ranks` gives."""
 PATIENCE = 20  # seconds until a rank counts as hanging
 
 

@@ -19,21 +19,13 @@ from parallel_cases import (
     uneven_prefixes,
     warm_up,
 )
-from rank_pool import RankPool
+from rank_pool import MOST
 
 import msa
 from msa.parallel import Shards, shard
 
-MOST = 4
 BUDGET = {torch.float32: 2e-6, torch.float64: 1e-14}
 """‖x - alone‖ / ‖alone‖: sums have another order, nothing else differs."""
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(MOST)
-    yield pool
-    pool.close()
 
 
 @st.composite

@@ -14,19 +14,11 @@ from parallel_cases import (
     narrow_values,
     no_table,
 )
-from rank_pool import RankPool
+from rank_pool import MOST
 
 import msa
 
-MOST = 4
 BUDGET = {torch.float32: 2e-6, torch.float64: 1e-14}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(MOST)
-    yield pool
-    pool.close()
 
 
 @st.composite

@@ -5,14 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from parallel_layers import alone, fully_sharded, heads_alone, replicated, sharded_heads
-from rank_pool import RankPool
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -15,7 +15,7 @@ from msa.parallel.agreement import agree
 from msa.parallel.attention import check_own, loss_dtype
 from msa.parallel.gathering import SumOverRanks
 from msa.parallel.groups import Group, process_group
-from msa.parallel.prefixes import attach, key_prefixes
+from msa.parallel.prefixes import attach, gather_prefixes
 
 
 def context_parallel_align_index(
@@ -41,9 +41,7 @@ def context_parallel_align_index(
     shards = agree(
         group, tensors, cu_seqlens, block_size, said, lambda: check_own(tensors, config, True)
     )
-    halves = key_prefixes(
-        k.detach(), k_idx, group=group, cu_seqlens=cu_seqlens, block_size=block_size
-    )
+    halves = gather_prefixes((k.detach(), k_idx), shards, group)
     kl = q.new_zeros((), dtype=loss_dtype(q, q_idx))
     for half in halves:
         borders = half.sequences

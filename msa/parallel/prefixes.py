@@ -42,7 +42,13 @@ def key_prefixes(
         TypeError, ValueError: naming the argument, what was wanted and what came (R20).
     """
     named = {f"tensors[{i}]": x for i, x in enumerate(tensors)}
-    shards = agree(group, named, cu_seqlens, block_size)
+    return gather_prefixes(tensors, agree(group, named, cu_seqlens, block_size), group)
+
+
+def gather_prefixes(
+    tensors: tuple[Tensor, ...], shards: Shards, group: Group | None
+) -> tuple[Half, Half]:
+    """The same for ranks that have agreed on their arguments."""
     ranks = process_group(group)
     places = key_places(shards, ranks.rank(), tensors[0].device)
     gathers = [start_gather(x, shards, ranks) for x in tensors]

@@ -30,7 +30,7 @@ What the asynchronous form changes:
  8. Each student has the loss, dS and d_k_idx of 64 keys. d_q_idx is a sum over all keys, so each
     student computes it for half of the dims, from the dS of both. One student for all keys had
     twice the registers, spilled, and was slower than the teachers.
- 9. Nobody waits for an address that lies in memory. The loader brings index queries, numbers of the
+ 9. No other warp waits for an address from memory. The loader brings index queries, numbers of the
     softmax and places of gradients to the students. The teachers load the queries' numbers two
     batches ahead, and the producer two chunks ahead.
 10. Tiles that a student reads or writes exist twice. A warp that has waited for its own part of a

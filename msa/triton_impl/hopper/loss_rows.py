@@ -5,7 +5,7 @@
     loader      two warps: of every batch the index queries, and for each edge the numbers of its
                 softmax, its own key and the place of its gradient
 
-Both run ahead of their readers. So nobody else waits for an address that lies in memory.
+Both run ahead of their readers. So no other warp waits for an address from memory.
 """
 
 from __future__ import annotations

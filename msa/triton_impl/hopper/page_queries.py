@@ -24,7 +24,7 @@ def load_queries(q, i_s, q_tile, strides, N: gl.constexpr, HKV: gl.constexpr, PA
 
     With PARTS, q_tile has the high, the middle and the low part of every row, then zeros. The zeros
     are written as bits. Else the compiler converts a constant to e4m3 and uses it twice, of which
-    ptxas of CUDA 12.8 and 12.9 makes a wrong program: one use reads a register that nobody wrote.
+    ptxas of CUDA 12.8 and 12.9 makes a wrong program: one use reads a register that nothing wrote.
     """
     ROWS: gl.constexpr = q_tile.shape[0]
     DIM: gl.constexpr = q_tile.shape[1]
